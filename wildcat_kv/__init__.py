@@ -1,0 +1,10 @@
+"""Compress the KV cache of a Transformers model into a small weighted coreset (WildCat, arXiv 2602.10056)."""
+
+from wildcat_kv.attention import weighted_attention
+from wildcat_kv.cache import CompressedCache, WildCatCache
+from wildcat_kv.compress import Coreset, compress_kv
+from wildcat_kv.config import WildCatConfig
+
+__all__ = ["CompressedCache", "Coreset", "WildCatCache", "WildCatConfig", "compress_kv", "weighted_attention"]
+
+__version__ = "0.1.0"

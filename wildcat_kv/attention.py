@@ -1,0 +1,347 @@
+"""Attention over a weighted coreset, and the "wildcat" attention of Transformers that uses it.
+
+`weighted_attention` is pure. The rest is what Transformers calls: an attention function and a mask function,
+registered under one name. With a cache of ours they find its layers through marks that travel with the
+tensors; with any other cache, or none, they hand everything to the implementation that the config had before.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import causal_mask_function
+
+from wildcat_kv.compress import full_precision
+
+NAME = "wildcat"
+
+# A denominator this small against the sum of its terms' magnitudes is cancellation, not information.
+_DENOMINATOR_FLOOR = 1e-6
+# Scores held at once, in float32 numbers: 256 MiB.
+_SCORES_AT_ONCE = 2**26
+
+
+def weighted_attention(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    weights: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    valid: Tensor | None = None,
+    causal: bool = False,
+    value_range: tuple[Tensor, Tensor] | None = None,
+    softcap: float | None = None,
+    sink_logits: Tensor | None = None,
+) -> Tensor:
+    """Attention over entries that carry weights: sum_i e^(b q.k_i) U_i / sum_i e^(b q.k_i) w_i.
+
+    Slots of a coreset and exact tokens (weight 1) stand side by side. Accumulated in float32.
+
+    Args:
+        query: (..., heads, q, d).
+        keys: (..., kv_heads, n, d); `heads` is a multiple of `kv_heads`, query heads grouped in order.
+        values: (..., kv_heads, n, d_v), numerators U, which are the values v where the weight is 1.
+        weights: float32 (..., kv_heads, n), w, negative ones allowed; 1 by default.
+        scale: b, the factor of the scores; d^-1/2 by default.
+        valid: bool (..., kv_heads, n), False for padding; all by default.
+        causal: whether the last q entries are the queries' own tokens, each seen from itself on.
+        value_range: the smallest and largest value seen, each (..., kv_heads, 1, d_v); the output is
+            clipped to it.
+        softcap: scores become softcap * tanh(scores / softcap).
+        sink_logits: (heads,), learned logits that join the denominator only (GPT-OSS).
+
+    Returns:
+        (..., heads, q, d_v) in the query's dtype. A denominator that cancels out gives 0, then the clip.
+
+    Raises:
+        ValueError: heads that do not divide, or shapes that do not fit.
+
+    Source: WildCat, arXiv 2602.10056, the weighted attention WTDATTN.
+
+    Example:
+        >>> q, k, v = torch.randn(1, 4, 3, 8), torch.randn(1, 2, 5, 8), torch.randn(1, 2, 5, 8)
+        >>> weighted_attention(q, k, v, weights=torch.ones(1, 2, 5)).shape
+        torch.Size([1, 4, 3, 8])
+    """
+    heads, kv_heads = query.shape[-3], keys.shape[-3]
+    if heads % kv_heads or query.shape[-1] != keys.shape[-1] or keys.shape[:-1] != values.shape[:-1]:
+        raise ValueError(
+            f"query {tuple(query.shape)}, keys {tuple(keys.shape)} and values {tuple(values.shape)} do not fit: "
+            "query heads must be a multiple of key heads, channels of query and keys and entries of keys and "
+            "values must agree"
+        )
+    total = query.shape[-2]
+    step = max(1, _SCORES_AT_ONCE // max(1, query.shape[:-2].numel() * keys.shape[-2]))
+    with full_precision(query.device):
+        columns = _columns(keys, weights)
+        parts = [
+            _attend(
+                query[..., start : start + step, :],
+                keys,
+                values,
+                columns,
+                scale=query.shape[-1] ** -0.5 if scale is None else scale,
+                valid=valid,
+                first_own=keys.shape[-2] - total + start if causal and total > 1 else None,
+                value_range=value_range,
+                softcap=softcap,
+                sink_logits=sink_logits,
+            )
+            for start in range(0, total, step)
+        ]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-2)
+
+
+def _columns(keys: Tensor, weights: Tensor | None) -> Tensor:
+    """float32 (..., n, 2): w and |w|, the two sums of the denominator in one product."""
+    if weights is None:
+        return torch.ones(*keys.shape[:-1], 2, device=keys.device)
+    return torch.stack((weights, weights.abs()), dim=-1)
+
+
+def _attend(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    columns: Tensor,
+    *,
+    scale: float,
+    valid: Tensor | None,
+    first_own: int | None,
+    value_range: tuple[Tensor, Tensor] | None,
+    softcap: float | None,
+    sink_logits: Tensor | None,
+) -> Tensor:
+    """One block of queries; `first_own` is the entry of the first one's own token, or None for no causality."""
+    *batch, heads, length, d = query.shape
+    kv_heads, n = keys.shape[-3:-1]
+    # Query heads of a group become further queries of their key head: keys are never repeated.
+    grouped = (query.to(torch.float32) * scale).reshape(*batch, kv_heads, -1, d)
+    scores = torch.matmul(grouped, keys.to(torch.float32).mT)
+    if softcap is not None:
+        scores = (scores / softcap).tanh_().mul_(softcap)
+    if valid is not None:
+        scores = scores.masked_fill_(~valid.unsqueeze(-2), -torch.inf)
+    if first_own is not None:
+        own = torch.arange(first_own, first_own + length, device=query.device)
+        hidden = torch.arange(n, device=query.device) > own.unsqueeze(-1)
+        scores = scores.masked_fill_(hidden.repeat(heads // kv_heads, 1), -torch.inf)
+
+    # Masked before the maximum: a padding slot must not set the scale. All masked: any finite shift will do.
+    largest = scores.amax(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).min)
+    sinks = None
+    if sink_logits is not None:
+        sinks = sink_logits.to(torch.float32).reshape(kv_heads, -1, 1).expand(*batch, -1, -1, length)
+        sinks = sinks.reshape(*batch, kv_heads, -1, 1)
+        largest = torch.maximum(largest, sinks)
+    terms = scores.sub_(largest).exp_()
+    numerator = torch.matmul(terms, values.to(torch.float32))
+    denominator, magnitude = torch.matmul(terms, columns).split(1, dim=-1)
+    if sinks is not None:
+        extra = (sinks - largest).exp()
+        denominator, magnitude = denominator + extra, magnitude + extra
+    sound = denominator > _DENOMINATOR_FLOOR * magnitude
+    output = torch.where(sound, numerator / denominator, 0.0)
+    if value_range is not None:
+        output = output.clamp(value_range[0].to(torch.float32), value_range[1].to(torch.float32))
+    return output.reshape(*batch, heads, length, -1).to(query.dtype)
+
+
+class Attended(Protocol):
+    """What the attention function needs of a cache layer of ours."""
+
+    @property
+    def exact(self) -> bool:
+        """Whether this forward pass attends exactly, through the fallback."""
+        ...
+
+    def attend(self, query: Tensor, scale: float, options: dict[str, Any]) -> Tensor:
+        """Weighted attention of the newest tokens' queries, (rows, heads, q, d_v)."""
+        ...
+
+    def after_attention(self, scale: float) -> None:
+        """Fold what no longer fits; the newest tokens have been attended to."""
+        ...
+
+
+@dataclass
+class Forward:
+    """One forward pass of the model, as its mask call announces it to the cache.
+
+    Attributes:
+        queries: new tokens.
+        padding: bool (rows, seen + queries), False for padding tokens; None where none was passed.
+        exact: whether the layers attend exactly, through the implementation that the config had before.
+    """
+
+    queries: int
+    padding: Tensor | None
+    exact: bool
+
+    def new_padding(self, device: torch.device) -> Tensor | None:
+        """bool (rows, queries), False for new tokens that are padding; None where none was passed."""
+        return None if self.padding is None else self.padding[:, -self.queries :].to(device)
+
+
+class Announced(Protocol):
+    """What the mask function needs of a cache of ours."""
+
+    def announce(self, queries: int, padding: Tensor | None) -> Forward:
+        """Take note that a forward pass over `queries` new tokens has begun."""
+        ...
+
+
+class MarkedLength(int):
+    """A key length that carries the cache it belongs to into the mask function, which is never given it."""
+
+    cache: Announced
+
+    def __new__(cls, length: int, cache: Announced) -> MarkedLength:
+        """An int of value `length`."""
+        marked = super().__new__(cls, length)
+        marked.cache = cache
+        return marked
+
+
+class AttentionName(str):
+    """The name "wildcat", carrying the implementation to use wherever nothing is compressed.
+
+    It travels with `config._attn_implementation`, into copies of the config but not to disk.
+    """
+
+    fallback: str
+
+    def __new__(cls, fallback: str) -> AttentionName:
+        """A str equal to `NAME`."""
+        name = super().__new__(cls, NAME)
+        name.fallback = fallback
+        return name
+
+    def __getnewargs__(self) -> tuple[str]:
+        """For copy and pickle."""
+        return (self.fallback,)
+
+
+def mark(keys: Tensor, layer: Attended) -> Tensor:
+    """Let `keys` lead the attention function to `layer`; the tensor arrives there as it is."""
+    keys._wildcat_layer = layer  # type: ignore[attr-defined]
+    return keys
+
+
+def wildcat_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *args: Any,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """The attention function registered as "wildcat".
+
+    Args:
+        module: the attention module, whose config names the implementation to fall back on.
+        query: (rows, heads, q, d).
+        key: (rows, kv_heads, n, d), marked by the layer of ours that it comes from, if any.
+        value: (rows, kv_heads, n, d_v).
+        attention_mask: of the fallback; not read where the layer is compressed.
+        *args: passed on to the fallback.
+        **kwargs: `scaling`, `softcap`, `s_aux` and others of Transformers' attention interface.
+
+    Returns:
+        Output (rows, q, heads, d_v), and the attention probabilities where the fallback gives them.
+    """
+    layer = getattr(key, "_wildcat_layer", None)
+    if layer is None:
+        return _fallback(module)(module, query, key, value, attention_mask, *args, **kwargs)
+    scale = kwargs.get("scaling")
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    if layer.exact:
+        output, probabilities = _fallback(module)(module, query, key, value, attention_mask, *args, **kwargs)
+    else:
+        output, probabilities = layer.attend(query, scale, kwargs).transpose(1, 2).contiguous(), None
+    layer.after_attention(scale)
+    return output, probabilities
+
+
+def wildcat_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    *args: Any,
+    mask_function: Callable = causal_mask_function,
+    attention_mask: Tensor | None = None,
+    **kwargs: Any,
+) -> Any:
+    """The mask function registered as "wildcat".
+
+    A length that one of our caches has marked announces the forward pass to that cache. Where the cache is
+    compressed no mask is needed (causality among new tokens is known, everything folded is visible), and
+    padding is kept by the cache. Otherwise the mask is the fallback's.
+
+    Raises:
+        ValueError: a mask pattern other than the causal one, or a 2D mask of the wrong width.
+    """
+    fallback = _fallback_mask(kwargs.get("config"))
+    if isinstance(kv_length, MarkedLength):
+        if mask_function is not causal_mask_function:
+            raise ValueError(
+                "mask_function is not the causal one (image blocks or packed sequences, for example): tokens that "
+                "see later ones cannot be compressed; use DynamicCache for this input"
+            )
+        if attention_mask is not None and attention_mask.shape[-1] != kv_length:
+            raise ValueError(
+                f"attention_mask has width {attention_mask.shape[-1]}, but the cache has seen "
+                f"{kv_length - q_length} tokens and {q_length} are new: it must have width {int(kv_length)}; pass the "
+                "mask of all tokens so far, or reset() the cache before a new text"
+            )
+        forward = kv_length.cache.announce(q_length, attention_mask)
+        if not forward.exact:
+            return None
+        kv_length = int(kv_length)
+    if fallback is None:
+        return None
+    return fallback(
+        batch_size,
+        q_length,
+        kv_length,
+        *args,
+        mask_function=mask_function,
+        attention_mask=attention_mask,
+        **kwargs,
+    )
+
+
+def _fallback_name(config: Any) -> str:
+    """The implementation that the config had before; eager, which is right for every family, if unknown."""
+    return getattr(getattr(config, "_attn_implementation", None), "fallback", "eager")
+
+
+def _fallback(module: nn.Module) -> Callable:
+    """The attention function to use where nothing is compressed."""
+    return AttentionInterface().get_interface(_fallback_name(module.config), _eager(module))
+
+
+def _fallback_mask(config: Any) -> Callable | None:
+    """The mask function that belongs to it; None for implementations that take no mask."""
+    return AttentionMaskInterface().get(_fallback_name(config))
+
+
+def _eager(module: nn.Module) -> Callable | None:
+    """The eager attention of the module's own modeling file, where its family's peculiarities are."""
+    for cls in type(module).__mro__:
+        function = getattr(sys.modules[cls.__module__], "eager_attention_forward", None)
+        if function is not None:
+            return function
+    return None
+
+
+AttentionInterface.register(NAME, wildcat_attention)
+AttentionMaskInterface.register(NAME, wildcat_mask)

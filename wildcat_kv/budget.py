@@ -1,0 +1,143 @@
+"""How many tokens a row may keep, and what the next fold does to it. Plain integers, no tensors.
+
+A row holds, in this order: `sink` exact tokens, `slots` of the coreset, `exact` tokens not yet folded.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from fractions import Fraction
+
+from wildcat_kv.config import WildCatConfig
+
+# Blocks of new tokens between two folds under max_tokens, in bins: a fold costs its bin_rank sequential
+# steps however few tokens it takes in, and every slot set aside for the block is one less for the coreset.
+_BINS_A_BLOCK = 4
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one row of one layer holds, in tokens (`seen` counts valid tokens since the start)."""
+
+    seen: int = 0
+    sink: int = 0
+    slots: int = 0
+    exact: int = 0
+    folded_at: int = 0
+
+    @property
+    def stored(self) -> int:
+        """Tokens and slots held."""
+        return self.sink + self.slots + self.exact
+
+    def append(self, tokens: int) -> Row:
+        """The row after `tokens` new valid tokens."""
+        return replace(self, seen=self.seen + tokens, exact=self.exact + tokens)
+
+
+@dataclass(frozen=True)
+class Fold:
+    """What a fold makes of a row: `items` of it become `rank` slots, the rest stays as it is.
+
+    In storage order: `sink` exact tokens, `kept` old slots, `items` (old slots or exact tokens) to
+    compress into `rank` slots, `window` exact tokens.
+    """
+
+    sink: int
+    kept: int
+    items: int
+    rank: int
+    window: int
+
+    @staticmethod
+    def nothing(row: Row) -> Fold:
+        """The fold that leaves `row` as it is."""
+        return Fold(sink=row.sink, kept=row.slots, items=0, rank=0, window=row.exact)
+
+    def apply(self, row: Row) -> Row:
+        """The row after this fold."""
+        if not self.items:
+            return row
+        return replace(row, sink=self.sink, slots=self.kept + self.rank, exact=self.window, folded_at=row.seen)
+
+
+def kept_tokens(tokens: int, ratio: float) -> int:
+    """The budget of `tokens` at `ratio`: max(1, floor(ratio * tokens + 1/2)), in exact decimals.
+
+    Example:
+        >>> kept_tokens(1000, 0.25), kept_tokens(3, 0.1), kept_tokens(10, 0.35)
+        (250, 1, 4)
+    """
+    # str gives the decimal that the user wrote; the binary float next to it would move the halves.
+    return max(1, int(Fraction(str(ratio)) * tokens + Fraction(1, 2)))
+
+
+def exact_ends(budget: int, config: WildCatConfig) -> tuple[int, int]:
+    """Sink and window within `budget`: as configured, or shrunk in proportion where they do not fit."""
+    need = config.sink + config.window + config.bin_rank
+    if budget >= need:
+        return config.sink, config.window
+    return config.sink * budget // need, config.window * budget // need
+
+
+def block_size(config: WildCatConfig) -> int:
+    """New tokens between two folds.
+
+    With `ratio`, as many as make one bin's worth of budget. With `max_tokens`, room for several bins,
+    but never more than half of what sink and window leave.
+    """
+    if config.ratio is not None:
+        return int(-(-config.bin_rank // Fraction(str(config.ratio))))
+    assert config.max_tokens is not None
+    free = config.max_tokens - config.sink - config.window
+    return max(1, min(_BINS_A_BLOCK * config.bin_rank, free // 2))
+
+
+def plan_fold(row: Row, config: WildCatConfig, *, prefill: bool) -> Fold | None:
+    """What to fold now, or None.
+
+    Args:
+        row: what the row holds, the newest tokens included.
+        config: the budget.
+        prefill: whether this forward gave the row its first tokens, several at once: the prompt is then
+            brought to its budget at once, however short it is.
+    """
+    if config.ratio is not None:
+        due = prefill or row.seen - row.folded_at >= block_size(config)
+        budget = kept_tokens(row.seen, config.ratio)
+    else:
+        assert config.max_tokens is not None
+        due = row.stored > config.max_tokens
+        budget = config.max_tokens - block_size(config)
+    if not due or budget >= row.seen:
+        return None
+
+    sink, window = exact_ends(budget, config)
+    if row.slots:  # the tokens behind a larger sink are folded already
+        sink = row.sink
+    # With `ratio` the budget grows with the row, so old slots never need to be compressed again.
+    kept = row.slots if config.ratio is not None else 0
+    rank = budget - sink - window - kept
+    items = row.stored - sink - window - kept
+    if rank < 1 or items <= rank:
+        return None
+    return Fold(sink=sink, kept=kept, items=items, rank=rank, window=window)
+
+
+def tokens_until_fold(row: Row, config: WildCatConfig) -> int | None:
+    """New tokens after which `plan_fold` may want a fold of this row; None for never, at least 1."""
+    if config.ratio is not None:
+        return None if config.ratio == 1 else max(1, block_size(config) - (row.seen - row.folded_at))
+    assert config.max_tokens is not None
+    return max(1, config.max_tokens + 1 - row.stored)
+
+
+def split_evenly(total: int, parts: int) -> list[int]:
+    """`total` in `parts` whole numbers that differ by at most one, the larger first.
+
+    Example:
+        >>> split_evenly(10, 3)
+        [4, 3, 3]
+    """
+    size, rest = divmod(total, parts)
+    return [size + (part < rest) for part in range(parts)]

@@ -1,0 +1,481 @@
+"""The cache: what each layer keeps, how it grows, and when it folds. State only; the method is a compressor.
+
+A layer stores, in one line of columns a row: padding, sink, coreset slots, exact tokens. Rows end together,
+so that new tokens take the same columns in all of them.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache, DynamicCache
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer
+
+from wildcat_kv.attention import NAME, AttentionName, Forward, MarkedLength, mark, weighted_attention
+from wildcat_kv.budget import Fold, Row, block_size, plan_fold, tokens_until_fold
+from wildcat_kv.compress import Coreset
+from wildcat_kv.compressors import Compressor, KVBlock, WildCat
+from wildcat_kv.config import WildCatConfig
+from wildcat_kv.folding import align_right, fold_entries
+from wildcat_kv.storage import Entries, Storage
+
+
+class WildCatLayer(CacheLayerMixin):
+    """One full-attention layer: a coreset of the past, and the newest tokens as they are.
+
+    Attributes:
+        keys: (rows, kv_heads, stored, d), a view of what is stored, in the model's dtype; None when empty.
+        values: (rows, kv_heads, stored, d_v), likewise; numerators U for coreset slots.
+    """
+
+    is_sliding = False
+    is_compileable = False
+    is_croppable = False
+    supports_early_init = False
+
+    def __init__(self, cache: CompressedCache, index: int, count: int) -> None:
+        super().__init__()
+        self._cache = cache
+        self._index = index
+        self._count = count
+        self._clear()
+
+    def _clear(self) -> None:
+        self.keys: Tensor | None = None
+        self.values: Tensor | None = None
+        self.is_initialized = False
+        self._storage: Storage | None = None
+        self._seen = 0  # columns, padding included
+        self._rows: list[Row] = []  # as of the last fold
+        self._appended = 0  # columns since the last fold
+        self._padded = False  # whether any of them may be padding
+        self._fold_after: int | None = 0  # appended columns from which a row may need a fold; None: never
+        self._value_range: tuple[Tensor, Tensor] | None = None  # of all values seen, once compressed
+        self._forward: Forward | None = None  # the last one that was served
+
+    # What Transformers calls
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Allocate for keys and values of these shapes; called by the first `update`."""
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self._storage = Storage.empty(key_states, value_states, room=block_size(self._cache.settings))
+        self._rows = [Row()] * key_states.shape[0]
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Append exact tokens and return what this forward pass attends to.
+
+        Args:
+            key_states: (rows, kv_heads, q, d), rotated.
+            value_states: (rows, kv_heads, q, d_v).
+            *args: ignored.
+            **kwargs: ignored.
+
+        Returns:
+            Views of all stored keys and values; the keys lead the "wildcat" attention to this layer.
+
+        Raises:
+            RuntimeError: the forward pass did not come through the "wildcat" attention.
+            ValueError: shapes that do not fit, another batch size than before, or NaN or infinity in the
+                keys of a prompt. The layer is left as it was.
+        """
+        forward = self._check(key_states, value_states)
+        if self._storage is None:
+            self.lazy_initialization(key_states, value_states)
+        assert self._storage is not None
+        valid = forward.new_padding(key_states.device)
+        self._storage.append(key_states, value_states, valid)
+        self._seen += forward.queries
+        self._appended += forward.queries
+        self._padded = self._padded or valid is not None
+        self._forward = forward
+        if self._value_range is not None:
+            self._value_range = _widen(self._value_range, value_states, valid)
+        return self._expose()
+
+    def get_seq_length(self) -> int:
+        """Tokens seen, padding included: positions continue from it. What is stored is `stored`."""
+        return self._seen
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Length and offset for the mask function; the length leads it to the cache."""
+        return MarkedLength(self._seen + query_length, self._cache), 0
+
+    def get_max_length(self) -> int:
+        """-1: any number of tokens can be read."""
+        return -1
+
+    def reset(self) -> None:
+        """Forget everything, as if new."""
+        self._clear()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Refuse: folded tokens cannot be taken back.
+
+        Raises:
+            ValueError: always, unless there is nothing to remove.
+        """
+        if tokens_to_remove:
+            raise ValueError(
+                f"tokens_to_remove={tokens_to_remove}: a compressed cache cannot take tokens back; "
+                "use DynamicCache where generation rolls back (assisted decoding, prompt lookup)"
+            )
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Row i becomes what row beam_idx[i] was; int64 (rows,)."""
+        self.batch_select_indices(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row `repeats` times, copies side by side."""
+        self.batch_select_indices(torch.arange(len(self._rows)).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the rows at `indices`, int64 (k,) or a bool mask over rows, in that order."""
+        if self._storage is None:
+            return
+        if indices.dtype == torch.bool:
+            indices = indices.nonzero().squeeze(-1)
+        self._storage.select_rows(indices)
+        # The host reads the indices only where rows differ in what they hold.
+        alike = len(set(self._rows)) == 1
+        self._rows = self._rows[:1] * len(indices) if alike else [self._rows[index] for index in indices.tolist()]
+        if self._value_range is not None:
+            lowest, highest = self._value_range
+            indices = indices.to(lowest.device)
+            self._value_range = lowest.index_select(0, indices), highest.index_select(0, indices)
+        self._expose()
+
+    # What the "wildcat" attention calls
+
+    @property
+    def exact(self) -> bool:
+        """Whether this forward pass attends exactly, through the fallback."""
+        assert self._forward is not None
+        return self._forward.exact
+
+    def attend(self, query: Tensor, scale: float, options: dict[str, Any]) -> Tensor:
+        """Weighted attention of the newest tokens' queries.
+
+        Args:
+            query: (rows, heads, q, d).
+            scale: b.
+            options: of the attention call; `softcap` and `s_aux` are honoured.
+
+        Returns:
+            (rows, heads, q, d_v).
+        """
+        assert self._storage is not None
+        entries = self._storage.entries
+        return weighted_attention(
+            query,
+            entries.keys,
+            entries.values,
+            entries.weights,
+            scale=scale,
+            valid=entries.valid,
+            causal=True,
+            value_range=self._value_range,
+            softcap=options.get("softcap"),
+            sink_logits=options.get("s_aux"),
+        )
+
+    def after_attention(self, scale: float) -> None:
+        """Fold where a row is over its budget, now that the newest tokens have been attended to.
+
+        Args:
+            scale: b, the factor of the attention scores.
+
+        Raises:
+            ValueError: NaN or infinity among the keys to fold; they stay as they are.
+        """
+        if self._fold_after is None or self._appended < self._fold_after:
+            return
+        rows = self._fold(self._count_rows(), scale)
+        waits = [tokens_until_fold(row, self._cache.settings) for row in rows]
+        self._fold_after = min((self._appended + wait for wait in waits if wait is not None), default=None)
+
+    # What the cache reports
+
+    @property
+    def compressed(self) -> bool:
+        """Whether anything has been folded."""
+        return self._value_range is not None
+
+    @property
+    def stored(self) -> int:
+        """Entries held for the longest row, slots and exact tokens, with the padding of a first prompt."""
+        return max((row.stored for row in self._rows), default=0) + self._appended
+
+    # Inside
+
+    def _check(self, keys: Tensor, values: Tensor) -> Forward:
+        """Refuse what cannot be served, before anything changes."""
+        forward = self._cache.forward
+        if forward is None or forward is self._forward:
+            raise RuntimeError(
+                f"layer {self._index}: these keys did not come through the '{NAME}' attention. Build the cache from "
+                f"the model's own config, {type(self._cache).__name__}(model.config, ...), keep its attention "
+                "implementation as it is then, and pass a 2D attention mask"
+            )
+        if keys.dim() != 4 or keys.shape[:3] != values.shape[:3] or keys.shape[2] != forward.queries:
+            raise ValueError(
+                f"layer {self._index}: key_states {tuple(keys.shape)} and value_states {tuple(values.shape)} must be "
+                f"(rows, kv_heads, {forward.queries} new tokens, channels), alike but for the channels"
+            )
+        if self._storage is not None:
+            held = self._storage.entries.keys
+            if keys.shape[0] != held.shape[0]:
+                raise ValueError(
+                    f"layer {self._index}: the batch has {keys.shape[0]} rows and the cache holds {held.shape[0]}; "
+                    "call cache.batch_repeat_interleave(n) to ask several questions of one context"
+                )
+            if keys.shape[1] != held.shape[1] or keys.shape[3] != held.shape[3]:
+                raise ValueError(
+                    f"layer {self._index}: key_states {tuple(keys.shape)} have other heads or channels than the "
+                    f"{tuple(held.shape)} held; call cache.reset(), or build a cache for this model"
+                )
+        if forward.queries > 1:  # one new token is checked when it is folded: reading it would stall the device
+            self._check_finite(keys)
+        return forward
+
+    def _check_finite(self, keys: Tensor) -> None:
+        if not bool(torch.isfinite(keys).all()):
+            raise ValueError(
+                f"layer {self._index}: NaN or infinity in the keys; the model has overflowed, try bfloat16 or "
+                "float32 (and reset() this cache, other layers may have read the tokens)"
+            )
+
+    def _expose(self) -> tuple[Tensor, Tensor]:
+        assert self._storage is not None
+        entries = self._storage.entries
+        self.keys, self.values = mark(entries.keys, self), entries.values
+        return self.keys, self.values
+
+    def _count_rows(self) -> list[Row]:
+        """The rows with the tokens since the last fold."""
+        if not self._padded:
+            return [row.append(self._appended) for row in self._rows]
+        assert self._storage is not None
+        new = self._storage.entries.valid[:, 0, self._storage.length - self._appended :]
+        return [row.append(count) for row, count in zip(self._rows, new.sum(-1).tolist(), strict=True)]
+
+    def _fold(self, rows: list[Row], scale: float) -> list[Row]:
+        """Fold the rows that are due; returns what all of them hold then."""
+        assert self._storage is not None and self._forward is not None
+        prefill = self._seen == self._forward.queries > 1
+        plans = [plan_fold(row, self._cache.settings, prefill=prefill) for row in rows]
+        if not any(plans):
+            return rows
+        entries = self._storage.entries
+        self._check_finite(entries.keys)
+        if any(row.stored - before.stored != self._appended for row, before in zip(rows, self._rows, strict=True)):
+            entries = align_right(entries, self._rows, self._appended)
+        value_range = self._value_range
+        if value_range is None:
+            value_range = _value_range(entries.values, entries.valid)
+        lowest, highest = (bound.to(torch.float32).square() for bound in value_range)
+        folds = [plan or Fold.nothing(row) for plan, row in zip(plans, rows, strict=True)]
+        weighted = any(row.slots > fold.kept for row, fold in zip(rows, folds, strict=True))
+
+        def compress(items: Entries, lengths: Sequence[int], ranks: Sequence[int]) -> Coreset:
+            block = KVBlock(
+                keys=items.keys,
+                values=items.values,
+                valid=items.valid,
+                lengths=lengths,
+                seen=[row.seen for row in rows],
+                scale=scale,
+                layer_index=self._index,
+                layer_count=self._count,
+                weights=items.weights if weighted else None,
+                value_bound=torch.maximum(lowest, highest).sum((-2, -1)),
+            )
+            return self._cache.compressor.compress(block, ranks)
+
+        parts = fold_entries(entries, rows, folds, compress)
+        self._storage = Storage(parts, room=self._storage.room)
+        self._rows = [fold.apply(row) for fold, row in zip(folds, rows, strict=True)]
+        self._value_range = value_range
+        self._appended = 0
+        self._padded = False
+        self._expose()
+        return self._rows
+
+
+class CompressedCache(Cache):
+    """A Transformers cache that keeps its full-attention layers within a budget, by any method.
+
+    Pass it to `generate(past_key_values=...)` or to the model. Constructing it switches the config's
+    attention implementation to "wildcat", which does what the previous one did wherever nothing is
+    compressed, with other caches too; the switch can stay.
+
+    Args:
+        config: the model's own config, `model.config`; a copy of it never reaches the model.
+        settings: the budget and the exact ends; or give its fields by name.
+        compressor: the method.
+        **fields: of `WildCatConfig`: `ratio` or `max_tokens`, `sink`, `window` and so on.
+
+    Raises:
+        TypeError: config is no Transformers config.
+        ValueError: settings that do not fit, or a model with nothing to compress.
+    """
+
+    def __init__(
+        self,
+        config: Any,
+        settings: WildCatConfig | None = None,
+        *,
+        compressor: Compressor,
+        **fields: Any,
+    ) -> None:
+        self.settings = _settings(settings, fields)
+        decoder = _decoder_config(config)
+        layers = DynamicCache(config=decoder).layers
+        # Exactly this class: its subclasses (sliding windows, indexers) keep what they need by themselves.
+        full = [index for index, layer in enumerate(layers) if type(layer) is DynamicLayer]
+        if not full:
+            kinds = ", ".join(sorted({type(layer).__name__ for layer in layers}))
+            raise ValueError(
+                f"config={type(config).__name__}: no full-attention layer to compress, all layers are {kinds}; "
+                "use DynamicCache(config=model.config), it is bounded already"
+            )
+        self.compressor = compressor
+        self.forward: Forward | None = None
+        self._positions = getattr(decoder, "max_position_embeddings", None)
+        for index in full:
+            layers[index] = WildCatLayer(self, index, len(layers))
+        super().__init__(layers=layers)
+        current = decoder._attn_implementation
+        if not isinstance(current, AttentionName):
+            decoder._attn_implementation = AttentionName("eager" if current in (None, NAME) else str(current))
+
+    def announce(self, queries: int, padding: Tensor | None) -> Forward:
+        """Take note that a forward pass over `queries` new tokens has begun; called by the mask function."""
+        seen = self.get_seq_length(self._compressed_layers()[0]._index)
+        if self._positions is not None and seen + queries > self._positions:
+            warnings.warn(
+                f"the text is {seen + queries} tokens long and the model has {self._positions} positions "
+                "(max_position_embeddings): answers will degrade; shorten the prompt or use a longer model",
+                stacklevel=2,
+            )
+            self._positions = None
+        exact = not any(layer.compressed for layer in self._compressed_layers())
+        self.forward = Forward(queries, padding, exact)
+        return self.forward
+
+    def stored_length(self, layer_idx: int = 0) -> int:
+        """Entries that layer `layer_idx` holds for its longest row: slots and exact tokens."""
+        layer = self.layers[layer_idx]
+        if isinstance(layer, WildCatLayer):
+            return layer.stored
+        keys = getattr(layer, "keys", None)
+        return 0 if keys is None or not keys.numel() else keys.shape[-2]
+
+    def memory_bytes(self) -> int:
+        """Bytes of all tensors that the cache holds, free room included."""
+        tensors = [tensor for layer in self.layers for tensor in _tensors(vars(layer))]
+        return sum({tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in tensors}.values())
+
+    def reset(self) -> None:
+        """Forget everything, as if new."""
+        super().reset()
+        self.forward = None
+
+    def __repr__(self) -> str:
+        layers = self._compressed_layers()
+        budget = {name: value for name, value in self.settings.model_dump().items() if value is not None}
+        settings = ", ".join(f"{name}={value!r}" for name, value in budget.items())
+        return (
+            f"{type(self).__name__}({settings}; {len(layers)} of {len(self.layers)} layers compressed; "
+            f"{layers[0].get_seq_length()} tokens seen, {layers[0].stored} stored, {self.memory_bytes() / 2**20:.1f} MiB)"
+        )
+
+    def _compressed_layers(self) -> list[WildCatLayer]:
+        return [layer for layer in self.layers if isinstance(layer, WildCatLayer)]
+
+
+class WildCatCache(CompressedCache):
+    """A Transformers cache that compresses keys and values by WildCat (arXiv 2602.10056).
+
+    Args:
+        config: the model's own config, `model.config`.
+        settings: a `WildCatConfig`; or give its fields by name.
+        **fields: `ratio=0.25` to keep a quarter of the tokens, or `max_tokens=1024` to bound them, and
+            further fields of `WildCatConfig`.
+
+    Raises:
+        TypeError: config is no Transformers config.
+        ValueError: settings that do not fit, or a model with nothing to compress.
+
+    Example:
+        cache = WildCatCache(model.config, ratio=0.25)
+        out = model.generate(**inputs, past_key_values=cache)
+    """
+
+    def __init__(self, config: Any, settings: WildCatConfig | None = None, **fields: Any) -> None:
+        settings = _settings(settings, fields)
+        compressor = WildCat(settings.bin_rank, settings.temperature, settings.weights, settings.seed)
+        super().__init__(config, settings, compressor=compressor)
+
+
+def _settings(settings: WildCatConfig | None, fields: dict[str, Any]) -> WildCatConfig:
+    if settings is None:
+        return WildCatConfig(**fields)
+    if not isinstance(settings, WildCatConfig):
+        raise ValueError(f"settings={settings!r} is no WildCatConfig; pass ratio=... or max_tokens=... by name")
+    if fields:
+        raise ValueError(f"{', '.join(fields)} given beside settings; put them into the WildCatConfig")
+    return settings
+
+
+def _decoder_config(config: Any) -> Any:
+    """The config of the decoder, which alone is switched: a vision tower keeps its attention."""
+    if not hasattr(config, "get_text_config"):
+        hint = "; pass model.config" if hasattr(config, "config") else ""
+        raise TypeError(f"config={type(config).__name__} is no Transformers config{hint}")
+    decoder = config.get_text_config(decoder=True)
+    if getattr(config, "is_encoder_decoder", False):
+        raise ValueError(
+            f"config={type(config).__name__}: encoder-decoder models attend across to the encoder, which is not "
+            "supported; use a decoder-only model"
+        )
+    if getattr(decoder, "num_kv_shared_layers", 0) or "reuse" in (getattr(decoder, "kv_sharing_modes", None) or ()):
+        raise ValueError(
+            f"config={type(config).__name__}: layers that share keys and values are not supported; use DynamicCache"
+        )
+    return decoder
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    """The tensors in the attributes of a layer, one or two levels down."""
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, dict):
+        return [tensor for item in value.values() for tensor in _tensors(item)]
+    if isinstance(value, (list, tuple)):
+        return [tensor for item in value for tensor in _tensors(item)]
+    if isinstance(value, (Storage, Entries)):
+        return _tensors(vars(value))
+    return []
+
+
+def _value_range(values: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+    """The smallest and largest valid value of each channel, (rows, kv_heads, 1, d_v)."""
+    limit = torch.finfo(values.dtype)
+    hidden = ~valid.unsqueeze(-1)
+    lowest = values.masked_fill(hidden, limit.max).amin(-2, keepdim=True)
+    highest = values.masked_fill(hidden, limit.min).amax(-2, keepdim=True)
+    return lowest, highest
+
+
+def _widen(bounds: tuple[Tensor, Tensor], values: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
+    """`bounds` with new values (rows, kv_heads, q, d_v) taken in."""
+    if valid is None:
+        lowest, highest = values.amin(-2, keepdim=True), values.amax(-2, keepdim=True)
+    else:
+        lowest, highest = _value_range(values, valid.unsqueeze(1))
+    return torch.minimum(bounds[0], lowest), torch.maximum(bounds[1], highest)

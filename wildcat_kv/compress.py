@@ -1,0 +1,345 @@
+"""COMPRESSKV: keys and values into a weighted coreset, bin by bin. Pure tensors, knows no model.
+
+Source: Schröder and Mackey, "WildCat: Near-Linear Attention in Theory and Practice", arXiv 2602.10056.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from wildcat_kv.bins import BinLayout
+from wildcat_kv.config import Temperature, Weights
+from wildcat_kv.nystrom import nystrom_weights, pivoted_cholesky
+from wildcat_kv.temperature import squared_temperature
+
+
+@dataclass(frozen=True)
+class Coreset:
+    """Weighted keys and values that stand for more tokens than they are.
+
+    Attributes:
+        keys: (..., r, d), K_S: the pivots' keys as they came, in the order of their positions.
+        values: (..., r, d_v), numerators U = W V in the dtype of the values.
+        weights: float32 (..., r), w = W 1; may be negative.
+        valid: bool (..., r), False for padding slots: key, value and weight are zero there.
+    """
+
+    keys: Tensor
+    values: Tensor
+    weights: Tensor
+    valid: Tensor
+
+
+def compress_kv(
+    keys: Tensor,
+    values: Tensor,
+    *,
+    rank: int,
+    scale: float | None = None,
+    weights: Tensor | None = None,
+    valid: Tensor | None = None,
+    query_norm: float | Tensor | None = None,
+    temperature: Temperature = "released",
+    weighting: Weights = "nystrom",
+    bins: int = 1,
+    noise: Tensor | None = None,
+) -> Coreset:
+    """Compress n keys and values into `rank` weighted ones.
+
+    Computed in float32 whatever the dtype of the inputs.
+
+    Args:
+        keys: (..., n, d), floating point.
+        values: (..., n, d_v); with `weights`, the numerators U of earlier slots.
+        rank: slots to fill, at least `bins`. A bin with no more tokens than slots is stored unchanged.
+        scale: b, the factor of the attention scores, positive; d^-1/2 by default.
+        weights: (..., n), the weights w of points that are coreset slots already, 1 for exact tokens.
+        valid: bool (..., n), False for points that take part in nothing, though they keep their place in
+            the bins; all by default.
+        query_norm: R_Q, a bound on the norms of the queries to come, a number or (...); by default the
+            largest norm of a recentred key in the bin.
+        temperature: "released" or "theory", see `temperature.py`.
+        weighting: "nystrom" for signed weights, "clipped" for their non-negative part.
+        bins: bins of consecutive tokens, each compressed on its own.
+        noise: (..., s, n), standard Gumbel noise, s at least the largest rank of a bin; drawn from torch's
+            global generator by default.
+
+    Returns:
+        A Coreset of `rank` slots.
+
+    Raises:
+        ValueError: shapes, dtypes or numbers that do not fit; names the argument and its value.
+
+    Source: COMPRESSKV of arXiv 2602.10056.
+
+    Example:
+        >>> keys, values = torch.randn(2, 8, 100, 64), torch.randn(2, 8, 100, 64)
+        >>> compress_kv(keys, values, rank=24, bins=2).values.shape
+        torch.Size([2, 8, 24, 64])
+    """
+    _check(keys, values, weights, valid, scale, rank, bins)
+    batch, (n, d) = keys.shape[:-2], keys.shape[-2:]
+    layout = BinLayout.build(n, [n], [rank], [bins], keys.device)
+    if noise is None:
+        noise = -torch.empty(*batch, layout.bin_rank, n, device=keys.device).exponential_().log()
+    if noise.shape[:-2] != batch or noise.shape[-1] != n or noise.shape[-2] < layout.bin_rank:
+        raise ValueError(
+            f"noise has shape {tuple(noise.shape)}; it must be {(*batch, layout.bin_rank, n)}, "
+            "one row for every step of a bin"
+        )
+    binned_noise = layout.gather(noise[..., : layout.bin_rank, :].mT.reshape(1, -1, n, layout.bin_rank)).mT
+    if query_norm is not None:
+        query_norm = torch.as_tensor(query_norm, dtype=torch.float32, device=keys.device).expand(batch).reshape(1, -1)
+    coreset = compress_bins(
+        keys.reshape(1, -1, n, d),
+        values.reshape(1, -1, n, values.shape[-1]),
+        layout,
+        binned_noise,
+        scale=d**-0.5 if scale is None else scale,
+        weights=None if weights is None else weights.expand(*batch, n).reshape(1, -1, n),
+        valid=None if valid is None else valid.expand(*batch, n).reshape(1, -1, n),
+        query_norm=query_norm,
+        temperature=temperature,
+        weighting=weighting,
+    )
+    return Coreset(
+        keys=coreset.keys.reshape(*batch, rank, d),
+        values=coreset.values.reshape(*batch, rank, -1),
+        weights=coreset.weights.reshape(*batch, rank),
+        valid=coreset.valid.reshape(*batch, rank),
+    )
+
+
+def compress_bins(
+    keys: Tensor,
+    values: Tensor,
+    layout: BinLayout,
+    noise: Tensor,
+    *,
+    scale: float,
+    weights: Tensor | None = None,
+    valid: Tensor | None = None,
+    query_norm: Tensor | None = None,
+    value_bound: Tensor | None = None,
+    temperature: Temperature = "released",
+    weighting: Weights = "nystrom",
+) -> Coreset:
+    """`compress_kv` for rows of a batch that may differ in length, rank and number of bins.
+
+    Args:
+        keys: (rows, heads, n, d); `values`, `weights` and `valid` alike.
+        values: (rows, heads, n, d_v).
+        layout: of the rows' bins.
+        noise: (rows, heads, bins, bin_rank, t), standard Gumbel noise in the layout's order.
+        scale: as in `compress_kv`; so are the arguments below.
+        weights: float32 (rows, heads, n).
+        valid: bool (rows, heads, n).
+        query_norm: float32 (rows, heads).
+        value_bound: float32 (rows, heads), s^2, the sum over channels of the largest squared value that
+            the head has seen; with `weights`, slots with a U that is large against it are drawn more often.
+        temperature: rule for tau.
+        weighting: signed or clipped.
+
+    Returns:
+        A Coreset of (rows, heads, c, ...), c the largest rank of a row.
+    """
+    weights = None if weights is None else weights.to(torch.float32)
+    used = layout.used.unsqueeze(1).expand(keys.shape[0], keys.shape[1], -1, -1)
+    if valid is not None:
+        used = used & layout.gather(valid)
+    if layout.lossless:
+        pivots, found = _take_all(used, layout.bin_rank)
+        return take_pivots(keys, values, weights, layout, pivots, found)
+
+    with full_precision(keys.device):
+        points = _scaled_keys(keys, layout, used, scale, query_norm, temperature)
+        binned_weights = None if weights is None else layout.gather(weights)
+        binned_values = layout.gather(values).to(torch.float32).masked_fill_(~used.unsqueeze(-1), 0.0)
+        importance = None
+        if binned_weights is not None:
+            importance = _log_importance(binned_weights, binned_values, value_bound)
+        ranks = layout.rank.unsqueeze(1).expand(used.shape[:-1])
+        factor = pivoted_cholesky(points, noise, valid=used, log_importance=importance, ranks=ranks)
+        matrix = nystrom_weights(points, factor, valid=used)
+        if weighting == "clipped":
+            matrix = matrix.clamp_min_(0.0)
+        numerators = torch.matmul(matrix, binned_values)
+        mass = (
+            matrix.sum(-1) if binned_weights is None else torch.matmul(matrix, binned_weights.unsqueeze(-1)).squeeze(-1)
+        )
+
+    # In the order of positions, as `take_pivots` stores them.
+    pivots, order = torch.where(factor.valid, factor.pivots, used.shape[-1]).sort(-1)
+    found = factor.valid.gather(-1, order)
+    everything, present = _take_all(used, layout.bin_rank)
+    unchanged = (layout.size <= layout.rank)[:, None, :, None]
+    pivots, found = torch.where(unchanged, everything, pivots), torch.where(unchanged, present, found)
+    stored = take_pivots(keys, values, weights, layout, pivots.clamp_max(used.shape[-1] - 1), found)
+
+    limit = torch.finfo(values.dtype)
+    numerators = numerators.gather(-2, order.unsqueeze(-1).expand_as(numerators)).clamp_(limit.min, limit.max)
+    computed = layout.collect(found & ~unchanged) & layout.slot_used.unsqueeze(1)
+    return Coreset(
+        keys=stored.keys,
+        values=torch.where(computed.unsqueeze(-1), layout.collect(numerators.to(values.dtype)), stored.values),
+        weights=torch.where(computed, layout.collect(mass.gather(-1, order)), stored.weights),
+        valid=stored.valid,
+    )
+
+
+def token_mass(
+    keys: Tensor,
+    *,
+    rank: int,
+    scale: float | None = None,
+    temperature: Temperature = "released",
+    bins: int = 1,
+    noise: Tensor | None = None,
+) -> Tensor:
+    """How much of each token lives on in the coreset: the column sums of W, a diagnostic.
+
+    1 for pivots; near 0 for tokens that the kernel does not reach (widely spread keys), whose values are
+    lost. The median over the tokens says whether the temperature suits the keys.
+
+    Args:
+        keys: (..., n, d), with the other arguments as in `compress_kv`.
+        rank: slots.
+        scale: b.
+        temperature: rule for tau.
+        bins: bins of consecutive tokens.
+        noise: as in `compress_kv`.
+
+    Returns:
+        float32 (..., n).
+
+    Example:
+        >>> float(token_mass(torch.zeros(10, 4), rank=2).min())  # equal keys stand for each other
+        1.0
+    """
+    # The weights are linear in the inputs, so the identity in place of the values reads off W.
+    n = keys.shape[-2]
+    identity = torch.eye(n, device=keys.device).expand(*keys.shape[:-2], n, n)
+    return compress_kv(
+        keys, identity, rank=rank, scale=scale, temperature=temperature, bins=bins, noise=noise
+    ).values.sum(-2)
+
+
+def take_pivots(
+    keys: Tensor, values: Tensor, weights: Tensor | None, layout: BinLayout, pivots: Tensor, found: Tensor
+) -> Coreset:
+    """A Coreset of pivots as they came: keys, values and weights unchanged, padding slots zero.
+
+    Args:
+        keys: (rows, heads, n, d).
+        values: (rows, heads, n, d_v).
+        weights: float32 (rows, heads, n), or None for 1.
+        layout: of the rows' bins.
+        pivots: int64 (rows, heads, bins, bin_rank), places within the bins; sorted here by position.
+        found: bool, of the same shape, False for slots that stay empty.
+
+    Returns:
+        A Coreset of (rows, heads, c, ...).
+    """
+    places = layout.used.shape[-1]
+    pivots, order = torch.where(found, pivots, places).sort(-1)
+    found, pivots = found.gather(-1, order), pivots.clamp_max(places - 1)
+    columns = layout.column.unsqueeze(1).expand(*pivots.shape[:-1], -1).gather(-1, pivots)
+    columns = layout.collect(columns)
+    valid = layout.collect(found) & layout.slot_used.unsqueeze(1)
+
+    def pick(tensor: Tensor) -> Tensor:
+        picked = tensor.gather(2, columns.unsqueeze(-1).expand(-1, -1, -1, tensor.shape[-1]))
+        return picked.masked_fill_(~valid.unsqueeze(-1), 0.0)
+
+    mass = valid.to(torch.float32) if weights is None else pick(weights.unsqueeze(-1)).squeeze(-1)
+    return Coreset(keys=pick(keys), values=pick(values), weights=mass, valid=valid)
+
+
+@contextmanager
+def full_precision(device: torch.device) -> Iterator[None]:
+    """float32 that is float32: no autocast, and no TF32 or bfloat16 inside matrix products."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def _scaled_keys(
+    keys: Tensor,
+    layout: BinLayout,
+    used: Tensor,
+    scale: float,
+    query_norm: Tensor | None,
+    temperature: Temperature,
+) -> Tensor:
+    """z: keys recentred by the mean of the head's, over tau sqrt(1/b) of their bin; zero where unused."""
+    points = layout.gather(keys).to(torch.float32).masked_fill_(~used.unsqueeze(-1), 0.0)
+    count = used.sum((-2, -1)).clamp_min(1)
+    centre = points.sum((-3, -2)) / count.unsqueeze(-1)
+    points = (points - centre[:, :, None, None]).masked_fill_(~used.unsqueeze(-1), 0.0)
+    key_norm = points.norm(dim=-1).amax(-1)
+    if query_norm is not None:
+        query_norm = query_norm.unsqueeze(-1).expand_as(key_norm)
+    tau2 = squared_temperature(key_norm, query_norm, used.sum(-1), scale, temperature)
+    return points * (scale / tau2).sqrt()[..., None, None]
+
+
+def _log_importance(weights: Tensor, values: Tensor, value_bound: Tensor | None) -> Tensor:
+    """0 for an exact token, more for slots whose weight or numerator is large."""
+    importance = 2 * weights.abs().log()
+    if value_bound is not None:
+        tiny = torch.finfo(torch.float32).tiny
+        by_value = values.square().sum(-1).log() - value_bound.clamp_min(tiny).log()[:, :, None, None]
+        importance = torch.maximum(importance, by_value)
+    # A slot of weight 0 that is nonetheless valid must stay drawable.
+    return importance.clamp_min(-80.0)
+
+
+def _take_all(used: Tensor, slots: int) -> tuple[Tensor, Tensor]:
+    """Pivots and validity when every token of a bin becomes a slot, in order."""
+    places = torch.arange(slots, device=used.device).clamp_max(used.shape[-1] - 1).expand(*used.shape[:-1], slots)
+    fits = torch.arange(slots, device=used.device) < used.shape[-1]
+    return places, used.gather(-1, places) & fits
+
+
+def _check(
+    keys: Tensor,
+    values: Tensor,
+    weights: Tensor | None,
+    valid: Tensor | None,
+    scale: float | None,
+    rank: int,
+    bins: int,
+) -> None:
+    """Refuse what does not fit, before any work."""
+    for name, tensor in (("keys", keys), ("values", values)):
+        if not tensor.is_floating_point():
+            raise ValueError(f"{name} has dtype {tensor.dtype}; it must be float16, bfloat16, float32 or float64")
+        if tensor.dim() < 2:
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}; it must be (..., tokens, channels)")
+    if keys.shape[:-1] != values.shape[:-1]:
+        raise ValueError(
+            f"values has shape {tuple(values.shape)} and keys {tuple(keys.shape)}; all but the last dimension must agree"
+        )
+    for name, extra in (("weights", weights), ("valid", valid)):
+        if extra is not None and extra.shape[-1:] != keys.shape[-2:-1]:
+            raise ValueError(
+                f"{name} has shape {tuple(extra.shape)}; its last dimension must be {keys.shape[-2]} tokens"
+            )
+    if scale is not None and not 0 < scale < float("inf"):
+        raise ValueError(f"scale={scale} must be positive and finite, for example d ** -0.5")
+    if not 1 <= bins <= min(rank, keys.shape[-2]):
+        raise ValueError(
+            f"bins={bins} with rank={rank} and {keys.shape[-2]} tokens: every bin takes at least one slot and one "
+            "token; lower bins, or raise rank"
+        )
+    if not bool(torch.isfinite(keys).all()):
+        raise ValueError("keys holds NaN or infinity; compress finite keys, and mark padding with valid")

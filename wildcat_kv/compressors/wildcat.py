@@ -1,0 +1,65 @@
+"""WildCat: bins of tokens into Nystrom-weighted pivots (arXiv 2602.10056)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from wildcat_kv.bins import BinLayout
+from wildcat_kv.compress import Coreset, compress_bins
+from wildcat_kv.compressors.base import KVBlock
+from wildcat_kv.config import Temperature, Weights
+from wildcat_kv.noise import gumbel_noise
+
+
+@dataclass(frozen=True)
+class WildCat:
+    """Randomly pivoted Cholesky picks each bin's keys, Nystrom weights let the other tokens live on in them.
+
+    Needs keys and values only. Costs bin_rank sequential steps a fold, all bins, heads and rows at once.
+
+    Attributes:
+        bin_rank: slots of a bin; the published protocol has 12.
+        temperature: rule for tau, see `temperature.py`.
+        weights: "nystrom" (signed) or "clipped".
+        seed: of the pivots.
+
+    Source: Schröder and Mackey, arXiv 2602.10056, COMPRESSKV.
+    """
+
+    bin_rank: int = 12
+    temperature: Temperature = "released"
+    weights: Weights = "nystrom"
+    seed: int = 0
+
+    def compress(self, block: KVBlock, budget: Sequence[int]) -> Coreset:
+        """See `Compressor`."""
+        device = block.keys.device
+        bins = [max(1, -(-rank // self.bin_rank)) for rank in budget]
+        layout = BinLayout.build(block.keys.shape[2], block.lengths, budget, bins, device)
+
+        # Keyed by what a row is by itself, so that padding and the rest of the batch change nothing.
+        places = layout.used.shape[-1]
+        noise = gumbel_noise(
+            self.seed,
+            torch.full((1, 1, 1, 1, 1), block.layer_index, device=device),
+            torch.tensor(block.seen, device=device).view(-1, 1, 1, 1, 1),
+            torch.arange(block.keys.shape[1], device=device).view(-1, 1, 1, 1),
+            torch.arange(layout.used.shape[1], device=device).view(-1, 1, 1),
+            torch.arange(layout.bin_rank, device=device).view(-1, 1),
+            torch.arange(places, device=device),
+        )
+        return compress_bins(
+            block.keys,
+            block.values,
+            layout,
+            noise,
+            scale=block.scale,
+            weights=block.weights,
+            valid=block.valid,
+            value_bound=block.value_bound,
+            temperature=self.temperature,
+            weighting=self.weights,
+        )

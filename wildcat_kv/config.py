@@ -1,0 +1,123 @@
+"""What the user chooses: how much of the cache to keep, and how. One schema, validated in one place."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+Temperature = Literal["released", "theory"]
+Weights = Literal["nystrom", "clipped"]
+
+_RATIO_HELP = "ratio is the share of the tokens to keep, in (0, 1], for example 0.25"
+_MAX_TOKENS_HELP = "max_tokens is the most tokens to store a layer and head, a positive integer, for example 1024"
+_SINK_HELP = "sink is how many of the first tokens stay exact, an integer of at least 0, for example 32"
+_WINDOW_HELP = "window is how many of the last tokens stay exact, an integer of at least 0, for example 32"
+_BIN_RANK_HELP = "bin_rank is how many slots one bin is compressed into, an integer of at least 1, for example 12"
+_TEMPERATURE_HELP = "temperature is 'released' (the authors' code) or 'theory' (the paper's formula)"
+_WEIGHTS_HELP = "weights is 'nystrom' (signed, the paper's) or 'clipped' (negative ones set to 0)"
+_SEED_HELP = "seed is an integer in [0, 2**63)"
+
+
+class WildCatConfig(BaseModel):
+    """Settings of a compressed cache; exactly one of `ratio` and `max_tokens` is given.
+
+    Args:
+        ratio: share of the seen tokens to keep, in (0, 1]. Exact right after every fold.
+        max_tokens: most tokens to store in a layer, whatever the length. At least
+            sink + window + bin_rank.
+        sink: first tokens of a row that stay exact, in tokens.
+        window: last tokens of a row that stay exact, in tokens.
+        bin_rank: slots that one bin of consecutive tokens is compressed into.
+        temperature: "released" for the constant of the authors' code, "theory" for the paper's
+            formula (Lambert W).
+        weights: "nystrom" for the signed Nystrom weights, "clipped" for their non-negative part.
+        seed: of the pivots' randomness. The same seed, model and text give the same cache.
+
+    Raises:
+        ValueError: one line that names the field, its value and what it takes.
+
+    The defaults are the published protocol (arXiv 2602.10056, KV cache experiments).
+
+    Example:
+        >>> WildCatConfig(ratio=0.25).window
+        32
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    ratio: Annotated[float, Field(gt=0, le=1, strict=True, allow_inf_nan=False)] | None = Field(
+        None, description=_RATIO_HELP
+    )
+    max_tokens: Annotated[int, Field(gt=0, strict=True)] | None = Field(None, description=_MAX_TOKENS_HELP)
+    sink: int = Field(32, ge=0, strict=True, description=_SINK_HELP)
+    window: int = Field(32, ge=0, strict=True, description=_WINDOW_HELP)
+    bin_rank: int = Field(12, ge=1, strict=True, description=_BIN_RANK_HELP)
+    temperature: Temperature = Field("released", description=_TEMPERATURE_HELP)
+    weights: Weights = Field("nystrom", description=_WEIGHTS_HELP)
+    seed: int = Field(0, ge=0, lt=2**63, strict=True, description=_SEED_HELP)
+
+    def __init__(self, **fields: Any) -> None:
+        try:
+            super().__init__(**fields)
+        except ValidationError as error:
+            raise ValueError(_one_line(error, type(self))) from None
+
+    @model_validator(mode="after")
+    def _check_budget(self) -> WildCatConfig:
+        if (self.ratio is None) == (self.max_tokens is None):
+            given = "neither" if self.ratio is None else "both"
+            raise ValueError(
+                f"ratio={self.ratio} and max_tokens={self.max_tokens}: {given} of them given; "
+                "pass exactly one, for example ratio=0.25 or max_tokens=1024"
+            )
+        least = self.sink + self.window + self.bin_rank
+        if self.max_tokens is not None and self.max_tokens < least:
+            raise ValueError(
+                f"max_tokens={self.max_tokens} is too small for sink={self.sink} + window={self.window} "
+                f"+ bin_rank={self.bin_rank}; raise max_tokens to {least} or more, or lower sink and window"
+            )
+        return self
+
+    @classmethod
+    def from_yaml(cls, path: str | Path, **overrides: Any) -> WildCatConfig:
+        """Read a preset; `overrides` win over the file, and a new budget replaces the file's.
+
+        Args:
+            path: a YAML file whose top level is a mapping of this class's fields.
+            **overrides: fields to set instead of the file's.
+
+        Raises:
+            ValueError: the file cannot be read, is no mapping, or holds a wrong field; names the file.
+        """
+        try:
+            fields = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+            reason = " ".join(str(error).split())
+            raise ValueError(f"path={str(path)!r} is no readable YAML file: {reason}") from None
+        if not isinstance(fields, dict):
+            raise ValueError(
+                f"path={str(path)!r} holds a {type(fields).__name__}; its top level must be a mapping such as "
+                "'ratio: 0.25'"
+            )
+        if overrides.keys() & {"ratio", "max_tokens"}:
+            fields = {name: value for name, value in fields.items() if name not in ("ratio", "max_tokens")}
+        try:
+            return cls(**{**fields, **overrides})
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{path}: {error}") from None
+
+
+def _one_line(error: ValidationError, model: type[BaseModel]) -> str:
+    """The first finding of a validation, as: field=value: what is wrong; what it takes."""
+    finding = error.errors(include_url=False)[0]
+    message = finding["msg"].removeprefix("Value error, ")
+    if not finding["loc"]:
+        return message
+    name = str(finding["loc"][0])
+    if finding["type"] == "extra_forbidden":
+        return f"{name}={finding['input']!r}: no such setting; known ones are {', '.join(model.model_fields)}"
+    description = model.model_fields[name].description
+    return f"{name}={finding['input']!r}: {message[0].lower()}{message[1:]}; {description}"

@@ -1,0 +1,44 @@
+"""Gumbel noise from a stateless counter hash: the same counters give the same noise on every device.
+
+Nothing is drawn in sequence, so a padded row, a larger batch or an earlier fold changes no other draw.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# The finalizer of SplitMix64 (Steele, Lea and Flood 2014), as signed 64-bit numbers that wrap around.
+_GOLDEN = 0x9E3779B97F4A7C15 - 2**64
+_MIX_1 = 0xBF58476D1CE4E5B9 - 2**64
+_MIX_2 = 0x94D049BB133111EB - 2**64
+
+
+def gumbel_noise(seed: int, *counters: Tensor) -> Tensor:
+    """Standard Gumbel noise keyed by `seed` and the counters.
+
+    Args:
+        seed: any integer in [0, 2**63).
+        *counters: integer tensors of shapes that broadcast together, all on one device; their order
+            matters. The small ones go first: the hash is carried from one to the next.
+
+    Returns:
+        float32 tensor of the broadcast shape, between -2.8 and 16.7.
+    """
+    state = torch.full((), seed, dtype=torch.int64, device=counters[0].device)
+    for counter in counters:
+        state = _mix(state + counter.to(torch.int64) * _GOLDEN + 1)
+    # 23 bits and a half: the numbers closest to 0 and 1 that float32 holds exactly on both sides.
+    uniform = (_shift(state, 41).to(torch.float32) + 0.5) * 2.0**-23
+    return uniform.log_().neg_().log_().neg_()
+
+
+def _mix(state: Tensor) -> Tensor:
+    state = (state ^ _shift(state, 30)) * _MIX_1
+    state = (state ^ _shift(state, 27)) * _MIX_2
+    return state ^ _shift(state, 31)
+
+
+def _shift(state: Tensor, bits: int) -> Tensor:
+    """Logical shift to the right; the operator's is arithmetic."""
+    return (state >> bits) & ((1 << (64 - bits)) - 1)

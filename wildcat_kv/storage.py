@@ -1,0 +1,109 @@
+"""The tensors of one cache layer, allocated ahead of the tokens so that appending copies only the new ones."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Entries:
+    """Stored entries: coreset slots and exact tokens alike.
+
+    Attributes:
+        keys: (rows, heads, n, d).
+        values: (rows, heads, n, d_v).
+        weights: float32 (rows, heads, n), 1 for exact tokens.
+        valid: bool (rows, heads, n), False for padding.
+    """
+
+    keys: Tensor
+    values: Tensor
+    weights: Tensor
+    valid: Tensor
+
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The four tensors, in the order of the attributes."""
+        return self.keys, self.values, self.weights, self.valid
+
+    def slice(self, start: int, stop: int) -> Entries:
+        """A view of the columns [start, stop)."""
+        return Entries(*(tensor[:, :, start:stop] for tensor in self.tensors()))
+
+    def columns(self, index: Tensor) -> Entries:
+        """Columns (rows, k) of each row, copied."""
+        picked = []
+        for tensor in self.tensors():
+            place = index[:, None, :, None] if tensor.dim() == 4 else index[:, None]
+            picked.append(tensor.gather(2, place.expand(-1, *tensor.shape[1:2], -1, *tensor.shape[3:])))
+        return Entries(*picked)
+
+    def rows(self, index: Tensor) -> Entries:
+        """Rows (k,) of the batch, copied."""
+        return Entries(*(tensor.index_select(0, index.to(tensor.device)) for tensor in self.tensors()))
+
+
+class Storage:
+    """Entries with free room behind them.
+
+    Attributes:
+        length: columns in use.
+        room: columns to allocate beyond what is needed, whenever more are needed.
+    """
+
+    def __init__(self, parts: list[Entries], room: int, extra: int = 0) -> None:
+        """Copy `parts` one after the other into new memory, with `room + extra` free columns behind them."""
+        self.room = room
+        self.length = 0
+        first = parts[0]
+        capacity = sum(part.keys.shape[2] for part in parts) + room + extra
+        self._memory = Entries(
+            first.keys.new_empty(*first.keys.shape[:2], capacity, first.keys.shape[-1]),
+            first.values.new_empty(*first.values.shape[:2], capacity, first.values.shape[-1]),
+            first.keys.new_ones(*first.keys.shape[:2], capacity, dtype=torch.float32),
+            first.keys.new_ones(*first.keys.shape[:2], capacity, dtype=torch.bool),
+        )
+        for part in parts:
+            end = self.length + part.keys.shape[2]
+            for target, source in zip(self._memory.slice(self.length, end).tensors(), part.tensors(), strict=True):
+                target.copy_(source)
+            self.length = end
+
+    @staticmethod
+    def empty(keys: Tensor, values: Tensor, room: int) -> Storage:
+        """Nothing stored, with free columns for these keys and values and `room` more."""
+        none = Entries(
+            keys[:, :, :0],
+            values[:, :, :0],
+            keys.new_ones(*keys.shape[:2], 0, dtype=torch.float32),
+            keys.new_ones(*keys.shape[:2], 0, dtype=torch.bool),
+        )
+        return Storage([none], room, extra=keys.shape[2])
+
+    @property
+    def entries(self) -> Entries:
+        """A view of what is in use."""
+        return self._memory.slice(0, self.length)
+
+    @property
+    def memory(self) -> Entries:
+        """All of the memory, free room included."""
+        return self._memory
+
+    def select_rows(self, index: Tensor) -> None:
+        """Keep the rows at `index`, int64 (k,), in that order."""
+        self._memory = self._memory.rows(index)
+
+    def append(self, keys: Tensor, values: Tensor, valid: Tensor | None) -> None:
+        """Append exact tokens (rows, heads, k, ...); `valid` is bool (rows, k), all by default."""
+        end = self.length + keys.shape[2]
+        if end > self._memory.keys.shape[2]:
+            self._memory = Storage([self.entries], self.room, extra=keys.shape[2])._memory
+        new = self._memory.slice(self.length, end)
+        new.keys.copy_(keys)
+        new.values.copy_(values)
+        if valid is not None:
+            new.valid.copy_(valid.unsqueeze(1))
+        self.length = end
