@@ -158,37 +158,36 @@ def compress_bins(
 
     with full_precision(keys.device):
         points = _scaled_keys(keys, layout, used, scale, query_norm, temperature)
-        binned_weights = None if weights is None else layout.gather(weights)
-        binned_values = layout.gather(values).to(torch.float32).masked_fill_(~used.unsqueeze(-1), 0.0)
-        importance = None
-        if binned_weights is not None:
-            importance = _log_importance(binned_weights, binned_values, value_bound)
-        ranks = layout.rank.unsqueeze(1).expand(used.shape[:-1])
-        factor = pivoted_cholesky(points, noise, valid=used, log_importance=importance, ranks=ranks)
+        summed = layout.gather(values).to(torch.float32).masked_fill_(~used.unsqueeze(-1), 0.0)
+        mass = used.to(torch.float32) if weights is None else layout.gather(weights)
+        factor = pivoted_cholesky(
+            points,
+            noise,
+            valid=used,
+            log_importance=None if weights is None else _log_importance(mass, summed, value_bound),
+            ranks=layout.rank.unsqueeze(1).expand(used.shape[:-1]),
+        )
         matrix = nystrom_weights(points, factor, valid=used)
         if weighting == "clipped":
             matrix = matrix.clamp_min_(0.0)
-        numerators = torch.matmul(matrix, binned_values)
-        mass = (
-            matrix.sum(-1) if binned_weights is None else torch.matmul(matrix, binned_weights.unsqueeze(-1)).squeeze(-1)
-        )
+        summed = torch.matmul(matrix, summed)
+        mass = torch.matmul(matrix, mass.unsqueeze(-1)).squeeze(-1)
 
-    # In the order of positions, as `take_pivots` stores them.
-    pivots, order = torch.where(factor.valid, factor.pivots, used.shape[-1]).sort(-1)
-    found = factor.valid.gather(-1, order)
+    # Bins that need no compression keep their tokens as they are; the others take the sums of their pivots.
     everything, present = _take_all(used, layout.bin_rank)
-    unchanged = (layout.size <= layout.rank)[:, None, :, None]
-    pivots, found = torch.where(unchanged, everything, pivots), torch.where(unchanged, present, found)
-    stored = take_pivots(keys, values, weights, layout, pivots.clamp_max(used.shape[-1] - 1), found)
-
-    limit = torch.finfo(values.dtype)
-    numerators = numerators.gather(-2, order.unsqueeze(-1).expand_as(numerators)).clamp_(limit.min, limit.max)
-    computed = layout.collect(found & ~unchanged) & layout.slot_used.unsqueeze(1)
+    lossless = (layout.size <= layout.rank)[:, None, :, None]
+    pivots, found = torch.where(lossless, everything, factor.pivots), torch.where(lossless, present, factor.valid)
+    tokens = take_pivots(keys, values, weights, layout, pivots, found)
+    order = _position_order(pivots, found)
+    computed = layout.collect(found.gather(-1, order) & ~lossless) & layout.slot_used.unsqueeze(1)
+    limit = min(torch.finfo(values.dtype).max, torch.finfo(torch.float32).max)
+    summed = layout.collect(summed.gather(-2, order.unsqueeze(-1).expand_as(summed))).clamp_(-limit, limit)
+    mass = layout.collect(mass.gather(-1, order))
     return Coreset(
-        keys=stored.keys,
-        values=torch.where(computed.unsqueeze(-1), layout.collect(numerators.to(values.dtype)), stored.values),
-        weights=torch.where(computed, layout.collect(mass.gather(-1, order)), stored.weights),
-        valid=stored.valid,
+        keys=tokens.keys,
+        values=torch.where(computed.unsqueeze(-1), summed.to(values.dtype), tokens.values),
+        weights=torch.where(computed, mass, tokens.weights),
+        valid=tokens.valid,
     )
 
 
@@ -245,12 +244,10 @@ def take_pivots(
     Returns:
         A Coreset of (rows, heads, c, ...).
     """
-    places = layout.used.shape[-1]
-    pivots, order = torch.where(found, pivots, places).sort(-1)
-    found, pivots = found.gather(-1, order), pivots.clamp_max(places - 1)
+    order = _position_order(pivots, found)
     columns = layout.column.unsqueeze(1).expand(*pivots.shape[:-1], -1).gather(-1, pivots)
-    columns = layout.collect(columns)
-    valid = layout.collect(found) & layout.slot_used.unsqueeze(1)
+    columns = layout.collect(columns.gather(-1, order))
+    valid = layout.collect(found.gather(-1, order)) & layout.slot_used.unsqueeze(1)
 
     def pick(tensor: Tensor) -> Tensor:
         picked = tensor.gather(2, columns.unsqueeze(-1).expand(-1, -1, -1, tensor.shape[-1]))
@@ -301,6 +298,11 @@ def _log_importance(weights: Tensor, values: Tensor, value_bound: Tensor | None)
         importance = torch.maximum(importance, by_value)
     # A slot of weight 0 that is nonetheless valid must stay drawable.
     return importance.clamp_min(-80.0)
+
+
+def _position_order(pivots: Tensor, found: Tensor) -> Tensor:
+    """Slots (..., r) of each bin in the order of their positions, empty ones last."""
+    return pivots.masked_fill(~found, torch.iinfo(torch.int64).max).argsort(dim=-1, stable=True)
 
 
 def _take_all(used: Tensor, slots: int) -> tuple[Tensor, Tensor]:

@@ -27,10 +27,10 @@ MIN_ESSAY_CHARS = 1000
 # Cities that no essay names, so that a key occurs only in its needle.
 _CITIES = """
     Tbilisi Yerevan Baku Tashkent Samarkand Bishkek Almaty Astana Dushanbe Ashgabat Ulaanbaatar Vientiane
-    Hanoi Manila Jakarta Surabaya Colombo Kandy Dhaka Kathmandu Thimphu Lahore Karachi Kabul Tehran Isfahan Baghdad
-    Basra Amman Beirut Muscat Doha Riyadh Jeddah Sanaa Cairo Alexandria Tripoli Tunis Algiers Rabat Casablanca
-    Marrakesh Dakar Bamako Accra Kumasi Lagos Abuja Kano Nairobi Mombasa Kampala Kigali Lusaka Harare Maputo
-    Luanda Windhoek Gaborone Durban Antananarivo Lima Cusco Quito Guayaquil Bogota Medellin Caracas Asuncion
+    Hanoi Manila Jakarta Surabaya Colombo Kandy Dhaka Kathmandu Thimphu Lahore Karachi Kabul Tehran Isfahan
+    Baghdad Basra Amman Beirut Muscat Doha Riyadh Jeddah Sanaa Cairo Alexandria Tripoli Tunis Algiers Rabat
+    Casablanca Marrakesh Dakar Bamako Accra Kumasi Lagos Abuja Kano Nairobi Mombasa Kampala Kigali Lusaka Harare
+    Maputo Luanda Windhoek Gaborone Durban Antananarivo Lima Cusco Quito Guayaquil Bogota Medellin Caracas Asuncion
     Montevideo Rosario Cordoba Santiago Valparaiso Recife Salvador Manaus Curitiba Havana Kingston Guadalajara
     Monterrey Tijuana Oslo Bergen Trondheim Stockholm Gothenburg Helsinki Tampere Turku Tallinn Riga Vilnius
     Kaunas Warsaw Gdansk Krakow Prague Brno Bratislava Budapest Zagreb Ljubljana Sarajevo Skopje Sofia Varna
@@ -163,6 +163,7 @@ def build_context(
             "give a larger length or fewer needles"
         )
     planted = list(zip(places, needles, strict=True))
+    sentences[-1] += "\n\n"
     ordered = sentences[start:] + sentences[:start]
     body, tail = _stretch(tokenizer, ordered, budget, length)
     # Sentences counted apart sum to more tokens than their whole; what that wastes is given out again.
@@ -186,7 +187,7 @@ def _counts(tokenizer: Any, texts: list[str]) -> list[int]:
 
 def _stretch(tokenizer: Any, sentences: list[str], budget: int, length: int) -> tuple[list[str], str]:
     """Return the whole sentences that fit into the budget, and the text right after them."""
-    # A token has one character at least, so this many sentences hold the budget or nearly all the text.
+    # Prose has four to five characters a token, so eight are enough without counting all the essays.
     taken = _first_with_chars(sentences, budget * 8)
     total = 0
     for index, count in enumerate(_counts(tokenizer, sentences[:taken])):

@@ -1,0 +1,1 @@
+"""Long-context accuracy of compressed caches against baselines."""
