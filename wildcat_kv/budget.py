@@ -108,7 +108,7 @@ def plan_fold(row: Row, config: WildCatConfig, *, prefill: bool) -> Fold | None:
     else:
         assert config.max_tokens is not None
         due = row.stored > config.max_tokens
-        budget = config.max_tokens - block_size(config)
+        budget = config.max_tokens + 1 - block_size(config)  # a block later it is full again
     if not due or budget >= row.seen:
         return None
 
@@ -117,9 +117,10 @@ def plan_fold(row: Row, config: WildCatConfig, *, prefill: bool) -> Fold | None:
         sink = row.sink
     # With `ratio` the budget grows with the row, so old slots never need to be compressed again.
     kept = row.slots if config.ratio is not None else 0
+    window = min(window, budget - sink - kept - 1)  # something must be left to compress into
     rank = budget - sink - window - kept
     items = row.stored - sink - window - kept
-    if rank < 1 or items <= rank:
+    if window < 0 or items <= rank:
         return None
     return Fold(sink=sink, kept=kept, items=items, rank=rank, window=window)
 

@@ -1,0 +1,453 @@
+"""The cache under tiny random models: what it stores, what it answers, what it refuses."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+import transformers as tf
+from hypothesis import given
+from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from transformers import DynamicCache
+
+from tests.tiny import FAMILIES, SMALL, random_ids, tiny_model
+from wildcat_kv import CompressedCache, WildCatCache, WildCatConfig
+from wildcat_kv.budget import block_size, kept_tokens
+from wildcat_kv.compressors import Uniform
+
+
+@pytest.fixture(scope="module")
+def llama():
+    return tiny_model("llama")
+
+
+def decode(model, cache, ids, steps, mask=None):
+    """Logits (rows, steps, vocabulary) of a prompt's last token and of greedy tokens after it."""
+    collected = []
+    for _ in range(steps):
+        out = model(ids, past_key_values=cache, attention_mask=mask)
+        collected.append(out.logits[:, -1])
+        ids = out.logits[:, -1:].argmax(-1)
+        if mask is not None:
+            mask = torch.cat((mask, mask.new_ones(len(mask), 1)), dim=-1)
+    return torch.stack(collected, dim=1)
+
+
+def full_layers(cache):
+    return [index for index, layer in enumerate(cache.layers) if type(layer).__name__ == "WildCatLayer"]
+
+
+# Exactness
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("budget", [{"ratio": 1.0}, {"max_tokens": 500}])
+def test_within_budget_every_logit_is_the_exact_caches(family, attention, budget):
+    model, ids = tiny_model(family, attention), random_ids(2, 70)
+    mask = torch.ones_like(ids)
+    mask[0, :13] = 0
+    expected = decode(model, DynamicCache(config=model.config), ids, 60, mask)
+    cache = WildCatCache(model.config, **budget)
+    assert torch.equal(decode(model, cache, ids, 60, mask), expected)
+    assert all(cache.stored_length(index) == 129 for index in full_layers(cache))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_switch_changes_nothing_for_other_caches(family):
+    model, ids = tiny_model(family), random_ids(1, 50)
+    plain, expected = model(ids).logits, decode(model, DynamicCache(config=model.config), ids, 5)
+    WildCatCache(model.config, ratio=0.5)
+    assert torch.equal(model(ids).logits, plain)
+    assert torch.equal(decode(model, DynamicCache(config=model.config), ids, 5), expected)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_prompt_itself_is_read_exactly(family, attention):
+    model, ids = tiny_model(family, attention), random_ids(1, 200)
+    expected = model(ids, past_key_values=DynamicCache(config=model.config)).logits
+    cache = WildCatCache(model.config, ratio=0.25)
+    assert torch.equal(model(ids, past_key_values=cache).logits, expected)
+    assert all(cache.stored_length(index) == 50 for index in full_layers(cache))
+
+
+def test_sinks_window_and_pivots_are_the_models_own_keys(llama):
+    ids = random_ids(1, 400)
+    exact = DynamicCache(config=llama.config)
+    cache = WildCatCache(llama.config, ratio=0.25)
+    for kind in (exact, cache):
+        llama(ids, past_key_values=kind)
+    for ours, theirs in zip(cache.layers, exact.layers, strict=True):
+        assert torch.equal(ours.keys[:, :, :32], theirs.keys[:, :, :32])
+        assert torch.equal(ours.values[:, :, :32], theirs.values[:, :, :32])
+        assert torch.equal(ours.keys[:, :, -32:], theirs.keys[:, :, -32:])
+        assert torch.equal(ours.values[:, :, -32:], theirs.values[:, :, -32:])
+        distance = torch.cdist(ours.keys, theirs.keys, compute_mode="donot_use_mm_for_euclid_dist").amin(-1)
+        assert distance.max() == 0
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_compressed_cache_stays_near_the_exact_one(family):
+    """Smooth keys (small projections) are compressed almost without loss."""
+    model, ids = tiny_model(family, initializer_range=0.05), random_ids(1, 300)
+    exact, cache = DynamicCache(config=model.config), WildCatCache(model.config, ratio=0.5)
+    uniform = CompressedCache(model.config, compressor=Uniform(), ratio=0.5)
+    expected, ours, random = (decode(model, kind, ids, 40) for kind in (exact, cache, uniform))
+    error, floor = (ours - expected).norm() / expected.norm(), (random - expected).norm() / expected.norm()
+    assert error < 0.1 and error < floor / 3
+
+
+# Budgets
+
+
+@given(st.integers(2, 300), st.sampled_from([0.1, 0.25, 0.33, 0.5, 0.9]), st.integers(0, 130))
+def test_ratio_is_exact_after_the_prompt_and_within_a_block_later(prompt, ratio, steps):
+    model = tiny_model("llama", num_hidden_layers=1)
+    cache = WildCatCache(model.config, ratio=ratio)
+    model(random_ids(1, prompt), past_key_values=cache)
+    assert cache.stored_length(0) == kept_tokens(prompt, ratio)
+    token, seen_exact = random_ids(1, 1), 0
+    for step in range(steps):
+        model(token, past_key_values=cache)
+        over = cache.stored_length(0) - kept_tokens(prompt + step + 1, ratio)
+        assert 0 <= over < block_size(cache.settings)
+        seen_exact += over == 0
+    assert cache.get_seq_length() == prompt + steps
+    assert steps < block_size(cache.settings) or seen_exact
+
+
+@pytest.mark.parametrize("prompt", [1, 40, 300])
+def test_max_tokens_is_never_exceeded(llama, prompt):
+    cache = WildCatCache(llama.config, max_tokens=100)
+    ids, held = random_ids(1, prompt), set()
+    for _ in range(250):
+        ids = llama(ids, past_key_values=cache).logits[:, -1:].argmax(-1)
+        assert all(cache.stored_length(index) <= 100 for index in range(3))
+        held.add(cache.memory_bytes())
+    assert max(held) <= 3 * 2 * (100 + 2 * 18) * (2 * 16 * 4 + 5) + 3 * 2 * 2 * 16 * 4 or prompt == 300
+    assert cache.get_seq_length() == prompt + 249
+
+
+def test_memory_is_counted_and_falls(llama):
+    ids = random_ids(1, 1000)
+    exact, cache = WildCatCache(llama.config, ratio=1.0), WildCatCache(llama.config, ratio=0.25)
+    for kind in (exact, cache):
+        llama(ids, past_key_values=kind)
+    tokens = 3 * 2 * 2 * 16 * 4  # bytes of one token's keys and values in all layers
+    assert exact.memory_bytes() >= 1000 * tokens
+    held = sum(
+        tensor.untyped_storage().nbytes()
+        for layer in cache.layers
+        for tensor in (*layer._storage.memory.tensors(), *layer._value_range)
+    )
+    assert 250 * tokens <= held == cache.memory_bytes() < 0.3 * exact.memory_bytes()
+
+
+# Batches
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("budget", [{"ratio": 0.25}, {"max_tokens": 90}, {"max_tokens": 170}])
+def test_a_padded_row_answers_as_it_does_alone(family, budget):
+    model, ids = tiny_model(family), random_ids(3, 240)
+    mask = torch.ones_like(ids)
+    mask[0, :150], mask[1, :235] = 0, 0
+    steps = 120
+    forced = random_ids(3, steps, seed=9)
+
+    def logits(ids, mask):
+        cache, collected = WildCatCache(model.config, **budget), []
+        for step in range(steps):
+            positions = (mask.cumsum(-1) - 1).clamp_min(0)[:, -ids.shape[1] :]
+            out = model(ids, past_key_values=cache, attention_mask=mask, position_ids=positions)
+            collected.append(out.logits[:, -1])
+            ids = forced[rows, step : step + 1]
+            mask = torch.cat((mask, mask.new_ones(len(mask), 1)), dim=-1)
+        return torch.stack(collected, dim=1)
+
+    rows = slice(None)
+    together = logits(ids, mask)
+    for row in range(3):
+        rows = slice(row, row + 1)
+        alone = logits(ids[rows, mask[row].bool()], torch.ones(1, int(mask[row].sum()), dtype=torch.int64))
+        torch.testing.assert_close(together[rows], alone, rtol=2e-3, atol=2e-3)
+
+
+def test_equal_rows_stay_equal(llama):
+    ids = random_ids(1, 200).expand(3, -1)
+    logits = decode(llama, WildCatCache(llama.config, ratio=0.25), ids, 60)
+    torch.testing.assert_close(logits[1:], logits[:1].expand(2, -1, -1), rtol=1e-4, atol=1e-4)
+
+
+def test_heads_and_layers_draw_apart_and_seeds_matter(llama):
+    def slots(seed):
+        cache = WildCatCache(llama.config, ratio=0.25, seed=seed)
+        llama(random_ids(1, 400), past_key_values=cache)
+        return cache.layers[0].keys
+
+    assert torch.equal(slots(0), slots(0))
+    assert not torch.equal(slots(0), slots(1))
+
+
+def test_rows_are_repeated_selected_and_reordered(llama):
+    ids = random_ids(2, 200)
+    question = random_ids(1, 9, seed=4)
+    cache = WildCatCache(llama.config, ratio=0.25)
+    llama(ids, past_key_values=cache)
+    expected = llama(question.expand(2, -1), past_key_values=copy.deepcopy(cache)).logits
+    many = copy.deepcopy(cache)
+    many.batch_repeat_interleave(2)
+    torch.testing.assert_close(
+        llama(question.expand(4, -1), past_key_values=many).logits, expected.repeat_interleave(2, 0)
+    )
+    many = copy.deepcopy(cache)
+    many.reorder_cache(torch.tensor([1, 0]))
+    torch.testing.assert_close(llama(question.expand(2, -1), past_key_values=many).logits, expected[[1, 0]])
+    for choice in (torch.tensor([1]), torch.tensor([False, True])):
+        one = copy.deepcopy(cache)
+        one.batch_select_indices(choice)
+        torch.testing.assert_close(llama(question, past_key_values=one).logits, expected[1:])
+
+
+# generate()
+
+
+def test_generate_is_the_step_by_step_loop(llama):
+    ids = random_ids(1, 150)
+    logits = decode(llama, WildCatCache(llama.config, ratio=0.25), ids, 60)
+    out = llama.generate(
+        ids, past_key_values=WildCatCache(llama.config, ratio=0.25), max_new_tokens=60, do_sample=False
+    )
+    assert torch.equal(out[:, 150:], logits.argmax(-1))
+
+
+@pytest.mark.parametrize(
+    "options", [{"num_beams": 3}, {"do_sample": True}, {"num_return_sequences": 2, "do_sample": True}]
+)
+def test_generation_modes_agree_with_the_exact_cache_within_budget(llama, options):
+    ids = random_ids(2, 40)
+    outputs = []
+    for cache in (DynamicCache(config=llama.config), WildCatCache(llama.config, ratio=1.0)):
+        torch.manual_seed(5)
+        outputs.append(llama.generate(ids, past_key_values=cache, max_new_tokens=30, **options))
+    assert torch.equal(*outputs)
+    compressed = llama.generate(
+        ids, past_key_values=WildCatCache(llama.config, max_tokens=80), max_new_tokens=60, **options
+    )
+    assert compressed.shape[1] == 100
+
+
+@pytest.mark.parametrize("chunk", [7, 64])
+def test_a_prompt_in_chunks_stays_within_its_budget(llama, chunk):
+    cache = WildCatCache(llama.config, ratio=0.25)
+    llama.generate(
+        random_ids(1, 300), past_key_values=cache, max_new_tokens=2, prefill_chunk_size=chunk, do_sample=False
+    )
+    assert cache.get_seq_length() == 301
+    assert 0 <= cache.stored_length() - 75 < 48
+
+
+def test_a_context_first_and_questions_later(llama):
+    """Positions continue, the context is not read again, and copies do not disturb each other."""
+    ids, question = random_ids(1, 200), random_ids(1, 12, seed=3)
+    cache = WildCatCache(llama.config, ratio=0.25)
+    llama(ids, past_key_values=cache)
+    assert cache.get_seq_length() == 200 and cache.stored_length() == 50
+    fork = copy.deepcopy(cache)
+    first = decode(llama, cache, question, 70)
+    assert cache.get_seq_length() == 281 and fork.get_seq_length() == 200
+    torch.testing.assert_close(decode(llama, fork, question, 70), first)
+    full = llama.generate(
+        torch.cat((ids, question), 1), past_key_values=_prefilled(llama, ids), max_new_tokens=70, do_sample=False
+    )
+    assert torch.equal(full[:, 212:], first.argmax(-1))
+
+
+def _prefilled(model, ids):
+    cache = WildCatCache(model.config, ratio=0.25)
+    model(ids, past_key_values=cache)
+    return cache
+
+
+def test_reset_and_reuse_give_the_same_again(llama):
+    cache = WildCatCache(llama.config, ratio=0.25)
+    first = decode(llama, cache, random_ids(1, 100), 60)
+    cache.reset()
+    assert cache.get_seq_length() == cache.stored_length() == cache.memory_bytes() == 0
+    assert torch.equal(decode(llama, cache, random_ids(1, 100), 60), first)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_kept_and_finite(dtype):
+    model = tiny_model("llama", initializer_range=0.1).to(dtype)
+    cache = WildCatCache(model.config, max_tokens=100)
+    logits = decode(model, cache, random_ids(1, 200), 120)
+    assert torch.isfinite(logits).all()
+    assert cache.layers[0].keys.dtype == cache.layers[0].values.dtype == dtype
+
+
+# The path of one decoded token
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("budget", [{"ratio": 0.25}, {"max_tokens": 120}])
+def test_one_token_needs_no_host_synchronisation(llama, budget, masked):
+    """Fake tensors have no data: reading one on the host raises."""
+    cache = WildCatCache(llama.config, **budget)
+    llama(random_ids(2, 200), past_key_values=cache, attention_mask=torch.ones(2, 200, dtype=torch.int64))
+    storage = cache.layers[0]._storage
+    before = storage.memory.keys.shape, storage.length
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        for step in range(1, 5):
+            mask = torch.ones(2, 200 + step, dtype=torch.int64) if masked else None
+            llama(torch.zeros(2, 1, dtype=torch.int64), past_key_values=cache, attention_mask=mask)
+        with pytest.raises(DataDependentOutputException):
+            bool(torch.ones(3).any())
+    # Nothing was copied as a whole: the same memory took the tokens.
+    assert cache.layers[0]._storage is storage
+    assert (storage.memory.keys.shape, storage.length) == (before[0], before[1] + 4)
+
+
+# What is refused
+
+
+def test_a_copied_config_never_answers_wrongly(llama):
+    cache = WildCatCache(copy.deepcopy(tiny_model("llama").config), ratio=0.25)
+    model = tiny_model("llama")
+    with pytest.raises(RuntimeError, match=r"WildCatCache\(model.config"):
+        model(random_ids(1, 50), past_key_values=cache)
+    assert cache.get_seq_length() == 0
+
+
+def test_another_attention_function_is_refused():
+    model = tiny_model("llama")
+    cache = WildCatCache(model.config, ratio=0.25)
+    model(random_ids(1, 50), past_key_values=cache)
+    model.set_attn_implementation("sdpa")
+    with pytest.raises(RuntimeError, match="'wildcat' attention"):
+        model(random_ids(1, 1), past_key_values=cache)
+    assert cache.get_seq_length() == 50
+
+
+def test_a_4d_mask_is_refused(llama):
+    cache = WildCatCache(llama.config, ratio=0.25)
+    with pytest.raises(RuntimeError, match="2D attention mask"):
+        llama(random_ids(1, 5), past_key_values=cache, attention_mask=torch.ones(1, 1, 5, 5, dtype=torch.bool))
+    assert cache.get_seq_length() == 0
+
+
+@pytest.mark.parametrize("width", [4, 6])
+def test_a_mask_of_the_wrong_width_is_refused(llama, width):
+    cache = WildCatCache(llama.config, ratio=0.25)
+    with pytest.raises(ValueError, match=f"attention_mask has width {width}.*must have width 5"):
+        llama(random_ids(1, 5), past_key_values=cache, attention_mask=torch.ones(1, width))
+    assert cache.get_seq_length() == 0
+
+
+def test_another_batch_size_is_refused(llama):
+    cache = WildCatCache(llama.config, ratio=0.25)
+    llama(random_ids(1, 60), past_key_values=cache)
+    with pytest.raises(ValueError, match=r"batch_repeat_interleave\(n\)"):
+        llama(random_ids(2, 1), past_key_values=cache)
+    assert cache.get_seq_length() == 60
+
+
+def test_nan_in_keys_names_the_layer():
+    model = tiny_model("llama")
+    model.model.layers[1].self_attn.k_proj.weight[0, 0] = float("nan")
+    cache = WildCatCache(model.config, ratio=0.25)
+    with pytest.raises(ValueError, match="layer 1: NaN or infinity in the keys"):
+        model(random_ids(1, 60), past_key_values=cache)
+    assert cache.layers[1].get_seq_length() == 0
+
+
+def test_nan_in_a_decoded_key_is_found_at_the_fold():
+    model = tiny_model("llama")
+    cache = WildCatCache(model.config, ratio=0.5)
+    model(random_ids(1, 60), past_key_values=cache)
+    model.model.layers[2].self_attn.k_proj.weight[0, 0] = float("nan")
+    with pytest.raises(ValueError, match="layer 2: NaN"):
+        decode(model, cache, random_ids(1, 1), 60)
+    assert cache.layers[2].keys.shape[-2] > 30
+
+
+def test_mismatched_keys_and_values_are_refused(llama):
+    cache = WildCatCache(llama.config, ratio=0.25)
+    cache.announce(3, None)
+    with pytest.raises(ValueError, match=r"layer 0: key_states \(1, 2, 3, 16\) and value_states \(1, 2, 4, 16\)"):
+        cache.update(torch.zeros(1, 2, 3, 16), torch.zeros(1, 2, 4, 16), 0)
+    cache.update(torch.zeros(1, 2, 3, 16), torch.zeros(1, 2, 3, 16), 0)
+    cache.announce(3, None)
+    with pytest.raises(ValueError, match="other heads or channels"):
+        cache.update(torch.zeros(1, 4, 3, 16), torch.zeros(1, 4, 3, 16), 0)
+    assert cache.stored_length(0) == 3
+
+
+def test_models_with_nothing_to_compress_are_refused():
+    with pytest.raises(ValueError, match="no full-attention layer to compress.*DynamicSlidingWindowLayer"):
+        WildCatCache(tf.MistralConfig(**SMALL, sliding_window=16), ratio=0.25)
+    config = tf.T5Config()
+    with pytest.raises(ValueError, match="encoder-decoder"):
+        WildCatCache(config, ratio=0.25)
+    with pytest.raises(TypeError, match="pass model.config"):
+        WildCatCache(tiny_model("llama"), ratio=0.25)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({}, "neither"),
+        ({"ratio": 0.25, "max_tokens": 100}, "both"),
+        ({"ratio": 2.0}, "ratio=2.0"),
+        ({"max_tokens": 10}, "max_tokens=10 is too small"),
+        ({"settings": WildCatConfig(ratio=0.25), "seed": 1}, "seed given beside settings"),
+        ({"settings": 0.25}, "settings=0.25"),
+    ],
+)
+def test_wrong_settings_leave_the_config_alone(arguments, message):
+    config = tiny_model("llama").config
+    with pytest.raises(ValueError, match=message):
+        WildCatCache(config, **arguments)
+    assert config._attn_implementation == "sdpa"
+
+
+def test_a_prompt_past_the_positions_warns_once():
+    model = tiny_model("llama", max_position_embeddings=64)
+    cache = WildCatCache(model.config, ratio=0.25)
+    with pytest.warns(UserWarning, match="70 tokens long and the model has 64 positions"):
+        model(random_ids(1, 70), past_key_values=cache)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(random_ids(1, 1), past_key_values=cache)
+
+
+def test_taking_tokens_back_is_refused(llama):
+    cache = WildCatCache(llama.config, ratio=0.25)
+    llama(random_ids(1, 60), past_key_values=cache)
+    assert not cache.is_croppable
+    cache.crop(0)
+    with pytest.raises(ValueError, match="tokens_to_remove=-1"):
+        cache.crop(-1)
+
+
+# The switch
+
+
+def test_the_switch_survives_a_copy_and_is_not_saved(tmp_path):
+    model = tiny_model("llama", "eager")
+    WildCatCache(model.config, ratio=0.25)
+    assert model.config._attn_implementation == "wildcat"
+    assert copy.deepcopy(model.config)._attn_implementation.fallback == "eager"
+    WildCatCache(model.config, ratio=0.5)
+    assert model.config._attn_implementation.fallback == "eager"
+    model.save_pretrained(tmp_path)
+    assert tf.AutoConfig.from_pretrained(tmp_path)._attn_implementation != "wildcat"
+
+
+def test_repr_says_what_is_held(llama):
+    cache = WildCatCache(llama.config, ratio=0.25)
+    llama(random_ids(1, 200), past_key_values=cache)
+    text = repr(cache)
+    assert "WildCatCache(ratio=0.25" in text and "200 tokens seen, 50 stored" in text and "MiB" in text
