@@ -27,9 +27,11 @@ from rich.table import Table
 from transformers import Cache, DynamicCache
 
 from wildcat_kv import CompressedCache, WildCatCache
+from wildcat_kv.accounting import stored_tokens
 from wildcat_kv.compressors import Uniform
 from wildcat_kv.haystack import Needle, build_context, make_needles
 from wildcat_kv.models import load_model
+from wildcat_kv.prompts import encode_question
 
 NEEDLES = 4
 LENGTHS = (1200, 1500)  # tokens of the context
@@ -48,18 +50,11 @@ def methods(ratio: float) -> dict[str, Method]:
     }
 
 
-def split_prompt(tokenizer: Any, context: str, needle: Needle) -> tuple[Any, Any, Any]:
+def split_prompt(tokenizer: Any, context: str, needle: Needle) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Token ids (1, n) of the context, of what follows it up to the answer, and of the answer."""
-    marker = "<<<question>>>"
-    prompt = tokenizer.apply_chat_template(
-        [{"role": "user", "content": f"{context}\n\n{marker}"}], tokenize=False, add_generation_prompt=True
-    )
-    before, after = prompt.split(marker)
-    question = f"{needle.question}{after}{needle.sentence.removesuffix(f'{needle.value}.')}"
-    return tuple(
-        tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids
-        for text in (before, question, needle.value)
-    )
+    lead = needle.sentence.removesuffix(f"{needle.value}.")
+    before, question = encode_question(tokenizer, context, needle.question, lead)
+    return before, question, tokenizer(needle.value, return_tensors="pt", add_special_tokens=False).input_ids
 
 
 def answer_loss(model: Any, cache: Cache, question: torch.Tensor, answer: torch.Tensor) -> float:
@@ -79,7 +74,7 @@ def score_sample(model: Any, tokenizer: Any, makers: dict[str, Method], seed: in
     for name, make in makers.items():
         cache = make(model.config)
         model(prompts[0][0].to(model.device), past_key_values=cache, logits_to_keep=1)
-        stored = cache.stored_length() if isinstance(cache, CompressedCache) else cache.get_seq_length()
+        stored = stored_tokens(cache)
         losses = [
             answer_loss(model, copy.deepcopy(cache), question.to(model.device), answer.to(model.device))
             for _, question, answer in prompts

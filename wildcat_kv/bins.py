@@ -23,7 +23,7 @@ class BinLayout:
     first dimension is 1 where all rows are alike.
 
     Attributes:
-        column: int64 (rows, bins, t), the column of each bin's tokens; 0 where unused.
+        column: int64 (rows, bins, t), the column of each bin's tokens; the last one where unused.
         used: bool (rows, bins, t).
         size: int64 (rows, bins), tokens of each bin.
         rank: int64 (rows, bins), slots of each bin.
@@ -63,7 +63,7 @@ class BinLayout:
         start = (columns - length).unsqueeze(-1) + size.cumsum(-1) - size
         offset = torch.arange(int(size.max()))
         used = offset < size.unsqueeze(-1)
-        column = torch.where(used, start.unsqueeze(-1) + offset, 0)
+        column = torch.where(used, start.unsqueeze(-1) + offset, columns - 1)
 
         # Close up the slots of ragged bins, and push them to the right.
         filled = (torch.arange(bin_rank) < rank.unsqueeze(-1)).flatten(1)

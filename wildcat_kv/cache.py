@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
+from wildcat_kv.accounting import cache_bytes
 from wildcat_kv.attention import NAME, AttentionName, Forward, MarkedLength, mark, weighted_attention
 from wildcat_kv.budget import Fold, Row, block_size, plan_fold, tokens_until_fold
 from wildcat_kv.compress import Coreset
@@ -243,7 +244,8 @@ class WildCatLayer(CacheLayerMixin):
         return forward
 
     def _check_finite(self, keys: Tensor) -> None:
-        if not bool(torch.isfinite(keys).all()):
+        # A sum is one pass; only if it overflows is every key looked at.
+        if not bool(torch.isfinite(keys.sum(dtype=torch.float32))) and not bool(torch.isfinite(keys).all()):
             raise ValueError(
                 f"layer {self._index}: NaN or infinity in the keys; the model has overflowed, try bfloat16 or "
                 "float32 (and reset() this cache, other layers may have read the tokens)"
@@ -271,12 +273,12 @@ class WildCatLayer(CacheLayerMixin):
         if not any(plans):
             return rows
         entries = self._storage.entries
-        self._check_finite(entries.keys)
-        if any(row.stored - before.stored != self._appended for row, before in zip(rows, self._rows, strict=True)):
+        if self._forward.queries == 1:
+            self._check_finite(entries.keys)
+        gaps = any(row.stored - old.stored != self._appended for row, old in zip(rows, self._rows, strict=True))
+        if gaps:
             entries = align_right(entries, self._rows, self._appended)
-        value_range = self._value_range
-        if value_range is None:
-            value_range = _value_range(entries.values, entries.valid)
+        value_range = self._value_range or _value_range(entries.values, entries.valid if gaps else None)
         lowest, highest = (bound.to(torch.float32).square() for bound in value_range)
         folds = [plan or Fold.nothing(row) for plan, row in zip(plans, rows, strict=True)]
         weighted = any(row.slots > fold.kept for row, fold in zip(rows, folds, strict=True))
@@ -377,8 +379,7 @@ class CompressedCache(Cache):
 
     def memory_bytes(self) -> int:
         """Bytes of all tensors that the cache holds, free room included."""
-        tensors = [tensor for layer in self.layers for tensor in _tensors(vars(layer))]
-        return sum({tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in tensors}.values())
+        return cache_bytes(self)
 
     def reset(self) -> None:
         """Forget everything, as if new."""
@@ -450,21 +451,10 @@ def _decoder_config(config: Any) -> Any:
     return decoder
 
 
-def _tensors(value: Any) -> list[Tensor]:
-    """The tensors in the attributes of a layer, one or two levels down."""
-    if isinstance(value, Tensor):
-        return [value]
-    if isinstance(value, dict):
-        return [tensor for item in value.values() for tensor in _tensors(item)]
-    if isinstance(value, (list, tuple)):
-        return [tensor for item in value for tensor in _tensors(item)]
-    if isinstance(value, (Storage, Entries)):
-        return _tensors(vars(value))
-    return []
-
-
-def _value_range(values: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+def _value_range(values: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
     """The smallest and largest valid value of each channel, (rows, kv_heads, 1, d_v)."""
+    if valid is None:
+        return values.amin(-2, keepdim=True), values.amax(-2, keepdim=True)
     limit = torch.finfo(values.dtype)
     hidden = ~valid.unsqueeze(-1)
     lowest = values.masked_fill(hidden, limit.max).amin(-2, keepdim=True)
@@ -473,9 +463,6 @@ def _value_range(values: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _widen(bounds: tuple[Tensor, Tensor], values: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
-    """`bounds` with new values (rows, kv_heads, q, d_v) taken in."""
-    if valid is None:
-        lowest, highest = values.amin(-2, keepdim=True), values.amax(-2, keepdim=True)
-    else:
-        lowest, highest = _value_range(values, valid.unsqueeze(1))
+    """`bounds` with new values (rows, kv_heads, q, d_v) taken in; `valid` is bool (rows, q)."""
+    lowest, highest = _value_range(values, None if valid is None else valid.unsqueeze(1))
     return torch.minimum(bounds[0], lowest), torch.maximum(bounds[1], highest)

@@ -93,6 +93,9 @@ def compress_kv(
             "one row for every step of a bin"
         )
     binned_noise = layout.gather(noise[..., : layout.bin_rank, :].mT.reshape(1, -1, n, layout.bin_rank)).mT
+    if valid is not None:  # what takes part in nothing may be NaN
+        valid = valid.expand(*batch, n)
+        keys, values = (tensor.masked_fill(~valid.unsqueeze(-1), 0.0) for tensor in (keys, values))
     if query_norm is not None:
         query_norm = torch.as_tensor(query_norm, dtype=torch.float32, device=keys.device).expand(batch).reshape(1, -1)
     coreset = compress_bins(
@@ -102,7 +105,7 @@ def compress_kv(
         binned_noise,
         scale=d**-0.5 if scale is None else scale,
         weights=None if weights is None else weights.expand(*batch, n).reshape(1, -1, n),
-        valid=None if valid is None else valid.expand(*batch, n).reshape(1, -1, n),
+        valid=None if valid is None else valid.reshape(1, -1, n),
         query_norm=query_norm,
         temperature=temperature,
         weighting=weighting,
@@ -132,8 +135,8 @@ def compress_bins(
     """`compress_kv` for rows of a batch that may differ in length, rank and number of bins.
 
     Args:
-        keys: (rows, heads, n, d); `values`, `weights` and `valid` alike.
-        values: (rows, heads, n, d_v).
+        keys: (rows, heads, n, d), finite, also where they take part in nothing.
+        values: (rows, heads, n, d_v), likewise.
         layout: of the rows' bins.
         noise: (rows, heads, bins, bin_rank, t), standard Gumbel noise in the layout's order.
         scale: as in `compress_kv`; so are the arguments below.
@@ -158,7 +161,7 @@ def compress_bins(
 
     with full_precision(keys.device):
         points = _scaled_keys(keys, layout, used, scale, query_norm, temperature)
-        summed = layout.gather(values).to(torch.float32).masked_fill_(~used.unsqueeze(-1), 0.0)
+        summed = layout.gather(values).to(torch.float32)
         mass = used.to(torch.float32) if weights is None else layout.gather(weights)
         factor = pivoted_cholesky(
             points,
@@ -277,16 +280,15 @@ def _scaled_keys(
     query_norm: Tensor | None,
     temperature: Temperature,
 ) -> Tensor:
-    """z: keys recentred by the mean of the head's, over tau sqrt(1/b) of their bin; zero where unused."""
-    points = layout.gather(keys).to(torch.float32).masked_fill_(~used.unsqueeze(-1), 0.0)
-    count = used.sum((-2, -1)).clamp_min(1)
-    centre = points.sum((-3, -2)) / count.unsqueeze(-1)
-    points = (points - centre[:, :, None, None]).masked_fill_(~used.unsqueeze(-1), 0.0)
-    key_norm = points.norm(dim=-1).amax(-1)
+    """z: keys recentred by the mean of the head's, over tau / sqrt(b) of their bin; arbitrary where unused."""
+    points = layout.gather(keys).to(torch.float32)
+    mean = used / used.sum((-2, -1), keepdim=True).clamp_min(1)
+    points = points.sub_(torch.einsum("rhpt,rhptd->rhd", mean, points)[:, :, None, None])
+    key_norm = torch.linalg.vector_norm(points, dim=-1).masked_fill_(~used, 0.0).amax(-1)
     if query_norm is not None:
         query_norm = query_norm.unsqueeze(-1).expand_as(key_norm)
     tau2 = squared_temperature(key_norm, query_norm, used.sum(-1), scale, temperature)
-    return points * (scale / tau2).sqrt()[..., None, None]
+    return points.mul_((scale / tau2).sqrt()[..., None, None])
 
 
 def _log_importance(weights: Tensor, values: Tensor, value_bound: Tensor | None) -> Tensor:
@@ -343,5 +345,6 @@ def _check(
             f"bins={bins} with rank={rank} and {keys.shape[-2]} tokens: every bin takes at least one slot and one "
             "token; lower bins, or raise rank"
         )
-    if not bool(torch.isfinite(keys).all()):
+    finite = torch.isfinite(keys) if valid is None else torch.isfinite(keys) | ~valid.unsqueeze(-1)
+    if not bool(finite.all()):
         raise ValueError("keys holds NaN or infinity; compress finite keys, and mark padding with valid")

@@ -34,7 +34,7 @@ class DownloadError(RuntimeError):
 class Wheel:
     """One wheel on PyPI, pinned by its hash.
 
-    Arguments:
+    Args:
         name: the project's name on PyPI.
         version: the exact version.
         sha256: the wheel file's SHA-256, 64 hexadecimal digits.
@@ -82,7 +82,7 @@ def progress(message: str, delay: float = 2.0) -> Iterator[None]:
 
     On a terminal it is a spinner that vanishes at the end; elsewhere (a log file) it is one line.
 
-    Arguments:
+    Args:
         message: what is going on, one line.
         delay: seconds before anything is shown, so that quick work shows nothing.
     """
@@ -128,7 +128,7 @@ def progress(message: str, delay: float = 2.0) -> Iterator[None]:
 def fetch_wheel(wheel: Wheel) -> Path:
     """Return the path of a wheel file whose hash is right, fetching it with pip when the cache lacks it.
 
-    Arguments:
+    Args:
         wheel: what to fetch. When the file is in the cache with the right hash, no network is touched.
 
     Raises:
@@ -191,7 +191,7 @@ def _verify(wheel: Wheel, path: Path, target: Path) -> None:
 def extract_members(archive: Path, members: Sequence[str], folder: Path) -> list[Path]:
     """Unpack some members of a wheel (or any zip) into one folder; each file appears whole or not at all.
 
-    Arguments:
+    Args:
         archive: the zip file.
         members: names inside the archive, with forward slashes. Each file keeps only its last name part.
         folder: where the files go; created when missing.

