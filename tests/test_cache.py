@@ -90,13 +90,19 @@ def test_sinks_window_and_pivots_are_the_models_own_keys(llama):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_compressed_cache_stays_near_the_exact_one(family):
-    """Smooth keys (small projections) are compressed almost without loss."""
+    """Smooth keys (small projections) lose little, and far less than by dropping tokens at random."""
     model, ids = tiny_model(family, initializer_range=0.05), random_ids(1, 300)
-    exact, cache = DynamicCache(config=model.config), WildCatCache(model.config, ratio=0.5)
-    uniform = CompressedCache(model.config, compressor=Uniform(), ratio=0.5)
-    expected, ours, random = (decode(model, kind, ids, 40) for kind in (exact, cache, uniform))
+    later = random_ids(1, 40, seed=8)
+
+    def logits(cache):
+        model(ids, past_key_values=cache)
+        return model(later, past_key_values=cache).logits
+
+    expected = logits(DynamicCache(config=model.config))
+    ours = logits(WildCatCache(model.config, ratio=0.5))
+    random = logits(CompressedCache(model.config, compressor=Uniform(), ratio=0.5))
     error, floor = (ours - expected).norm() / expected.norm(), (random - expected).norm() / expected.norm()
-    assert error < 0.1 and error < floor / 3
+    assert error < 0.2 and error < floor / 2
 
 
 # Budgets
@@ -386,12 +392,12 @@ def test_mismatched_keys_and_values_are_refused(llama):
 
 
 def test_models_with_nothing_to_compress_are_refused():
-    with pytest.raises(ValueError, match="no full-attention layer to compress.*DynamicSlidingWindowLayer"):
+    with pytest.raises(ValueError, match=r"no full-attention layer to compress.*DynamicSlidingWindowLayer"):
         WildCatCache(tf.MistralConfig(**SMALL, sliding_window=16), ratio=0.25)
     config = tf.T5Config()
     with pytest.raises(ValueError, match="encoder-decoder"):
         WildCatCache(config, ratio=0.25)
-    with pytest.raises(TypeError, match="pass model.config"):
+    with pytest.raises(TypeError, match=r"pass model\.config"):
         WildCatCache(tiny_model("llama"), ratio=0.25)
 
 

@@ -77,24 +77,18 @@ class BinLayout:
         return BinLayout(column, used, size_d, rank_d, slot, slot_used, bin_rank, lossless=bool((size <= rank).all()))
 
     def gather(self, tokens: Tensor) -> Tensor:
-        """Tokens (rows, heads, n, ...) into bins (rows, heads, bins, t, ...)."""
-        index = self.column.flatten(1)
-        if index.shape[0] == 1:
-            binned = tokens.index_select(2, index[0])
-        else:
-            binned = tokens.gather(2, _expand(index.unsqueeze(1), tokens, 2))
-        return binned.unflatten(2, self.column.shape[1:])
+        """Tokens (rows, heads, n, ...) into bins (rows, heads, bins, t, ...), copied."""
+        return take_columns(tokens, self.column.flatten(1).unsqueeze(1)).unflatten(2, self.column.shape[1:])
 
     def collect(self, slots: Tensor) -> Tensor:
         """Slots of the bins (rows, heads, bins, r, ...) into one line (rows, heads, c, ...)."""
-        line = slots.flatten(2, 3)
-        return line.gather(2, _expand(self.slot.unsqueeze(1), line, 2))
+        return take_columns(slots.flatten(2, 3), self.slot.unsqueeze(1))
 
 
-def _expand(index: Tensor, like: Tensor, dim: int) -> Tensor:
-    """`index` (rows, 1, k) for a gather along `dim` of `like`, over all its other dimensions."""
-    index = index.reshape(*index.shape, *(1,) * (like.dim() - dim - 1))
-    return index.expand(*like.shape[:dim], -1, *like.shape[dim + 1 :])
+def take_columns(tensor: Tensor, index: Tensor) -> Tensor:
+    """Entries `index` int64 (rows or 1, heads or 1, k) of a tensor (rows, heads, n, ...), copied."""
+    rows, heads = (torch.arange(size, device=tensor.device) for size in tensor.shape[:2])
+    return tensor[rows[:, None, None], heads[:, None], index]
 
 
 def _rectangle(rows: list[list[int]]) -> Tensor:

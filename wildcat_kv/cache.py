@@ -389,10 +389,11 @@ class CompressedCache(Cache):
     def __repr__(self) -> str:
         layers = self._compressed_layers()
         budget = {name: value for name, value in self.settings.model_dump().items() if value is not None}
+        mebibytes = self.memory_bytes() / 2**20
         settings = ", ".join(f"{name}={value!r}" for name, value in budget.items())
         return (
             f"{type(self).__name__}({settings}; {len(layers)} of {len(self.layers)} layers compressed; "
-            f"{layers[0].get_seq_length()} tokens seen, {layers[0].stored} stored, {self.memory_bytes() / 2**20:.1f} MiB)"
+            f"{layers[0].get_seq_length()} tokens seen, {layers[0].stored} stored, {mebibytes:.1f} MiB)"
         )
 
     def _compressed_layers(self) -> list[WildCatLayer]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from wildcat_kv.bins import BinLayout
+from wildcat_kv.bins import BinLayout, take_columns
 from wildcat_kv.config import Temperature, Weights
 from wildcat_kv.nystrom import nystrom_weights, pivoted_cholesky
 from wildcat_kv.temperature import squared_temperature
@@ -184,8 +184,10 @@ def compress_bins(
     order = _position_order(pivots, found)
     computed = layout.collect(found.gather(-1, order) & ~lossless) & layout.slot_used.unsqueeze(1)
     limit = min(torch.finfo(values.dtype).max, torch.finfo(torch.float32).max)
-    summed = layout.collect(summed.gather(-2, order.unsqueeze(-1).expand_as(summed))).clamp_(-limit, limit)
-    mass = layout.collect(mass.gather(-1, order))
+    first = torch.arange(order.shape[2], device=order.device).unsqueeze(-1) * layout.bin_rank
+    place = layout.collect(first + order)
+    summed = take_columns(summed.flatten(2, 3), place).clamp_(-limit, limit)
+    mass = take_columns(mass.flatten(2, 3), place)
     return Coreset(
         keys=tokens.keys,
         values=torch.where(computed.unsqueeze(-1), summed.to(values.dtype), tokens.values),
@@ -252,12 +254,13 @@ def take_pivots(
     columns = layout.collect(columns.gather(-1, order))
     valid = layout.collect(found.gather(-1, order)) & layout.slot_used.unsqueeze(1)
 
-    def pick(tensor: Tensor) -> Tensor:
-        picked = tensor.gather(2, columns.unsqueeze(-1).expand(-1, -1, -1, tensor.shape[-1]))
-        return picked.masked_fill_(~valid.unsqueeze(-1), 0.0)
-
-    mass = valid.to(torch.float32) if weights is None else pick(weights.unsqueeze(-1)).squeeze(-1)
-    return Coreset(keys=pick(keys), values=pick(values), weights=mass, valid=valid)
+    empty = ~valid
+    return Coreset(
+        keys=take_columns(keys, columns).masked_fill_(empty.unsqueeze(-1), 0.0),
+        values=take_columns(values, columns).masked_fill_(empty.unsqueeze(-1), 0.0),
+        weights=valid.to(torch.float32) if weights is None else take_columns(weights, columns).masked_fill_(empty, 0.0),
+        valid=valid,
+    )
 
 
 @contextmanager
@@ -331,7 +334,8 @@ def _check(
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}; it must be (..., tokens, channels)")
     if keys.shape[:-1] != values.shape[:-1]:
         raise ValueError(
-            f"values has shape {tuple(values.shape)} and keys {tuple(keys.shape)}; all but the last dimension must agree"
+            f"values has shape {tuple(values.shape)} and keys {tuple(keys.shape)}; "
+            "all but the last dimension must agree"
         )
     for name, extra in (("weights", weights), ("valid", valid)):
         if extra is not None and extra.shape[-1:] != keys.shape[-2:-1]:

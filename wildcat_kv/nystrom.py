@@ -73,7 +73,7 @@ def pivoted_cholesky(
     rows = z.new_empty(z.shape[0], rank, n)
     pivots, heights = [], []
     for step in range(rank):
-        pivot = (residual.log() + score[:, step]).argmax(-1, keepdim=True)
+        pivot = (residual.log() + score[:, step]).max(-1, keepdim=True).indices
         height = residual.gather(-1, pivot)  # 0 when nothing is left: the slot and its row are dropped below
         pivots.append(pivot)
         heights.append(height)

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from wildcat_kv.bins import take_columns
+
 
 @dataclass(frozen=True)
 class Entries:
@@ -34,11 +36,7 @@ class Entries:
 
     def columns(self, index: Tensor) -> Entries:
         """Columns (rows, k) of each row, copied."""
-        picked = []
-        for tensor in self.tensors():
-            place = index[:, None, :, None] if tensor.dim() == 4 else index[:, None]
-            picked.append(tensor.gather(2, place.expand(-1, *tensor.shape[1:2], -1, *tensor.shape[3:])))
-        return Entries(*picked)
+        return Entries(*(take_columns(tensor, index.unsqueeze(1)) for tensor in self.tensors()))
 
     def rows(self, index: Tensor) -> Entries:
         """Rows (k,) of the batch, copied."""

@@ -1,0 +1,41 @@
+# Everything from nothing: each target first builds the environment it needs.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: demo test lint needle bench test-oldest clean
+
+demo: $(READY)
+	$(BIN)/wildcat-kv demo
+
+test: $(READY)
+	$(BIN)/python -m pytest
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+needle: $(READY)
+	$(BIN)/python -m eval.needle
+
+bench: $(READY)
+	$(BIN)/python -m benchmarks.prefill
+	$(BIN)/python -m benchmarks.bounded
+	$(BIN)/python -m benchmarks.merging
+
+# torch goes first and alone: the pinned build may be one that only plain pip finds.
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,eval]'
+	touch $(READY)
+
+# The oldest supported Transformers, in an environment of its own.
+test-oldest:
+	$(MAKE) test VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt
+
+clean:
+	rm -rf .venv .venv-oldest build *.egg-info

@@ -1,0 +1,60 @@
+"""The default model: what random weights cannot show."""
+
+import numpy as np
+import pytest
+import torch
+from transformers import DynamicCache
+
+from eval import needle
+from wildcat_kv import WildCatCache
+from wildcat_kv.compress import token_mass
+from wildcat_kv.haystack import build_context
+from wildcat_kv.models import default_model
+
+pytestmark = pytest.mark.real
+
+
+@pytest.fixture(scope="module")
+def default():
+    return default_model()
+
+
+@pytest.fixture(scope="module")
+def essay_ids(default):
+    text = build_context(default[1], 900, [], seed=3)
+    return default[1](text, return_tensors="pt", add_special_tokens=False).input_ids
+
+
+def test_wildcat_keeps_more_of_the_needles_than_chance(default, monkeypatch):
+    monkeypatch.setattr(needle, "LENGTHS", (700, 800))
+    makers = {name: make for name, make in needle.methods(0.25).items() if name in ("exact", "uniform", "wildcat")}
+    scores = [needle.score_sample(*default, makers, seed) for seed in range(3)]
+    exact, uniform, wildcat = (np.mean([score[name][0] for score in scores]) for name in makers)
+    assert exact < 0.6 < wildcat < uniform - 0.3
+
+
+def test_within_budget_the_answer_is_the_exact_one(default, essay_ids):
+    model, _ = default
+    options = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
+    expected = model.generate(essay_ids, past_key_values=DynamicCache(config=model.config), **options)
+    ours = model.generate(essay_ids, past_key_values=WildCatCache(model.config, max_tokens=2000), **options)
+    assert torch.equal(ours, expected)
+
+
+def test_budget_is_exact_in_every_layer(default, essay_ids):
+    model, _ = default
+    cache = WildCatCache(model.config, ratio=0.25)
+    model(essay_ids, past_key_values=cache, logits_to_keep=1)
+    kept = int(essay_ids.shape[1] * 0.25 + 0.5)
+    assert {cache.stored_length(layer) for layer in range(30)} == {kept}
+    assert not any((layer._storage.entries.valid == 0).any() for layer in cache.layers)
+
+
+def test_real_keys_are_spread_so_that_part_of_the_tokens_lives_on(default, essay_ids):
+    """The diagnostic of design 2: between nothing and everything on a real model's keys."""
+    model, _ = default
+    cache = DynamicCache(config=model.config)
+    model(essay_ids, past_key_values=cache, logits_to_keep=1)
+    n = essay_ids.shape[1]
+    mass = torch.stack([token_mass(layer.keys[0], rank=n // 4, bins=n // 48).median() for layer in cache.layers[::6]])
+    assert (mass > 0.005).all() and (mass < 1.05).all()
