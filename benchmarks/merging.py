@@ -12,6 +12,7 @@ has just filled up count alike for all of them.
 from __future__ import annotations
 
 import json
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -59,11 +60,17 @@ class Layer:
 
 
 class AllAtOnce:
-    """Slots and expired tokens are binned and compressed together at every fold, as the cache does it."""
+    """Slots and expired tokens are binned and compressed together at every fold, as the cache does it.
 
-    def __init__(self, max_tokens: int, block: int, seed: int) -> None:
+    `full_bins` leaves out the slots that do not fill a bin. With them some bins, the newest, have a rank below
+    BIN_RANK, so that at a large budget the newest slots lose one of theirs at every fold.
+    """
+
+    def __init__(self, max_tokens: int, block: int, seed: int, full_bins: bool = False) -> None:
         self.block = block
         self.slots = max_tokens + 1 - block - SINK - WINDOW
+        if full_bins:
+            self.slots -= self.slots % BIN_RANK
         self._generator = torch.Generator().manual_seed(seed)
 
     def start(self, prompt: Coreset) -> None:
@@ -93,8 +100,7 @@ class OneMerge(AllAtOnce):
     """The expired tokens become a bin of their own, and one adjacent pair of older bins becomes one bin."""
 
     def __init__(self, max_tokens: int, pick: Callable[[Sequence[int], int], int], seed: int) -> None:
-        super().__init__(max_tokens, BLOCK, seed)
-        self.slots -= self.slots % BIN_RANK
+        super().__init__(max_tokens, BLOCK, seed, full_bins=True)
         self._pick = pick
         self._levels = [0] * (self.slots // BIN_RANK)
         self._last = -1
@@ -175,6 +181,9 @@ def make_strategies(max_tokens: int, seed: int) -> dict[str, AllAtOnce]:
         "all_at_once, block 12": AllAtOnce(max_tokens, 12, seed),
         "all_at_once, block 24": AllAtOnce(max_tokens, 24, seed),
         "all_at_once, block 96": AllAtOnce(max_tokens, 96, seed),
+        "full bins": AllAtOnce(max_tokens, BLOCK, seed, full_bins=True),
+        "full bins, block 24": AllAtOnce(max_tokens, 24, seed, full_bins=True),
+        "full bins, block 96": AllAtOnce(max_tokens, 96, seed, full_bins=True),
     }
 
 
@@ -278,6 +287,17 @@ def replay(layer: Layer, max_tokens: int, seed: int) -> dict[str, Replay]:
     return replays
 
 
+def average(replays: Sequence[dict[str, Replay]]) -> dict[str, Replay]:
+    """Replays that differ in their draws as one: they share a text and a layer, so they are no further evidence."""
+    return {
+        name: Replay(
+            [statistics.fmean(column) for column in zip(*(each[name].errors for each in replays), strict=True)],
+            [statistics.median(column) for column in zip(*(each[name].seconds for each in replays), strict=True)],
+        )
+        for name in replays[0]
+    }
+
+
 def interval(differences: Sequence[float]) -> tuple[float, float, float]:
     """Mean and its 95 % bootstrap interval."""
     mean = statistics.fmean(differences)
@@ -293,13 +313,20 @@ def statistics_mean(sample: Any, axis: int = -1) -> Any:
 
 
 def summarise(max_tokens: int, cells: Sequence[dict[str, Replay]]) -> list[dict[str, Any]]:
-    """A row a strategy, from its replays on every layer, text and seed."""
+    """A row a strategy, from its replays on every layer of every text."""
     rows = []
     for name in cells[0]:
         errors = [cell[name].errors for cell in cells]
         base = [cell[BASELINE].errors for cell in cells]
         last = [ours[-1] - theirs[-1] for ours, theirs in zip(errors, base, strict=True)]
         overall = [statistics.fmean(ours) - statistics.fmean(theirs) for ours, theirs in zip(errors, base, strict=True)]
+        # The errors of layers differ by a factor of ten; in logarithms the worst does not drown the others.
+        ratios = interval(
+            [
+                statistics.fmean(map(math.log, ours)) - statistics.fmean(map(math.log, theirs))
+                for ours, theirs in zip(errors, base, strict=True)
+            ]
+        )
         # A block of b tokens is folded 48 / b times while the baseline folds once.
         seconds = [second for cell in cells for second in cell[name].seconds]
         folds = len(seconds) / len(cells[0][BASELINE].seconds) / len(cells)
@@ -310,6 +337,7 @@ def summarise(max_tokens: int, cells: Sequence[dict[str, Replay]]) -> list[dict[
                 "error": [statistics.fmean(column) for column in zip(*errors, strict=True)],
                 "last_minus_baseline": interval(last),
                 "mean_minus_baseline": interval(overall),
+                "ratio_to_baseline": tuple(map(math.exp, ratios)),
                 "better_cells": sum(difference < 0 for difference in overall),
                 "cells": errors,
                 "seconds": statistics.median(seconds) * folds if seconds else 0.0,
@@ -319,7 +347,7 @@ def summarise(max_tokens: int, cells: Sequence[dict[str, Replay]]) -> list[dict[
 
 
 def print_table(rows: Sequence[dict[str, Any]], title: str, cells: int) -> None:
-    """Errors at the first, middle and last checkpoint, differences to the baseline, seconds of folding."""
+    """Errors at three checkpoints and over all of them, paired with the baseline's; seconds of folding."""
     table = Table(title=title)
     for column in (
         "max_tokens",
@@ -327,9 +355,11 @@ def print_table(rows: Sequence[dict[str, Any]], title: str, cells: int) -> None:
         "first",
         "middle",
         "last",
-        "last - baseline [95 %]",
+        "all",
         "all - baseline [95 %]",
-        f"better, of {cells}",
+        "last - baseline [95 %]",
+        "all / baseline [95 %]",
+        f"better of {cells}",
         f"s / {BLOCK} tokens",
     ):
         table.add_column(column, justify="left" if column == "strategy" else "right", no_wrap=True)
@@ -339,18 +369,26 @@ def print_table(rows: Sequence[dict[str, Any]], title: str, cells: int) -> None:
             str(row["max_tokens"]),
             row["strategy"],
             *(f"{error[index]:.4f}" for index in (0, len(error) // 2, -1)),
-            *(signed(row[key]) if other else "" for key in ("last_minus_baseline", "mean_minus_baseline")),
+            f"{statistics.fmean(error):.4f}",
+            *(signed(row[key]) if other else "" for key in ("mean_minus_baseline", "last_minus_baseline")),
+            bracketed(row["ratio_to_baseline"]) if other else "",
             str(row["better_cells"]) if other else "",
             f"{row['seconds']:.4f}" if row["seconds"] else "",
             end_section=row["strategy"] == "drop_oldest",
         )
-    Console(width=170).print(table)
+    Console(width=175).print(table)
 
 
 def signed(figures: tuple[float, float, float]) -> str:
     """A difference with its interval."""
     mean, low, high = figures
-    return f"{mean:+.4f} [{low:+.4f}, {high:+.4f}]"
+    return f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]"
+
+
+def bracketed(figures: tuple[float, float, float]) -> str:
+    """A ratio with its interval."""
+    mean, low, high = figures
+    return f"{mean:.2f} [{low:.2f}, {high:.2f}]"
 
 
 def spread_out(count: int, total: int) -> list[int]:
@@ -380,9 +418,9 @@ def main(
         context = build_context(tokenizer, tokens, [], seed=text)
         ids = tokenizer(context, return_tensors="pt", add_special_tokens=False).input_ids
         for index, layer in read_text(model, ids, chosen).items():
-            for seed in range(seeds):
-                for budget in budgets:
-                    cells[budget].append(replay(layer, budget, seed=(text * 1000 + index) * 1000 + seed))
+            first = (text * 1000 + index) * 1000
+            for budget in budgets:
+                cells[budget].append(average([replay(layer, budget, first + seed) for seed in range(seeds)]))
     rows = [row for budget in budgets for row in summarise(budget, cells[budget])]
     title = (
         f"Relative error of attention, {texts} texts of {tokens} tokens, layers {', '.join(map(str, chosen))}, "

@@ -68,7 +68,7 @@ def demo(
             name: _ask(loaded, tokenizer, make(), context, questions, max_new_tokens, progress, name)
             for name, make in caches.items()
         }
-    console = Console()
+    console = Console(highlight=False)
     console.print(f"\n{tokens} tokens of essays hold the needle: [bold]{needle.sentence}[/bold]\n")
     console.print(_demo_table(questions, runs))
 
@@ -167,7 +167,8 @@ def _ask(
             text.put(token)
             progress.advance(task)
 
-        timing = _generate(model, tokenizer, copy.deepcopy(cache), ids, max_new_tokens, on_token)
+        fork = copy.deepcopy(cache)
+        timing = _generate(model, tokenizer, fork, ids, max_new_tokens, on_token, stop_strings=["\n"])
         progress.update(writing, completed=max_new_tokens)
         answers.append("".join(pieces).strip())
         speeds.append(timing.tokens_per_second)
@@ -175,7 +176,13 @@ def _ask(
 
 
 def _generate(
-    model: Any, tokenizer: Any, cache: Cache, ids: torch.Tensor, max_new_tokens: int, on_token: Callable[[int], None]
+    model: Any,
+    tokenizer: Any,
+    cache: Cache,
+    ids: torch.Tensor,
+    max_new_tokens: int,
+    on_token: Callable[[int], None],
+    stop_strings: list[str] | None = None,
 ) -> Timing:
     """Greedy decoding, each new token handed to `on_token` as it comes."""
     streamer = TimedStreamer(on_token)
@@ -187,6 +194,8 @@ def _generate(
         do_sample=False,
         pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
         streamer=streamer,
+        stop_strings=stop_strings,
+        tokenizer=tokenizer if stop_strings else None,
     )
     return streamer.timing
 
