@@ -181,7 +181,7 @@ def make_strategies(max_tokens: int, seed: int) -> dict[str, AllAtOnce]:
         "all_at_once, block 12": AllAtOnce(max_tokens, 12, seed),
         "all_at_once, block 24": AllAtOnce(max_tokens, 24, seed),
         "all_at_once, block 96": AllAtOnce(max_tokens, 96, seed),
-        "full bins": AllAtOnce(max_tokens, BLOCK, seed, full_bins=True),
+        "full bins (the cache)": AllAtOnce(max_tokens, BLOCK, seed, full_bins=True),
         "full bins, block 24": AllAtOnce(max_tokens, 24, seed, full_bins=True),
         "full bins, block 96": AllAtOnce(max_tokens, 96, seed, full_bins=True),
     }
@@ -376,7 +376,7 @@ def print_table(rows: Sequence[dict[str, Any]], title: str, cells: int) -> None:
             f"{row['seconds']:.4f}" if row["seconds"] else "",
             end_section=row["strategy"] == "drop_oldest",
         )
-    Console(width=175).print(table)
+    Console(width=190).print(table)
 
 
 def signed(figures: tuple[float, float, float]) -> str:

@@ -294,6 +294,18 @@ def test_half_precision_is_kept_and_finite(dtype):
     assert cache.layers[0].keys.dtype == cache.layers[0].values.dtype == dtype
 
 
+def test_gradients_and_inference_mode_do_not_get_in_the_way(llama):
+    ids, later = random_ids(1, 200), random_ids(1, 60, seed=2)
+    expected = decode(llama, WildCatCache(llama.config, ratio=0.25), ids, 60)
+    with torch.enable_grad():
+        torch.testing.assert_close(decode(llama, WildCatCache(llama.config, ratio=0.25), ids, 60), expected)
+    cache = WildCatCache(llama.config, ratio=0.25)
+    with torch.inference_mode():
+        llama(ids, past_key_values=cache)
+    assert torch.isfinite(llama(later, past_key_values=cache).logits).all()
+    assert cache.get_seq_length() == 260
+
+
 # The path of one decoded token
 
 

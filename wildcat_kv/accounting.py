@@ -15,26 +15,19 @@ def cache_bytes(cache: Any) -> int:
     """Bytes of all tensors that a Transformers cache holds, free room included; shared memory counts once."""
     storages = {}
     for layer in cache.layers:
-        for tensor in _tensors(vars(layer), depth=4):
+        for tensor in layer.tensors() if hasattr(layer, "tensors") else _tensors(list(vars(layer).values())):
             storage = tensor.untyped_storage()
             storages[storage._cdata] = storage.nbytes()
     return sum(storages.values())
 
 
-def _tensors(value: Any, depth: int) -> list[Tensor]:
+def _tensors(value: Any) -> list[Tensor]:
+    """The tensors among the attributes of one of Transformers' layers, in lists and dicts too."""
     if isinstance(value, Tensor):
         return [value]
-    if depth == 0:
-        return []
     if isinstance(value, dict):
-        items = list(value.values())
-    elif isinstance(value, (list, tuple)):
-        items = list(value)
-    elif type(value).__module__.startswith("wildcat_kv.storage"):
-        items = list(vars(value).values())
-    else:
-        items = []
-    return [tensor for item in items for tensor in _tensors(item, depth - 1)]
+        value = list(value.values())
+    return [tensor for item in value for tensor in _tensors(item)] if isinstance(value, (list, tuple)) else []
 
 
 def stored_tokens(cache: Any) -> int:

@@ -119,6 +119,11 @@ def plan_fold(row: Row, config: WildCatConfig, *, prefill: bool) -> Fold | None:
     kept = row.slots if config.ratio is not None else 0
     window = min(window, budget - sink - kept - 1)  # something must be left to compress into
     rank = budget - sink - window - kept
+    if config.max_tokens is not None and rank > config.bin_rank:
+        # Slots are compressed again and again: a bin that is short of one loses it at every fold, always in
+        # the same place. Whole bins only; the rest stays in the window.
+        spare = rank % config.bin_rank
+        rank, window = rank - spare, window + spare
     items = row.stored - sink - window - kept
     if window < 0 or items <= rank:
         return None

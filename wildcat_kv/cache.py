@@ -184,6 +184,7 @@ class WildCatLayer(CacheLayerMixin):
             sink_logits=options.get("s_aux"),
         )
 
+    @torch.no_grad()
     def after_attention(self, scale: float) -> None:
         """Fold where a row is over its budget, now that the newest tokens have been attended to.
 
@@ -200,6 +201,12 @@ class WildCatLayer(CacheLayerMixin):
         self._fold_after = min((self._appended + wait for wait in waits if wait is not None), default=None)
 
     # What the cache reports
+
+    def tensors(self) -> list[Tensor]:
+        """All memory that the layer holds, free room included."""
+        if self._storage is None:
+            return []
+        return [*self._storage.memory.tensors(), *(self._value_range or ())]
 
     @property
     def compressed(self) -> bool:

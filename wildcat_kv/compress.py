@@ -51,7 +51,7 @@ def compress_kv(
 ) -> Coreset:
     """Compress n keys and values into `rank` weighted ones.
 
-    Computed in float32 whatever the dtype of the inputs.
+    Computed in float32 whatever the dtype of the inputs, without gradients.
 
     Args:
         keys: (..., n, d), floating point.
@@ -118,6 +118,7 @@ def compress_kv(
     )
 
 
+@torch.no_grad()
 def compress_bins(
     keys: Tensor,
     values: Tensor,

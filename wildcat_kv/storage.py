@@ -57,12 +57,15 @@ class Storage:
         self.length = 0
         first = parts[0]
         capacity = sum(part.keys.shape[2] for part in parts) + room + extra
-        self._memory = Entries(
-            first.keys.new_empty(*first.keys.shape[:2], capacity, first.keys.shape[-1]),
-            first.values.new_empty(*first.values.shape[:2], capacity, first.values.shape[-1]),
-            first.keys.new_ones(*first.keys.shape[:2], capacity, dtype=torch.float32),
-            first.keys.new_ones(*first.keys.shape[:2], capacity, dtype=torch.bool),
-        )
+        shape, device = (*first.keys.shape[:2], capacity), first.keys.device
+        # Memory made under inference_mode could not be written to outside of it.
+        with torch.inference_mode(False):
+            self._memory = Entries(
+                torch.empty(*shape, first.keys.shape[-1], dtype=first.keys.dtype, device=device),
+                torch.empty(*shape, first.values.shape[-1], dtype=first.values.dtype, device=device),
+                torch.ones(shape, device=device),
+                torch.ones(shape, dtype=torch.bool, device=device),
+            )
         for part in parts:
             end = self.length + part.keys.shape[2]
             for target, source in zip(self._memory.slice(self.length, end).tensors(), part.tensors(), strict=True):
