@@ -155,8 +155,26 @@ def test_long_prompts_are_attended_in_blocks(monkeypatch):
 
 @pytest.mark.parametrize(
     ("query", "keys", "values"),
-    [((1, 3, 1, 8), (1, 2, 4, 8), (1, 2, 4, 8)), ((1, 2, 1, 8), (1, 2, 4, 6), (1, 2, 4, 6))],
+    [
+        ((1, 3, 1, 8), (1, 2, 4, 8), (1, 2, 4, 8)),
+        ((1, 2, 1, 8), (1, 2, 4, 6), (1, 2, 4, 6)),
+        ((1, 2, 1, 8), (2, 2, 4, 8), (2, 2, 4, 8)),
+    ],
 )
 def test_shapes_that_do_not_fit_are_named(query, keys, values):
     with pytest.raises(ValueError, match=r"query \(1, "):
         weighted_attention(torch.ones(query), torch.ones(keys), torch.ones(values))
+
+
+@pytest.mark.parametrize("name", ["weights", "valid"])
+def test_weights_of_another_shape_are_named(name):
+    query, keys, values, _ = inputs()
+    with pytest.raises(ValueError, match=rf"{name} has shape \(2, 2, 10\); it must be \(2, 2, 11\)"):
+        weighted_attention(query, keys, values, **{name: torch.ones(2, 2, 10)})
+
+
+def test_nan_is_not_hidden():
+    query, keys, values, weights = inputs()
+    keys[0, 0, 3, 0] = float("nan")
+    output = weighted_attention(query, keys, values, weights)
+    assert output[0, :2].isnan().all() and torch.isfinite(output[1]).all()

@@ -1,7 +1,10 @@
 """The cache under tiny random models: what it stores, what it answers, what it refuses."""
 
 import copy
+import gc
+import itertools
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -9,9 +12,12 @@ import transformers as tf
 from hypothesis import given
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import DynamicCache
+from transformers.masking_utils import create_causal_mask
 
-from tests.tiny import FAMILIES, SMALL, random_ids, tiny_model
+from tests.tiny import FAMILIES, PECULIAR, SMALL, random_ids, tiny_model
 from wildcat_kv import CompressedCache, WildCatCache, WildCatConfig
 from wildcat_kv.budget import block_size, kept_tokens
 from wildcat_kv.compressors import Uniform
@@ -105,6 +111,38 @@ def test_a_compressed_cache_stays_near_the_exact_one(family):
     assert error < 0.2 and error < floor / 2
 
 
+@pytest.mark.parametrize("family", [*FAMILIES, *PECULIAR])
+def test_weighted_attention_with_weights_of_one_is_the_models_own(family):
+    """The path of a compressed cache, before anything is compressed: all that a family does must be honoured."""
+    model, ids, later = tiny_model(family, "eager"), random_ids(2, 60), random_ids(2, 6, seed=7)
+    mask = torch.ones(2, 67, dtype=torch.int64)
+    mask[0, :9] = 0
+    logits = []
+    for cache in (DynamicCache(config=model.config), WildCatCache(model.config, max_tokens=200)):
+        model(ids, past_key_values=cache, attention_mask=mask[:, :60])
+        if isinstance(cache, WildCatCache):
+            cache._shared.compressed = True
+        chunk = model(later, past_key_values=cache, attention_mask=mask[:, :66]).logits
+        token = model(later[:, :1], past_key_values=cache, attention_mask=mask).logits
+        logits.append(torch.cat((chunk, token), dim=1))
+    torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-4)
+
+
+def test_slots_compressed_again_and_again_keep_all_mass():
+    """Equal keys lose nothing, however often they are folded: the answer is the mean of all values."""
+    config = tf.LlamaConfig(**SMALL)
+    cache = WildCatCache(config, max_tokens=80, sink=4, window=4)
+    layer, values = cache.layers[0], torch.randn(1, 2, 600, 16)
+    for token in range(600):
+        layer.announce(1, None)
+        cache.update(torch.full((1, 2, 1, 16), 0.3), values[:, :, token : token + 1], 0)
+        output = layer.attend(torch.randn(1, 4, 1, 16), 0.25, {})
+        layer.after_attention(0.25)
+    assert cache.stored_length(0) <= 80
+    expected = values.mean(2, keepdim=True).repeat_interleave(2, 1)
+    torch.testing.assert_close(output, expected, rtol=1e-3, atol=1e-4)
+
+
 # Budgets
 
 
@@ -132,7 +170,8 @@ def test_max_tokens_is_never_exceeded(llama, prompt):
         ids = llama(ids, past_key_values=cache).logits[:, -1:].argmax(-1)
         assert all(cache.stored_length(index) <= 100 for index in range(3))
         held.add(cache.memory_bytes())
-    assert max(held) <= 3 * 2 * (100 + 2 * 18) * (2 * 16 * 4 + 5) + 3 * 2 * 2 * 16 * 4 or prompt == 300
+    columns = max(100 + 1, prompt) + block_size(cache.settings)  # the prompt's own are free room afterwards, at most
+    assert max(held) <= 3 * (2 * columns * (2 * 16 * 4 + 5) + 2 * 2 * 16 * 4)
     assert cache.get_seq_length() == prompt + 249
 
 
@@ -149,6 +188,40 @@ def test_memory_is_counted_and_falls(llama):
         for tensor in (*layer._storage.memory.tensors(), *layer._value_range)
     )
     assert 250 * tokens <= held == cache.memory_bytes() < 0.3 * exact.memory_bytes()
+
+
+def test_memory_comes_back_without_the_garbage_collector(llama):
+    cache = WildCatCache(llama.config, ratio=0.25)
+    decode(llama, cache, random_ids(1, 100), 3)
+    held = weakref.ref(cache.layers[0]._storage)
+    gc.collect()
+    gc.disable()
+    try:
+        del cache
+        assert held() is None
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("ratio", [1e-9, 0.01, 1.0])
+def test_free_room_is_small_whatever_the_ratio(llama, ratio):
+    cache = WildCatCache(llama.config, ratio=ratio)
+    llama(random_ids(1, 300), past_key_values=cache)
+    columns = cache.layers[0]._storage.memory.keys.shape[2]
+    assert columns <= kept_tokens(300, ratio) + 64
+
+
+def test_padding_does_not_add_up_past_max_tokens(llama):
+    cache, mask = WildCatCache(llama.config, max_tokens=100), torch.zeros(2, 400, dtype=torch.int64)
+    mask[:, -60:] = 1
+    llama(random_ids(2, 400), past_key_values=cache, attention_mask=mask)
+    for _ in range(5):
+        assert cache.stored_length() <= 100
+        new = torch.zeros(2, 30, dtype=torch.int64)
+        new[:, -1] = 1
+        mask = torch.cat((mask, new), dim=1)
+        logits = llama(random_ids(2, 30), past_key_values=cache, attention_mask=mask).logits
+        assert torch.isfinite(logits[:, -1]).all()
 
 
 # Batches
@@ -187,14 +260,22 @@ def test_equal_rows_stay_equal(llama):
     torch.testing.assert_close(logits[1:], logits[:1].expand(2, -1, -1), rtol=1e-4, atol=1e-4)
 
 
-def test_heads_and_layers_draw_apart_and_seeds_matter(llama):
-    def slots(seed):
-        cache = WildCatCache(llama.config, ratio=0.25, seed=seed)
-        llama(random_ids(1, 400), past_key_values=cache)
-        return cache.layers[0].keys
+def test_heads_layers_and_seeds_draw_apart():
+    """Equal keys and values in all heads and layers: what differs is the draw."""
 
-    assert torch.equal(slots(0), slots(0))
-    assert not torch.equal(slots(0), slots(1))
+    def slots(seed):
+        cache = WildCatCache(tf.LlamaConfig(**SMALL), ratio=0.25, seed=seed)
+        keys = torch.randn(1, 1, 400, 16, generator=torch.Generator().manual_seed(1)).expand(1, 2, -1, -1)
+        cache.layers[0].announce(400, None)
+        for layer in range(3):
+            cache.update(keys, keys, layer)
+            cache.layers[layer].after_attention(0.25)
+        return [cache.layers[layer].keys[0, head] for layer in range(3) for head in range(2)]
+
+    drawn = slots(0)
+    assert all(torch.equal(*pair) for pair in zip(drawn, slots(0), strict=True))
+    drawn += slots(1)
+    assert not any(torch.equal(a, b) for a, b in itertools.combinations(drawn, 2))
 
 
 def test_rows_are_repeated_selected_and_reordered(llama):
@@ -215,6 +296,30 @@ def test_rows_are_repeated_selected_and_reordered(llama):
         one = copy.deepcopy(cache)
         one.batch_select_indices(choice)
         torch.testing.assert_close(llama(question, past_key_values=one).logits, expected[1:])
+
+
+def test_a_row_of_padding_alone_harms_no_other(llama):
+    ids, mask = random_ids(2, 100), torch.ones(2, 105, dtype=torch.int64)
+    mask[0, :100] = 0
+    cache, alone = WildCatCache(llama.config, ratio=0.25), WildCatCache(llama.config, ratio=0.25)
+    llama(ids, past_key_values=cache, attention_mask=mask[:, :100])
+    llama(ids[1:], past_key_values=alone)
+    logits = llama(ids[:, :5], past_key_values=cache, attention_mask=mask).logits
+    torch.testing.assert_close(logits[1:], llama(ids[1:, :5], past_key_values=alone).logits, rtol=1e-3, atol=1e-3)
+
+
+def test_a_mask_that_contradicts_earlier_ones_is_refused(llama):
+    mask = torch.ones(1, 65, dtype=torch.int64)
+    mask[:, :20] = 0
+    for first, second, message in (
+        (mask[:, :60], None, "earlier tokens were padding"),
+        (None, mask, r"shows \[40\] of the 60 earlier tokens"),
+    ):
+        cache = WildCatCache(llama.config, max_tokens=200)
+        llama(random_ids(1, 60), past_key_values=cache, attention_mask=first)
+        with pytest.raises(ValueError, match=message):
+            llama(random_ids(1, 5), past_key_values=cache, attention_mask=second)
+        assert cache.get_seq_length() == 60
 
 
 # generate()
@@ -328,6 +433,28 @@ def test_one_token_needs_no_host_synchronisation(llama, budget, masked):
     assert (storage.memory.keys.shape, storage.length) == (before[0], before[1] + 4)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_one_token_copies_no_layer(dtype):
+    """No operation of a decoding step makes a tensor as large as the keys of a layer."""
+    model = tiny_model("llama", intermediate_size=64).to(dtype)
+    cache = WildCatCache(model.config, ratio=1.0)
+    model(random_ids(1, 2000), past_key_values=cache)
+    cache._shared.compressed = True
+    largest = cache.layers[0].keys.numel()
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            if isinstance(result, torch.Tensor):
+                memory = {t.untyped_storage()._cdata for t in tree_leaves(args) if isinstance(t, torch.Tensor)}
+                view = result.untyped_storage()._cdata in memory
+                assert view or result.numel() < largest, function
+            return result
+
+    with Watch():
+        model(random_ids(1, 1), past_key_values=cache)
+
+
 # What is refused
 
 
@@ -379,6 +506,11 @@ def test_nan_in_keys_names_the_layer():
     with pytest.raises(ValueError, match="layer 1: NaN or infinity in the keys"):
         model(random_ids(1, 60), past_key_values=cache)
     assert cache.layers[1].get_seq_length() == 0
+    model.model.layers[1].self_attn.k_proj.weight[0, 0] = 0.0
+    with pytest.raises(RuntimeError, match=r"reset\(\)"):  # layers are out of step
+        model(random_ids(1, 60), past_key_values=cache)
+    cache.reset()
+    assert torch.isfinite(model(random_ids(1, 60), past_key_values=cache).logits).all()
 
 
 def test_nan_in_a_decoded_key_is_found_at_the_fold():
@@ -386,18 +518,20 @@ def test_nan_in_a_decoded_key_is_found_at_the_fold():
     cache = WildCatCache(model.config, ratio=0.5)
     model(random_ids(1, 60), past_key_values=cache)
     model.model.layers[2].self_attn.k_proj.weight[0, 0] = float("nan")
+    assert model(random_ids(1, 1), past_key_values=cache).logits.isnan().any()  # not hidden until then
     with pytest.raises(ValueError, match="layer 2: NaN"):
-        decode(model, cache, random_ids(1, 1), 60)
+        model(random_ids(1, 40), past_key_values=cache)  # the fold of many tokens looks at the one as well
     assert cache.layers[2].keys.shape[-2] > 30
 
 
 def test_mismatched_keys_and_values_are_refused(llama):
-    cache = WildCatCache(llama.config, ratio=0.25)
-    cache.announce(3, None)
+    cache = WildCatCache(llama.config, ratio=1.0)
+    cache.layers[0].announce(3, None)
     with pytest.raises(ValueError, match=r"layer 0: key_states \(1, 2, 3, 16\) and value_states \(1, 2, 4, 16\)"):
         cache.update(torch.zeros(1, 2, 3, 16), torch.zeros(1, 2, 4, 16), 0)
     cache.update(torch.zeros(1, 2, 3, 16), torch.zeros(1, 2, 3, 16), 0)
-    cache.announce(3, None)
+    cache.layers[0].after_attention(0.25)
+    cache.layers[0].announce(3, None)
     with pytest.raises(ValueError, match="other heads or channels"):
         cache.update(torch.zeros(1, 4, 3, 16), torch.zeros(1, 4, 3, 16), 0)
     assert cache.stored_length(0) == 3
@@ -439,6 +573,27 @@ def test_a_prompt_past_the_positions_warns_once():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model(random_ids(1, 1), past_key_values=cache)
+
+
+def test_models_that_attend_in_their_own_way_are_refused():
+    """Values changed after the cache (DiffLlama), or attention that never asks for "wildcat" (Bloom)."""
+    changes = {name: value for name, value in SMALL.items() if name != "head_dim"}
+    model = tf.DiffLlamaForCausalLM(tf.DiffLlamaConfig(**changes)).eval()
+    cache = WildCatCache(model.config, ratio=0.5)
+    with pytest.raises(RuntimeError, match="DiffLlamaAttention changes the values"):
+        decode(model, cache, random_ids(1, 60), 2)
+    model = tf.BloomForCausalLM(tf.BloomConfig(vocab_size=120, hidden_size=64, n_layer=2, n_head=4)).eval()
+    cache = WildCatCache(model.config, ratio=0.5)
+    with pytest.raises(RuntimeError, match="layer 0: its keys never reached"):
+        model(random_ids(1, 60), past_key_values=cache)
+
+
+def test_tokens_that_see_later_ones_are_refused(llama):
+    cache = WildCatCache(llama.config, ratio=0.5)
+    with pytest.raises(ValueError, match="mask_function is not the causal one"):
+        create_causal_mask(
+            llama.config, torch.zeros(1, 5, 64), None, cache, or_mask_function=lambda *indices: indices[2] >= 0
+        )
 
 
 def test_taking_tokens_back_is_refused(llama):

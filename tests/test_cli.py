@@ -72,6 +72,26 @@ def test_demo_refuses_a_wrong_ratio_before_loading_anything(monkeypatch, capsys)
     assert status == 1 and "ratio=0.0" in err
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(["demo", "--ratio", "abc"], "--ratio"), (["generate"], "--prompt-file"), (["nope"], "nope")],
+)
+def test_a_usage_error_is_one_line(monkeypatch, capsys, arguments, message):
+    status, _, err = run(monkeypatch, capsys, *arguments)
+    assert status == 1 and message in err and err.count("\n") == 1
+
+
+def test_a_preset_keeps_its_seed_unless_told_otherwise(tmp_path):
+    preset = tmp_path / "preset.yaml"
+    preset.write_text("ratio: 0.5\nseed: 7")
+    assert cli._settings(preset, None, None, None).seed == 7
+    assert cli._settings(preset, None, 400, 3).model_dump(include={"seed", "ratio", "max_tokens"}) == {
+        "seed": 3,
+        "ratio": None,
+        "max_tokens": 400,
+    }
+
+
 @pytest.mark.real
 def test_generate_streams_the_answer_and_accounts_for_it(monkeypatch, capsys, prompt):
     status, out, err = run(monkeypatch, capsys, "generate", "--prompt-file", prompt, "--ratio", "0.9")

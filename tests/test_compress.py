@@ -137,6 +137,15 @@ def test_padding_slots_take_part_in_nothing():
     torch.testing.assert_close(padded.values, alone.values)
 
 
+def test_few_enough_valid_points_are_stored_unchanged():
+    keys, values = torch.full((12, 8), 0.5), torch.randn(12, 5)
+    valid = torch.arange(12) % 2 == 0
+    coreset = compress_kv(keys, values, rank=8, valid=valid)
+    assert coreset.valid.sum() == 6
+    assert torch.equal(coreset.values[coreset.valid], values[valid])
+    assert torch.equal(coreset.weights, coreset.valid.float())
+
+
 @given(
     st.sampled_from(["duplicates", "constant", "zero", "huge", "one far away"]),
     st.sampled_from(DTYPES),
@@ -204,6 +213,27 @@ def test_autocast_and_reduced_precision_change_nothing():
     assert torch.equal(plain.values, inside.values) and torch.equal(plain.weights, inside.weights)
 
 
+@pytest.mark.skipif(not hasattr(torch.backends.cuda.matmul, "fp32_precision"), reason="an older torch")
+def test_a_programs_own_precision_is_left_as_it_was():
+    backend = torch.backends.cuda.matmul
+    before, backend.fp32_precision = backend.fp32_precision, "tf32"
+    try:
+        compress_kv(*tokens(2, 50), rank=6)
+        assert backend.fp32_precision == "tf32"
+    finally:
+        backend.fp32_precision = before
+
+
+def test_slots_with_large_numerators_are_drawn_first():
+    keys, values = tokens(60)
+    values[17] *= 1e4
+    for seed in range(20):
+        coreset = compress_kv(
+            keys, values, rank=2, weights=torch.ones(60), value_bound=torch.tensor(5.0), noise=gumbel(2, 60, seed=seed)
+        )
+        assert (coreset.keys == keys[17]).all(-1).any()
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -216,6 +246,11 @@ def test_autocast_and_reduced_precision_change_nothing():
         ({"weights": torch.ones(7)}, r"weights has shape \(7,\)"),
         ({"noise": torch.ones(2, 9)}, r"noise has shape \(2, 9\)"),
         ({"keys": torch.full((9, 8), float("nan"))}, "keys holds NaN"),
+        ({"values": torch.full((9, 5), float("inf"))}, "values holds NaN"),
+        ({"valid": torch.ones(9, dtype=torch.int64)}, "valid has dtype torch.int64"),
+        ({"temperature": "hot"}, "temperature='hot' must be one of 'released', 'theory'"),
+        ({"weighting": "heavy"}, "weighting='heavy' must be one of 'nystrom', 'clipped'"),
+        ({"query_norm": -1.0}, "query_norm=-1.0"),
     ],
 )
 def test_errors_name_the_argument(change, message):

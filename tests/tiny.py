@@ -34,9 +34,23 @@ FAMILIES = {
     ),
 }
 
+# Attention of its own kind: softcap, and learned sinks in the denominator.
+PECULIAR = {
+    "gemma2": (
+        tf.Gemma2Config,
+        tf.Gemma2ForCausalLM,
+        {"sliding_window": 24, "query_pre_attn_scalar": 16, "attn_logit_softcapping": 2.0},
+    ),
+    "gpt_oss": (
+        tf.GptOssConfig,
+        tf.GptOssForCausalLM,
+        {"sliding_window": 24, "num_local_experts": 2, "num_experts_per_tok": 1},
+    ),
+}
+
 
 def tiny_model(family, attention="sdpa", **changes):
-    config_class, model_class, own = FAMILIES[family]
+    config_class, model_class, own = {**FAMILIES, **PECULIAR}[family]
     torch.manual_seed(1)
     config = config_class(**{**SMALL, **own, **changes})
     config._attn_implementation = attention

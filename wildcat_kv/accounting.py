@@ -30,10 +30,15 @@ def _tensors(value: Any) -> list[Tensor]:
     return [tensor for item in value for tensor in _tensors(item)] if isinstance(value, (list, tuple)) else []
 
 
+def stored_entries(layer: Any) -> int:
+    """Columns of keys that a layer of a Transformers cache holds."""
+    keys = getattr(layer, "keys", None)
+    return keys.shape[-2] if isinstance(keys, Tensor) and keys.numel() else 0
+
+
 def stored_tokens(cache: Any) -> int:
-    """Entries that the fullest layer of a Transformers cache holds."""
-    lengths = [layer.keys.shape[-2] for layer in cache.layers if isinstance(getattr(layer, "keys", None), Tensor)]
-    return max(lengths, default=0)
+    """Columns of keys that the fullest layer of a Transformers cache holds."""
+    return max(map(stored_entries, cache.layers), default=0)
 
 
 @dataclass(frozen=True)

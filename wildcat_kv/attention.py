@@ -23,6 +23,8 @@ NAME = "wildcat"
 
 # A denominator this small against the sum of its terms' magnitudes is cancellation, not information.
 _DENOMINATOR_FLOOR = 1e-6
+# Entries of a half-precision cache converted to float32 at once.
+_CONVERTED_AT_ONCE = 512
 # Scores held at once, in float32 numbers: 256 MiB.
 _SCORES_AT_ONCE = 2**26
 
@@ -70,13 +72,7 @@ def weighted_attention(
         >>> weighted_attention(q, k, v, weights=torch.ones(1, 2, 5)).shape
         torch.Size([1, 4, 3, 8])
     """
-    heads, kv_heads = query.shape[-3], keys.shape[-3]
-    if heads % kv_heads or query.shape[-1] != keys.shape[-1] or keys.shape[:-1] != values.shape[:-1]:
-        raise ValueError(
-            f"query {tuple(query.shape)}, keys {tuple(keys.shape)} and values {tuple(values.shape)} do not fit: "
-            "query heads must be a multiple of key heads, channels of query and keys and entries of keys and "
-            "values must agree"
-        )
+    _check_shapes(query, keys, values, weights, valid)
     total = query.shape[-2]
     step = max(1, _SCORES_AT_ONCE // max(1, query.shape[:-2].numel() * keys.shape[-2]))
     with full_precision(query.device):
@@ -97,6 +93,24 @@ def weighted_attention(
             for start in range(0, total, step)
         ]
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-2)
+
+
+def _check_shapes(query: Tensor, keys: Tensor, values: Tensor, weights: Tensor | None, valid: Tensor | None) -> None:
+    fit = (
+        min(query.dim(), keys.dim()) >= 3
+        and query.shape[:-3] == keys.shape[:-3]
+        and query.shape[-3] % keys.shape[-3] == 0
+        and query.shape[-1] == keys.shape[-1]
+        and keys.shape[:-1] == values.shape[:-1]
+    )
+    if not fit:
+        raise ValueError(
+            f"query {tuple(query.shape)}, keys {tuple(keys.shape)} and values {tuple(values.shape)} do not fit: they "
+            "must be (..., heads, q, d), (..., kv_heads, n, d), (..., kv_heads, n, d_v), heads a multiple of kv_heads"
+        )
+    for name, tensor in (("weights", weights), ("valid", valid)):
+        if tensor is not None and tensor.shape != keys.shape[:-1]:
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}; it must be {tuple(keys.shape[:-1])}, as keys")
 
 
 def _columns(keys: Tensor, weights: Tensor | None) -> Tensor:
@@ -124,7 +138,7 @@ def _attend(
     kv_heads, n = keys.shape[-3:-1]
     # Query heads of a group become further queries of their key head: keys are never repeated.
     grouped = (query.to(torch.float32) * scale).reshape(*batch, kv_heads, -1, d)
-    scores = torch.matmul(grouped, keys.to(torch.float32).mT)
+    scores = torch.cat([torch.matmul(grouped, part.mT) for part in _float32_blocks(keys)], dim=-1)
     if softcap is not None:
         scores = (scores / softcap).tanh_().mul_(softcap)
     if valid is not None:
@@ -142,16 +156,24 @@ def _attend(
         sinks = sinks.reshape(*batch, kv_heads, -1, 1)
         largest = torch.maximum(largest, sinks)
     terms = scores.sub_(largest).exp_()
-    numerator = torch.matmul(terms, values.to(torch.float32))
+    pieces = zip(terms.split(_CONVERTED_AT_ONCE, dim=-1), _float32_blocks(values), strict=False)
+    numerator = torch.matmul(terms, values) if values.dtype == torch.float32 else sum(t @ v for t, v in pieces)
     denominator, magnitude = torch.matmul(terms, columns).split(1, dim=-1)
     if sinks is not None:
         extra = (sinks - largest).exp()
         denominator, magnitude = denominator + extra, magnitude + extra
-    sound = denominator > _DENOMINATOR_FLOOR * magnitude
-    output = torch.where(sound, numerator / denominator, 0.0)
+    cancelled = denominator <= _DENOMINATOR_FLOOR * magnitude  # false for NaN, which must not be hidden
+    output = torch.where(cancelled, 0.0, numerator / denominator)
     if value_range is not None:
         output = output.clamp(value_range[0].to(torch.float32), value_range[1].to(torch.float32))
     return output.reshape(*batch, heads, length, -1).to(query.dtype)
+
+
+def _float32_blocks(tensor: Tensor) -> list[Tensor]:
+    """float32 pieces (..., k, channels) of a tensor (..., n, channels); half precision is never copied whole."""
+    if tensor.dtype == torch.float32:
+        return [tensor]
+    return [part.to(torch.float32) for part in tensor.split(_CONVERTED_AT_ONCE, dim=-2)]
 
 
 class Attended(Protocol):
@@ -176,37 +198,39 @@ class Forward:
     """One forward pass of the model, as its mask call announces it to the cache.
 
     Attributes:
+        seen: tokens of earlier passes.
         queries: new tokens.
-        padding: bool (rows, seen + queries), False for padding tokens; None where none was passed.
+        mask: bool (rows, seen + queries), False for padding tokens; None where none was passed.
         exact: whether the layers attend exactly, through the implementation that the config had before.
     """
 
+    seen: int
     queries: int
-    padding: Tensor | None
+    mask: Tensor | None
     exact: bool
 
-    def new_padding(self, device: torch.device) -> Tensor | None:
-        """bool (rows, queries), False for new tokens that are padding; None where none was passed."""
-        return None if self.padding is None else self.padding[:, -self.queries :].to(device)
+    def new_valid(self, device: torch.device) -> Tensor | None:
+        """bool (rows, queries), False for new tokens that are padding; None where no mask was passed."""
+        return None if self.mask is None else self.mask[:, -self.queries :].to(device)
 
 
 class Announced(Protocol):
-    """What the mask function needs of a cache of ours."""
+    """What the mask function needs of a cache layer of ours."""
 
-    def announce(self, queries: int, padding: Tensor | None) -> Forward:
-        """Take note that a forward pass over `queries` new tokens has begun."""
+    def announce(self, queries: int, mask: Tensor | None) -> Forward:
+        """Take note, for all layers of the cache, that a forward pass over `queries` new tokens has begun."""
         ...
 
 
 class MarkedLength(int):
-    """A key length that carries the cache it belongs to into the mask function, which is never given it."""
+    """A key length that leads the mask function, which is never given the cache, to the layer it came from."""
 
-    cache: Announced
+    layer: Announced
 
-    def __new__(cls, length: int, cache: Announced) -> MarkedLength:
+    def __new__(cls, length: int, layer: Announced) -> MarkedLength:
         """An int of value `length`."""
         marked = super().__new__(cls, length)
-        marked.cache = cache
+        marked.layer = layer
         return marked
 
 
@@ -229,10 +253,10 @@ class AttentionName(str):
         return (self.fallback,)
 
 
-def mark(keys: Tensor, layer: Attended) -> Tensor:
-    """Let `keys` lead the attention function to `layer`; the tensor arrives there as it is."""
-    keys._wildcat_layer = layer  # type: ignore[attr-defined]
-    return keys
+def mark(tensor: Tensor, layer: Attended) -> Tensor:
+    """Let keys or values lead the attention function to `layer`; they arrive there as they are."""
+    tensor._wildcat_layer = layer  # type: ignore[attr-defined]
+    return tensor
 
 
 def wildcat_attention(
@@ -266,6 +290,12 @@ def wildcat_attention(
     if layer.exact:
         output, probabilities = _fallback(module)(module, query, key, value, attention_mask, *args, **kwargs)
     else:
+        own = getattr(value, "_wildcat_layer", None) is layer and attention_mask is None
+        if not own or kwargs.get("sliding_window") is not None:
+            raise RuntimeError(
+                f"{type(module).__name__} changes the values, the mask or the window between the cache and its "
+                "attention, which compressed layers cannot follow; use DynamicCache for this model"
+            )
         output, probabilities = layer.attend(query, scale, kwargs).transpose(1, 2).contiguous(), None
     layer.after_attention(scale)
     return output, probabilities
@@ -302,7 +332,7 @@ def wildcat_mask(
                 f"{kv_length - q_length} tokens and {q_length} are new: it must have width {int(kv_length)}; pass the "
                 "mask of all tokens so far, or reset() the cache before a new text"
             )
-        forward = kv_length.cache.announce(q_length, attention_mask)
+        forward = kv_length.layer.announce(q_length, attention_mask)
         if not forward.exact:
             return None
         kv_length = int(kv_length)

@@ -100,7 +100,7 @@ def plan_fold(row: Row, config: WildCatConfig, *, prefill: bool) -> Fold | None:
         row: what the row holds, the newest tokens included.
         config: the budget.
         prefill: whether this forward gave the row its first tokens, several at once: the prompt is then
-            brought to its budget at once, however short it is.
+            brought to its budget at once, however short it is. A sink that had to shrink stays small.
     """
     if config.ratio is not None:
         due = prefill or row.seen - row.folded_at >= block_size(config)
@@ -112,7 +112,7 @@ def plan_fold(row: Row, config: WildCatConfig, *, prefill: bool) -> Fold | None:
     if not due or budget >= row.seen:
         return None
 
-    sink, window = exact_ends(budget, config)
+    sink, window = exact_ends(config.max_tokens or budget, config)
     if row.slots:  # the tokens behind a larger sink are folded already
         sink = row.sink
     # With `ratio` the budget grows with the row, so old slots never need to be compressed again.

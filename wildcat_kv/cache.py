@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
-from wildcat_kv.accounting import cache_bytes
+from wildcat_kv.accounting import cache_bytes, stored_entries
 from wildcat_kv.attention import NAME, AttentionName, Forward, MarkedLength, mark, weighted_attention
 from wildcat_kv.budget import Fold, Row, block_size, plan_fold, tokens_until_fold
 from wildcat_kv.compress import Coreset
@@ -23,6 +24,40 @@ from wildcat_kv.compressors import Compressor, KVBlock, WildCat
 from wildcat_kv.config import WildCatConfig
 from wildcat_kv.folding import align_right, fold_entries
 from wildcat_kv.storage import Entries, Storage
+
+# Most free columns behind what is stored, where a block is larger or nothing is ever folded.
+_ROOM = 64
+
+
+@dataclass
+class Shared:
+    """What the layers of one cache have in common. They hold this and not the cache: without a reference
+    cycle, a deleted cache gives its memory back at once.
+
+    Attributes:
+        settings: the budget.
+        compressor: the method.
+        positions: tokens that the model has positions for, None if unknown.
+        forward: the forward pass under way or the last one, None before the first.
+        waiting: the layer whose keys have not reached the attention function yet.
+        compressed: whether any layer has folded anything.
+        padded: whether any prompt had padding.
+        warned: whether the user knows that the text is longer than the model's positions.
+    """
+
+    settings: WildCatConfig
+    compressor: Compressor
+    positions: int | None
+    forward: Forward | None = None
+    waiting: int | None = None
+    compressed: bool = False
+    padded: bool = False
+    warned: bool = False
+
+    def reset(self) -> None:
+        """Back to before the first forward pass."""
+        self.forward = self.waiting = None
+        self.compressed = self.padded = self.warned = False
 
 
 class WildCatLayer(CacheLayerMixin):
@@ -38,9 +73,9 @@ class WildCatLayer(CacheLayerMixin):
     is_croppable = False
     supports_early_init = False
 
-    def __init__(self, cache: CompressedCache, index: int, count: int) -> None:
+    def __init__(self, shared: Shared, index: int, count: int) -> None:
         super().__init__()
-        self._cache = cache
+        self._shared = shared
         self._index = index
         self._count = count
         self._clear()
@@ -53,7 +88,7 @@ class WildCatLayer(CacheLayerMixin):
         self._seen = 0  # columns, padding included
         self._rows: list[Row] = []  # as of the last fold
         self._appended = 0  # columns since the last fold
-        self._padded = False  # whether any of them may be padding
+        self._masked = False  # whether a mask came with any of them
         self._fold_after: int | None = 0  # appended columns from which a row may need a fold; None: never
         self._value_range: tuple[Tensor, Tensor] | None = None  # of all values seen, once compressed
         self._forward: Forward | None = None  # the last one that was served
@@ -63,7 +98,8 @@ class WildCatLayer(CacheLayerMixin):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Allocate for keys and values of these shapes; called by the first `update`."""
         self.dtype, self.device = key_states.dtype, key_states.device
-        self._storage = Storage.empty(key_states, value_states, room=block_size(self._cache.settings))
+        room = min(block_size(self._shared.settings), _ROOM) if self._shared.settings.ratio != 1 else _ROOM
+        self._storage = Storage.empty(key_states, value_states, room)
         self._rows = [Row()] * key_states.shape[0]
         self.is_initialized = True
 
@@ -88,15 +124,17 @@ class WildCatLayer(CacheLayerMixin):
         if self._storage is None:
             self.lazy_initialization(key_states, value_states)
         assert self._storage is not None
-        valid = forward.new_padding(key_states.device)
+        valid = forward.new_valid(key_states.device)
         self._storage.append(key_states, value_states, valid)
         self._seen += forward.queries
         self._appended += forward.queries
-        self._padded = self._padded or valid is not None
-        self._forward = forward
+        self._masked = self._masked or valid is not None
+        self._forward, self._shared.waiting = forward, self._index
         if self._value_range is not None:
             self._value_range = _widen(self._value_range, value_states, valid)
-        return self._expose()
+        self._expose()
+        entries = self._storage.entries
+        return mark(entries.keys, self), mark(entries.values, self)
 
     def get_seq_length(self) -> int:
         """Tokens seen, padding included: positions continue from it. What is stored is `stored`."""
@@ -104,7 +142,7 @@ class WildCatLayer(CacheLayerMixin):
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Length and offset for the mask function; the length leads it to the cache."""
-        return MarkedLength(self._seen + query_length, self._cache), 0
+        return MarkedLength(self._seen + query_length, self), 0
 
     def get_max_length(self) -> int:
         """-1: any number of tokens can be read."""
@@ -113,6 +151,7 @@ class WildCatLayer(CacheLayerMixin):
     def reset(self) -> None:
         """Forget everything, as if new."""
         self._clear()
+        self._shared.reset()
 
     def crop(self, tokens_to_remove: int) -> None:
         """Refuse: folded tokens cannot be taken back.
@@ -150,7 +189,33 @@ class WildCatLayer(CacheLayerMixin):
             self._value_range = lowest.index_select(0, indices), highest.index_select(0, indices)
         self._expose()
 
-    # What the "wildcat" attention calls
+    # What the "wildcat" attention and mask functions call
+
+    def announce(self, queries: int, mask: Tensor | None) -> Forward:
+        """Take note, for all layers of the cache, that a forward pass has begun.
+
+        Args:
+            queries: new tokens.
+            mask: bool (rows, seen + queries), False for padding, or None.
+
+        Raises:
+            ValueError: a mask that contradicts what was passed before.
+        """
+        shared = self._shared
+        if queries > 1:  # reading the mask would stall the path of one token
+            self._check_mask(queries, mask)
+            shared.padded = shared.padded or (mask is not None and not bool(mask.all()))
+        if shared.positions is not None and self._seen + queries > shared.positions and not shared.warned:
+            warnings.warn(
+                f"the text is {self._seen + queries} tokens long and the model has {shared.positions} positions "
+                "(max_position_embeddings): answers will degrade; shorten the prompt or use a longer model",
+                stacklevel=2,
+            )
+            shared.warned = True
+        if mask is None and shared.padded and not shared.compressed:
+            raise ValueError("attention_mask=None, but earlier tokens were padding; pass the mask of all tokens so far")
+        shared.forward = Forward(self._seen, queries, mask, exact=not shared.compressed)
+        return shared.forward
 
     @property
     def exact(self) -> bool:
@@ -194,11 +259,15 @@ class WildCatLayer(CacheLayerMixin):
         Raises:
             ValueError: NaN or infinity among the keys to fold; they stay as they are.
         """
+        self._shared.waiting = None
         if self._fold_after is None or self._appended < self._fold_after:
             return
         rows = self._fold(self._count_rows(), scale)
-        waits = [tokens_until_fold(row, self._cache.settings) for row in rows]
-        self._fold_after = min((self._appended + wait for wait in waits if wait is not None), default=None)
+        settings = self._shared.settings
+        waits = [wait for row in rows if (wait := tokens_until_fold(row, settings)) is not None]
+        if settings.max_tokens is not None:  # columns of padding take room as well
+            waits.append(max(1, settings.max_tokens + 1 - self.stored))
+        self._fold_after = self._appended + min(waits) if waits else None
 
     # What the cache reports
 
@@ -209,25 +278,31 @@ class WildCatLayer(CacheLayerMixin):
         return [*self._storage.memory.tensors(), *(self._value_range or ())]
 
     @property
-    def compressed(self) -> bool:
-        """Whether anything has been folded."""
-        return self._value_range is not None
-
-    @property
     def stored(self) -> int:
-        """Entries held for the longest row, slots and exact tokens, with the padding of a first prompt."""
-        return max((row.stored for row in self._rows), default=0) + self._appended
+        """Entries held a row: slots and exact tokens, and the padding among them."""
+        return 0 if self._storage is None else self._storage.length
 
     # Inside
 
     def _check(self, keys: Tensor, values: Tensor) -> Forward:
         """Refuse what cannot be served, before anything changes."""
-        forward = self._cache.forward
+        forward = self._shared.forward
         if forward is None or forward is self._forward:
             raise RuntimeError(
                 f"layer {self._index}: these keys did not come through the '{NAME}' attention. Build the cache from "
-                f"the model's own config, {type(self._cache).__name__}(model.config, ...), keep its attention "
-                "implementation as it is then, and pass a 2D attention mask"
+                "the model's own config, WildCatCache(model.config, ...), keep its attention implementation as it is "
+                "then, and pass a 2D attention mask"
+            )
+        if self._shared.waiting is not None:
+            raise RuntimeError(
+                f"layer {self._shared.waiting}: its keys never reached the '{NAME}' attention. Either the forward pass "
+                "failed, then call cache.reset(); or this model attends in a way of its own (ALiBi, multi-head latent "
+                "attention), then use DynamicCache"
+            )
+        if forward.seen != self._seen:
+            raise RuntimeError(
+                f"layer {self._index} has seen {self._seen} tokens and others {forward.seen}: an earlier forward pass "
+                "failed half-way; call cache.reset() and read the text again"
             )
         if keys.dim() != 4 or keys.shape[:3] != values.shape[:3] or keys.shape[2] != forward.queries:
             raise ValueError(
@@ -255,18 +330,28 @@ class WildCatLayer(CacheLayerMixin):
         if not bool(torch.isfinite(keys.sum(dtype=torch.float32))) and not bool(torch.isfinite(keys).all()):
             raise ValueError(
                 f"layer {self._index}: NaN or infinity in the keys; the model has overflowed, try bfloat16 or "
-                "float32 (and reset() this cache, other layers may have read the tokens)"
+                "float32, and call cache.reset(): other layers may have read the tokens"
             )
 
-    def _expose(self) -> tuple[Tensor, Tensor]:
+    def _check_mask(self, queries: int, mask: Tensor | None) -> None:
+        """Refuse a mask that hides tokens which the cache holds, or shows padding which it dropped."""
+        if mask is None or self._storage is None or mask.shape[0] != len(self._rows):
+            return
+        before = mask[:, : mask.shape[-1] - queries].sum(-1).tolist()
+        if before != (held := [row.seen for row in self._count_rows()]):
+            raise ValueError(
+                f"attention_mask shows {before} of the {self._seen} earlier tokens of each row, and {held} were shown "
+                "when they were read; what was read cannot be masked later, call cache.reset() for another text"
+            )
+
+    def _expose(self) -> None:
+        """Let `keys` and `values` show what is stored; not the marked tensors, that would be a cycle."""
         assert self._storage is not None
-        entries = self._storage.entries
-        self.keys, self.values = mark(entries.keys, self), entries.values
-        return self.keys, self.values
+        self.keys, self.values = self._storage.entries.tensors()[:2]
 
     def _count_rows(self) -> list[Row]:
         """The rows with the tokens since the last fold."""
-        if not self._padded:
+        if not self._masked:
             return [row.append(self._appended) for row in self._rows]
         assert self._storage is not None
         new = self._storage.entries.valid[:, 0, self._storage.length - self._appended :]
@@ -275,17 +360,24 @@ class WildCatLayer(CacheLayerMixin):
     def _fold(self, rows: list[Row], scale: float) -> list[Row]:
         """Fold the rows that are due; returns what all of them hold then."""
         assert self._storage is not None and self._forward is not None
-        prefill = self._seen == self._forward.queries > 1
-        plans = [plan_fold(row, self._cache.settings, prefill=prefill) for row in rows]
-        if not any(plans):
+        settings = self._shared.settings
+        plans = [
+            plan_fold(row, settings, prefill=old.seen == 0 and self._seen == self._forward.queries and row.seen > 1)
+            for old, row in zip(self._rows, rows, strict=True)
+        ]
+        too_wide = settings.max_tokens is not None and self.stored > settings.max_tokens
+        if not any(plans) and not too_wide:
             return rows
         entries = self._storage.entries
-        if self._forward.queries == 1:
-            self._check_finite(entries.keys)
+        self._check_finite(entries.keys[:, :, self.stored - self._appended :])
         gaps = any(row.stored - old.stored != self._appended for row, old in zip(rows, self._rows, strict=True))
         if gaps:
             entries = align_right(entries, self._rows, self._appended)
-        value_range = self._value_range or _value_range(entries.values, entries.valid if gaps else None)
+        value_range = self._value_range
+        if value_range is None:
+            value_range = _value_range(entries.values, entries.valid if gaps else None)
+            nothing = value_range[0] > value_range[1]  # a row of padding only
+            value_range = value_range[0].masked_fill(nothing, 0.0), value_range[1].masked_fill(nothing, 0.0)
         lowest, highest = (bound.to(torch.float32).square() for bound in value_range)
         folds = [plan or Fold.nothing(row) for plan, row in zip(plans, rows, strict=True)]
         weighted = any(row.slots > fold.kept for row, fold in zip(rows, folds, strict=True))
@@ -303,14 +395,15 @@ class WildCatLayer(CacheLayerMixin):
                 weights=items.weights if weighted else None,
                 value_bound=torch.maximum(lowest, highest).sum((-2, -1)),
             )
-            return self._cache.compressor.compress(block, ranks)
+            return self._shared.compressor.compress(block, ranks)
 
         parts = fold_entries(entries, rows, folds, compress)
         self._storage = Storage(parts, room=self._storage.room)
         self._rows = [fold.apply(row) for fold, row in zip(folds, rows, strict=True)]
         self._value_range = value_range
         self._appended = 0
-        self._padded = False
+        self._masked = False
+        self._shared.compressed = True
         self._expose()
         return self._rows
 
@@ -341,7 +434,7 @@ class CompressedCache(Cache):
         compressor: Compressor,
         **fields: Any,
     ) -> None:
-        self.settings = _settings(settings, fields)
+        settings = _settings(settings, fields)
         decoder = _decoder_config(config)
         layers = DynamicCache(config=decoder).layers
         # Exactly this class: its subclasses (sliding windows, indexers) keep what they need by themselves.
@@ -352,46 +445,31 @@ class CompressedCache(Cache):
                 f"config={type(config).__name__}: no full-attention layer to compress, all layers are {kinds}; "
                 "use DynamicCache(config=model.config), it is bounded already"
             )
-        self.compressor = compressor
-        self.forward: Forward | None = None
-        self._positions = getattr(decoder, "max_position_embeddings", None)
+        self._shared = Shared(settings, compressor, getattr(decoder, "max_position_embeddings", None))
         for index in full:
-            layers[index] = WildCatLayer(self, index, len(layers))
+            layers[index] = WildCatLayer(self._shared, index, len(layers))
         super().__init__(layers=layers)
         current = decoder._attn_implementation
         if not isinstance(current, AttentionName):
             decoder._attn_implementation = AttentionName("eager" if current in (None, NAME) else str(current))
 
-    def announce(self, queries: int, padding: Tensor | None) -> Forward:
-        """Take note that a forward pass over `queries` new tokens has begun; called by the mask function."""
-        seen = self.get_seq_length(self._compressed_layers()[0]._index)
-        if self._positions is not None and seen + queries > self._positions:
-            warnings.warn(
-                f"the text is {seen + queries} tokens long and the model has {self._positions} positions "
-                "(max_position_embeddings): answers will degrade; shorten the prompt or use a longer model",
-                stacklevel=2,
-            )
-            self._positions = None
-        exact = not any(layer.compressed for layer in self._compressed_layers())
-        self.forward = Forward(queries, padding, exact)
-        return self.forward
+    @property
+    def settings(self) -> WildCatConfig:
+        """The budget and the exact ends."""
+        return self._shared.settings
+
+    @property
+    def compressor(self) -> Compressor:
+        """The method."""
+        return self._shared.compressor
 
     def stored_length(self, layer_idx: int = 0) -> int:
-        """Entries that layer `layer_idx` holds for its longest row: slots and exact tokens."""
-        layer = self.layers[layer_idx]
-        if isinstance(layer, WildCatLayer):
-            return layer.stored
-        keys = getattr(layer, "keys", None)
-        return 0 if keys is None or not keys.numel() else keys.shape[-2]
+        """Entries that layer `layer_idx` holds a row: slots and exact tokens, and the padding among them."""
+        return stored_entries(self.layers[layer_idx])
 
     def memory_bytes(self) -> int:
         """Bytes of all tensors that the cache holds, free room included."""
         return cache_bytes(self)
-
-    def reset(self) -> None:
-        """Forget everything, as if new."""
-        super().reset()
-        self.forward = None
 
     def __repr__(self) -> str:
         layers = self._compressed_layers()

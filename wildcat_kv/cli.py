@@ -20,9 +20,8 @@ from transformers import Cache, DynamicCache
 from wildcat_kv.accounting import TimedStreamer, Timing, cache_bytes, stored_tokens
 from wildcat_kv.cache import WildCatCache
 from wildcat_kv.config import WildCatConfig
-from wildcat_kv.downloads import DownloadError
 from wildcat_kv.haystack import build_context, make_needles
-from wildcat_kv.models import ModelError, load_model
+from wildcat_kv.models import load_model
 from wildcat_kv.prompts import encode_prompt, encode_question
 
 app = typer.Typer(
@@ -84,7 +83,7 @@ def generate(
     chat: Annotated[bool, typer.Option(help="Send the prompt as a chat message if the model has a template.")] = True,
     dtype: DtypeOption = "float32",
     device: DeviceOption = None,
-    seed: Annotated[int, typer.Option(help="Of the pivots.")] = 0,
+    seed: Annotated[int | None, typer.Option(help="Of the pivots; 0 unless the preset says otherwise.")] = None,
 ) -> None:
     """Answer a prompt with a compressed cache; the answer goes to stdout, the accounting to stderr."""
     settings = _settings(preset, ratio, max_tokens, seed)
@@ -117,9 +116,15 @@ def generate(
 def main() -> None:
     """Run the command; what a person can put right is one line on stderr and exit status 1."""
     try:
-        app()
-    except (ValueError, ModelError, DownloadError, OSError) as error:
-        print(f"wildcat-kv: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(app(standalone_mode=False))
+    except (typer.Abort, KeyboardInterrupt):
+        sys.exit(130)
+    except Exception as error:
+        usage = getattr(error, "format_message", None)  # typer's, or click's with an older typer
+        if usage is None and not isinstance(error, (ValueError, RuntimeError, OSError)):
+            raise
+        message = usage() if usage is not None else str(error)
+        print(f"wildcat-kv: {' '.join(message.split())}", file=sys.stderr)
         sys.exit(1)
 
 
@@ -250,11 +255,14 @@ def _demo_table(questions: list[tuple[str, str]], runs: dict[str, _Run]) -> Tabl
     return table
 
 
-def _settings(preset: Path | None, ratio: float | None, max_tokens: int | None, seed: int) -> WildCatConfig:
-    budget = {name: value for name, value in (("ratio", ratio), ("max_tokens", max_tokens)) if value is not None}
+def _settings(preset: Path | None, ratio: float | None, max_tokens: int | None, seed: int | None) -> WildCatConfig:
+    given = {"ratio": ratio, "max_tokens": max_tokens, "seed": seed}
+    fields: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     if preset is not None:
-        return WildCatConfig.from_yaml(preset, **budget, seed=seed)
-    return WildCatConfig(**(budget or {"ratio": 0.25}), seed=seed)
+        return WildCatConfig.from_yaml(preset, **fields)
+    return (
+        WildCatConfig(**fields) if "ratio" in fields or "max_tokens" in fields else WildCatConfig(ratio=0.25, **fields)
+    )
 
 
 def _read(path: Path) -> str:

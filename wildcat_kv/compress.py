@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import get_args
 
 import torch
 from torch import Tensor
@@ -46,6 +47,7 @@ def compress_kv(
     query_norm: float | Tensor | None = None,
     temperature: Temperature = "released",
     weighting: Weights = "nystrom",
+    value_bound: Tensor | None = None,
     bins: int = 1,
     noise: Tensor | None = None,
 ) -> Coreset:
@@ -65,6 +67,8 @@ def compress_kv(
             largest norm of a recentred key in the bin.
         temperature: "released" or "theory", see `temperature.py`.
         weighting: "nystrom" for signed weights, "clipped" for their non-negative part.
+        value_bound: (...), s^2, the sum over channels of the largest squared value seen; with `weights`,
+            slots with a U that is large against it are drawn more often.
         bins: bins of consecutive tokens, each compressed on its own.
         noise: (..., s, n), standard Gumbel noise, s at least the largest rank of a bin; drawn from torch's
             global generator by default.
@@ -82,7 +86,7 @@ def compress_kv(
         >>> compress_kv(keys, values, rank=24, bins=2).values.shape
         torch.Size([2, 8, 24, 64])
     """
-    _check(keys, values, weights, valid, scale, rank, bins)
+    _check(keys, values, weights, valid, query_norm, scale, rank, bins, temperature, weighting)
     batch, (n, d) = keys.shape[:-2], keys.shape[-2:]
     layout = BinLayout.build(n, [n], [rank], [bins], keys.device)
     if noise is None:
@@ -107,6 +111,7 @@ def compress_kv(
         weights=None if weights is None else weights.expand(*batch, n).reshape(1, -1, n),
         valid=None if valid is None else valid.reshape(1, -1, n),
         query_norm=query_norm,
+        value_bound=None if value_bound is None else value_bound.expand(batch).reshape(1, -1),
         temperature=temperature,
         weighting=weighting,
     )
@@ -144,8 +149,7 @@ def compress_bins(
         weights: float32 (rows, heads, n).
         valid: bool (rows, heads, n).
         query_norm: float32 (rows, heads).
-        value_bound: float32 (rows, heads), s^2, the sum over channels of the largest squared value that
-            the head has seen; with `weights`, slots with a U that is large against it are drawn more often.
+        value_bound: float32 (rows, heads).
         temperature: rule for tau.
         weighting: signed or clipped.
 
@@ -179,7 +183,7 @@ def compress_bins(
 
     # Bins that need no compression keep their tokens as they are; the others take the sums of their pivots.
     everything, present = _take_all(used, layout.bin_rank)
-    lossless = (layout.size <= layout.rank)[:, None, :, None]
+    lossless = (used.sum(-1) <= layout.rank.unsqueeze(1)).unsqueeze(-1)
     pivots, found = torch.where(lossless, everything, factor.pivots), torch.where(lossless, present, factor.valid)
     tokens = take_pivots(keys, values, weights, layout, pivots, found)
     order = _position_order(pivots, found)
@@ -267,13 +271,18 @@ def take_pivots(
 @contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
     """float32 that is float32: no autocast, and no TF32 or bfloat16 inside matrix products."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
+    # Set for each backend: torch refuses its older global switch once a program has used these.
+    backends = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]  # type: ignore[attr-defined]
+    backends = [backend for backend in backends if hasattr(backend, "fp32_precision")]
+    before = [backend.fp32_precision for backend in backends]
     try:
+        for backend in backends:
+            backend.fp32_precision = "ieee"
         with torch.autocast(device.type, enabled=False):
             yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        for backend, precision in zip(backends, before, strict=True):
+            backend.fp32_precision = precision
 
 
 def _scaled_keys(
@@ -313,9 +322,10 @@ def _position_order(pivots: Tensor, found: Tensor) -> Tensor:
 
 def _take_all(used: Tensor, slots: int) -> tuple[Tensor, Tensor]:
     """Pivots and validity when every token of a bin becomes a slot, in order."""
-    places = torch.arange(slots, device=used.device).clamp_max(used.shape[-1] - 1).expand(*used.shape[:-1], slots)
-    fits = torch.arange(slots, device=used.device) < used.shape[-1]
-    return places, used.gather(-1, places) & fits
+    places = (~used).to(torch.int8).argsort(dim=-1, stable=True)[..., :slots]
+    places = torch.nn.functional.pad(places, (0, slots - places.shape[-1]))
+    fits = torch.arange(slots, device=used.device) < used.sum(-1, keepdim=True)
+    return places, fits
 
 
 def _check(
@@ -323,9 +333,12 @@ def _check(
     values: Tensor,
     weights: Tensor | None,
     valid: Tensor | None,
+    query_norm: float | Tensor | None,
     scale: float | None,
     rank: int,
     bins: int,
+    temperature: str,
+    weighting: str,
 ) -> None:
     """Refuse what does not fit, before any work."""
     for name, tensor in (("keys", keys), ("values", values)):
@@ -343,6 +356,13 @@ def _check(
             raise ValueError(
                 f"{name} has shape {tuple(extra.shape)}; its last dimension must be {keys.shape[-2]} tokens"
             )
+    if valid is not None and valid.dtype != torch.bool:
+        raise ValueError(f"valid has dtype {valid.dtype}; it must be bool, True for points that take part")
+    for name, chosen, rules in (("temperature", temperature, Temperature), ("weighting", weighting, Weights)):
+        if chosen not in get_args(rules):
+            raise ValueError(f"{name}={chosen!r} must be one of {', '.join(map(repr, get_args(rules)))}")
+    if query_norm is not None and not bool((torch.as_tensor(query_norm) > 0).all()):
+        raise ValueError(f"query_norm={query_norm} must be positive, a bound on the norms of the queries")
     if scale is not None and not 0 < scale < float("inf"):
         raise ValueError(f"scale={scale} must be positive and finite, for example d ** -0.5")
     if not 1 <= bins <= min(rank, keys.shape[-2]):
@@ -350,6 +370,7 @@ def _check(
             f"bins={bins} with rank={rank} and {keys.shape[-2]} tokens: every bin takes at least one slot and one "
             "token; lower bins, or raise rank"
         )
-    finite = torch.isfinite(keys) if valid is None else torch.isfinite(keys) | ~valid.unsqueeze(-1)
-    if not bool(finite.all()):
-        raise ValueError("keys holds NaN or infinity; compress finite keys, and mark padding with valid")
+    for name, tensor in (("keys", keys), ("values", values)):
+        finite = torch.isfinite(tensor) if valid is None else torch.isfinite(tensor) | ~valid.unsqueeze(-1)
+        if not bool(finite.all()):
+            raise ValueError(f"{name} holds NaN or infinity; give finite ones, and mark padding with valid")

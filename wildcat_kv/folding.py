@@ -23,7 +23,7 @@ def fold_entries(
     Args:
         entries: right-aligned rows of `rows[b].stored` columns.
         rows: what the rows hold.
-        folds: what becomes of them; at least one of them compresses something.
+        folds: what becomes of them.
         compress: the method.
 
     Returns:
@@ -31,6 +31,8 @@ def fold_entries(
     """
     lengths, ranks = [fold.items for fold in folds], [fold.rank for fold in folds]
     stored = entries.keys.shape[2]
+    if not any(ranks):  # nothing but padding goes
+        return [entries.slice(stored - max(row.stored for row in rows), stored)]
     if len(set(zip(rows, folds, strict=True))) == 1 and rows[0].stored == stored:
         start, stop = folds[0].sink + folds[0].kept, stored - folds[0].window
         coreset = compress(entries.slice(start, stop), lengths, ranks)

@@ -95,8 +95,10 @@ class Storage:
 
     def select_rows(self, index: Tensor) -> None:
         """Keep the rows at `index`, int64 (k,), in that order."""
-        self._memory = self._memory.rows(index)
+        with torch.inference_mode(False):
+            self._memory = self._memory.rows(index)
 
+    @torch.no_grad()
     def append(self, keys: Tensor, values: Tensor, valid: Tensor | None) -> None:
         """Append exact tokens (rows, heads, k, ...); `valid` is bool (rows, k), all by default."""
         end = self.length + keys.shape[2]
