@@ -113,7 +113,7 @@ class WildCatLayer(CacheLayerMixin):
             **kwargs: ignored.
 
         Returns:
-            Views of all stored keys and values; the keys lead the "wildcat" attention to this layer.
+            Views of all stored keys and values; they lead the "wildcat" attention to this layer.
 
         Raises:
             RuntimeError: the forward pass did not come through the "wildcat" attention.
@@ -373,11 +373,7 @@ class WildCatLayer(CacheLayerMixin):
         gaps = any(row.stored - old.stored != self._appended for row, old in zip(rows, self._rows, strict=True))
         if gaps:
             entries = align_right(entries, self._rows, self._appended)
-        value_range = self._value_range
-        if value_range is None:
-            value_range = _value_range(entries.values, entries.valid if gaps else None)
-            nothing = value_range[0] > value_range[1]  # a row of padding only
-            value_range = value_range[0].masked_fill(nothing, 0.0), value_range[1].masked_fill(nothing, 0.0)
+        value_range = self._value_range or _first_range(entries.values, entries.valid if gaps else None)
         lowest, highest = (bound.to(torch.float32).square() for bound in value_range)
         folds = [plan or Fold.nothing(row) for plan, row in zip(plans, rows, strict=True)]
         weighted = any(row.slots > fold.kept for row, fold in zip(rows, folds, strict=True))
@@ -546,6 +542,13 @@ def _value_range(values: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
     lowest = values.masked_fill(hidden, limit.max).amin(-2, keepdim=True)
     highest = values.masked_fill(hidden, limit.min).amax(-2, keepdim=True)
     return lowest, highest
+
+
+def _first_range(values: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
+    """`_value_range`, with (0, 0) for rows that hold padding only."""
+    lowest, highest = _value_range(values, valid)
+    nothing = lowest > highest
+    return lowest.masked_fill(nothing, 0.0), highest.masked_fill(nothing, 0.0)
 
 
 def _widen(bounds: tuple[Tensor, Tensor], values: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
