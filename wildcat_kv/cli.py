@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -115,6 +116,7 @@ def generate(
 
 def main() -> None:
     """Run the command; what a person can put right is one line on stderr and exit status 1."""
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries would bury the one line
     try:
         sys.exit(app(standalone_mode=False))
     except (typer.Abort, KeyboardInterrupt):
