@@ -23,7 +23,7 @@ needle: $(READY)
 	$(BIN)/python -m eval.needle
 
 bench: $(READY)
-	$(BIN)/python -m benchmarks.prefill
+	$(BIN)/python -m benchmarks.prefill --tokens 4096 --tokens 8000
 	$(BIN)/python -m benchmarks.bounded
 	$(BIN)/python -m benchmarks.merging
 

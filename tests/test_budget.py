@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from wildcat_kv import WildCatConfig
-from wildcat_kv.budget import Row, block_size, exact_ends, kept_tokens, plan_fold, split_evenly, tokens_until_fold
+from wildcat_kv.budget import Fold, Row, block_size, exact_ends, kept_tokens, plan_fold, split_evenly, tokens_until_fold
 
 ratios = st.integers(1, 1000).map(lambda thousandths: thousandths / 1000)
 ends = st.tuples(st.integers(0, 64), st.integers(0, 64), st.integers(1, 40))
@@ -76,18 +76,12 @@ def test_no_fold_is_due_before_it_is_announced(ratio, sizes, prompt, steps):
     budget = {"max_tokens": sink + window + bin_rank + 7} if ratio is None else {"ratio": ratio}
     config = WildCatConfig(**budget, sink=sink, window=window, bin_rank=bin_rank)
     row = Row().append(prompt)
-    row = (plan_fold(row, config, prefill=prompt > 1) or plan_nothing(row)).apply(row)
+    row = (plan_fold(row, config, prefill=prompt > 1) or Fold.nothing(row)).apply(row)
     wait = tokens_until_fold(row, config)
     for step in range(1, steps):
         if wait is not None and step >= wait:
             break
         assert plan_fold(row.append(step), config, prefill=False) is None
-
-
-def plan_nothing(row):
-    from wildcat_kv.budget import Fold
-
-    return Fold.nothing(row)
 
 
 @given(st.integers(0, 1000), st.integers(1, 50))

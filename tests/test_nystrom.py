@@ -18,6 +18,12 @@ def points_and_noise(seed, n, d, rank, spread, batch=()):
     return points, noise
 
 
+def factorised(seed, n, d, rank, spread):
+    points, noise = points_and_noise(seed, n, d, min(rank, n), spread)
+    factor = pivoted_cholesky(points, noise)
+    return points, noise, factor, nystrom_weights(points, factor)
+
+
 def exponential_kernel(points):
     points = points.double()
     return (points @ points.mT).exp()
@@ -30,10 +36,7 @@ cases = st.tuples(
 
 @given(cases)
 def test_weights_solve_the_nystrom_system(case):
-    seed, n, d, rank, spread = case
-    points, noise = points_and_noise(seed, n, d, min(rank, n), spread)
-    factor = pivoted_cholesky(points, noise)
-    weights = nystrom_weights(points, factor)
+    points, _, factor, weights = factorised(*case)
     chosen = factor.pivots[factor.valid]
     kernel = exponential_kernel(points)
     expected = torch.linalg.solve(kernel[chosen][:, chosen], kernel[chosen])
@@ -50,10 +53,7 @@ def test_weights_solve_the_nystrom_system(case):
 
 @given(cases)
 def test_pivots_stand_for_themselves_alone(case):
-    seed, n, d, rank, spread = case
-    points, noise = points_and_noise(seed, n, d, min(rank, n), spread)
-    factor = pivoted_cholesky(points, noise)
-    weights = nystrom_weights(points, factor)
+    _, _, factor, weights = factorised(*case)
     chosen = factor.pivots[factor.valid]
     assert torch.equal(weights[factor.valid][:, chosen], torch.eye(len(chosen)))
     assert len(set(chosen.tolist())) == len(chosen)
@@ -63,15 +63,13 @@ def test_pivots_stand_for_themselves_alone(case):
 
 @given(cases)
 def test_permuting_tokens_and_noise_permutes_everything(case):
-    seed, n, d, rank, spread = case
-    points, noise = points_and_noise(seed, n, d, min(rank, n), spread)
-    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
-    factor = pivoted_cholesky(points, noise)
+    points, noise, factor, weights = factorised(*case)
+    order = torch.randperm(len(points), generator=torch.Generator().manual_seed(case[0]))
     permuted = pivoted_cholesky(points[order], noise[:, order])
     assert torch.equal(factor.valid, permuted.valid)
     assert torch.equal(factor.pivots[factor.valid], order[permuted.pivots[permuted.valid]])
-    weights = nystrom_weights(points, factor)[:, order]
-    torch.testing.assert_close(nystrom_weights(points[order], permuted), weights, rtol=1e-3, atol=1e-3)
+    expected = weights[:, order]
+    torch.testing.assert_close(nystrom_weights(points[order], permuted), expected, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("weighted", [False, True])

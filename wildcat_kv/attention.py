@@ -176,23 +176,6 @@ def _float32_blocks(tensor: Tensor) -> list[Tensor]:
     return [part.to(torch.float32) for part in tensor.split(_CONVERTED_AT_ONCE, dim=-2)]
 
 
-class Attended(Protocol):
-    """What the attention function needs of a cache layer of ours."""
-
-    @property
-    def exact(self) -> bool:
-        """Whether this forward pass attends exactly, through the fallback."""
-        ...
-
-    def attend(self, query: Tensor, scale: float, options: dict[str, Any]) -> Tensor:
-        """Weighted attention of the newest tokens' queries, (rows, heads, q, d_v)."""
-        ...
-
-    def after_attention(self, scale: float) -> None:
-        """Fold what no longer fits; the newest tokens have been attended to."""
-        ...
-
-
 @dataclass
 class Forward:
     """One forward pass of the model, as its mask call announces it to the cache.
@@ -214,20 +197,33 @@ class Forward:
         return None if self.mask is None else self.mask[:, -self.queries :].to(device)
 
 
-class Announced(Protocol):
-    """What the mask function needs of a cache layer of ours."""
+class CompressedLayer(Protocol):
+    """What the mask and the attention function need of a cache layer of ours."""
+
+    @property
+    def exact(self) -> bool:
+        """Whether this forward pass attends exactly, through the fallback."""
+        ...
 
     def announce(self, queries: int, mask: Tensor | None) -> Forward:
         """Take note, for all layers of the cache, that a forward pass over `queries` new tokens has begun."""
+        ...
+
+    def attend(self, query: Tensor, scale: float, options: dict[str, Any]) -> Tensor:
+        """Weighted attention of the newest tokens' queries, (rows, heads, q, d_v)."""
+        ...
+
+    def after_attention(self, scale: float) -> None:
+        """Fold what no longer fits; the newest tokens have been attended to."""
         ...
 
 
 class MarkedLength(int):
     """A key length that leads the mask function, which is never given the cache, to the layer it came from."""
 
-    layer: Announced
+    layer: CompressedLayer
 
-    def __new__(cls, length: int, layer: Announced) -> MarkedLength:
+    def __new__(cls, length: int, layer: CompressedLayer) -> MarkedLength:
         """An int of value `length`."""
         marked = super().__new__(cls, length)
         marked.layer = layer
@@ -253,7 +249,7 @@ class AttentionName(str):
         return (self.fallback,)
 
 
-def mark(tensor: Tensor, layer: Attended) -> Tensor:
+def mark(tensor: Tensor, layer: CompressedLayer) -> Tensor:
     """Let keys or values lead the attention function to `layer`; they arrive there as they are."""
     tensor._wildcat_layer = layer  # type: ignore[attr-defined]
     return tensor

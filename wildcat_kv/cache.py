@@ -133,8 +133,8 @@ class WildCatLayer(CacheLayerMixin):
         if self._value_range is not None:
             self._value_range = _widen(self._value_range, value_states, valid)
         self._expose()
-        entries = self._storage.entries
-        return mark(entries.keys, self), mark(entries.values, self)
+        keys, values = self._storage.view()
+        return mark(keys, self), mark(values, self)
 
     def get_seq_length(self) -> int:
         """Tokens seen, padding included: positions continue from it. What is stored is `stored`."""
@@ -347,7 +347,7 @@ class WildCatLayer(CacheLayerMixin):
     def _expose(self) -> None:
         """Let `keys` and `values` show what is stored; not the marked tensors, that would be a cycle."""
         assert self._storage is not None
-        self.keys, self.values = self._storage.entries.tensors()[:2]
+        self.keys, self.values = self._storage.view()
 
     def _count_rows(self) -> list[Row]:
         """The rows with the tokens since the last fold."""

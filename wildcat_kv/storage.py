@@ -88,6 +88,10 @@ class Storage:
         """A view of what is in use."""
         return self._memory.slice(0, self.length)
 
+    def view(self) -> tuple[Tensor, Tensor]:
+        """New views of the keys and values in use, (rows, heads, length, channels)."""
+        return self._memory.keys[:, :, : self.length], self._memory.values[:, :, : self.length]
+
     @property
     def memory(self) -> Entries:
         """All of the memory, free room included."""
