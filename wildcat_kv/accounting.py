@@ -15,10 +15,15 @@ def cache_bytes(cache: Any) -> int:
     """Bytes of all tensors that a Transformers cache holds, free room included; shared memory counts once."""
     storages = {}
     for layer in cache.layers:
-        for tensor in layer.tensors() if hasattr(layer, "tensors") else _tensors(list(vars(layer).values())):
+        for tensor in layer_tensors(layer):
             storage = tensor.untyped_storage()
             storages[storage._cdata] = storage.nbytes()
     return sum(storages.values())
+
+
+def layer_tensors(layer: Any) -> list[Tensor]:
+    """All tensors that a layer of a Transformers cache holds, ours or theirs."""
+    return layer.tensors() if hasattr(layer, "tensors") else _tensors(list(vars(layer).values()))
 
 
 def _tensors(value: Any) -> list[Tensor]:

@@ -76,6 +76,13 @@ def align_right(entries: Entries, rows: Sequence[Row], appended: int) -> Entries
     return entries.columns(taken.to(torch.int8).argsort(dim=-1, stable=True))
 
 
+def column_mask(spans: Sequence[tuple[int, int]], columns: Tensor) -> Tensor:
+    """bool (rows, n), True in columns [start, stop) of each row of `columns` (rows, heads, n, channels)."""
+    start, stop = torch.tensor(spans, device=columns.device).unsqueeze(-1).unbind(1)
+    place = torch.arange(columns.shape[2], device=columns.device)
+    return (place >= start) & (place < stop)
+
+
 def _assembly(rows: Sequence[Row], folds: Sequence[Fold], stored: int, slots: int) -> tuple[Tensor, Tensor]:
     """Where each column of the new rows comes from: [0, stored) is old, [stored, stored + slots) coreset."""
     head = torch.tensor([fold.sink + fold.kept for fold in folds]).unsqueeze(-1)

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from wildcat_kv.bins import take_columns
+
+
+@contextmanager
+def ordinary_tensors() -> Iterator[None]:
+    """Make tensors that outlive the forward pass: without a graph, and, under inference_mode too, writable later."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
 
 
 @dataclass(frozen=True)
@@ -58,8 +67,7 @@ class Storage:
         first = parts[0]
         capacity = sum(part.keys.shape[2] for part in parts) + room + extra
         shape, device = (*first.keys.shape[:2], capacity), first.keys.device
-        # Memory made under inference_mode could not be written to outside of it.
-        with torch.inference_mode(False):
+        with ordinary_tensors():
             self._memory = Entries(
                 torch.empty(*shape, first.keys.shape[-1], dtype=first.keys.dtype, device=device),
                 torch.empty(*shape, first.values.shape[-1], dtype=first.values.dtype, device=device),
@@ -99,8 +107,28 @@ class Storage:
 
     def select_rows(self, index: Tensor) -> None:
         """Keep the rows at `index`, int64 (k,), in that order."""
-        with torch.inference_mode(False):
+        with ordinary_tensors():
             self._memory = self._memory.rows(index)
+
+    def truncate(self, length: int) -> None:
+        """Give the columns from `length` on back to the free room."""
+        freed = self._memory.slice(length, self.length)
+        freed.valid.fill_(True)
+        self.length = length
+
+    def to(self, device: torch.device) -> None:
+        """Take everything to `device`; nothing happens where it is there already."""
+        if all(tensor.device == device for tensor in self._memory.tensors()):
+            return
+        with ordinary_tensors():
+            self._memory = Entries(*(tensor.to(device, non_blocking=True) for tensor in self._memory.tensors()))
+
+    def offload(self) -> None:
+        """Take keys and values to the CPU. Weights and validity are small and stay: the host may ask for them."""
+        held = self._memory
+        with ordinary_tensors():
+            keys, values = (tensor.to("cpu", non_blocking=True) for tensor in (held.keys, held.values))
+        self._memory = Entries(keys, values, held.weights, held.valid)
 
     @torch.no_grad()
     def append(self, keys: Tensor, values: Tensor, valid: Tensor | None) -> None:

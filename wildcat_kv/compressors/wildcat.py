@@ -10,7 +10,7 @@ import torch
 from wildcat_kv.bins import BinLayout
 from wildcat_kv.compress import Coreset, compress_bins
 from wildcat_kv.compressors.base import KVBlock
-from wildcat_kv.config import Temperature, Weights
+from wildcat_kv.config import Temperature, Weights, WildCatConfig
 from wildcat_kv.noise import gumbel_noise
 
 
@@ -33,6 +33,11 @@ class WildCat:
     temperature: Temperature = "released"
     weights: Weights = "nystrom"
     seed: int = 0
+
+    @staticmethod
+    def of(settings: WildCatConfig) -> WildCat:
+        """The method with the parameters that `settings` give it."""
+        return WildCat(settings.bin_rank, settings.temperature, settings.weights, settings.seed)
 
     def compress(self, block: KVBlock, budget: Sequence[int]) -> Coreset:
         """See `Compressor`."""

@@ -1,0 +1,62 @@
+"""Drives a cache without a model: keys and values by position, through the calls that a forward pass makes."""
+
+import torch
+import transformers as tf
+
+from tests.tiny import SMALL
+from wildcat_kv import WildCatCache
+
+SCALE = 0.25
+
+
+def small_cache(layers=2, **settings):
+    """A WildCatCache for two key heads of 16 channels, whose sinks, window and bins are small."""
+    config = tf.LlamaConfig(**{**SMALL, "num_hidden_layers": layers})
+    return WildCatCache(config, **{"sink": 3, "window": 8, "bin_rank": 4, **settings})
+
+
+def tokens(rows, length, seed=0, heads=2, channels=16):
+    """Random keys and values (layers, rows, heads, length, channels), layers = 2."""
+    generator = torch.Generator().manual_seed(seed)
+    keys, values = (torch.randn(2, rows, heads, length, channels, generator=generator) for _ in range(2))
+    return keys, values
+
+
+def read(cache, keys, values, start, count, mask=None):
+    """One forward pass over columns [start, start + count); the layers' outputs for fixed queries."""
+    layers = [index for index, layer in enumerate(cache.layers) if hasattr(layer, "announce")]
+    forward = cache.layers[layers[0]].announce(count, None if mask is None else mask[:, : start + count])
+    outputs = []
+    for number, index in enumerate(layers):
+        part = slice(start, start + count)
+        cache.update(keys[number][:, :, part], values[number][:, :, part], index)
+        layer = cache.layers[index]
+        queries = keys[number][:, :, part].repeat_interleave(2, 1) + 0.5
+        outputs.append(None if forward.exact else layer.attend(queries, SCALE, {}))
+        layer.after_attention(SCALE)
+    return outputs
+
+
+def state(cache):
+    """Everything that a cache of ours knows, to be compared bit for bit."""
+    found = []
+    for layer in cache.layers:
+        if not hasattr(layer, "held") or layer.stored == 0:
+            continue
+        entries, folded = layer.held()
+        boxes = [box.tensors() for box in (folded, layer._value_range) if box is not None]
+        found.append(([tensor.clone() for tensor in entries.tensors()], boxes, vars(layer.progress).copy()))
+    return found
+
+
+def assert_same(first, second, ignore=("record_past", "fold_from", "masked")):
+    """Two states are equal bit for bit; `ignore` names numbers that only say when to look again."""
+    assert len(first) == len(second)
+    for (entries, boxes, numbers), (entries_2, boxes_2, numbers_2) in zip(first, second, strict=True):
+        for name in numbers.keys() - set(ignore):
+            assert numbers[name] == numbers_2[name], name
+        for tensor, tensor_2 in zip(entries, entries_2, strict=True):
+            assert torch.equal(tensor, tensor_2)
+        assert len(boxes) == len(boxes_2)
+        for box, box_2 in zip(boxes, boxes_2, strict=True):
+            assert torch.equal(box[0], box_2[0]) and torch.equal(box[1], box_2[1])

@@ -1,0 +1,86 @@
+"""Which models can be compressed: decided from the config alone, before anything is switched."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from typing import Any
+
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+# Layers that Transformers keeps and that live beside ours: their masks are made apart from the causal one.
+_BESIDE = {"DynamicSlidingWindowLayer", "LinearAttentionLayer", "DummyLayer"}
+_INSTEAD = "use DynamicCache(config=model.config) for this model"
+
+
+def decoder_config(config: Any) -> Any:
+    """The config of the decoder, which alone is switched: a vision tower keeps its attention.
+
+    Args:
+        config: a Transformers config.
+
+    Raises:
+        TypeError: config is none.
+        ValueError: the model's attention cannot be followed; says why.
+    """
+    if not hasattr(config, "get_text_config"):
+        hint = "; pass model.config" if hasattr(config, "config") else ""
+        raise TypeError(f"config={type(config).__name__} is no Transformers config{hint}")
+    decoder = config.get_text_config(decoder=True)
+    if reason := _reason(config, decoder):
+        raise ValueError(f"config={type(config).__name__}: {reason}; {_INSTEAD}")
+    return decoder
+
+
+def cache_layers(decoder: Any) -> tuple[list[Any], list[int]]:
+    """The layers of an uncompressed cache, and the indices of those to compress.
+
+    Raises:
+        ValueError: there are none, or others that share their mask.
+    """
+    layers = DynamicCache(config=decoder).layers
+    # Exactly this class: its subclasses (sliding windows, indexers) keep what they need by themselves.
+    full = [index for index, layer in enumerate(layers) if type(layer) is DynamicLayer]
+    kinds = {type(layer).__name__ for index, layer in enumerate(layers) if index not in full}
+    if not full:
+        raise ValueError(
+            f"config={type(decoder).__name__}: no full-attention layer to compress, all layers are "
+            f"{', '.join(sorted(kinds))}; {_INSTEAD}"
+        )
+    # A layer that attends to everything by itself would lose its mask to the compressed layers.
+    if strangers := sorted(kinds - _BESIDE):
+        raise ValueError(
+            f"config={type(decoder).__name__}: layers of {', '.join(strangers)} are not supported; {_INSTEAD}"
+        )
+    return layers, full
+
+
+def _reason(config: Any, decoder: Any) -> str | None:
+    """What speaks against compressing this model, None for nothing."""
+    if getattr(config, "is_encoder_decoder", False):
+        return "encoder-decoder models attend across to the encoder, which is not supported"
+    if getattr(decoder, "kv_lora_rank", None):
+        return "multi-head latent attention (MLA) caches latents from which keys are made later, not keys"
+    sharing = getattr(decoder, "kv_sharing_modes", None) or ()
+    if getattr(decoder, "num_kv_shared_layers", 0) or "reuse" in sharing:
+        return "layers that share keys and values are not supported"
+    if decoder.model_type == "diffllama":
+        return "differential attention splits the values after they are cached"
+    module = _modeling_module(type(decoder).__module__)
+    if module is not None and not hasattr(module, "ALL_ATTENTION_FUNCTIONS"):
+        return "its modeling file attends in a way of its own (ALiBi, for example), out of reach of attention functions"
+    return None
+
+
+def _modeling_module(configuration: str) -> Any:
+    """The modeling file beside a configuration file; None if there is none of that name."""
+    name = configuration.replace("configuration_", "modeling_")
+    if name == configuration:
+        return None
+    if name in sys.modules or not configuration.startswith("transformers.models."):
+        return sys.modules.get(name)
+    try:
+        return importlib.import_module(name)
+    except ImportError:  # an optional dependency of that model: its absence shows when the model is built
+        return None

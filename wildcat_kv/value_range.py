@@ -1,0 +1,65 @@
+"""The smallest and largest value of each channel: what the weighted attention is clipped to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class ValueRange:
+    """A box around values, channel by channel; where it is empty, `lowest` is above `highest`.
+
+    Minimum and maximum are exact, so boxes joined in any order are the same bit for bit.
+
+    Attributes:
+        lowest: (rows, kv_heads, 1, d_v), in the dtype of the values.
+        highest: likewise.
+    """
+
+    lowest: Tensor
+    highest: Tensor
+
+    @staticmethod
+    def of(values: Tensor, valid: Tensor | None = None) -> ValueRange:
+        """The box around values (rows, kv_heads, n, d_v); `valid` is bool (rows, 1 or kv_heads, n), all by default."""
+        limit = torch.finfo(values.dtype)
+        if not values.shape[-2]:
+            shape = (*values.shape[:-2], 1, values.shape[-1])
+            return ValueRange(values.new_full(shape, limit.max), values.new_full(shape, limit.min))
+        if valid is None:
+            return ValueRange(values.amin(-2, keepdim=True), values.amax(-2, keepdim=True))
+        hidden = ~valid.unsqueeze(-1)
+        return ValueRange(
+            values.masked_fill(hidden, limit.max).amin(-2, keepdim=True),
+            values.masked_fill(hidden, limit.min).amax(-2, keepdim=True),
+        )
+
+    def join(self, other: ValueRange) -> ValueRange:
+        """The box around both."""
+        return ValueRange(torch.minimum(self.lowest, other.lowest), torch.maximum(self.highest, other.highest))
+
+    def unbounded_where_empty(self, other: ValueRange) -> ValueRange:
+        """This box, but without any bound where `other` is empty."""
+        limit, empty = torch.finfo(self.lowest.dtype), other.lowest > other.highest
+        return ValueRange(self.lowest.masked_fill(empty, limit.min), self.highest.masked_fill(empty, limit.max))
+
+    def squared_norm(self) -> Tensor:
+        """s^2, float32 (rows, kv_heads): the largest squared norm of a value within the box, 0 where it is empty."""
+        largest = torch.maximum(self.lowest.to(torch.float32).square(), self.highest.to(torch.float32).square())
+        return largest.masked_fill(self.lowest > self.highest, 0.0).sum((-2, -1))
+
+    def rows(self, index: Tensor) -> ValueRange:
+        """Rows (k,) of the batch, copied."""
+        index = index.to(self.lowest.device)
+        return ValueRange(self.lowest.index_select(0, index), self.highest.index_select(0, index))
+
+    def to(self, device: torch.device) -> ValueRange:
+        """On another device."""
+        return ValueRange(self.lowest.to(device), self.highest.to(device))
+
+    def tensors(self) -> tuple[Tensor, Tensor]:
+        """The two tensors."""
+        return self.lowest, self.highest
