@@ -108,6 +108,8 @@ class CompressedCache(Cache):
                 layer.check_crop(tokens_to_remove)
             elif tokens_to_remove and layer_tensors(layer):
                 _check_crop(layer, tokens_to_remove)
+        if not self._compressed_layers()[0].get_seq_length():
+            return
         for layer in self.layers:
             if tokens_to_remove or getattr(layer, "record_past", True):
                 layer.crop(tokens_to_remove)

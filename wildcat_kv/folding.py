@@ -70,7 +70,7 @@ def align_right(entries: Entries, rows: Sequence[Row], appended: int) -> Entries
         Right-aligned rows, copied: the padding has gone to the left.
     """
     before = entries.keys.shape[2] - appended
-    held = torch.tensor([row.stored for row in rows], device=entries.keys.device)
+    held = torch.tensor([row.stored for row in rows]).to(entries.keys.device, non_blocking=True)
     taken = torch.arange(before, device=entries.keys.device) >= before - held.unsqueeze(-1)
     taken = torch.cat((taken, entries.valid[:, 0, before:]), dim=-1)
     return entries.columns(taken.to(torch.int8).argsort(dim=-1, stable=True))
@@ -78,7 +78,7 @@ def align_right(entries: Entries, rows: Sequence[Row], appended: int) -> Entries
 
 def column_mask(spans: Sequence[tuple[int, int]], columns: Tensor) -> Tensor:
     """bool (rows, n), True in columns [start, stop) of each row of `columns` (rows, heads, n, channels)."""
-    start, stop = torch.tensor(spans, device=columns.device).unsqueeze(-1).unbind(1)
+    start, stop = torch.tensor(spans).to(columns.device, non_blocking=True).unsqueeze(-1).unbind(1)
     place = torch.arange(columns.shape[2], device=columns.device)
     return (place >= start) & (place < stop)
 

@@ -17,7 +17,7 @@ class ModelIdentity(BaseModel):
         sliding_window: tokens that sliding-window layers see, None where there are none.
         hidden_size: channels of the residual stream.
         num_attention_heads: query heads.
-        num_key_value_heads: key heads.
+        num_key_value_heads: key heads; a list where layers differ.
         head_dim: channels of a key, None where it follows from the others.
         vocab_size: tokens of the vocabulary.
         rope_parameters: of the rotary positions, None where there are none.
@@ -26,22 +26,21 @@ class ModelIdentity(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
     model_type: str
-    num_hidden_layers: int
-    layer_types: list[str] | None
-    sliding_window: int | None
-    hidden_size: int
-    num_attention_heads: int
-    num_key_value_heads: int | None
-    head_dim: int | None
-    vocab_size: int | None
+    num_hidden_layers: JsonValue
+    layer_types: JsonValue
+    sliding_window: JsonValue
+    hidden_size: JsonValue
+    num_attention_heads: JsonValue
+    num_key_value_heads: JsonValue
+    head_dim: JsonValue
+    vocab_size: JsonValue
     rope_parameters: JsonValue
 
     @staticmethod
     def of(decoder: Any) -> ModelIdentity:
-        """The identity of the decoder with this Transformers config."""
-        found = {name: getattr(decoder, name, None) for name in ModelIdentity.model_fields}
-        rope = found["rope_parameters"]
-        return ModelIdentity(**{**found, "rope_parameters": None if rope is None else plain(rope)})
+        """The identity of the decoder with this Transformers config; what it does not have is None."""
+        fields = ModelIdentity.model_fields
+        return ModelIdentity.model_validate({name: plain(getattr(decoder, name, None)) for name in fields})
 
     def difference(self, other: ModelIdentity) -> str | None:
         """The first field in which they differ, as "name: this one's and that one's"; None for alike."""

@@ -379,8 +379,8 @@ class WildCatLayer(CacheLayerMixin):
             )
         if forward.seen != self._progress.seen:
             raise RuntimeError(
-                f"layer {self._index} has seen {self._progress.seen} tokens and others {forward.seen}: an earlier forward pass "
-                "failed half-way; call cache.reset() and read the text again"
+                f"layer {self._index} has seen {self._progress.seen} tokens and others {forward.seen}: an earlier "
+                "forward pass failed half-way; call cache.reset() and read the text again"
             )
         if keys.dim() != 4 or keys.shape[:3] != values.shape[:3] or keys.shape[2] != forward.queries:
             raise ValueError(
@@ -418,10 +418,10 @@ class WildCatLayer(CacheLayerMixin):
         """Refuse a mask that hides tokens which the cache holds, or shows padding which it dropped."""
         if mask is None or self._storage is None or mask.shape[0] != self.batch_rows:
             return
-        before = mask[:, : mask.shape[-1] - queries].sum(-1).tolist()
-        if before != (held := [row.seen for row in self._count_rows(self._progress.seen)]):
+        before, seen = mask[:, : mask.shape[-1] - queries].sum(-1).tolist(), self._progress.seen
+        if before != (held := [row.seen for row in self._count_rows(seen)]):
             raise ValueError(
-                f"attention_mask shows {before} of the {self._progress.seen} earlier tokens of each row, and {held} were shown "
+                f"attention_mask shows {before} of the {seen} earlier tokens of each row, and {held} were shown "
                 "when they were read; what was read cannot be masked later, call cache.reset() for another text"
             )
 

@@ -19,7 +19,7 @@ from wildcat_kv.identity import ModelIdentity, plain
 from wildcat_kv.layer import WildCatLayer
 from wildcat_kv.progress import Progress
 from wildcat_kv.storage import Entries
-from wildcat_kv.support import decoder_config
+from wildcat_kv.support import cache_layers, decoder_config
 from wildcat_kv.value_range import ValueRange
 
 FORMAT = "wildcat_kv context"
@@ -113,7 +113,10 @@ def write(cache: Any, path: str | os.PathLike[str]) -> None:
     # Written beside the target and moved into place, so that a file is complete or not there.
     partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
     try:
+        partial.touch()
+        permissions = partial.stat().st_mode  # the user's; safetensors makes a file for its owner alone
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata)
+        partial.chmod(permissions)
         partial.replace(target)
     except SafetensorError as error:
         raise OSError(f"path={str(path)!r} cannot be written: {' '.join(str(error).split())}") from None
@@ -123,7 +126,8 @@ def write(cache: Any, path: str | os.PathLike[str]) -> None:
 
 def read(path: str | os.PathLike[str], config: Any, device: torch.device | str) -> SavedContext:
     """Read and check a file, for the model of `config`; see `CompressedCache.load`."""
-    identity = ModelIdentity.of(decoder_config(config))
+    decoder = decoder_config(config)
+    identity, (layers, full) = ModelIdentity.of(decoder), cache_layers(decoder)
     name = str(path)
     if not Path(path).is_file():
         raise FileNotFoundError(f"path={name!r} is no file; give one that cache.save(...) wrote")
@@ -135,10 +139,16 @@ def read(path: str | os.PathLike[str], config: Any, device: torch.device | str) 
                     f"path={name!r} is of another model than config={type(config).__name__}: {difference}; load it "
                     "with the config of the model that read the context"
                 )
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118: no mapping
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"path={name!r} is no whole safetensors file: {reason}; save it again") from None
+    kinds = [WildCatLayer.__name__ if index in full else type(layer).__name__ for index, layer in enumerate(layers)]
+    if (found := [layer.kind for layer in header.layers]) != kinds:
+        raise ValueError(
+            f"path={name!r} has layers {found}, and this version of Transformers makes {kinds} for the model; use the "
+            "version that wrote it, or save the context again"
+        )
     saved = SavedContext(header.settings, header, tensors, name)
     if fault := _fault(saved):
         raise ValueError(f"path={name!r} is damaged: {fault}; save it again")
@@ -164,7 +174,7 @@ def _fault(saved: SavedContext) -> str | None:
     """What contradicts itself in a file, None for nothing."""
     header, tensors = saved.header, saved.tensors
     ours = {index: layer.progress for index, layer in enumerate(header.layers) if layer.progress is not None}
-    if len(header.layers) != header.model.num_hidden_layers or not ours:
+    if not ours:
         return f"it holds {len(header.layers)} layers"
     first = next(iter(ours.values()))
     for index, progress in ours.items():
@@ -255,5 +265,6 @@ def _decode(value: JsonValue, own: dict[str, Tensor]) -> Any:
 
 def _describe(compressor: Any) -> JsonValue:
     """A method by its name and parameters."""
-    parameters = plain(dataclasses.asdict(compressor)) if dataclasses.is_dataclass(compressor) else {}
+    fields = dataclasses.fields(compressor) if dataclasses.is_dataclass(compressor) else ()
+    parameters = {field.name: plain(getattr(compressor, field.name)) for field in fields}
     return {"name": type(compressor).__name__, "parameters": parameters}

@@ -114,6 +114,7 @@ class Storage:
         """Give the columns from `length` on back to the free room."""
         freed = self._memory.slice(length, self.length)
         freed.valid.fill_(True)
+        freed.weights.fill_(1.0)
         self.length = length
 
     def to(self, device: torch.device) -> None:
@@ -141,4 +142,5 @@ class Storage:
         new.values.copy_(values)
         if valid is not None:
             new.valid.copy_(valid.unsqueeze(1))
+            new.weights.copy_(valid.unsqueeze(1))
         self.length = end

@@ -50,7 +50,7 @@ class WildCat:
         noise = gumbel_noise(
             self.seed,
             torch.full((1, 1, 1, 1, 1), block.layer_index, device=device),
-            torch.tensor(block.seen, device=device).view(-1, 1, 1, 1, 1),
+            torch.tensor(block.seen).to(device, non_blocking=True).view(-1, 1, 1, 1, 1),
             torch.arange(block.keys.shape[1], device=device).view(-1, 1, 1, 1),
             torch.arange(layout.used.shape[1], device=device).view(-1, 1, 1),
             torch.arange(layout.bin_rank, device=device).view(-1, 1),

@@ -1,0 +1,210 @@
+"""Any order of what can happen to a cache, against a record of everything that was read."""
+
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+import transformers as tf
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from tests.driver import SCALE
+from tests.tiny import SMALL
+from wildcat_kv import CompressedCache, WildCatCache, WildCatConfig
+from wildcat_kv.budget import block_size, kept_tokens
+from wildcat_kv.compressors import Uniform
+
+LAYERS = {"full": ["full_attention"] * 2, "hybrid": ["full_attention", "sliding_attention", "full_attention"]}
+BUDGETS = [
+    {"ratio": 0.2},
+    {"ratio": 0.5, "bin_rank": 2},
+    {"ratio": 0.9},
+    {"ratio": 1.0},
+    {"max_tokens": 15},
+    {"max_tokens": 40, "window": 0},
+    {"max_tokens": 33, "sink": 0},
+]
+LONGEST = 24  # columns of one forward pass
+
+
+class Caches(RuleBasedStateMachine):
+    """A cache and, column by column, all keys, values and validity that a cache without a budget would hold."""
+
+    @initialize(
+        kind=st.sampled_from(sorted(LAYERS)),
+        budget=st.sampled_from(BUDGETS),
+        rows=st.integers(1, 3),
+        masked=st.booleans(),
+        dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+        method=st.sampled_from(["wildcat", "uniform"]),
+        seed=st.integers(0, 2**16),
+    )
+    def build(self, kind, budget, rows, masked, dtype, method, seed):
+        types = LAYERS[kind]
+        self.config = tf.Gemma3TextConfig(
+            **{**SMALL, "num_hidden_layers": len(types), "layer_types": types, "sliding_window": 8}
+        )
+        self.settings = WildCatConfig(**{"sink": 3, "window": 6, "bin_rank": 4, **budget})
+        self.options = {"compressor": Uniform()} if method == "uniform" else {}
+        self.make = CompressedCache if method == "uniform" else WildCatCache
+        self.cache = self.make(self.config, self.settings, **self.options)
+        self.generator = torch.Generator().manual_seed(seed)
+        self.masked, self.dtype, self.rows = masked, dtype, rows
+        self.forget()
+
+    def forget(self):
+        """Nothing was read."""
+        shape = (len(self.config.layer_types), self.rows, 2, 0, 16)
+        self.keys, self.values = (torch.zeros(shape, dtype=self.dtype) for _ in range(2))
+        self.valid = torch.zeros(self.rows, 0, dtype=torch.bool)
+        self.recording = False
+
+    # What happens
+
+    @rule(count=st.integers(1, LONGEST))
+    def forward(self, count):
+        shape = (len(self.config.layer_types), self.rows, 2, count, 16)
+        new = [torch.randn(shape, generator=self.generator).to(self.dtype) for _ in range(2)]
+        shown = torch.ones(self.rows, count, dtype=torch.bool)
+        if self.masked and count > 1:
+            shown = torch.rand(self.rows, count, generator=self.generator) > 0.3
+        self.keys, self.values = torch.cat((self.keys, new[0]), 3), torch.cat((self.values, new[1]), 3)
+        self.valid = torch.cat((self.valid, shown), 1)
+        announced = self.cache.layers[0].announce(count, self.valid if self.masked else None)
+        for index, layer in enumerate(self.cache.layers):
+            self.cache.update(new[0][index], new[1][index], index)
+            if not hasattr(layer, "announce"):
+                continue
+            if not announced.exact:
+                output = layer.attend(new[0][index].repeat_interleave(2, 1), SCALE, {})
+                assert torch.isfinite(output).all()
+            layer.after_attention(SCALE)
+
+    @rule(share=st.floats(0, 1))
+    def crop(self, share):
+        """As many as can be taken back, and no more."""
+        can = self.cache.layers[0].progress.exact
+        if any(not hasattr(layer, "announce") for layer in self.cache.layers) and not self.recording:
+            can = 0  # a sliding window keeps no past unless told to
+        count = round(share * can)
+        self.cache.crop(-count)
+        kept = self.valid.shape[1] - count
+        self.keys, self.values, self.valid = self.keys[..., :kept, :], self.values[..., :kept, :], self.valid[:, :kept]
+
+    @precondition(lambda self: self.valid.shape[1])
+    @rule(extra=st.integers(1, 5))
+    def crop_too_much(self, extra):
+        with pytest.raises(ValueError, match="tokens_to_remove=-"):
+            self.cache.crop(-(self.cache.layers[0].progress.exact + extra))
+
+    @rule()
+    def record(self):
+        self.cache.activate_past_recording()
+        self.recording = True
+
+    @precondition(lambda self: self.valid.shape[1])
+    @rule(data=st.data())
+    def reorder(self, data):
+        index = torch.tensor(data.draw(st.lists(st.integers(0, self.rows - 1), min_size=self.rows, max_size=self.rows)))
+        self.cache.reorder_cache(index)
+        self.select_reference(index)
+
+    @precondition(lambda self: self.valid.shape[1])
+    @rule(data=st.data(), as_mask=st.booleans())
+    def select(self, data, as_mask):
+        kept = sorted(data.draw(st.sets(st.integers(0, self.rows - 1), min_size=1)))
+        index = torch.tensor(kept)
+        self.cache.batch_select_indices(torch.isin(torch.arange(self.rows), index) if as_mask else index)
+        self.select_reference(index)
+
+    @precondition(lambda self: self.valid.shape[1] and self.rows <= 2)
+    @rule(repeats=st.integers(1, 2))
+    def repeat(self, repeats):
+        self.cache.batch_repeat_interleave(repeats)
+        self.select_reference(torch.arange(self.rows).repeat_interleave(repeats))
+
+    def select_reference(self, index):
+        self.keys, self.values, self.valid = self.keys[:, index], self.values[:, index], self.valid[index]
+        self.rows = len(index)
+
+    @precondition(lambda self: self.valid.shape[1])
+    @rule()
+    def save_and_load(self):
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "context.safetensors"
+            self.cache.save(path)
+            self.cache = self.make.load(path, self.config, **self.options)
+
+    @rule()
+    def clone(self):
+        self.cache = self.cache.clone()
+
+    @rule()
+    def reset(self):
+        self.cache.reset()
+        recording = self.recording
+        self.forget()
+        # Sliding windows go on recording, as they do in Transformers; ours start anew.
+        if recording:
+            self.cache.activate_past_recording()
+            self.recording = True
+
+    # What must hold
+
+    @invariant()
+    def shapes_and_numbers_agree(self):
+        read = self.valid.shape[1]
+        for layer in self.cache.layers:
+            assert layer.get_seq_length() == read
+            if not hasattr(layer, "held") or not read:
+                continue
+            entries, _ = layer.held()
+            assert entries.keys.shape[:3] == entries.values.shape[:3] == entries.weights.shape == entries.valid.shape
+            assert entries.keys.shape[0] == self.rows == len(layer.progress.rows)
+            assert entries.keys.dtype == entries.values.dtype == self.dtype
+            assert all(torch.isfinite(tensor).all() for tensor in entries.tensors()[:3])
+            assert (entries.weights[~entries.valid] == 0).all()
+            assert layer.keys.shape == entries.keys.shape
+
+    @invariant()
+    def what_is_stored_is_within_budget(self):
+        slack = self.settings.window + 2 * LONGEST if self.recording else 0
+        for layer in self.cache.layers:
+            if not hasattr(layer, "held") or not self.valid.shape[1]:
+                continue
+            if self.settings.max_tokens is not None:
+                assert layer.stored <= self.settings.max_tokens + slack
+                continue
+            block = block_size(self.settings)
+            for row in layer._count_rows(layer.progress.seen):
+                assert row.stored <= kept_tokens(row.seen, self.settings.ratio) + block + slack
+
+    @invariant()
+    def what_is_stored_was_read(self):
+        """Exact tokens as they came; keys of slots among the row's keys; the clip around the row's values."""
+        full = [index for index, layer in enumerate(self.cache.layers) if hasattr(layer, "held")]
+        for index in full if self.valid.shape[1] else []:
+            layer, keys, values = self.cache.layers[index], self.keys[index], self.values[index]
+            entries, folded = layer.held()
+            exact = layer.progress.exact
+            assert torch.equal(entries.keys[:, :, layer.stored - exact :], keys[:, :, keys.shape[2] - exact :])
+            assert torch.equal(entries.values[:, :, layer.stored - exact :], values[:, :, keys.shape[2] - exact :])
+            for number, row in enumerate(layer._count_rows(layer.progress.seen)):
+                shown = self.valid[number]
+                assert row.seen == int(shown.sum())
+                assert int(entries.valid[number].sum(-1).max()) <= row.stored
+                own, held = keys[number][:, shown], entries.keys[number]
+                for head in range(2):
+                    slots = held[head][entries.valid[number, head]].float()
+                    same = (slots[:, None] == own[head].float()).all(-1)
+                    assert same.any(-1).all()
+                if folded is not None and (folded.lowest[number] <= folded.highest[number]).all():
+                    lowest, highest = (bound[number, :, 0] for bound in layer._value_range.tensors())
+                    assert torch.equal(lowest, values[number][:, shown].amin(1))
+                    assert torch.equal(highest, values[number][:, shown].amax(1))
+
+
+TestCaches = Caches.TestCase
+TestCaches.settings = settings(max_examples=max(100, settings().max_examples), stateful_step_count=20)
