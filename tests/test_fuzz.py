@@ -82,10 +82,25 @@ class Caches(RuleBasedStateMachine):
                 assert torch.isfinite(output).all()
             layer.after_attention(SCALE)
 
+    @rule(count=st.integers(1, 12))
+    def decode(self, count):
+        for _ in range(count):
+            self.forward(1)
+
+    @rule(count=st.integers(2, LONGEST), share=st.floats(0.1, 1))
+    def draft(self, count, share):
+        """Candidates, of which some are rejected."""
+        self.record()
+        self.forward(count)
+        self.crop(share * count / self.cache.layers[0].progress.exact)
+
     @rule(share=st.floats(0, 1))
     def crop(self, share):
         """As many as can be taken back, and no more."""
         can = self.cache.layers[0].progress.exact
+        if self.valid.shape[1]:
+            with pytest.raises(ValueError, match="tokens_to_remove=-"):
+                self.cache.crop(-can - 1)
         if any(not hasattr(layer, "announce") for layer in self.cache.layers) and not self.recording:
             can = 0  # a sliding window keeps no past unless told to
         count = round(share * can)
@@ -93,37 +108,25 @@ class Caches(RuleBasedStateMachine):
         kept = self.valid.shape[1] - count
         self.keys, self.values, self.valid = self.keys[..., :kept, :], self.values[..., :kept, :], self.valid[:, :kept]
 
-    @precondition(lambda self: self.valid.shape[1])
-    @rule(extra=st.integers(1, 5))
-    def crop_too_much(self, extra):
-        with pytest.raises(ValueError, match="tokens_to_remove=-"):
-            self.cache.crop(-(self.cache.layers[0].progress.exact + extra))
-
     @rule()
     def record(self):
         self.cache.activate_past_recording()
         self.recording = True
 
     @precondition(lambda self: self.valid.shape[1])
-    @rule(data=st.data())
-    def reorder(self, data):
-        index = torch.tensor(data.draw(st.lists(st.integers(0, self.rows - 1), min_size=self.rows, max_size=self.rows)))
-        self.cache.reorder_cache(index)
+    @rule(data=st.data(), how=st.sampled_from(["reorder", "select", "mask", "repeat"]))
+    def move_rows(self, data, how):
+        some = st.lists(st.integers(0, self.rows - 1), min_size=1, max_size=self.rows)
+        index = torch.tensor(data.draw(some))
+        if how == "repeat":
+            index = torch.arange(self.rows).repeat_interleave(2 if self.rows <= 2 else 1)
+            self.cache.batch_repeat_interleave(len(index) // self.rows)
+        elif how == "mask":
+            index = index.unique()
+            self.cache.batch_select_indices(torch.isin(torch.arange(self.rows), index))
+        else:
+            (self.cache.reorder_cache if how == "reorder" else self.cache.batch_select_indices)(index)
         self.select_reference(index)
-
-    @precondition(lambda self: self.valid.shape[1])
-    @rule(data=st.data(), as_mask=st.booleans())
-    def select(self, data, as_mask):
-        kept = sorted(data.draw(st.sets(st.integers(0, self.rows - 1), min_size=1)))
-        index = torch.tensor(kept)
-        self.cache.batch_select_indices(torch.isin(torch.arange(self.rows), index) if as_mask else index)
-        self.select_reference(index)
-
-    @precondition(lambda self: self.valid.shape[1] and self.rows <= 2)
-    @rule(repeats=st.integers(1, 2))
-    def repeat(self, repeats):
-        self.cache.batch_repeat_interleave(repeats)
-        self.select_reference(torch.arange(self.rows).repeat_interleave(repeats))
 
     def select_reference(self, index):
         self.keys, self.values, self.valid = self.keys[:, index], self.values[:, index], self.valid[index]

@@ -120,6 +120,23 @@ def test_without_recording_tokens_since_the_last_fold_can_be_taken_back():
         assert_same(state(cache), state(other))
 
 
+def test_padding_that_is_taken_back_delays_no_fold():
+    """Columns of padding put a fold off; without them it is due earlier."""
+    keys, values = tokens(1, 100)
+    mask = torch.ones(1, 100, dtype=torch.bool)
+    padding = mask.clone()
+    padding[:, 41:70] = False
+    cache, other = small_cache(ratio=0.25), small_cache(ratio=0.25)
+    for kind in (cache, other):
+        read(kind, keys, values, 0, 40, mask)
+    read(cache, keys, values, 40, 30, padding)
+    cache.crop(-30)
+    for at in range(40, 60):
+        for kind in (cache, other):
+            read(kind, keys, values, at, 1)  # without a mask the columns that are free again count as shown
+        assert_same(state(cache), state(other))
+
+
 def test_a_crop_past_what_is_exact_says_how_to_enlarge_the_window():
     keys, values = tokens(1, 200)
     cache = small_cache(ratio=0.25)

@@ -133,7 +133,10 @@ def plan_fold(row: Row, config: WildCatConfig, *, prefill: bool) -> Fold | None:
 def tokens_until_fold(row: Row, config: WildCatConfig) -> int | None:
     """New tokens after which `plan_fold` may want a fold of this row; None for never, at least 1."""
     if config.ratio is not None:
-        return None if config.ratio == 1 else max(1, block_size(config) - (row.seen - row.folded_at))
+        if config.ratio == 1:
+            return None
+        # What comes next to an empty row may be its prompt.
+        return max(1, block_size(config) - (row.seen - row.folded_at)) if row.seen else 1
     assert config.max_tokens is not None
     return max(1, config.max_tokens + 1 - row.stored)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -124,16 +125,17 @@ class CompressedCache(Cache):
             raise ValueError(f"repeats={repeats!r} must be a positive integer, the copies of each row")
         self.reorder_cache(torch.arange(self._rows()).repeat_interleave(repeats))
 
-    def batch_select_indices(self, indices: Tensor) -> None:
+    def batch_select_indices(self, indices: Tensor | Sequence[int]) -> None:
         """Keep some rows, in the given order; rows may be repeated.
 
         Args:
-            indices: int64 (k,), negative ones counted from the end, or a bool mask over the rows.
+            indices: int64 (k,) or a sequence of integers, negative ones counted from the end; or a bool mask
+                over the rows.
 
         Raises:
             ValueError: rows that are not there, or none at all. The cache is left as it was.
         """
-        rows = self._rows()
+        rows, indices = self._rows(), torch.as_tensor(indices)
         if not rows:
             return
         kept = indices.nonzero().squeeze(-1) if indices.dtype == torch.bool else indices

@@ -460,7 +460,7 @@ class WildCatLayer(CacheLayerMixin):
         settings, progress = self._shared.settings, self._progress
         while (end := progress.due(until)) is not None:
             rows = self._count_rows(end)
-            if folds := self._plan(rows, end, first=progress.settled == 0):
+            if folds := self._plan(rows, progress.settled, end):
                 rows = self._fold(rows, folds, end)
             waits = [wait for row in rows if (wait := tokens_until_fold(row, settings)) is not None]
             if settings.max_tokens is not None:  # columns of padding take room as well
@@ -472,9 +472,9 @@ class WildCatLayer(CacheLayerMixin):
         progress = self._progress
         if self._storage is None or progress.due(until) is None:
             return False
-        first = [progress.settled == 0] + [False] * (len(progress.ends) - 1)
-        ends = zip(progress.ends, first, strict=True)
-        return any(self._plan(self._count_rows(end), end, first=first) for end, first in ends if end <= until)
+        starts = [progress.settled, *progress.ends[:-1]]
+        spans = [(start, end) for start, end in zip(starts, progress.ends, strict=True) if end <= until]
+        return any(self._plan(self._count_rows(end), start, end) for start, end in spans)
 
     def _stored_at(self, column: int) -> int:
         """Columns stored when `column` columns had been read; they must have come after the last fold."""
@@ -489,16 +489,18 @@ class WildCatLayer(CacheLayerMixin):
         new = self._storage.entries.valid[:, 0, self._stored_at(progress.folded_at) : self._stored_at(end)]
         return [row.append(count) for row, count in zip(progress.rows, new.sum(-1).tolist(), strict=True)]
 
-    def _plan(self, rows: Sequence[Row], end: int, *, first: bool) -> list[Fold] | None:
-        """What to fold at column `end`, None for nothing.
+    def _plan(self, rows: Sequence[Row], start: int, end: int) -> list[Fold] | None:
+        """What to fold after the forward pass over columns [start, end), None for nothing.
 
         Args:
-            rows: the rows as of then.
-            end: where a forward pass ended.
-            first: whether it was the first.
+            rows: the rows as of its end.
+            start: where it began.
+            end: where it ended.
         """
         settings = self._shared.settings
-        plans = [plan_fold(row, settings, prefill=first and row.seen > 1) for row in rows]
+        # A row's first tokens, several at once, are its prompt; with padding that may come in a later pass.
+        prompts = [before.seen == 0 and row.seen > 1 for before, row in zip(self._count_rows(start), rows, strict=True)]
+        plans = [plan_fold(row, settings, prefill=prompt) for row, prompt in zip(rows, prompts, strict=True)]
         too_wide = settings.max_tokens is not None and self._stored_at(end) > settings.max_tokens
         if not any(plans) and not too_wide:
             return None
