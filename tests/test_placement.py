@@ -4,6 +4,11 @@ No accelerator is needed: fake tensors know their device and refuse to be mixed,
 """
 
 import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -171,3 +176,41 @@ def test_a_share_of_the_heads_is_enough():
         assert own.keys.shape == (2, 1, *all_heads.keys.shape[2:])
         torch.testing.assert_close(own.keys[:, 0], all_heads.keys[:, 0])
         torch.testing.assert_close(own.values[:, 0], all_heads.values[:, 0], rtol=1e-4, atol=1e-5)
+
+
+TENSOR_PARALLEL = """
+import json, os, sys, torch, transformers
+from pathlib import Path
+from transformers.distributed import DistributedConfig
+from tests.tiny import random_ids
+from wildcat_kv import WildCatCache
+torch.set_grad_enabled(False)
+folder = Path(sys.argv[1])
+plan = DistributedConfig(tp_plan="auto")
+model = transformers.AutoModelForCausalLM.from_pretrained(folder / "model", distributed_config=plan).eval()
+found = []
+for ratio in (1.0, 0.25):
+    cache = WildCatCache(model.config, ratio=ratio)
+    out = model.generate(random_ids(1, 120), past_key_values=cache, max_new_tokens=60, do_sample=False)
+    found.append([out[0].tolist(), list(cache.layers[0].keys.shape)])
+(folder / f"{os.environ['RANK']}.json").write_text(json.dumps(found))
+"""
+
+
+def test_tensor_parallel_processes_agree(tmp_path):
+    """Two processes on the CPU, one of the two key heads each; within budget they answer as a single one does."""
+    model = tiny_model("llama")
+    model.save_pretrained(tmp_path / "model")
+    expected = model.generate(random_ids(1, 120), max_new_tokens=60, do_sample=False)
+    (tmp_path / "run.py").write_text(TENSOR_PARALLEL)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent.parent)}
+    done = subprocess.run(
+        [*command, str(tmp_path / "run.py"), str(tmp_path)], capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    ranks = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
+    assert ranks[0] == ranks[1]
+    (exact, _), (compressed, shape) = ranks[0]
+    assert exact == expected[0].tolist()
+    assert len(compressed) == 180 and shape[1] == 1 and shape[2] < 80
