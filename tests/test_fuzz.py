@@ -98,11 +98,13 @@ class Caches(RuleBasedStateMachine):
     def crop(self, share):
         """As many as can be taken back, and no more."""
         can = self.cache.layers[0].progress.exact
+        for layer in self.cache.layers:
+            if not hasattr(layer, "announce") and self.valid.shape[1]:
+                held = layer.keys.shape[-2]
+                can = min(can, held if held == self.valid.shape[1] else max(0, held - 7))
         if self.valid.shape[1]:
             with pytest.raises(ValueError, match="tokens_to_remove=-"):
                 self.cache.crop(-can - 1)
-        if any(not hasattr(layer, "announce") for layer in self.cache.layers) and not self.recording:
-            can = 0  # a sliding window keeps no past unless told to
         count = round(share * can)
         self.cache.crop(-count)
         kept = self.valid.shape[1] - count
@@ -147,12 +149,7 @@ class Caches(RuleBasedStateMachine):
     @rule()
     def reset(self):
         self.cache.reset()
-        recording = self.recording
         self.forget()
-        # Sliding windows go on recording, as they do in Transformers; ours start anew.
-        if recording:
-            self.cache.activate_past_recording()
-            self.recording = True
 
     # What must hold
 

@@ -181,11 +181,11 @@ def test_the_value_clip_is_rolled_back():
 
 def test_the_cache_says_that_it_can_be_rolled_back(llama):
     cache = WildCatCache(llama.config, ratio=0.25)
-    assert cache.is_croppable and not cache.is_recording_past(0)
+    assert cache.is_croppable and not cache.layers[0].record_past
     cache.activate_past_recording()
-    assert cache.is_recording_past(0)
+    assert cache.layers[0].record_past
     cache.reset()
-    assert not cache.is_recording_past(0)
+    assert not cache.layers[0].record_past
 
 
 # generate()

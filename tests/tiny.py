@@ -3,6 +3,8 @@
 import torch
 import transformers as tf
 
+from tests.families import REGISTRY
+
 SMALL = {
     "hidden_size": 64,
     "intermediate_size": 96,
@@ -18,43 +20,25 @@ SMALL = {
     "pad_token_id": 0,
 }
 
-FAMILIES = {
-    "llama": (tf.LlamaConfig, tf.LlamaForCausalLM, {}),
-    "qwen2": (tf.Qwen2Config, tf.Qwen2ForCausalLM, {}),
-    "qwen3": (tf.Qwen3Config, tf.Qwen3ForCausalLM, {}),
-    "mistral": (tf.MistralConfig, tf.MistralForCausalLM, {"sliding_window": None}),
-    "gemma3": (
-        tf.Gemma3TextConfig,
-        tf.Gemma3ForCausalLM,
-        {
-            "sliding_window": 24,
-            "layer_types": ["sliding_attention", "full_attention", "full_attention"],
-            "query_pre_attn_scalar": 16,
-        },
-    ),
-}
+# The quick set, for tests of the cache itself; tests/test_families.py goes through all.
+FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "gemma3")
 
 # Attention of its own kind: softcap, and learned sinks in the denominator.
-PECULIAR = {
-    "gemma2": (
-        tf.Gemma2Config,
-        tf.Gemma2ForCausalLM,
-        {"sliding_window": 24, "query_pre_attn_scalar": 16, "attn_logit_softcapping": 2.0},
-    ),
-    "gpt_oss": (
-        tf.GptOssConfig,
-        tf.GptOssForCausalLM,
-        {"sliding_window": 24, "num_local_experts": 2, "num_experts_per_tok": 1},
-    ),
-}
+PECULIAR = ("gemma2", "gpt_oss")
 
 
-def tiny_model(family, attention="sdpa", **changes):
-    config_class, model_class, own = {**FAMILIES, **PECULIAR}[family]
+def tiny_config(family, **changes):
+    entry = REGISTRY[family]
+    return getattr(tf, entry.config)(**{**(SMALL if entry.model else {}), **entry.fields, **changes})
+
+
+def tiny_model(family, attention=None, **changes):
+    """A random model; `attention` is the implementation, Transformers' own choice by default."""
     torch.manual_seed(1)
-    config = config_class(**{**SMALL, **own, **changes})
-    config._attn_implementation = attention
-    return model_class(config).eval()
+    config = tiny_config(family, **changes)
+    if attention is not None:
+        config._attn_implementation = attention
+    return getattr(tf, REGISTRY[family].model)(config).eval()
 
 
 def random_ids(rows, length, seed=0):

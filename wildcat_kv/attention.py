@@ -205,6 +205,10 @@ class CompressedLayer(Protocol):
         """Whether this forward pass attends exactly, through the fallback."""
         ...
 
+    def get_seq_length(self) -> int:
+        """Tokens seen, the newest included."""
+        ...
+
     def announce(self, queries: int, mask: Tensor | None) -> Forward:
         """Take note, for all layers of the cache, that a forward pass over `queries` new tokens has begun."""
         ...
@@ -286,8 +290,13 @@ def wildcat_attention(
     if layer.exact:
         output, probabilities = _fallback(module)(module, query, key, value, attention_mask, *args, **kwargs)
     else:
+        if kwargs.get("output_attentions"):
+            raise ValueError(
+                "output_attentions=True: tokens in a compressed layer have no attention probabilities of their own; "
+                "leave it out and call cache.reset(), or use DynamicCache"
+            )
         own = getattr(value, "_wildcat_layer", None) is layer and attention_mask is None
-        if not own or kwargs.get("sliding_window") is not None:
+        if not own or (kwargs.get("sliding_window") or sys.maxsize) < layer.get_seq_length():
             raise RuntimeError(
                 f"{type(module).__name__} changes the values, the mask or the window between the cache and its "
                 "attention, which compressed layers cannot follow; use DynamicCache for this model"
@@ -316,8 +325,13 @@ def wildcat_mask(
         ValueError: a mask pattern other than the causal one, or a 2D mask of the wrong width.
     """
     fallback = _fallback_mask(kwargs.get("config"))
+    window = kwargs.get("local_size")
+    if isinstance(kv_length, MarkedLength) and window is not None and window < kv_length:
+        # For layers with a window. A model may ask even if it has none; then no layer uses it.
+        kv_length = int(kv_length)
     if isinstance(kv_length, MarkedLength):
-        if mask_function is not causal_mask_function:
+        plain = mask_function is causal_mask_function or (window is not None and kwargs.get("allow_is_causal_skip"))
+        if not plain:
             raise ValueError(
                 "mask_function is not the causal one (image blocks or packed sequences, for example): tokens that "
                 "see later ones cannot be compressed; use DynamicCache for this input"

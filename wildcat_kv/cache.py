@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import operator
 import os
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,7 +21,7 @@ from wildcat_kv.compressors import Compressor, WildCat
 from wildcat_kv.config import WildCatConfig
 from wildcat_kv.identity import ModelIdentity
 from wildcat_kv.layer import Shared, WildCatLayer
-from wildcat_kv.support import cache_layers, decoder_config
+from wildcat_kv.support import cache_layers, decoder_config, dropped_from
 
 
 class CompressedCache(Cache):
@@ -62,7 +64,15 @@ class CompressedCache(Cache):
         for index in full:
             layers[index] = WildCatLayer(self._shared, index, len(layers))
         super().__init__(layers=layers, offloading=offloading, offload_only_non_sliding=offload_only_non_sliding)
+        # To start anew from: not every layer of Transformers' can be reset in every version.
+        self._beside = {index: copy.deepcopy(layer) for index, layer in enumerate(layers) if index not in full}
         self._model = ModelIdentity.of(decoder)
+        if (length := dropped_from(decoder)) is not None:
+            warnings.warn(
+                f"config={type(config).__name__}: generate() of this model drops any cache where a text grows past "
+                f"{length} tokens; read longer prompts by model(input_ids, past_key_values=cache) before generate()",
+                stacklevel=2,
+            )
         current = decoder._attn_implementation
         if not isinstance(current, AttentionName):
             decoder._attn_implementation = AttentionName("eager" if current in (None, NAME) else str(current))
@@ -82,13 +92,25 @@ class CompressedCache(Cache):
         """What the cache was built for."""
         return self._model
 
-    def stored_length(self, layer_idx: int = 0) -> int:
-        """Entries that layer `layer_idx` holds a row: slots and exact tokens, and the padding among them."""
-        return stored_entries(self.layers[layer_idx])
+    def stored_length(self, layer_idx: int | None = None) -> int:
+        """Entries held a row: slots and exact tokens, and the padding among them.
+
+        Args:
+            layer_idx: the layer; by default the first that is compressed, and all of these hold as many.
+        """
+        return stored_entries(self._compressed_layers()[0] if layer_idx is None else self.layers[layer_idx])
 
     def memory_bytes(self) -> int:
         """Bytes of all tensors that the cache holds, free room included."""
         return cache_bytes(self)
+
+    def reset(self) -> None:
+        """Forget everything, as if new; the next text is read from its beginning."""
+        for index, layer in enumerate(self.layers):
+            if isinstance(layer, WildCatLayer):
+                layer.reset()
+            else:
+                self.layers[index] = copy.deepcopy(self._beside[index])
 
     def crop(self, tokens_to_remove: int) -> None:
         """Take the newest tokens back, bit for bit as if they had never been read.
@@ -104,6 +126,7 @@ class CompressedCache(Cache):
             ValueError: a positive number, tokens that are folded, or a layer of Transformers' that cannot
                 take tokens back. The cache is left as it was.
         """
+        tokens_to_remove = operator.index(tokens_to_remove)
         for layer in self.layers:
             if isinstance(layer, WildCatLayer):
                 layer.check_crop(tokens_to_remove)
@@ -278,6 +301,13 @@ def _check_crop(layer: Any, tokens_to_remove: int) -> None:
     name, refused = type(layer).__name__, f"tokens_to_remove={tokens_to_remove}"
     if not layer.is_croppable:
         raise ValueError(f"{refused}: {name} keeps no past to go back to; reset() the cache and read the text again")
-    holds_all = getattr(layer, "is_sliding", False) and layer.get_seq_length() < layer.sliding_window
-    if not holds_all and not getattr(layer, "record_past", True):
-        raise ValueError(f"{refused}: {name} has dropped older tokens; call cache.activate_past_recording() first")
+    if getattr(layer, "is_sliding", False):
+        left, held = layer.get_seq_length() + tokens_to_remove, layer.keys.shape[-2] + tokens_to_remove
+        dropped = held < min(left, layer.sliding_window - 1)
+    else:
+        dropped = not getattr(layer, "record_past", True)
+    if dropped:
+        raise ValueError(
+            f"{refused}: {name} has dropped older tokens that would be in sight again; call "
+            "cache.activate_past_recording() before the tokens to take back are read, and crop once"
+        )

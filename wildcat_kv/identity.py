@@ -39,8 +39,8 @@ class ModelIdentity(BaseModel):
     @staticmethod
     def of(decoder: Any) -> ModelIdentity:
         """The identity of the decoder with this Transformers config; what it does not have is None."""
-        fields = ModelIdentity.model_fields
-        return ModelIdentity.model_validate({name: plain(getattr(decoder, name, None)) for name in fields})
+        found = decoder.to_dict()  # attributes raise where layers differ
+        return ModelIdentity.model_validate({name: plain(found.get(name)) for name in ModelIdentity.model_fields})
 
     def difference(self, other: ModelIdentity) -> str | None:
         """The first field in which they differ, as "name: this one's and that one's"; None for alike."""

@@ -6,6 +6,7 @@ so that new tokens take the same columns in all of them.
 
 from __future__ import annotations
 
+import operator
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -180,6 +181,7 @@ class WildCatLayer(CacheLayerMixin):
         Raises:
             ValueError: a positive number, or tokens that are folded already. The layer is left as it was.
         """
+        tokens_to_remove = operator.index(tokens_to_remove)
         self.check_crop(tokens_to_remove)
         if self._storage is None:
             return

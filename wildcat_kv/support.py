@@ -7,7 +7,7 @@ import sys
 from typing import Any
 
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 # Layers that Transformers keeps and that live beside ours: their masks are made apart from the causal one.
 _BESIDE = {"DynamicSlidingWindowLayer", "LinearAttentionLayer", "DummyLayer"}
@@ -40,8 +40,8 @@ def cache_layers(decoder: Any) -> tuple[list[Any], list[int]]:
         ValueError: there are none, or others that share their mask.
     """
     layers = DynamicCache(config=decoder).layers
-    # Exactly this class: its subclasses (sliding windows, indexers) keep what they need by themselves.
-    full = [index for index, layer in enumerate(layers) if type(layer) is DynamicLayer]
+    positions = getattr(decoder, "max_position_embeddings", None) or float("inf")
+    full = [index for index, layer in enumerate(layers) if _sees_everything(layer, positions)]
     kinds = {type(layer).__name__ for index, layer in enumerate(layers) if index not in full}
     if not full:
         raise ValueError(
@@ -54,6 +54,25 @@ def cache_layers(decoder: Any) -> tuple[list[Any], list[int]]:
             f"config={type(decoder).__name__}: layers of {', '.join(strangers)} are not supported; {_INSTEAD}"
         )
     return layers, full
+
+
+def dropped_from(decoder: Any) -> int | None:
+    """The length from which `generate()` goes on without the cache it was given; None if it never does.
+
+    Some models with two sets of rotary frequencies (Phi-3) start over where the longer set takes over.
+    """
+    length, positions = (
+        getattr(decoder, name, None) for name in ("original_max_position_embeddings", "max_position_embeddings")
+    )
+    return length if length and positions and length < positions else None
+
+
+def _sees_everything(layer: Any, positions: float) -> bool:
+    """Whether a layer of Transformers' keeps all tokens, as one with a window wider than the positions does too."""
+    # Exactly these classes: subclasses keep what they need by themselves.
+    if type(layer) is DynamicSlidingWindowLayer:
+        return layer.sliding_window >= positions
+    return type(layer) is DynamicLayer
 
 
 def _reason(config: Any, decoder: Any) -> str | None:
