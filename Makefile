@@ -5,14 +5,16 @@ BIN := $(VENV)/bin
 CONSTRAINTS ?= constraints.txt
 READY := $(VENV)/.ready
 OLDEST := 5.17.0
+CACHE_TESTS := $(addprefix tests/test_,$(addsuffix .py,attention batches cache contract families fuzz numerics \
+	persistence placement rollback))
 
-.PHONY: demo test lint needle bench test-oldest clean
+.PHONY: demo test lint needle bench test-oldest nightly test-upstream clean
 
 demo: $(READY)
 	$(BIN)/wildcat-kv demo
 
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(TESTS)
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -35,9 +37,18 @@ $(READY): pyproject.toml $(CONSTRAINTS)
 	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[dev,eval]'
 	touch $(READY)
 
-# The oldest supported Transformers, in an environment of its own.
+# What depends on Transformers, with the oldest one supported, in an environment of its own.
 test-oldest: .constraints-oldest.txt
-	$(MAKE) test VENV=.venv-oldest CONSTRAINTS=.constraints-oldest.txt
+	$(MAKE) test VENV=.venv-oldest CONSTRAINTS=.constraints-oldest.txt TESTS="$(CACHE_TESTS)"
+
+# Thousands of random sequences; too long for every change.
+nightly: $(READY)
+	HYPOTHESIS_PROFILE=nightly $(BIN)/python -m pytest $(CACHE_TESTS)
+
+# Transformers' own tests of its caches: make test-upstream SOURCE=a-checkout-of-the-same-version
+test-upstream: $(READY)
+	$(BIN)/python -m pip install --quiet parameterized
+	$(BIN)/python -m tests.upstream $(SOURCE)
 
 .constraints-oldest.txt: constraints.txt
 	sed -E 's/^transformers==.*/transformers==$(OLDEST)/; /^(huggingface_hub|tokenizers)==/d' $< > $@

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import DynamicCache
 from transformers.masking_utils import create_causal_mask
 
-from tests.tiny import FAMILIES, PECULIAR, SMALL, random_ids, tiny_model
+from tests.tiny import FAMILIES, SMALL, random_ids, tiny_model
 from wildcat_kv import CompressedCache, WildCatCache, WildCatConfig
 from wildcat_kv.attention import wildcat_attention
 from wildcat_kv.budget import block_size, kept_tokens
@@ -46,19 +46,6 @@ def full_layers(cache):
 
 
 # Exactness
-
-
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("budget", [{"ratio": 1.0}, {"max_tokens": 500}])
-def test_within_budget_every_logit_is_the_exact_caches(family, attention, budget):
-    model, ids = tiny_model(family, attention), random_ids(2, 70)
-    mask = torch.ones_like(ids)
-    mask[0, :13] = 0
-    expected = decode(model, DynamicCache(config=model.config), ids, 60, mask)
-    cache = WildCatCache(model.config, **budget)
-    assert torch.equal(decode(model, cache, ids, 60, mask), expected)
-    assert all(cache.stored_length(index) == 129 for index in full_layers(cache))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -110,23 +97,6 @@ def test_a_compressed_cache_stays_near_the_exact_one(family):
     random = logits(CompressedCache(model.config, compressor=Uniform(), ratio=0.5))
     error, floor = (ours - expected).norm() / expected.norm(), (random - expected).norm() / expected.norm()
     assert error < 0.2 and error < floor / 2
-
-
-@pytest.mark.parametrize("family", [*FAMILIES, *PECULIAR])
-def test_weighted_attention_with_weights_of_one_is_the_models_own(family):
-    """The path of a compressed cache, before anything is compressed: all that a family does must be honoured."""
-    model, ids, later = tiny_model(family, "eager"), random_ids(2, 60), random_ids(2, 6, seed=7)
-    mask = torch.ones(2, 67, dtype=torch.int64)
-    mask[0, :9] = 0
-    logits = []
-    for cache in (DynamicCache(config=model.config), WildCatCache(model.config, max_tokens=200)):
-        model(ids, past_key_values=cache, attention_mask=mask[:, :60])
-        if isinstance(cache, WildCatCache):
-            cache._shared.compressed = True
-        chunk = model(later, past_key_values=cache, attention_mask=mask[:, :66]).logits
-        token = model(later[:, :1], past_key_values=cache, attention_mask=mask).logits
-        logits.append(torch.cat((chunk, token), dim=1))
-    torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-4)
 
 
 def test_slots_compressed_again_and_again_keep_all_mass():
@@ -224,10 +194,9 @@ def test_padding_does_not_add_up_past_max_tokens(llama):
 # Batches
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("budget", [{"ratio": 0.25}, {"max_tokens": 90}, {"max_tokens": 170}])
-def test_a_padded_row_answers_as_it_does_alone(family, budget):
-    model, ids = tiny_model(family), random_ids(3, 240)
+@pytest.mark.parametrize("budget", [{"max_tokens": 90}, {"max_tokens": 170}])
+def test_a_padded_row_answers_as_it_does_alone(llama, budget):
+    model, ids = llama, random_ids(3, 240)
     mask = torch.ones_like(ids)
     mask[0, :150], mask[1, :235] = 0, 0
     steps = 120
@@ -273,26 +242,6 @@ def test_heads_layers_and_seeds_draw_apart():
     assert all(torch.equal(*pair) for pair in zip(drawn, slots(0), strict=True))
     drawn += slots(1)
     assert not any(torch.equal(a, b) for a, b in itertools.combinations(drawn, 2))
-
-
-def test_rows_are_repeated_selected_and_reordered(llama):
-    ids = random_ids(2, 200)
-    question = random_ids(1, 9, seed=4)
-    cache = WildCatCache(llama.config, ratio=0.25)
-    llama(ids, past_key_values=cache)
-    expected = llama(question.expand(2, -1), past_key_values=copy.deepcopy(cache)).logits
-    many = copy.deepcopy(cache)
-    many.batch_repeat_interleave(2)
-    torch.testing.assert_close(
-        llama(question.expand(4, -1), past_key_values=many).logits, expected.repeat_interleave(2, 0)
-    )
-    many = copy.deepcopy(cache)
-    many.reorder_cache(torch.tensor([1, 0]))
-    torch.testing.assert_close(llama(question.expand(2, -1), past_key_values=many).logits, expected[[1, 0]])
-    for choice in (torch.tensor([1]), torch.tensor([False, True])):
-        one = copy.deepcopy(cache)
-        one.batch_select_indices(choice)
-        torch.testing.assert_close(llama(question, past_key_values=one).logits, expected[1:])
 
 
 def test_a_row_of_padding_alone_harms_no_other(llama):
@@ -377,23 +326,6 @@ def _prefilled(model, ids):
     cache = WildCatCache(model.config, ratio=0.25)
     model(ids, past_key_values=cache)
     return cache
-
-
-def test_reset_and_reuse_give_the_same_again(llama):
-    cache = WildCatCache(llama.config, ratio=0.25)
-    first = decode(llama, cache, random_ids(1, 100), 60)
-    cache.reset()
-    assert cache.get_seq_length() == cache.stored_length() == cache.memory_bytes() == 0
-    assert torch.equal(decode(llama, cache, random_ids(1, 100), 60), first)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_is_kept_and_finite(dtype):
-    model = tiny_model("llama", initializer_range=0.1).to(dtype)
-    cache = WildCatCache(model.config, max_tokens=100)
-    logits = decode(model, cache, random_ids(1, 200), 120)
-    assert torch.isfinite(logits).all()
-    assert cache.layers[0].keys.dtype == cache.layers[0].values.dtype == dtype
 
 
 def test_gradients_and_inference_mode_do_not_get_in_the_way(llama):
@@ -534,12 +466,7 @@ def test_mismatched_keys_and_values_are_refused(llama):
     assert cache.stored_length(0) == 3
 
 
-def test_models_with_nothing_to_compress_are_refused():
-    with pytest.raises(ValueError, match=r"no full-attention layer to compress.*DynamicSlidingWindowLayer"):
-        WildCatCache(tf.MistralConfig(**SMALL, sliding_window=16), ratio=0.25)
-    config = tf.T5Config()
-    with pytest.raises(ValueError, match="encoder-decoder"):
-        WildCatCache(config, ratio=0.25)
+def test_a_model_in_place_of_its_config_is_refused():
     with pytest.raises(TypeError, match=r"pass model\.config"):
         WildCatCache(tiny_model("llama"), ratio=0.25)
 

@@ -29,15 +29,6 @@ def families(refused=False):
 every_family = pytest.mark.parametrize("family", families())
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """At this size, more threads only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @cached
 def built(family):
     model = tiny_model(family)

@@ -1,5 +1,9 @@
 """The default model: what random weights cannot show."""
 
+import json
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +14,7 @@ from wildcat_kv import WildCatCache
 from wildcat_kv.compress import token_mass
 from wildcat_kv.haystack import build_context
 from wildcat_kv.models import default_model
+from wildcat_kv.prompts import encode_question
 
 pytestmark = pytest.mark.real
 
@@ -48,6 +53,42 @@ def test_budget_is_exact_in_every_layer(default, essay_ids):
     kept = int(essay_ids.shape[1] * 0.25 + 0.5)
     assert {cache.stored_length(layer) for layer in range(30)} == {kept}
     assert not any((layer._storage.entries.valid == 0).any() for layer in cache.layers)
+
+
+def test_a_saved_context_answers_another_process_as_it_does_here(default, tmp_path):
+    """Read and compressed once, asked three questions there and here."""
+    model, tokenizer = default
+    text = build_context(tokenizer, 700, [], seed=3)
+    questions = ("What is this text about?", "Who wrote it?", "Name one person in it.")
+    pairs = [encode_question(tokenizer, text, question) for question in questions]
+    cache = WildCatCache(model.config, ratio=0.25)
+    model(pairs[0][0], past_key_values=cache, logits_to_keep=1)
+    cache.save(tmp_path / "context.safetensors")
+    prompts = [torch.cat(pair, dim=1).tolist() for pair in pairs]
+    (tmp_path / "prompts.json").write_text(json.dumps(prompts))
+    code = f"""
+import json
+from pathlib import Path
+from tests.test_real_model import answers
+from wildcat_kv import WildCatCache
+from wildcat_kv.models import default_model
+folder = Path({str(tmp_path)!r})
+model, _ = default_model()
+cache = WildCatCache.load(folder / "context.safetensors", model.config)
+print(json.dumps(answers(model, cache, json.loads((folder / "prompts.json").read_text()))))
+"""
+    there = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    here = answers(model, cache, prompts)
+    assert json.loads(there.splitlines()[-1]) == here
+    assert len({tuple(answer) for answer in here}) > 1
+
+
+def answers(model, cache, prompts):
+    """Greedy answers to prompts (1, n) of which the cache has read the beginning."""
+    options = {"max_new_tokens": 40, "do_sample": False, "pad_token_id": 0}
+    ids = [torch.tensor(prompt) for prompt in prompts]
+    out = [model.generate(prompt, past_key_values=cache.clone(), **options) for prompt in ids]
+    return [answer[0, prompt.shape[1] :].tolist() for answer, prompt in zip(out, ids, strict=True)]
 
 
 def test_real_keys_are_spread_so_that_part_of_the_tokens_lives_on(default, essay_ids):

@@ -23,9 +23,6 @@ SMALL = {
 # The quick set, for tests of the cache itself; tests/test_families.py goes through all.
 FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "gemma3")
 
-# Attention of its own kind: softcap, and learned sinks in the denominator.
-PECULIAR = ("gemma2", "gpt_oss")
-
 
 def tiny_config(family, **changes):
     entry = REGISTRY[family]
