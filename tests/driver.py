@@ -41,11 +41,11 @@ def state(cache):
     """Everything that a cache of ours knows, to be compared bit for bit."""
     found = []
     for layer in cache.layers:
-        if not hasattr(layer, "held") or layer.stored == 0:
+        if not hasattr(layer, "announce") or layer.stored == 0:
             continue
-        entries, folded = layer.held()
-        boxes = [box.tensors() for box in (folded, layer._value_range) if box is not None]
-        found.append(([tensor.clone() for tensor in entries.tensors()], boxes, vars(layer.progress).copy()))
+        entries, folded = layer.state.storage.entries, layer.state.folded_range
+        boxes = [box.tensors() for box in (folded, layer.state.value_range) if box is not None]
+        found.append(([tensor.clone() for tensor in entries.tensors()], boxes, vars(layer.state.progress).copy()))
     return found
 
 

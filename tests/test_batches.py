@@ -48,17 +48,18 @@ def test_a_row_of_any_call_is_what_the_row_alone_is(budget, counts, seed, late):
 
 def compare_rows(together, row, alone):
     for ours, theirs in zip(together.layers, alone.layers, strict=True):
-        [mine], [their] = ours._count_rows(ours.progress.seen)[row : row + 1], theirs._count_rows(theirs.progress.seen)
+        mine = ours.state.count_rows(ours.get_seq_length())[row]
+        [their] = theirs.state.count_rows(theirs.get_seq_length())
         assert (mine.seen, mine.sink, mine.slots, mine.exact) == (their.seen, their.sink, their.slots, their.exact)
-        mine, their = ours.held()[0], theirs.held()[0]
+        mine, their = ours.state.storage.entries, theirs.state.storage.entries
         valid, valid_alone = mine.valid[row], their.valid[0]
         for head in range(2):
             for a, b in zip(mine.tensors()[:3], their.tensors()[:3], strict=True):
                 torch.testing.assert_close(
                     a[row, head][valid[head]], b[0, head][valid_alone[head]], rtol=1e-3, atol=1e-4
                 )
-        if ours._value_range is not None and theirs._value_range is not None:
-            for a, b in zip(ours._value_range.tensors(), theirs._value_range.tensors(), strict=True):
+        if ours.state.value_range is not None and theirs.state.value_range is not None:
+            for a, b in zip(ours.state.value_range.tensors(), theirs.state.value_range.tensors(), strict=True):
                 assert torch.equal(a[row], b[0])
 
 

@@ -160,7 +160,7 @@ def test_memory_is_counted_and_falls(llama):
 def test_memory_comes_back_without_the_garbage_collector(llama):
     cache = WildCatCache(llama.config, ratio=0.25)
     decode(llama, cache, random_ids(1, 100), 3)
-    held = weakref.ref(cache.layers[0]._storage)
+    held = weakref.ref(cache.layers[0].state.storage)
     gc.collect()
     gc.disable()
     try:
@@ -174,7 +174,7 @@ def test_memory_comes_back_without_the_garbage_collector(llama):
 def test_free_room_is_small_whatever_the_ratio(llama, ratio):
     cache = WildCatCache(llama.config, ratio=ratio)
     llama(random_ids(1, 300), past_key_values=cache)
-    columns = cache.layers[0]._storage.memory.keys.shape[2]
+    columns = cache.layers[0].state.storage.memory.keys.shape[2]
     assert columns <= kept_tokens(300, ratio) + 64
 
 
@@ -349,7 +349,7 @@ def test_one_token_needs_no_host_synchronisation(llama, budget, masked):
     """Fake tensors have no data: reading one on the host raises."""
     cache = WildCatCache(llama.config, **budget)
     llama(random_ids(2, 200), past_key_values=cache, attention_mask=torch.ones(2, 200, dtype=torch.int64))
-    storage = cache.layers[0]._storage
+    storage = cache.layers[0].state.storage
     before = storage.memory.keys.shape, storage.length
     with FakeTensorMode(allow_non_fake_inputs=True):
         for step in range(1, 5):
@@ -358,7 +358,7 @@ def test_one_token_needs_no_host_synchronisation(llama, budget, masked):
         with pytest.raises(DataDependentOutputException):
             bool(torch.ones(3).any())
     # Nothing was copied as a whole: the same memory took the tokens.
-    assert cache.layers[0]._storage is storage
+    assert cache.layers[0].state.storage is storage
     assert (storage.memory.keys.shape, storage.length) == (before[0], before[1] + 4)
 
 

@@ -92,12 +92,12 @@ class Caches(RuleBasedStateMachine):
         """Candidates, of which some are rejected."""
         self.record()
         self.forward(count)
-        self.crop(share * count / self.cache.layers[0].progress.exact)
+        self.crop(share * count / self.cache.layers[0].state.progress.exact)
 
     @rule(share=st.floats(0, 1))
     def crop(self, share):
         """As many as can be taken back, and no more."""
-        can = self.cache.layers[0].progress.exact
+        can = self.cache.layers[0].state.progress.exact
         for layer in self.cache.layers:
             if not hasattr(layer, "announce") and self.valid.shape[1]:
                 held = layer.keys.shape[-2]
@@ -158,11 +158,11 @@ class Caches(RuleBasedStateMachine):
         read = self.valid.shape[1]
         for layer in self.cache.layers:
             assert layer.get_seq_length() == read
-            if not hasattr(layer, "held") or not read:
+            if not hasattr(layer, "announce") or not read:
                 continue
-            entries, _ = layer.held()
+            entries = layer.state.storage.entries
             assert entries.keys.shape[:3] == entries.values.shape[:3] == entries.weights.shape == entries.valid.shape
-            assert entries.keys.shape[0] == self.rows == len(layer.progress.rows)
+            assert entries.keys.shape[0] == self.rows == len(layer.state.progress.rows)
             assert entries.keys.dtype == entries.values.dtype == self.dtype
             assert all(torch.isfinite(tensor).all() for tensor in entries.tensors()[:3])
             assert (entries.weights[~entries.valid] == 0).all()
@@ -172,26 +172,26 @@ class Caches(RuleBasedStateMachine):
     def what_is_stored_is_within_budget(self):
         slack = self.settings.window + 2 * LONGEST if self.recording else 0
         for layer in self.cache.layers:
-            if not hasattr(layer, "held") or not self.valid.shape[1]:
+            if not hasattr(layer, "announce") or not self.valid.shape[1]:
                 continue
             if self.settings.max_tokens is not None:
                 assert layer.stored <= self.settings.max_tokens + slack
                 continue
             block = block_size(self.settings)
-            for row in layer._count_rows(layer.progress.seen):
+            for row in layer.state.count_rows(layer.state.progress.seen):
                 assert row.stored <= kept_tokens(row.seen, self.settings.ratio) + block + slack
 
     @invariant()
     def what_is_stored_was_read(self):
         """Exact tokens as they came; keys of slots among the row's keys; the clip around the row's values."""
-        full = [index for index, layer in enumerate(self.cache.layers) if hasattr(layer, "held")]
+        full = [index for index, layer in enumerate(self.cache.layers) if hasattr(layer, "announce")]
         for index in full if self.valid.shape[1] else []:
             layer, keys, values = self.cache.layers[index], self.keys[index], self.values[index]
-            entries, folded = layer.held()
-            exact = layer.progress.exact
+            entries, folded = layer.state.storage.entries, layer.state.folded_range
+            exact = layer.state.progress.exact
             assert torch.equal(entries.keys[:, :, layer.stored - exact :], keys[:, :, keys.shape[2] - exact :])
             assert torch.equal(entries.values[:, :, layer.stored - exact :], values[:, :, keys.shape[2] - exact :])
-            for number, row in enumerate(layer._count_rows(layer.progress.seen)):
+            for number, row in enumerate(layer.state.count_rows(layer.state.progress.seen)):
                 shown = self.valid[number]
                 assert row.seen == int(shown.sum())
                 assert int(entries.valid[number].sum(-1).max()) <= row.stored
@@ -201,7 +201,7 @@ class Caches(RuleBasedStateMachine):
                     same = (slots[:, None] == own[head].float()).all(-1)
                     assert same.any(-1).all()
                 if folded is not None and (folded.lowest[number] <= folded.highest[number]).all():
-                    lowest, highest = (bound[number, :, 0] for bound in layer._value_range.tensors())
+                    lowest, highest = (bound[number, :, 0] for bound in layer.state.value_range.tensors())
                     assert torch.equal(lowest, values[number][:, shown].amin(1))
                     assert torch.equal(highest, values[number][:, shown].amax(1))
 

@@ -68,7 +68,7 @@ def test_nothing_is_ever_nan(dtype, kind, budget, bin_rank, first, temperature, 
             assert (output <= own.amax(-2, keepdim=True) + 1e-2).all()
             assert (output >= own.amin(-2, keepdim=True) - 1e-2).all()
     for layer in cache.layers:
-        entries, _ = layer.held()
+        entries = layer.state.storage.entries
         assert entries.keys.dtype == entries.values.dtype == dtype and entries.weights.dtype == torch.float32
         assert all(torch.isfinite(tensor).all() for tensor in entries.tensors()[:3])
 
@@ -98,7 +98,7 @@ def test_half_precision_is_as_near_as_its_rounding_allows(dtype):
     read(full, keys.float(), values.float(), 0, 200)
     for ours, theirs in zip(half.layers, full.layers, strict=True):
         assert torch.equal(ours.keys.float(), theirs.keys)
-        assert torch.equal(ours.held()[0].weights, theirs.held()[0].weights)
+        assert torch.equal(ours.state.storage.entries.weights, theirs.state.storage.entries.weights)
         assert torch.equal(ours.values, theirs.values.to(dtype))
 
 

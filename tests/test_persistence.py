@@ -237,7 +237,7 @@ def test_a_failed_save_leaves_the_old_file(llama, tmp_path):
     before = path.read_bytes()
     with pytest.raises(OSError, match="missing"):
         cache.save(tmp_path / "missing" / "context.safetensors")
-    cache.layers[0]._progress.seen += 1
+    cache.layers[0].state.progress.seen += 1
     with pytest.raises(ValueError, match="failed half-way"):
         cache.save(path)
     assert path.read_bytes() == before and [entry.name for entry in tmp_path.iterdir()] == [path.name]

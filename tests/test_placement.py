@@ -20,7 +20,7 @@ from tests.driver import assert_same as assert_same_state
 from tests.tiny import random_ids, tiny_model
 from wildcat_kv import WildCatCache
 from wildcat_kv.bins import BinLayout
-from wildcat_kv.layer import WildCatLayer
+from wildcat_kv.state import LayerState
 
 DEVICES = ("toy:0", "toy:1")
 
@@ -38,7 +38,7 @@ def toy_backend():
 @pytest.fixture
 def fake(monkeypatch, toy_backend):
     # The one thing that a fold looks at on the host; fake tensors have nothing to look at.
-    monkeypatch.setattr(WildCatLayer, "_check_finite", lambda self, keys: None)
+    monkeypatch.setattr(LayerState, "check_finite", lambda self, keys: None)
     # Small constants would be computed with after all, and there is nothing to compute with.
     monkeypatch.setattr(FakeTensorMode, "may_turn_const", lambda self, tensor: False)
     build = BinLayout.build

@@ -52,7 +52,7 @@ def test_budget_is_exact_in_every_layer(default, essay_ids):
     model(essay_ids, past_key_values=cache, logits_to_keep=1)
     kept = int(essay_ids.shape[1] * 0.25 + 0.5)
     assert {cache.stored_length(layer) for layer in range(30)} == {kept}
-    assert not any((layer._storage.entries.valid == 0).any() for layer in cache.layers)
+    assert not any((layer.state.storage.entries.valid == 0).any() for layer in cache.layers)
 
 
 def test_a_saved_context_answers_another_process_as_it_does_here(default, tmp_path):

@@ -172,11 +172,11 @@ def test_the_value_clip_is_rolled_back():
     keys, values = tokens(1, 120)
     cache = small_cache(ratio=0.25)
     read(cache, keys, values, 0, 100)
-    before = [bound.clone() for bound in cache.layers[0]._value_range.tensors()]
+    before = [bound.clone() for bound in cache.layers[0].state.value_range.tensors()]
     read(cache, keys, values * 100, 100, 4)
-    assert cache.layers[0]._value_range.highest.max() > 10 * before[1].max()
+    assert cache.layers[0].state.value_range.highest.max() > 10 * before[1].max()
     cache.crop(-4)
-    assert all(torch.equal(*pair) for pair in zip(before, cache.layers[0]._value_range.tensors(), strict=True))
+    assert all(torch.equal(*pair) for pair in zip(before, cache.layers[0].state.value_range.tensors(), strict=True))
 
 
 def test_the_cache_says_that_it_can_be_rolled_back(llama):

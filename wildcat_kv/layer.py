@@ -1,14 +1,9 @@
-"""One layer of the cache: what it keeps, how it grows, when it folds, and how it takes tokens back.
-
-A layer stores, in one line of columns a row: padding, sink, coreset slots, exact tokens. Rows end together,
-so that new tokens take the same columns in all of them.
-"""
+"""One layer of the cache, as Transformers and the "wildcat" attention see it; what it holds is in `state.py`."""
 
 from __future__ import annotations
 
 import operator
 import warnings
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,17 +12,9 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from wildcat_kv.attention import NAME, Forward, MarkedLength, mark, weighted_attention
-from wildcat_kv.budget import Fold, Row, block_size, plan_fold, tokens_until_fold
-from wildcat_kv.compress import Coreset
-from wildcat_kv.compressors import Compressor, KVBlock
+from wildcat_kv.compressors import Compressor
 from wildcat_kv.config import WildCatConfig
-from wildcat_kv.folding import align_right, column_mask, fold_entries
-from wildcat_kv.progress import Progress
-from wildcat_kv.storage import Entries, Storage, ordinary_tensors
-from wildcat_kv.value_range import ValueRange
-
-# Most free columns behind what is stored, where a block is larger or nothing is ever folded.
-_ROOM = 64
+from wildcat_kv.state import LayerState
 
 
 @dataclass
@@ -85,30 +72,30 @@ class WildCatLayer(CacheLayerMixin):
         self.keys: Tensor | None = None
         self.values: Tensor | None = None
         self.is_initialized = False
-        self._progress = Progress()
-        self._storage: Storage | None = None
+        self._state = LayerState(self._shared.settings, self._shared.compressor, self._index, self._count)
         self._offloading = False
         self._forward: Forward | None = None  # the last one that was served
-        self._folded_range: ValueRange | None = None  # of the tokens that are exact no longer
-        self._value_range: ValueRange | None = None  # of all tokens seen, once anything is folded
+
+    @property
+    def state(self) -> LayerState:
+        """What the layer holds."""
+        return self._state
 
     # What Transformers calls
 
     @property
     def record_past(self) -> bool:
         """Whether folds wait for `crop`, so that tokens can be taken back."""
-        return self._progress.record_past
+        return self._state.progress.record_past
 
     @record_past.setter
     def record_past(self, record: bool) -> None:
-        self._progress.record_past = record
+        self._state.progress.record_past = record
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Allocate for keys and values of these shapes; called by the first `update`."""
         self.dtype, self.device = key_states.dtype, key_states.device
-        room = min(block_size(self._shared.settings), _ROOM) if self._shared.settings.ratio != 1 else _ROOM
-        self._storage = Storage.empty(key_states, value_states, room)
-        self._progress.rows = [Row()] * key_states.shape[0]
+        self._state.allocate(key_states, value_states)
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -129,31 +116,24 @@ class WildCatLayer(CacheLayerMixin):
                 in the keys of a prompt. The layer is left as it was.
         """
         forward = self._check(key_states, value_states)
-        if self._storage is None:
+        if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        assert self._storage is not None
         self._bring_to(key_states.device)
         if self.record_past and not forward.exact:
             self._settle(self._beyond_rollback())
-        valid = forward.new_valid(key_states.device)
-        self._storage.append(key_states, value_states, valid)
-        self._progress.read(forward.queries, masked=valid is not None)
+        self._state.append(key_states, value_states, forward.new_valid(key_states.device))
         self._forward, self._shared.waiting = forward, self._index
-        if self._value_range is not None:
-            with ordinary_tensors():
-                new = ValueRange.of(value_states, None if valid is None else valid.unsqueeze(1))
-                self._value_range = self._value_range.join(new)
         self._expose()
-        keys, values = self._storage.view()
+        keys, values = self._view()
         return mark(keys, self), mark(values, self)
 
     def get_seq_length(self) -> int:
         """Tokens seen, padding included: positions continue from it. What is stored is `stored`."""
-        return self._progress.seen
+        return self._state.progress.seen
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Length and offset for the mask function; the length leads it to the cache."""
-        return MarkedLength(self._progress.seen + query_length, self), 0
+        return MarkedLength(self.get_seq_length() + query_length, self), 0
 
     def get_max_length(self) -> int:
         """-1: any number of tokens can be read."""
@@ -183,14 +163,12 @@ class WildCatLayer(CacheLayerMixin):
         """
         tokens_to_remove = operator.index(tokens_to_remove)
         self.check_crop(tokens_to_remove)
-        if self._storage is None:
+        if not self.is_initialized:
             return
         self._bring_to(self.device)
         if tokens_to_remove:
-            self._storage.truncate(self._storage.length + tokens_to_remove)
-            self._progress.take_back(-tokens_to_remove)
-            self._span_values()
-        self._settle(self._progress.seen)
+            self._state.take_back(-tokens_to_remove)
+        self._settle(self.get_seq_length())
         self._expose()
         self._rest()
 
@@ -204,7 +182,7 @@ class WildCatLayer(CacheLayerMixin):
             raise ValueError(
                 f"tokens_to_remove={tokens_to_remove} must be negative: minus the number of tokens to take back"
             )
-        exact = self._progress.exact
+        exact = self._state.progress.exact
         if -tokens_to_remove > exact:
             window = self._shared.settings.window
             raise ValueError(
@@ -215,19 +193,10 @@ class WildCatLayer(CacheLayerMixin):
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Row i becomes what row beam_idx[i] was; int64 (k,), rows may be left out or repeated."""
-        if self._storage is None:
+        if not self.is_initialized:
             return
         self._bring_to(self.device)
-        self._storage.select_rows(beam_idx)
-        rows = self._progress.rows
-        # The host reads the indices only where rows differ in what they hold.
-        alike = len(set(rows)) == 1
-        self._progress.rows = rows[:1] * len(beam_idx) if alike else [rows[row] for row in beam_idx.tolist()]
-        with ordinary_tensors():
-            if self._folded_range is not None:
-                self._folded_range = self._folded_range.rows(beam_idx)
-            if self._value_range is not None:
-                self._value_range = self._value_range.rows(beam_idx)
+        self._state.select_rows(beam_idx)
         self._expose()
         self._rest()
 
@@ -245,7 +214,7 @@ class WildCatLayer(CacheLayerMixin):
 
     def prefetch(self) -> None:
         """Bring keys and values back to the layer's device ahead of time."""
-        if self._storage is not None:
+        if self.is_initialized:
             self._bring_to(self.device)
 
     # What the "wildcat" attention and mask functions call
@@ -260,7 +229,7 @@ class WildCatLayer(CacheLayerMixin):
         Raises:
             ValueError: a mask that contradicts what was passed before.
         """
-        shared, seen = self._shared, self._progress.seen
+        shared, seen = self._shared, self.get_seq_length()
         if queries > 1:  # reading the mask would stall the path of one token
             self._check_mask(queries, mask)
             shared.padded = shared.padded or (mask is not None and not bool(mask.all()))
@@ -273,7 +242,7 @@ class WildCatLayer(CacheLayerMixin):
             shared.warned = True
         if mask is None and shared.padded and not shared.compressed:
             raise ValueError("attention_mask=None, but earlier tokens were padding; pass the mask of all tokens so far")
-        if self.record_past and self._will_fold(self._beyond_rollback()):
+        if self.record_past and self._state.will_fold(self._beyond_rollback()):
             shared.compressed = True  # every layer folds in its `update`, too late to change the mask
         shared.forward = Forward(seen, queries, mask, exact=not shared.compressed)
         return shared.forward
@@ -295,8 +264,8 @@ class WildCatLayer(CacheLayerMixin):
         Returns:
             (rows, heads, q, d_v).
         """
-        assert self._storage is not None
-        entries = self._storage.entries
+        assert self._state.storage is not None
+        entries, value_range = self._state.storage.entries, self._state.value_range
         return weighted_attention(
             query,
             entries.keys,
@@ -305,7 +274,7 @@ class WildCatLayer(CacheLayerMixin):
             scale=scale,
             valid=entries.valid,
             causal=True,
-            value_range=None if self._value_range is None else self._value_range.tensors(),
+            value_range=None if value_range is None else value_range.tensors(),
             softcap=options.get("softcap"),
             sink_logits=options.get("s_aux"),
         )
@@ -320,48 +289,32 @@ class WildCatLayer(CacheLayerMixin):
             ValueError: NaN or infinity among the keys to fold; they stay as they are.
         """
         self._shared.waiting = None
-        self._progress.end_forward(scale)
+        self._state.progress.end_forward(scale)
         if not self.record_past:
-            self._settle(self._progress.seen)
+            self._settle(self.get_seq_length())
         self._rest()
 
     # What the cache reports
 
-    @property
-    def progress(self) -> Progress:
-        """The numbers behind the layer."""
-        return self._progress
-
-    def held(self) -> tuple[Entries, ValueRange | None]:
-        """What is stored, and the box around the values of the tokens that are exact no longer, if any."""
-        assert self._storage is not None
-        return self._storage.entries, self._folded_range
-
-    def restore(self, progress: Progress, entries: Entries, folded_range: ValueRange | None) -> None:
-        """Become the layer that had these; it must be new."""
-        self.lazy_initialization(entries.keys[:, :, :0], entries.values[:, :, :0])
-        assert self._storage is not None
-        self._storage = Storage([entries], room=self._storage.room)
-        self._progress, self._folded_range = progress, folded_range
-        self._span_values()
+    def restored(self) -> None:
+        """Take note that `state` has been filled from elsewhere."""
         self._expose()
+        assert self.keys is not None
+        self.dtype, self.device, self.is_initialized = self.keys.dtype, self.keys.device, True
 
     def tensors(self) -> list[Tensor]:
         """All memory that the layer holds, free room included."""
-        if self._storage is None:
-            return []
-        ranges = (self._folded_range, self._value_range)
-        return [*self._storage.memory.tensors(), *(bound for box in ranges if box for bound in box.tensors())]
+        return self._state.tensors()
 
     @property
     def stored(self) -> int:
         """Entries held a row: slots and exact tokens, and the padding among them."""
-        return 0 if self._storage is None else self._storage.length
+        return self._state.stored
 
     @property
     def batch_rows(self) -> int:
         """Rows of the batch; 0 before the first forward pass."""
-        return len(self._progress.rows)
+        return len(self._state.progress.rows)
 
     # Checks
 
@@ -379,9 +332,9 @@ class WildCatLayer(CacheLayerMixin):
                 f"layer {self._shared.waiting}: its keys never reached the '{NAME}' attention. Either the forward pass "
                 "failed, then call cache.reset(); or this model attends in a way of its own, then use DynamicCache"
             )
-        if forward.seen != self._progress.seen:
+        if forward.seen != self.get_seq_length():
             raise RuntimeError(
-                f"layer {self._index} has seen {self._progress.seen} tokens and others {forward.seen}: an earlier "
+                f"layer {self._index} has seen {self.get_seq_length()} tokens and others {forward.seen}: an earlier "
                 "forward pass failed half-way; call cache.reset() and read the text again"
             )
         if keys.dim() != 4 or keys.shape[:3] != values.shape[:3] or keys.shape[2] != forward.queries:
@@ -389,8 +342,8 @@ class WildCatLayer(CacheLayerMixin):
                 f"layer {self._index}: key_states {tuple(keys.shape)} and value_states {tuple(values.shape)} must be "
                 f"(rows, kv_heads, {forward.queries} new tokens, channels), alike but for the channels"
             )
-        if self._storage is not None:
-            held = self._storage.entries
+        if self._state.storage is not None:
+            held = self._state.storage.entries
             if keys.shape[0] != held.keys.shape[0]:
                 raise ValueError(
                     f"layer {self._index}: the batch has {keys.shape[0]} rows and the cache holds "
@@ -405,178 +358,48 @@ class WildCatLayer(CacheLayerMixin):
                         "a cache for this model"
                     )
         if forward.queries > 1:  # one new token is checked when it is folded: reading it would stall the device
-            self._check_finite(keys)
+            self._state.check_finite(keys)
         return forward
-
-    def _check_finite(self, keys: Tensor) -> None:
-        # A sum is one pass; only if it overflows is every key looked at.
-        if not bool(torch.isfinite(keys.sum(dtype=torch.float32))) and not bool(torch.isfinite(keys).all()):
-            raise ValueError(
-                f"layer {self._index}: NaN or infinity in the keys; the model has overflowed, try bfloat16 or "
-                "float32, and call cache.reset(): other layers may have read the tokens"
-            )
 
     def _check_mask(self, queries: int, mask: Tensor | None) -> None:
         """Refuse a mask that hides tokens which the cache holds, or shows padding which it dropped."""
-        if mask is None or self._storage is None or mask.shape[0] != self.batch_rows:
+        if mask is None or not self.is_initialized or mask.shape[0] != self.batch_rows:
             return
-        before, seen = mask[:, : mask.shape[-1] - queries].sum(-1).tolist(), self._progress.seen
-        if before != (held := [row.seen for row in self._count_rows(seen)]):
+        before, seen = mask[:, : mask.shape[-1] - queries].sum(-1).tolist(), self.get_seq_length()
+        if before != (held := [row.seen for row in self._state.count_rows(seen)]):
             raise ValueError(
                 f"attention_mask shows {before} of the {seen} earlier tokens of each row, and {held} were shown "
                 "when they were read; what was read cannot be masked later, call cache.reset() for another text"
             )
 
-    # Where things are
+    # Inside
+
+    def _beyond_rollback(self) -> int:
+        """The column up to which nothing need be taken back, whatever `crop` follows."""
+        return self.get_seq_length() - self._shared.settings.window
+
+    def _settle(self, until: int) -> None:
+        """Fold what is due up to column `until`."""
+        if self._state.settle(until):
+            self._shared.compressed = True
+            self._expose()
 
     def _bring_to(self, device: torch.device) -> None:
         """Have everything on `device`: that of the layer, or, for a cache from a file, of the first keys."""
-        assert self._storage is not None
-        self._storage.to(device)
-        if self.device != device:
-            self.device = device
-            self._folded_range, self._value_range = (
-                box and box.to(device) for box in (self._folded_range, self._value_range)
-            )
+        self._state.move(device)
+        self.device = device
 
     def _rest(self) -> None:
         """Nothing more to do with the tensors for now."""
-        assert self._storage is not None
         if self._offloading:
-            self._storage.offload()
+            assert self._state.storage is not None
+            self._state.storage.offload()
             self._expose()
 
     def _expose(self) -> None:
         """Let `keys` and `values` show what is stored; not the marked tensors, that would be a cycle."""
-        assert self._storage is not None
-        self.keys, self.values = self._storage.view()
+        self.keys, self.values = self._view()
 
-    # Folding
-
-    def _beyond_rollback(self) -> int:
-        """The column up to which nothing need be taken back, whatever `crop` follows."""
-        return self._progress.seen - self._shared.settings.window
-
-    def _settle(self, until: int) -> None:
-        """Fold, as was due at the ends of the forward passes up to column `until`, one after the other."""
-        settings, progress = self._shared.settings, self._progress
-        while (end := progress.due(until)) is not None:
-            rows = self._count_rows(end)
-            if folds := self._plan(rows, progress.settled, end):
-                rows = self._fold(rows, folds, end)
-            waits = [wait for row in rows if (wait := tokens_until_fold(row, settings)) is not None]
-            if settings.max_tokens is not None:  # columns of padding take room as well
-                waits.append(max(1, settings.max_tokens + 1 - self._stored_at(end)))
-            progress.settle(min(waits) if waits else None)
-
-    def _will_fold(self, until: int) -> bool:
-        """Whether `_settle` would change what is stored."""
-        progress = self._progress
-        if self._storage is None or progress.due(until) is None:
-            return False
-        starts = [progress.settled, *progress.ends[:-1]]
-        spans = [(start, end) for start, end in zip(starts, progress.ends, strict=True) if end <= until]
-        return any(self._plan(self._count_rows(end), start, end) for start, end in spans)
-
-    def _stored_at(self, column: int) -> int:
-        """Columns stored when `column` columns had been read; they must have come after the last fold."""
-        return self.stored - (self._progress.seen - column)
-
-    def _count_rows(self, end: int) -> list[Row]:
-        """The rows with the tokens between the last fold and column `end`."""
-        progress = self._progress
-        if not progress.masked:
-            return [row.append(end - progress.folded_at) for row in progress.rows]
-        assert self._storage is not None
-        new = self._storage.entries.valid[:, 0, self._stored_at(progress.folded_at) : self._stored_at(end)]
-        return [row.append(count) for row, count in zip(progress.rows, new.sum(-1).tolist(), strict=True)]
-
-    def _plan(self, rows: Sequence[Row], start: int, end: int) -> list[Fold] | None:
-        """What to fold after the forward pass over columns [start, end), None for nothing.
-
-        Args:
-            rows: the rows as of its end.
-            start: where it began.
-            end: where it ended.
-        """
-        settings = self._shared.settings
-        # A row's first tokens, several at once, are its prompt; with padding that may come in a later pass.
-        prompts = [before.seen == 0 and row.seen > 1 for before, row in zip(self._count_rows(start), rows, strict=True)]
-        plans = [plan_fold(row, settings, prefill=prompt) for row, prompt in zip(rows, prompts, strict=True)]
-        too_wide = settings.max_tokens is not None and self._stored_at(end) > settings.max_tokens
-        if not any(plans) and not too_wide:
-            return None
-        return [plan or Fold.nothing(row) for plan, row in zip(plans, rows, strict=True)]
-
-    def _fold(self, rows: list[Row], folds: list[Fold], end: int) -> list[Row]:
-        """Fold as of column `end`; what came after stays as it is. Returns what the rows hold then."""
-        assert self._storage is not None
-        held, cut, appended = self._progress.rows, self._stored_at(end), end - self._progress.folded_at
-        entries, later = self._storage.entries.slice(0, cut), self._storage.entries.slice(cut, self.stored)
-        self._check_finite(entries.keys[:, :, cut - appended :])
-        if any(row.stored - old.stored != appended for row, old in zip(rows, held, strict=True)):
-            entries = align_right(entries, held, appended)
-        # Exact tokens that become slots, and the box around all values.
-        leaving = [
-            (cut - row.stored + max(row.sink + row.slots, fold.sink + fold.kept), cut - fold.window)
-            if fold.items
-            else (cut, cut)
-            for row, fold in zip(rows, folds, strict=True)
-        ]
-        with ordinary_tensors():
-            folded = self._range(entries, leaving)
-            if self._folded_range is not None:
-                folded = folded.join(self._folded_range)
-            seen = folded.join(self._exact_range(entries, rows))
-            weighted = any(row.slots > fold.kept for row, fold in zip(rows, folds, strict=True))
-
-            def compress(items: Entries, lengths: Sequence[int], ranks: Sequence[int]) -> Coreset:
-                block = KVBlock(
-                    keys=items.keys,
-                    values=items.values,
-                    valid=items.valid,
-                    lengths=lengths,
-                    seen=[row.seen for row in rows],
-                    scale=self._progress.scale,
-                    layer_index=self._index,
-                    layer_count=self._count,
-                    weights=items.weights if weighted else None,
-                    value_bound=seen.squared_norm(),
-                )
-                return self._shared.compressor.compress(block, ranks)
-
-            parts = fold_entries(entries, rows, folds, compress)
-            self._storage = Storage([*parts, later], room=self._storage.room)
-            self._folded_range = folded
-        self._progress.fold([fold.apply(row) for fold, row in zip(folds, rows, strict=True)], end)
-        self._span_values()
-        self._shared.compressed = True
-        self._expose()
-        return self._progress.rows
-
-    def _span_values(self) -> None:
-        """Set the box around the values of all tokens seen, from those folded and those held."""
-        if self._folded_range is None:
-            return
-        assert self._storage is not None
-        entries, cut = self._storage.entries, self._stored_at(self._progress.folded_at)
-        with ordinary_tensors():
-            span = self._folded_range.join(self._exact_range(entries.slice(0, cut), self._progress.rows))
-            if cut < self.stored:
-                later = entries.slice(cut, self.stored)
-                span = span.join(ValueRange.of(later.values, later.valid if self._progress.masked else None))
-            # A row that has folded nothing is attended to exactly: nothing to clip.
-            self._value_range = span.unbounded_where_empty(self._folded_range)
-
-    def _exact_range(self, entries: Entries, rows: Sequence[Row]) -> ValueRange:
-        """The box around the values of the exact tokens in right-aligned rows."""
-        end = entries.keys.shape[2]
-        sinks = [(end - row.stored, end - row.stored + row.sink) for row in rows]
-        return self._range(entries, sinks).join(self._range(entries, [(end - row.exact, end) for row in rows]))
-
-    @staticmethod
-    def _range(entries: Entries, spans: Sequence[tuple[int, int]]) -> ValueRange:
-        """The box around the values in columns [start, stop) of each row, exact tokens all."""
-        if len(set(spans)) == 1:
-            return ValueRange.of(entries.slice(*spans[0]).values)
-        return ValueRange.of(entries.values, column_mask(spans, entries.values).unsqueeze(1))
+    def _view(self) -> tuple[Tensor, Tensor]:
+        assert self._state.storage is not None
+        return self._state.storage.view()

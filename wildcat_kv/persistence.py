@@ -86,7 +86,8 @@ class SavedContext:
             own = {name[len(prefix) :]: tensor for name, tensor in self.tensors.items() if name.startswith(prefix)}
             if isinstance(layer, WildCatLayer):
                 assert saved.progress is not None
-                layer.restore(saved.progress, _entries(own), _folded_range(own))
+                layer.state.restore(saved.progress, _entries(own), _folded_range(own))
+                layer.restored()
             else:
                 assert saved.attributes is not None
                 for name, value in saved.attributes.items():
@@ -216,12 +217,13 @@ def _layer(layer: Any, prefix: str, tensors: dict[str, Tensor]) -> _Layer:
     if not isinstance(layer, WildCatLayer):
         attributes = {name: _encode(value, name, prefix, tensors) for name, value in vars(layer).items()}
         return _Layer(kind=type(layer).__name__, attributes=attributes)
-    entries, folded = layer.held()
+    assert layer.state.storage is not None
+    entries, folded = layer.state.storage.entries, layer.state.folded_range
     names = ("keys", "values", "weights", "valid")
     tensors.update({prefix + name: tensor for name, tensor in zip(names, entries.tensors(), strict=True)})
     if folded is not None:
         tensors.update({f"{prefix}folded.lowest": folded.lowest, f"{prefix}folded.highest": folded.highest})
-    return _Layer(kind=type(layer).__name__, progress=layer.progress)
+    return _Layer(kind=type(layer).__name__, progress=layer.state.progress)
 
 
 def _entries(own: dict[str, Tensor]) -> Entries:

@@ -1,0 +1,261 @@
+"""What one layer holds, and how it folds and takes back: tensors and numbers, no model, no Transformers.
+
+In one line of columns a row: padding, sink, coreset slots, exact tokens. Rows end together, so that new tokens
+take the same columns in all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from wildcat_kv.budget import Fold, Row, block_size, plan_fold, tokens_until_fold
+from wildcat_kv.compress import Coreset
+from wildcat_kv.compressors import Compressor, KVBlock
+from wildcat_kv.config import WildCatConfig
+from wildcat_kv.folding import align_right, column_mask, fold_entries
+from wildcat_kv.progress import Progress
+from wildcat_kv.storage import Entries, Storage, ordinary_tensors
+from wildcat_kv.value_range import ValueRange
+
+# Most free columns behind what is stored, where a block is larger or nothing is ever folded.
+_ROOM = 64
+
+
+class LayerState:
+    """A coreset of the past, and the newest tokens as they are.
+
+    Args:
+        settings: the budget and the exact ends.
+        compressor: the method.
+        index: of the layer among the model's.
+        count: layers of the model.
+
+    Attributes:
+        storage: the tensors; None before the first tokens.
+        progress: the numbers.
+        folded_range: the box around the values of the tokens that are exact no longer; None before the
+            first fold.
+        value_range: the box around the values of all tokens, to which attention is clipped; likewise.
+    """
+
+    def __init__(self, settings: WildCatConfig, compressor: Compressor, index: int, count: int) -> None:
+        self._settings = settings
+        self._compressor = compressor
+        self._index = index
+        self._count = count
+        self.storage: Storage | None = None
+        self.progress = Progress()
+        self.folded_range: ValueRange | None = None
+        self.value_range: ValueRange | None = None
+
+    # Growing
+
+    def allocate(self, keys: Tensor, values: Tensor) -> None:
+        """Make room for keys (rows, kv_heads, n, d) and values (rows, kv_heads, n, d_v) and for some more."""
+        room = _ROOM if self._settings.ratio == 1 else min(block_size(self._settings), _ROOM)
+        self.storage = Storage.empty(keys, values, room)
+        self.progress.rows = [Row()] * keys.shape[0]
+
+    def restore(self, progress: Progress, entries: Entries, folded_range: ValueRange | None) -> None:
+        """Hold what another state held."""
+        self.allocate(entries.keys[:, :, :0], entries.values[:, :, :0])
+        self.storage = Storage([entries], room=self._held.room)
+        self.progress, self.folded_range = progress, folded_range
+        self._span_values()
+
+    def append(self, keys: Tensor, values: Tensor, valid: Tensor | None) -> None:
+        """Read exact tokens (rows, kv_heads, q, channels); `valid` is bool (rows, q), False for padding."""
+        self._held.append(keys, values, valid)
+        self.progress.read(keys.shape[2], masked=valid is not None)
+        if self.value_range is not None:
+            with ordinary_tensors():
+                new = ValueRange.of(values, None if valid is None else valid.unsqueeze(1))
+                self.value_range = self.value_range.join(new)
+
+    def take_back(self, columns: int) -> None:
+        """Forget the newest columns, `progress.exact` at most, as if they had never been read."""
+        self._held.truncate(self._held.length - columns)
+        self.progress.take_back(columns)
+        self._span_values()
+
+    def select_rows(self, index: Tensor) -> None:
+        """Keep the rows at `index`, int64 (k,), in that order; a row may be repeated."""
+        self._held.select_rows(index)
+        rows = self.progress.rows
+        # The host reads the indices only where rows differ in what they hold.
+        alike = len(set(rows)) == 1
+        self.progress.rows = rows[:1] * len(index) if alike else [rows[row] for row in index.tolist()]
+        with ordinary_tensors():
+            self.folded_range, self.value_range = (
+                box and box.rows(index) for box in (self.folded_range, self.value_range)
+            )
+
+    def move(self, device: torch.device) -> None:
+        """Have everything on `device`."""
+        self._held.to(device)
+        self.folded_range, self.value_range = (box and box.to(device) for box in (self.folded_range, self.value_range))
+
+    @property
+    def stored(self) -> int:
+        """Columns held."""
+        return 0 if self.storage is None else self.storage.length
+
+    def tensors(self) -> list[Tensor]:
+        """All memory held, free room included."""
+        if self.storage is None:
+            return []
+        boxes = (self.folded_range, self.value_range)
+        return [*self.storage.memory.tensors(), *(bound for box in boxes if box for bound in box.tensors())]
+
+    def count_rows(self, column: int) -> list[Row]:
+        """What the rows held when `column` columns had been read, since the last fold."""
+        progress = self.progress
+        if not progress.masked:
+            return [row.append(column - progress.folded_at) for row in progress.rows]
+        new = self._held.entries.valid[:, 0, self._stored_at(progress.folded_at) : self._stored_at(column)]
+        return [row.append(count) for row, count in zip(progress.rows, new.sum(-1).tolist(), strict=True)]
+
+    # Folding
+
+    def settle(self, until: int) -> bool:
+        """Fold, as was due at the ends of the forward passes up to column `until`, one after the other.
+
+        Returns:
+            Whether anything was folded.
+
+        Raises:
+            ValueError: NaN or infinity among the keys to fold; what was not yet folded stays as it is.
+        """
+        folded, progress = False, self.progress
+        while (end := progress.due(until)) is not None:
+            rows = self.count_rows(end)
+            if folds := self._plan(rows, progress.settled, end):
+                rows, folded = self._fold(rows, folds, end), True
+            waits = [wait for row in rows if (wait := tokens_until_fold(row, self._settings)) is not None]
+            if self._settings.max_tokens is not None:  # columns of padding take room as well
+                waits.append(max(1, self._settings.max_tokens + 1 - self._stored_at(end)))
+            progress.settle(min(waits) if waits else None)
+        return folded
+
+    def will_fold(self, until: int) -> bool:
+        """Whether `settle` would change what is held."""
+        progress = self.progress
+        if self.storage is None or progress.due(until) is None:
+            return False
+        starts = [progress.settled, *progress.ends[:-1]]
+        spans = [(start, end) for start, end in zip(starts, progress.ends, strict=True) if end <= until]
+        return any(self._plan(self.count_rows(end), start, end) for start, end in spans)
+
+    def check_finite(self, keys: Tensor) -> None:
+        """Refuse keys of any shape that hold NaN or infinity.
+
+        Raises:
+            ValueError: names the layer.
+        """
+        # A sum is one pass; only if it overflows is every key looked at.
+        if not bool(torch.isfinite(keys.sum(dtype=torch.float32))) and not bool(torch.isfinite(keys).all()):
+            raise ValueError(
+                f"layer {self._index}: NaN or infinity in the keys; the model has overflowed, try bfloat16 or "
+                "float32, and call cache.reset(): other layers may have read the tokens"
+            )
+
+    @property
+    def _held(self) -> Storage:
+        assert self.storage is not None, "allocate() comes first"
+        return self.storage
+
+    def _stored_at(self, column: int) -> int:
+        """Columns held when `column` columns had been read; they must have come after the last fold."""
+        return self.stored - (self.progress.seen - column)
+
+    def _plan(self, rows: Sequence[Row], start: int, end: int) -> list[Fold] | None:
+        """What to fold after the forward pass over columns [start, end), None for nothing.
+
+        Args:
+            rows: the rows as of its end.
+            start: where it began.
+            end: where it ended.
+        """
+        settings = self._settings
+        # A row's first tokens, several at once, are its prompt; with padding that may come in a later pass.
+        prompts = [before.seen == 0 and row.seen > 1 for before, row in zip(self.count_rows(start), rows, strict=True)]
+        plans = [plan_fold(row, settings, prefill=prompt) for row, prompt in zip(rows, prompts, strict=True)]
+        too_wide = settings.max_tokens is not None and self._stored_at(end) > settings.max_tokens
+        if not any(plans) and not too_wide:
+            return None
+        return [plan or Fold.nothing(row) for plan, row in zip(plans, rows, strict=True)]
+
+    @torch.no_grad()
+    def _fold(self, rows: list[Row], folds: list[Fold], end: int) -> list[Row]:
+        """Fold as of column `end`; what came after stays as it is. Returns what the rows hold then."""
+        held, cut, appended = self.progress.rows, self._stored_at(end), end - self.progress.folded_at
+        entries, later = self._held.entries.slice(0, cut), self._held.entries.slice(cut, self.stored)
+        self.check_finite(entries.keys[:, :, cut - appended :])
+        if any(row.stored - old.stored != appended for row, old in zip(rows, held, strict=True)):
+            entries = align_right(entries, held, appended)
+        with ordinary_tensors():
+            folded = _range(entries, [_leaving(cut, row, fold) for row, fold in zip(rows, folds, strict=True)])
+            if self.folded_range is not None:
+                folded = folded.join(self.folded_range)
+            seen = folded.join(_exact_range(entries, rows))
+            weighted = any(row.slots > fold.kept for row, fold in zip(rows, folds, strict=True))
+
+            def compress(items: Entries, lengths: Sequence[int], ranks: Sequence[int]) -> Coreset:
+                block = KVBlock(
+                    keys=items.keys,
+                    values=items.values,
+                    valid=items.valid,
+                    lengths=lengths,
+                    seen=[row.seen for row in rows],
+                    scale=self.progress.scale,
+                    layer_index=self._index,
+                    layer_count=self._count,
+                    weights=items.weights if weighted else None,
+                    value_bound=seen.squared_norm(),
+                )
+                return self._compressor.compress(block, ranks)
+
+            parts = fold_entries(entries, rows, folds, compress)
+            self.storage = Storage([*parts, later], room=self._held.room)
+        self.folded_range = folded
+        self.progress.fold([fold.apply(row) for fold, row in zip(folds, rows, strict=True)], end)
+        self._span_values()
+        return self.progress.rows
+
+    def _span_values(self) -> None:
+        """Set the box around the values of all tokens seen, from those folded and those held."""
+        if self.folded_range is None:
+            return
+        entries, cut = self._held.entries, self._stored_at(self.progress.folded_at)
+        with ordinary_tensors():
+            span = self.folded_range.join(_exact_range(entries.slice(0, cut), self.progress.rows))
+            if cut < self.stored:
+                later = entries.slice(cut, self.stored)
+                span = span.join(ValueRange.of(later.values, later.valid if self.progress.masked else None))
+            # A row that has folded nothing is attended to exactly: nothing to clip.
+            self.value_range = span.unbounded_where_empty(self.folded_range)
+
+
+def _leaving(columns: int, row: Row, fold: Fold) -> tuple[int, int]:
+    """Where in a right-aligned row the exact tokens are that `fold` makes into slots: [start, stop)."""
+    if not fold.items:
+        return columns, columns
+    exact = max(row.sink + row.slots, fold.sink + fold.kept)
+    return columns - row.stored + exact, columns - fold.window
+
+
+def _exact_range(entries: Entries, rows: Sequence[Row]) -> ValueRange:
+    """The box around the values of the exact tokens in right-aligned rows."""
+    end = entries.keys.shape[2]
+    sinks = [(end - row.stored, end - row.stored + row.sink) for row in rows]
+    return _range(entries, sinks).join(_range(entries, [(end - row.exact, end) for row in rows]))
+
+
+def _range(entries: Entries, spans: Sequence[tuple[int, int]]) -> ValueRange:
+    """The box around the values in columns [start, stop) of each row, exact tokens all."""
+    if len(set(spans)) == 1:
+        return ValueRange.of(entries.slice(*spans[0]).values)
+    return ValueRange.of(entries.values, column_mask(spans, entries.values).unsqueeze(1))
