@@ -25,6 +25,10 @@ from wildcat_kv.value_range import ValueRange
 FORMAT = "wildcat_kv context"
 VERSION = 1
 
+# Tensors of a layer of ours: its entries, and the box around folded values, where there is one.
+_NAMES = ("keys", "values", "weights", "valid")
+_BOUNDS = ("folded.lowest", "folded.highest")
+
 
 class _Layer(BaseModel):
     """One layer: of ours with its progress, of Transformers' with its attributes."""
@@ -82,11 +86,11 @@ class SavedContext:
         """Fill a new cache of the same model and settings."""
         cache._shared.compressed, cache._shared.padded = self.header.compressed, self.header.padded
         for index, (layer, saved) in enumerate(zip(cache.layers, self.header.layers, strict=True)):
-            prefix = f"layers.{index}."
-            own = {name[len(prefix) :]: tensor for name, tensor in self.tensors.items() if name.startswith(prefix)}
+            own = _own(self.tensors, index)
             if isinstance(layer, WildCatLayer):
                 assert saved.progress is not None
-                layer.state.restore(saved.progress, _entries(own), _folded_range(own))
+                folded_range = ValueRange(*(own[name] for name in _BOUNDS)) if _BOUNDS[0] in own else None
+                layer.state.restore(saved.progress, Entries(*(own[name] for name in _NAMES)), folded_range)
                 layer.restored()
             else:
                 assert saved.attributes is not None
@@ -173,43 +177,40 @@ def _header(name: str, metadata: dict[str, str]) -> _Header:
 
 def _fault(saved: SavedContext) -> str | None:
     """What contradicts itself in a file, None for nothing."""
-    header, tensors = saved.header, saved.tensors
-    ours = {index: layer.progress for index, layer in enumerate(header.layers) if layer.progress is not None}
-    if not ours:
-        return f"it holds {len(header.layers)} layers"
-    first = next(iter(ours.values()))
-    for index, progress in ours.items():
-        prefix = f"layers.{index}."
-        names = [prefix + name for name in ("keys", "values", "weights", "valid")]
-        if missing := [name for name in names if name not in tensors]:
-            return f"{missing[0]} is missing"
-        keys, values, weights, valid = (tensors[name] for name in names)
-        fits = (
-            keys.dim() == 4
-            and keys.shape[:3] == values.shape[:3] == (*weights.shape, 1)[:3] == (*valid.shape, 1)[:3]
-            and keys.dtype == values.dtype
-            and keys.is_floating_point()
-            and weights.dtype == torch.float32
-            and valid.dtype == torch.bool
-        )
-        if not fits:
-            return f"the tensors of layer {index} do not fit each other"
-        exact, columns = progress.exact, keys.shape[2]
-        sound = (
-            len(progress.rows) == keys.shape[0] == len(first.rows)
-            and progress.seen == first.seen
-            and 0 <= progress.folded_at <= progress.seen
-            and exact + max((row.stored for row in progress.rows), default=0) <= columns
-        )
-        if not sound:
-            return f"the numbers of layer {index} do not fit its tensors"
-        bounds = [tensors.get(f"{prefix}folded.{name}") for name in ("lowest", "highest")]
-        shape = (*keys.shape[:2], 1, values.shape[3])
-        if any(bound is not None and bound.shape != shape for bound in bounds) or (bounds[0] is None) != (
-            bounds[1] is None
-        ):
-            return f"the value range of layer {index} does not fit"
+    ours = [(index, layer.progress) for index, layer in enumerate(saved.header.layers) if layer.progress is not None]
+    numbers = {(progress.seen, len(progress.rows)) for _, progress in ours}
+    if len(numbers) != 1:
+        return "its layers have not read the same tokens"
+    faults = (_layer_fault(progress, _own(saved.tensors, index)) for index, progress in ours)
+    return next((f"layer {index}: {fault}" for (index, _), fault in zip(ours, faults, strict=True) if fault), None)
+
+
+def _layer_fault(progress: Progress, own: dict[str, Tensor]) -> str | None:
+    """What contradicts itself in a layer of ours; `own` has its tensors by name."""
+    if missing := [name for name in _NAMES if name not in own]:
+        return f"{missing[0]} is missing"
+    keys, values, weights, valid = (own[name] for name in _NAMES)
+    if keys.dim() != 4 or values.dim() != 4 or not keys.shape[:3] == values.shape[:3] == weights.shape == valid.shape:
+        return "the shapes of its tensors do not fit each other"
+    if not keys.is_floating_point() or (values.dtype, weights.dtype, valid.dtype) != (
+        keys.dtype,
+        torch.float32,
+        torch.bool,
+    ):
+        return "the dtypes of its tensors do not fit each other"
+    bounds = [own[name].shape for name in _BOUNDS if name in own]
+    if bounds not in ([], [(*keys.shape[:2], 1, values.shape[3])] * 2):
+        return "its value range does not fit"
+    stored = max((row.stored for row in progress.rows), default=0) + progress.exact
+    if len(progress.rows) != keys.shape[0] or not 0 <= progress.exact <= stored <= keys.shape[2]:
+        return "its numbers do not fit its tensors"
     return None
+
+
+def _own(tensors: dict[str, Tensor], index: int) -> dict[str, Tensor]:
+    """The tensors of one layer, by their names in it."""
+    prefix = f"layers.{index}."
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
 def _layer(layer: Any, prefix: str, tensors: dict[str, Tensor]) -> _Layer:
@@ -218,20 +219,11 @@ def _layer(layer: Any, prefix: str, tensors: dict[str, Tensor]) -> _Layer:
         attributes = {name: _encode(value, name, prefix, tensors) for name, value in vars(layer).items()}
         return _Layer(kind=type(layer).__name__, attributes=attributes)
     assert layer.state.storage is not None
-    entries, folded = layer.state.storage.entries, layer.state.folded_range
-    names = ("keys", "values", "weights", "valid")
-    tensors.update({prefix + name: tensor for name, tensor in zip(names, entries.tensors(), strict=True)})
-    if folded is not None:
-        tensors.update({f"{prefix}folded.lowest": folded.lowest, f"{prefix}folded.highest": folded.highest})
+    named = dict(zip(_NAMES, layer.state.storage.entries.tensors(), strict=True))
+    if layer.state.folded_range is not None:
+        named |= zip(_BOUNDS, layer.state.folded_range.tensors(), strict=True)
+    tensors.update({prefix + name: tensor for name, tensor in named.items()})
     return _Layer(kind=type(layer).__name__, progress=layer.state.progress)
-
-
-def _entries(own: dict[str, Tensor]) -> Entries:
-    return Entries(own["keys"], own["values"], own["weights"], own["valid"])
-
-
-def _folded_range(own: dict[str, Tensor]) -> ValueRange | None:
-    return ValueRange(own["folded.lowest"], own["folded.highest"]) if "folded.lowest" in own else None
 
 
 def _encode(value: Any, name: str, prefix: str, tensors: dict[str, Tensor]) -> JsonValue:
