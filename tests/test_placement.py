@@ -124,6 +124,9 @@ def test_an_offloaded_cache_answers_as_any_other(monkeypatch):
         def wait_stream(self, other):
             pass
 
+        def __deepcopy__(self, memo):
+            raise TypeError("streams cannot be copied")
+
         __enter__ = __exit__ = lambda self, *args: None
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -137,6 +140,7 @@ def test_an_offloaded_cache_answers_as_any_other(monkeypatch):
     ]
     assert torch.equal(*out)
     assert_same_state(state(caches[0]), state(caches[1]))
+    assert_same_state(state(caches[1].clone()), state(caches[0]))
 
 
 def test_offloading_without_cuda_is_refused():

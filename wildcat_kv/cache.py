@@ -171,8 +171,8 @@ class CompressedCache(Cache):
         self.reorder_cache(torch.where(kept < 0, kept + rows, kept))
 
     def clone(self) -> Self:
-        """An independent copy: what is read into one is not seen by the other. The method is shared."""
-        return copy.deepcopy(self, {id(self.compressor): self.compressor})
+        """An independent copy: what is read into one is not seen by the other. The same as `copy.deepcopy`."""
+        return copy.deepcopy(self)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the cache to a safetensors file, to be loaded by another process.
@@ -228,6 +228,15 @@ class CompressedCache(Cache):
         seen = {layer.get_seq_length() for layer in self._compressed_layers()}
         if len(seen) > 1 or self._shared.waiting is not None:
             raise ValueError("a forward pass failed half-way, layers are out of step; reset() the cache and read again")
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        # The method has no state, and a stream of the device cannot be copied: both are shared.
+        for shared in (self.compressor, getattr(self, "prefetch_stream", None)):
+            memo[id(shared)] = shared
+        twin = type(self).__new__(type(self))
+        memo[id(self)] = twin
+        twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return twin
 
     def __repr__(self) -> str:
         layers = self._compressed_layers()
