@@ -25,7 +25,7 @@ def tokens(rows, length, seed=0, heads=2, channels=16):
 def read(cache, keys, values, start, count, mask=None):
     """One forward pass over columns [start, start + count); the layers' outputs for fixed queries."""
     layers = [index for index, layer in enumerate(cache.layers) if hasattr(layer, "announce")]
-    forward = cache.layers[layers[0]].announce(count, None if mask is None else mask[:, : start + count])
+    forward = cache.layers[layers[0]].announce(keys.shape[1], count, None if mask is None else mask[:, : start + count])
     outputs = []
     for number, index in enumerate(layers):
         part = slice(start, start + count)

@@ -105,7 +105,7 @@ def test_slots_compressed_again_and_again_keep_all_mass():
     cache = WildCatCache(config, max_tokens=80, sink=4, window=4)
     layer, values = cache.layers[0], torch.randn(1, 2, 600, 16)
     for token in range(600):
-        layer.announce(1, None)
+        layer.announce(1, 1, None)
         cache.update(torch.full((1, 2, 1, 16), 0.3), values[:, :, token : token + 1], 0)
         output = layer.attend(torch.randn(1, 4, 1, 16), 0.25, {})
         layer.after_attention(0.25)
@@ -232,7 +232,7 @@ def test_heads_layers_and_seeds_draw_apart():
     def slots(seed):
         cache = WildCatCache(tf.LlamaConfig(**SMALL), ratio=0.25, seed=seed)
         keys = torch.randn(1, 1, 400, 16, generator=torch.Generator().manual_seed(1)).expand(1, 2, -1, -1)
-        cache.layers[0].announce(400, None)
+        cache.layers[0].announce(1, 400, None)
         for layer in range(3):
             cache.update(keys, keys, layer)
             cache.layers[layer].after_attention(0.25)
@@ -254,18 +254,99 @@ def test_a_row_of_padding_alone_harms_no_other(llama):
     torch.testing.assert_close(logits[1:], llama(ids[1:, :5], past_key_values=alone).logits, rtol=1e-3, atol=1e-3)
 
 
-def test_a_mask_that_contradicts_earlier_ones_is_refused(llama):
+def test_a_mask_that_contradicts_what_is_folded_is_refused(llama):
     mask = torch.ones(1, 65, dtype=torch.int64)
     mask[:, :20] = 0
-    for first, second, message in (
-        (mask[:, :60], None, "earlier tokens were padding"),
-        (None, mask, r"shows \[40\] of the 60 earlier tokens"),
-    ):
+    cache = WildCatCache(llama.config, ratio=0.25)
+    llama(random_ids(1, 60), past_key_values=cache)
+    with pytest.raises(ValueError, match=r"shows \[40\] of the first 60 tokens.*\[60\] were"):
+        llama(random_ids(1, 5), past_key_values=cache, attention_mask=mask)
+    assert cache.get_seq_length() == 60
+
+
+def test_padding_without_its_mask_is_refused_while_attention_is_exact(llama):
+    mask = torch.ones(1, 60, dtype=torch.int64)
+    mask[:, :20] = 0
+    for chunk in (60, 1):  # a column at a time, too
         cache = WildCatCache(llama.config, max_tokens=200)
-        llama(random_ids(1, 60), past_key_values=cache, attention_mask=first)
-        with pytest.raises(ValueError, match=message):
-            llama(random_ids(1, 5), past_key_values=cache, attention_mask=second)
+        for at in range(0, 60, chunk):
+            part = random_ids(1, 60)[:, at : at + chunk]
+            llama(part, past_key_values=cache, attention_mask=mask[:, : at + chunk])
+        with pytest.raises(ValueError, match="earlier tokens were padding"):
+            llama(random_ids(1, 5), past_key_values=cache)
         assert cache.get_seq_length() == 60
+
+
+@pytest.mark.parametrize("budget", [{"ratio": 1.0}, {"max_tokens": 200}, {"max_tokens": 80}])
+def test_exact_tokens_may_be_masked_later(llama, budget):
+    """The second turn of a chat: what was padded behind a finished answer is hidden from then on."""
+    first, second = torch.ones(2, 60, dtype=torch.int64), torch.ones(2, 75, dtype=torch.int64)
+    second[0, 40:60] = 0
+    logits = []
+    for cache in (DynamicCache(config=llama.config), WildCatCache(llama.config, **budget)):
+        llama(random_ids(2, 60), attention_mask=first, past_key_values=cache)
+        llama(random_ids(2, 15, seed=2), attention_mask=second, past_key_values=cache)
+        mask = torch.cat((second, second[:, :1]), dim=1)
+        logits.append(llama(random_ids(2, 1, seed=4), attention_mask=mask, past_key_values=cache).logits)
+    assert torch.equal(*logits)
+    assert [row.seen for row in cache.layers[0].state.count_rows(76)] == [56, 76]
+
+
+def test_rows_without_padding_need_no_mask(llama):
+    """Once the padded rows are gone, or the padding is taken back, generate() may drop a mask of ones."""
+    mask = torch.ones(2, 60, dtype=torch.int64)
+    mask[0, :20] = 0
+    cache = WildCatCache(llama.config, max_tokens=200)
+    llama(random_ids(2, 60), past_key_values=cache, attention_mask=mask)
+    cache.batch_select_indices([1])
+    assert llama.generate(random_ids(1, 65), past_key_values=cache, max_new_tokens=3, do_sample=False).shape == (1, 68)
+    cache = WildCatCache(llama.config, max_tokens=200)
+    llama(random_ids(1, 40), past_key_values=cache)
+    late = torch.ones(1, 50, dtype=torch.int64)
+    late[:, 45:] = 0
+    llama(random_ids(1, 10), past_key_values=cache, attention_mask=late)
+    cache.crop(-10)
+    llama(random_ids(1, 3), past_key_values=cache)
+    assert cache.get_seq_length() == 43
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "qwen3_next"])
+def test_a_refused_batch_size_changes_nothing(family):
+    """Layers of Transformers' come first in some models, and would have read the tokens."""
+    model = tiny_model(family)
+    cache, other = (WildCatCache(model.config, ratio=0.25) for _ in range(2))
+    for kind in (cache, other):
+        model(random_ids(1, 100), past_key_values=kind)
+    with pytest.raises(ValueError, match=r"the batch has 2 rows and the cache holds 1.*batch_repeat_interleave\(n\)"):
+        model(random_ids(2, 5), past_key_values=cache)
+    logits = [model(random_ids(1, 5), past_key_values=kind).logits for kind in (cache, other)]
+    assert torch.equal(*logits)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "qwen3_next"])
+@pytest.mark.parametrize("broken", [0, 1])
+def test_a_forward_pass_that_failed_is_noticed(family, broken, tmp_path):
+    """Wherever it failed: in a layer of Transformers', or in one of ours."""
+    model = tiny_model(family)
+    cache = WildCatCache(model.config, ratio=0.25)
+    model(random_ids(1, 100), past_key_values=cache)
+
+    def fail(*args):
+        raise KeyboardInterrupt
+
+    hook = model.model.layers[broken].mlp.register_forward_pre_hook(fail)
+    with pytest.raises(KeyboardInterrupt):
+        model(random_ids(1, 5), past_key_values=cache)
+    hook.remove()
+    for retry in (
+        lambda: model(random_ids(1, 5), past_key_values=cache),
+        lambda: cache.crop(-5),
+        lambda: cache.save(tmp_path / "context.safetensors"),
+    ):
+        with pytest.raises(RuntimeError, match=r"failed half-way.*reset\(\)"):
+            retry()
+    cache.reset()
+    assert torch.isfinite(model(random_ids(1, 60), past_key_values=cache).logits).all()
 
 
 # generate()
@@ -455,13 +536,13 @@ def test_nan_in_a_decoded_key_is_found_at_the_fold():
 
 def test_mismatched_keys_and_values_are_refused(llama):
     cache = WildCatCache(llama.config, ratio=1.0)
-    cache.layers[0].announce(3, None)
+    cache.layers[0].announce(1, 3, None)
     with pytest.raises(ValueError, match=r"layer 0: key_states \(1, 2, 3, 16\) and value_states \(1, 2, 4, 16\)"):
         cache.update(torch.zeros(1, 2, 3, 16), torch.zeros(1, 2, 4, 16), 0)
     cache.update(torch.zeros(1, 2, 3, 16), torch.zeros(1, 2, 3, 16), 0)
     cache.layers[0].after_attention(0.25)
-    cache.layers[0].announce(3, None)
-    with pytest.raises(ValueError, match="other heads, channels or another dtype"):
+    cache.layers[0].announce(1, 3, None)
+    with pytest.raises(ValueError, match="other rows, heads, channels or another dtype"):
         cache.update(torch.zeros(1, 4, 3, 16), torch.zeros(1, 4, 3, 16), 0)
     assert cache.stored_length(0) == 3
 
@@ -503,7 +584,7 @@ def test_attention_that_changes_the_values_is_refused(llama):
     """As DiffLlama's does, which is refused by name; others may come."""
     cache = WildCatCache(llama.config, ratio=0.25)
     llama(random_ids(1, 60), past_key_values=cache)
-    cache.layers[0].announce(1, None)
+    cache.layers[0].announce(1, 1, None)
     keys, values = cache.update(torch.zeros(1, 2, 1, 16), torch.zeros(1, 2, 1, 16), 0)
     attention = llama.model.layers[0].self_attn
     with pytest.raises(RuntimeError, match="LlamaAttention changes the values"):
@@ -513,7 +594,7 @@ def test_attention_that_changes_the_values_is_refused(llama):
 def test_keys_that_never_reach_the_attention_are_noticed(llama):
     cache = WildCatCache(llama.config, ratio=0.25)
     keys = torch.zeros(1, 2, 5, 16)
-    cache.layers[0].announce(5, None)
+    cache.layers[0].announce(1, 5, None)
     cache.update(keys, keys, 0)
     with pytest.raises(RuntimeError, match="layer 0: its keys never reached"):
         cache.update(keys, keys, 1)

@@ -72,7 +72,7 @@ class Caches(RuleBasedStateMachine):
             shown = torch.rand(self.rows, count, generator=self.generator) > 0.3
         self.keys, self.values = torch.cat((self.keys, new[0]), 3), torch.cat((self.values, new[1]), 3)
         self.valid = torch.cat((self.valid, shown), 1)
-        announced = self.cache.layers[0].announce(count, self.valid if self.masked else None)
+        announced = self.cache.layers[0].announce(self.rows, count, self.valid if self.masked else None)
         for index, layer in enumerate(self.cache.layers):
             self.cache.update(new[0][index], new[1][index], index)
             if not hasattr(layer, "announce"):

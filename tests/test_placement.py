@@ -60,7 +60,7 @@ def fake(monkeypatch, toy_backend):
 
 def step(cache, count, rows=2):
     """A forward pass whose layers live on two devices."""
-    forward = cache.layers[0].announce(1, None)
+    forward = cache.layers[0].announce(rows, 1, None)
     forward.queries = count
     for index, device in enumerate(DEVICES):
         keys = torch.zeros(rows, 2, count, 16, device=device)
@@ -97,7 +97,7 @@ def test_offloading_keeps_keys_and_values_on_the_cpu_between_forward_passes(fake
     """The layer's side of it; streams belong to Transformers' part and need a GPU."""
     cache = small_cache(ratio=0.25)
     for count in (60, 1, 1, 30):
-        forward = cache.layers[0].announce(1, None)
+        forward = cache.layers[0].announce(2, 1, None)
         forward.queries = count
         for index, layer in enumerate(cache.layers):
             layer.prefetch()

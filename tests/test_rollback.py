@@ -150,6 +150,22 @@ def test_a_crop_past_what_is_exact_says_how_to_enlarge_the_window():
     assert_same(before, state(cache))
 
 
+def test_more_than_was_read_cannot_be_taken_back():
+    cache = small_cache(ratio=0.25)
+    with pytest.raises(ValueError, match="tokens_to_remove=-5: the cache has read 0 tokens"):
+        cache.crop(-5)
+
+
+def test_recording_within_the_budget_looks_back_at_nothing():
+    """However many forward passes come before a crop."""
+    keys, values = tokens(1, 300)
+    cache = small_cache(max_tokens=400)
+    cache.activate_past_recording()
+    for at in range(300):
+        read(cache, keys, values, at, 1)
+        assert len(cache.layers[0].state.progress.ends) <= cache.settings.window + 2
+
+
 def test_cropping_nothing_is_nothing():
     cache = small_cache(ratio=0.25)
     cache.crop(0)
@@ -166,6 +182,9 @@ def test_all_of_an_unfolded_text_can_be_taken_back(llama):
     cache.crop(-60)
     assert cache.get_seq_length() == cache.stored_length() == 0
     assert torch.equal(llama(random_ids(1, 60), past_key_values=cache).logits, first)
+    cache.crop(-60)
+    llama(random_ids(3, 10), past_key_values=cache)  # another batch, even
+    assert cache.get_seq_length() == 10
 
 
 def test_the_value_clip_is_rolled_back():

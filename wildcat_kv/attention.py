@@ -185,12 +185,14 @@ class Forward:
         queries: new tokens.
         mask: bool (rows, seen + queries), False for padding tokens; None where none was passed.
         exact: whether the layers attend exactly, through the implementation that the config had before.
+        relabelled: whether the mask says something new of tokens since the last fold.
     """
 
     seen: int
     queries: int
     mask: Tensor | None
     exact: bool
+    relabelled: bool = False
 
     def new_valid(self, device: torch.device) -> Tensor | None:
         """bool (rows, queries), False for new tokens that are padding; None where no mask was passed."""
@@ -209,7 +211,7 @@ class CompressedLayer(Protocol):
         """Tokens seen, the newest included."""
         ...
 
-    def announce(self, queries: int, mask: Tensor | None) -> Forward:
+    def announce(self, rows: int, queries: int, mask: Tensor | None) -> Forward:
         """Take note, for all layers of the cache, that a forward pass over `queries` new tokens has begun."""
         ...
 
@@ -342,7 +344,7 @@ def wildcat_mask(
                 f"{kv_length - q_length} tokens and {q_length} are new: it must have width {int(kv_length)}; pass the "
                 "mask of all tokens so far, or reset() the cache before a new text"
             )
-        forward = kv_length.layer.announce(q_length, attention_mask)
+        forward = kv_length.layer.announce(batch_size, q_length, attention_mask)
         if not forward.exact:
             return None
         kv_length = int(kv_length)

@@ -135,8 +135,12 @@ def tokens_until_fold(row: Row, config: WildCatConfig) -> int | None:
     if config.ratio is not None:
         if config.ratio == 1:
             return None
-        # What comes next to an empty row may be its prompt.
-        return max(1, block_size(config) - (row.seen - row.folded_at)) if row.seen else 1
+        if not row.seen:  # what comes next may be its prompt
+            return 1
+        # Each token fills the row by one and its budget by `ratio`.
+        ratio, gap = Fraction(str(config.ratio)), kept_tokens(row.seen, config.ratio) - row.stored
+        until_full = (gap - 1) // (1 - ratio) + 1 if gap > 0 else 1
+        return max(1, block_size(config) - (row.seen - row.folded_at), int(until_full))
     assert config.max_tokens is not None
     return max(1, config.max_tokens + 1 - row.stored)
 

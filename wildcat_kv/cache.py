@@ -29,7 +29,8 @@ class CompressedCache(Cache):
 
     Pass it to `generate(past_key_values=...)` or to the model. Constructing it switches the config's
     attention implementation to "wildcat", which does what the previous one did wherever nothing is
-    compressed, with other caches too; the switch can stay.
+    compressed, with other caches too; the switch can stay. It is for inference: keys and values are kept
+    without their gradients.
 
     Args:
         config: the model's own config, `model.config`; a copy of it never reaches the model.
@@ -117,7 +118,8 @@ class CompressedCache(Cache):
 
         What can be taken back is what no fold has reached: everything since the last fold. After
         `activate_past_recording()` folds wait for `crop`, so that the last forward pass can be taken back,
-        and of those before it at least `window` tokens. `crop(0)` takes nothing and folds what has waited.
+        and of those since the crop before it at least `window` tokens. `crop(0)` takes nothing and folds what
+        has waited.
 
         Args:
             tokens_to_remove: minus the number of tokens (columns, padding included).
@@ -125,8 +127,10 @@ class CompressedCache(Cache):
         Raises:
             ValueError: a positive number, tokens that are folded, or a layer of Transformers' that cannot
                 take tokens back. The cache is left as it was.
+            RuntimeError: a forward pass failed half-way.
         """
         tokens_to_remove = operator.index(tokens_to_remove)
+        self.check_in_step()
         for layer in self.layers:
             if isinstance(layer, WildCatLayer):
                 layer.check_crop(tokens_to_remove)
@@ -137,6 +141,25 @@ class CompressedCache(Cache):
         for layer in self.layers:
             if tokens_to_remove or getattr(layer, "record_past", True):
                 layer.crop(tokens_to_remove)
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """Length and offset for the mask of a forward pass, which begins with this call.
+
+        Raises:
+            RuntimeError: the forward pass before it failed half-way.
+        """
+        self.check_in_step()
+        return super().get_mask_sizes(query_length, layer_idx)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Row i becomes what row beam_idx[i] was; int64 (k,), rows may be left out or repeated."""
+        # Read by the host once, and only where rows differ in what they hold: all layers are alike in that.
+        on_host = None if self._compressed_layers()[0].state.alike else beam_idx.tolist()
+        for layer in self.layers:
+            if isinstance(layer, WildCatLayer):
+                layer.select_rows(beam_idx, on_host)
+            else:
+                layer.reorder_cache(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row `repeats` times, copies side by side: several questions of one context.
@@ -169,6 +192,7 @@ class CompressedCache(Cache):
                 "(k,), or a bool mask over all rows with at least one of them True"
             )
         self.reorder_cache(torch.where(kept < 0, kept + rows, kept))
+        self._shared.padded = self._shared.padded and None
 
     def clone(self) -> Self:
         """An independent copy: what is read into one is not seen by the other. The same as `copy.deepcopy`."""
@@ -184,10 +208,11 @@ class CompressedCache(Cache):
             path: of the file; one that exists is replaced.
 
         Raises:
-            ValueError: nothing was read yet, a forward pass failed half-way, or a layer of a kind that cannot
-                be saved.
+            ValueError: nothing was read yet, or a layer of a kind that cannot be saved.
+            RuntimeError: a forward pass failed half-way.
             OSError: the file cannot be written.
         """
+        self._synchronize()
         persistence.write(self, path)
 
     @classmethod
@@ -219,17 +244,24 @@ class CompressedCache(Cache):
         saved.restore(cache)
         return cache
 
-    def check_consistent(self) -> None:
+    def check_in_step(self) -> None:
         """Refuse to go on from a forward pass that failed half-way.
 
         Raises:
-            ValueError: layers have read different numbers of tokens.
+            RuntimeError: some layers have read tokens that others have not.
         """
-        seen = {layer.get_seq_length() for layer in self._compressed_layers()}
-        if len(seen) > 1 or self._shared.waiting is not None:
-            raise ValueError("a forward pass failed half-way, layers are out of step; reset() the cache and read again")
+        layers = self._compressed_layers()
+        windows = [layer for layer in self.layers if getattr(layer, "is_sliding", False)]
+        # The state of a linear layer does not tell what it has read.
+        begun = any(self.is_linear) and not layers[-1].up_to_date
+        if begun or len({layer.get_seq_length() for layer in (*layers, *windows)}) > 1:
+            raise RuntimeError(
+                "an earlier forward pass failed half-way, and some layers have read tokens that others have not; call "
+                "cache.reset() and read the text again"
+            )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        self._synchronize()
         # The method has no state, and a stream of the device cannot be copied: both are shared.
         for shared in (self.compressor, getattr(self, "prefetch_stream", None)):
             memo[id(shared)] = shared
@@ -247,6 +279,14 @@ class CompressedCache(Cache):
             f"{type(self).__name__}({settings}; {len(layers)} of {len(self.layers)} layers compressed; "
             f"{layers[0].get_seq_length()} tokens seen, {layers[0].stored} stored, {mebibytes:.1f} MiB)"
         )
+
+    def _synchronize(self) -> None:
+        """Wait for copies to and from the device: the host is about to read them."""
+        layers = [layer for layer in self._compressed_layers() if layer.is_initialized] if self.offloading else []
+        for layer in layers:
+            layer.wait()
+            if layer.device.type == "cuda":
+                torch.cuda.synchronize(layer.device)
 
     def _compressed_layers(self) -> list[WildCatLayer]:
         return [layer for layer in self.layers if isinstance(layer, WildCatLayer)]

@@ -14,7 +14,10 @@ from transformers.cache_utils import CacheLayerMixin
 from wildcat_kv.attention import NAME, Forward, MarkedLength, mark, weighted_attention
 from wildcat_kv.compressors import Compressor
 from wildcat_kv.config import WildCatConfig
+from wildcat_kv.progress import Progress
 from wildcat_kv.state import LayerState
+from wildcat_kv.storage import Entries
+from wildcat_kv.value_range import ValueRange
 
 
 @dataclass
@@ -28,8 +31,8 @@ class Shared:
         positions: tokens that the model has positions for, None if unknown.
         forward: the forward pass under way or the last one, None before the first.
         waiting: the layer whose keys have not reached the attention function yet.
-        compressed: whether any layer has folded anything.
-        padded: whether any prompt had padding.
+        compressed: whether any layer has folded, or is about to in this forward pass.
+        padded: whether any token held is padding; None for unknown.
         warned: whether the user knows that the text is longer than the model's positions.
     """
 
@@ -39,7 +42,7 @@ class Shared:
     forward: Forward | None = None
     waiting: int | None = None
     compressed: bool = False
-    padded: bool = False
+    padded: bool | None = False
     warned: bool = False
 
     def reset(self) -> None:
@@ -49,12 +52,7 @@ class Shared:
 
 
 class WildCatLayer(CacheLayerMixin):
-    """One full-attention layer: a coreset of the past, and the newest tokens as they are.
-
-    Attributes:
-        keys: (rows, kv_heads, stored, d), a view of what is stored, in the model's dtype; None when empty.
-        values: (rows, kv_heads, stored, d_v), likewise; numerators U for coreset slots.
-    """
+    """One full-attention layer: a coreset of the past, and the newest tokens as they are."""
 
     is_sliding = False
     is_compileable = False
@@ -69,11 +67,10 @@ class WildCatLayer(CacheLayerMixin):
         self._clear()
 
     def _clear(self) -> None:
-        self.keys: Tensor | None = None
-        self.values: Tensor | None = None
         self.is_initialized = False
         self._state = LayerState(self._shared.settings, self._shared.compressor, self._index, self._count)
         self._offloading = False
+        self._arrival: Any = None  # of a copy to the device, on another stream
         self._forward: Forward | None = None  # the last one that was served
 
     @property
@@ -82,6 +79,24 @@ class WildCatLayer(CacheLayerMixin):
         return self._state
 
     # What Transformers calls
+
+    @property
+    def keys(self) -> Tensor | None:
+        """What is stored, (rows, kv_heads, stored, d): pivots, then exact tokens; None when empty."""
+        return None if self._state.storage is None else self._state.storage.entries.keys
+
+    @keys.setter
+    def keys(self, keys: None) -> None:
+        """The base class begins with None."""
+
+    @property
+    def values(self) -> Tensor | None:
+        """What is stored, (rows, kv_heads, stored, d_v): numerators U, then exact values; None when empty."""
+        return None if self._state.storage is None else self._state.storage.entries.values
+
+    @values.setter
+    def values(self, values: None) -> None:
+        """The base class begins with None."""
 
     @property
     def record_past(self) -> bool:
@@ -119,12 +134,16 @@ class WildCatLayer(CacheLayerMixin):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         self._bring_to(key_states.device)
-        if self.record_past and not forward.exact:
+        if self.record_past:
             self._settle(self._beyond_rollback())
+        if forward.relabelled:
+            assert forward.mask is not None
+            start, stop = self._state.progress.folded_at, self.get_seq_length()
+            self._state.show(forward.mask[:, start:stop].to(key_states.device))
         self._state.append(key_states, value_states, forward.new_valid(key_states.device))
         self._forward, self._shared.waiting = forward, self._index
-        self._expose()
-        keys, values = self._view()
+        assert self._state.storage is not None
+        keys, values = self._state.storage.view()
         return mark(keys, self), mark(values, self)
 
     def get_seq_length(self) -> int:
@@ -167,9 +186,14 @@ class WildCatLayer(CacheLayerMixin):
             return
         self._bring_to(self.device)
         if tokens_to_remove:
+            if -tokens_to_remove == self.get_seq_length():  # of this text, nothing is left
+                record_past = self.record_past
+                self._clear()
+                self.record_past = record_past
+                return
             self._state.take_back(-tokens_to_remove)
+            self._shared.padded = self._shared.padded and None
         self._settle(self.get_seq_length())
-        self._expose()
         self._rest()
 
     def check_crop(self, tokens_to_remove: int) -> None:
@@ -182,7 +206,11 @@ class WildCatLayer(CacheLayerMixin):
             raise ValueError(
                 f"tokens_to_remove={tokens_to_remove} must be negative: minus the number of tokens to take back"
             )
-        exact = self._state.progress.exact
+        exact, seen = self._state.progress.exact, self.get_seq_length()
+        if -tokens_to_remove > seen:
+            raise ValueError(
+                f"tokens_to_remove={tokens_to_remove}: the cache has read {seen} tokens; reset() forgets them all"
+            )
         if -tokens_to_remove > exact:
             window = self._shared.settings.window
             raise ValueError(
@@ -193,46 +221,55 @@ class WildCatLayer(CacheLayerMixin):
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Row i becomes what row beam_idx[i] was; int64 (k,), rows may be left out or repeated."""
+        self.select_rows(beam_idx, None if self._state.alike else beam_idx.tolist())
+
+    def select_rows(self, index: Tensor, on_host: list[int] | None) -> None:
+        """The same, where the indices have been read already; see `LayerState.select_rows`."""
         if not self.is_initialized:
             return
         self._bring_to(self.device)
-        self._state.select_rows(beam_idx)
-        self._expose()
+        self._state.select_rows(index, on_host)
         self._rest()
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat every row `repeats` times, copies side by side."""
-        self.reorder_cache(torch.arange(self.batch_rows).repeat_interleave(repeats))
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep the rows at `indices`, int64 (k,) or a bool mask over rows, in that order."""
-        self.reorder_cache(indices.nonzero().squeeze(-1) if indices.dtype == torch.bool else indices)
 
     def offload(self) -> None:
         """Keep keys and values on the CPU between forward passes; from the end of this one's attention on."""
         self._offloading = self.is_initialized
 
     def prefetch(self) -> None:
-        """Bring keys and values back to the layer's device ahead of time."""
+        """Bring keys and values back to the layer's device ahead of time, on the stream that is current."""
         if self.is_initialized:
             self._bring_to(self.device)
+            if self.device.type == "cuda":
+                self._arrival = torch.cuda.current_stream(self.device).record_event()
 
     # What the "wildcat" attention and mask functions call
 
-    def announce(self, queries: int, mask: Tensor | None) -> Forward:
+    def announce(self, rows: int, queries: int, mask: Tensor | None) -> Forward:
         """Take note, for all layers of the cache, that a forward pass has begun.
 
         Args:
+            rows: of the batch.
             queries: new tokens.
             mask: bool (rows, seen + queries), False for padding, or None.
 
         Raises:
-            ValueError: a mask that contradicts what was passed before.
+            ValueError: another batch size than before, or a mask that contradicts what is folded. Nothing has
+                changed then.
         """
         shared, seen = self._shared, self.get_seq_length()
-        if queries > 1:  # reading the mask would stall the path of one token
-            self._check_mask(queries, mask)
-            shared.padded = shared.padded or (mask is not None and not bool(mask.all()))
+        if self.batch_rows not in (0, rows):
+            raise ValueError(
+                f"the batch has {rows} rows and the cache holds {self.batch_rows}; call "
+                "cache.batch_repeat_interleave(n) to ask several questions of one context"
+            )
+        relabelled = False
+        if mask is None:
+            self._check_unpadded()
+        elif queries > 1:  # reading the mask would stall the path of one token
+            relabelled = self._check_mask(queries, mask)
+            shared.padded = not bool(mask.all())
+        else:
+            shared.padded = shared.padded or None
         if shared.positions is not None and seen + queries > shared.positions and not shared.warned:
             warnings.warn(
                 f"the text is {seen + queries} tokens long and the model has {shared.positions} positions "
@@ -240,11 +277,9 @@ class WildCatLayer(CacheLayerMixin):
                 stacklevel=2,
             )
             shared.warned = True
-        if mask is None and shared.padded and not shared.compressed:
-            raise ValueError("attention_mask=None, but earlier tokens were padding; pass the mask of all tokens so far")
         if self.record_past and self._state.will_fold(self._beyond_rollback()):
             shared.compressed = True  # every layer folds in its `update`, too late to change the mask
-        shared.forward = Forward(seen, queries, mask, exact=not shared.compressed)
+        shared.forward = Forward(seen, queries, mask, exact=not shared.compressed, relabelled=relabelled)
         return shared.forward
 
     @property
@@ -296,11 +331,17 @@ class WildCatLayer(CacheLayerMixin):
 
     # What the cache reports
 
-    def restored(self) -> None:
-        """Take note that `state` has been filled from elsewhere."""
-        self._expose()
-        assert self.keys is not None
-        self.dtype, self.device, self.is_initialized = self.keys.dtype, self.keys.device, True
+    def restore(self, progress: Progress, entries: Entries, folded_range: ValueRange | None) -> None:
+        """Become the layer that had these; it must be new."""
+        self._state.restore(progress, entries, folded_range)
+        self.dtype, self.device, self.is_initialized = entries.keys.dtype, entries.keys.device, True
+        self._shared.compressed = self._shared.compressed or folded_range is not None
+        self._shared.padded = None
+
+    @property
+    def up_to_date(self) -> bool:
+        """Whether the last forward pass that was announced has come this far."""
+        return self._forward is self._shared.forward
 
     def tensors(self) -> list[Tensor]:
         """All memory that the layer holds, free room included."""
@@ -344,33 +385,46 @@ class WildCatLayer(CacheLayerMixin):
             )
         if self._state.storage is not None:
             held = self._state.storage.entries
-            if keys.shape[0] != held.keys.shape[0]:
-                raise ValueError(
-                    f"layer {self._index}: the batch has {keys.shape[0]} rows and the cache holds "
-                    f"{held.keys.shape[0]}; call cache.batch_repeat_interleave(n) to ask several questions of one "
-                    "context"
-                )
             for name, new, old in (("key_states", keys, held.keys), ("value_states", values, held.values)):
-                if (new.shape[1], new.shape[3], new.dtype) != (old.shape[1], old.shape[3], old.dtype):
+                if (*new.shape[:2], new.shape[3], new.dtype) != (*old.shape[:2], old.shape[3], old.dtype):
                     raise ValueError(
-                        f"layer {self._index}: {name} {tuple(new.shape)} in {new.dtype} have other heads, channels or "
-                        f"another dtype than the {tuple(old.shape)} in {old.dtype} held; call cache.reset(), or build "
-                        "a cache for this model"
+                        f"layer {self._index}: {name} {tuple(new.shape)} in {new.dtype} have other rows, heads, "
+                        f"channels or another dtype than the {tuple(old.shape)} in {old.dtype} held; call "
+                        "cache.reset(), or build a cache for this model"
                     )
         if forward.queries > 1:  # one new token is checked when it is folded: reading it would stall the device
             self._state.check_finite(keys)
         return forward
 
-    def _check_mask(self, queries: int, mask: Tensor | None) -> None:
-        """Refuse a mask that hides tokens which the cache holds, or shows padding which it dropped."""
-        if mask is None or not self.is_initialized or mask.shape[0] != self.batch_rows:
+    def _check_unpadded(self) -> None:
+        """Refuse to do without a mask where padding is held: an exact forward pass would attend to it."""
+        shared, storage = self._shared, self._state.storage
+        if shared.compressed or storage is None:  # weighted attention knows what is padding
             return
-        before, seen = mask[:, : mask.shape[-1] - queries].sum(-1).tolist(), self.get_seq_length()
-        if before != (held := [row.seen for row in self._state.count_rows(seen)]):
+        if shared.padded is None:
+            shared.padded = not bool(storage.entries.valid.all())
+        if shared.padded:
+            raise ValueError("attention_mask=None, but earlier tokens were padding; pass the mask of all tokens so far")
+
+    def _check_mask(self, queries: int, mask: Tensor) -> bool:
+        """Refuse a mask that hides tokens which are folded, or shows padding which was dropped by a fold.
+
+        Returns:
+            Whether it differs from what was shown of the tokens since, which are still as they came.
+        """
+        progress, storage = self._state.progress, self._state.storage
+        if storage is None:
+            return False
+        earlier = mask[:, : mask.shape[-1] - queries]
+        shown, folded = earlier[:, : progress.folded_at].sum(-1).tolist(), [row.seen for row in progress.rows]
+        if progress.folded_at and shown != folded:
             raise ValueError(
-                f"attention_mask shows {before} of the {seen} earlier tokens of each row, and {held} were shown "
-                "when they were read; what was read cannot be masked later, call cache.reset() for another text"
+                f"attention_mask shows {shown} of the first {progress.folded_at} tokens of each row, and {folded} were "
+                "shown when these were folded; what is folded cannot be masked later, call cache.reset() for another "
+                "text"
             )
+        exact = storage.entries.valid[:, 0, storage.length - progress.exact :]
+        return not torch.equal(earlier[:, progress.folded_at :].to(exact.device), exact)
 
     # Inside
 
@@ -380,26 +434,25 @@ class WildCatLayer(CacheLayerMixin):
 
     def _settle(self, until: int) -> None:
         """Fold what is due up to column `until`."""
-        if self._state.settle(until):
-            self._shared.compressed = True
-            self._expose()
+        try:
+            self._state.settle(until)
+        finally:  # an earlier one of several folds may have been done
+            self._shared.compressed = self._shared.compressed or self._state.folded_range is not None
 
     def _bring_to(self, device: torch.device) -> None:
         """Have everything on `device`: that of the layer, or, for a cache from a file, of the first keys."""
+        self.wait()
         self._state.move(device)
         self.device = device
+
+    def wait(self) -> None:
+        """Let the current stream wait for what another one brings."""
+        if self._arrival is not None:
+            torch.cuda.current_stream(self.device).wait_event(self._arrival)
+            self._arrival = None
 
     def _rest(self) -> None:
         """Nothing more to do with the tensors for now."""
         if self._offloading:
             assert self._state.storage is not None
             self._state.storage.offload()
-            self._expose()
-
-    def _expose(self) -> None:
-        """Let `keys` and `values` show what is stored; not the marked tensors, that would be a cycle."""
-        self.keys, self.values = self._view()
-
-    def _view(self) -> tuple[Tensor, Tensor]:
-        assert self._state.storage is not None
-        return self._state.storage.view()

@@ -1,4 +1,7 @@
-"""Compressed contexts on disk: one safetensors file, whose header says what it is. Never pickle."""
+"""Compressed contexts on disk: one safetensors file, whose header says what it is. Never pickle.
+
+All of a file is read and checked before a cache is made of it.
+"""
 
 from __future__ import annotations
 
@@ -28,6 +31,8 @@ VERSION = 1
 # Tensors of a layer of ours: its entries, and the box around folded values, where there is one.
 _NAMES = ("keys", "values", "weights", "valid")
 _BOUNDS = ("folded.lowest", "folded.highest")
+# What a layer of Transformers' learns with the first tokens; all else is as in a new one.
+_LEARNT = ("cumulative_length", "conv_kernel_size")
 
 
 class _Layer(BaseModel):
@@ -48,9 +53,20 @@ class _Header(BaseModel):
     model: ModelIdentity
     settings: WildCatConfig
     compressor: JsonValue
-    compressed: bool
-    padded: bool
     layers: list[_Layer]
+
+
+@dataclass(frozen=True)
+class _Ours:
+    """A layer of ours, as read."""
+
+    progress: Progress
+    entries: Entries
+    folded_range: ValueRange | None
+
+
+class _DamageError(Exception):
+    """What contradicts itself in a file."""
 
 
 @dataclass(frozen=True)
@@ -59,14 +75,14 @@ class SavedContext:
 
     Attributes:
         settings: of the cache that was saved.
-        header: the rest of what the file says of itself.
-        tensors: by name, "layers.0.keys" and so on.
+        compressor: what the file says of the method.
+        layers: of ours, or the attributes of one of Transformers'.
         path: where it came from.
     """
 
     settings: WildCatConfig
-    header: _Header
-    tensors: dict[str, Tensor]
+    compressor: JsonValue
+    layers: list[_Ours | dict[str, Any]]
     path: str
 
     def check_compressor(self, compressor: Any) -> None:
@@ -75,44 +91,30 @@ class SavedContext:
         Raises:
             ValueError: names both.
         """
-        ours, theirs = _describe(compressor), self.header.compressor
-        if ours != theirs:
+        ours = _describe(compressor)
+        if ours != self.compressor:
             raise ValueError(
-                f"path={self.path!r} was compressed by {theirs}, and the cache to load it into compresses by {ours}; "
-                "load it with the class and the compressor that saved it"
+                f"path={self.path!r} was compressed by {self.compressor}, and the cache to load it into compresses by "
+                f"{ours}; load it with the class and the compressor that saved it"
             )
 
     def restore(self, cache: Any) -> None:
-        """Fill a new cache of the same model and settings."""
-        cache._shared.compressed, cache._shared.padded = self.header.compressed, self.header.padded
-        for index, (layer, saved) in enumerate(zip(cache.layers, self.header.layers, strict=True)):
-            own = _own(self.tensors, index)
-            if isinstance(layer, WildCatLayer):
-                assert saved.progress is not None
-                folded_range = ValueRange(*(own[name] for name in _BOUNDS)) if _BOUNDS[0] in own else None
-                layer.state.restore(saved.progress, Entries(*(own[name] for name in _NAMES)), folded_range)
-                layer.restored()
+        """Fill a new cache of the same model and settings; nothing can go wrong any more."""
+        for layer, saved in zip(cache.layers, self.layers, strict=True):
+            if isinstance(saved, _Ours):
+                layer.restore(saved.progress, saved.entries, saved.folded_range)
             else:
-                assert saved.attributes is not None
-                for name, value in saved.attributes.items():
-                    setattr(layer, name, _decode(value, own))
+                vars(layer).update(saved)
 
 
 def write(cache: Any, path: str | os.PathLike[str]) -> None:
     """Write a cache of ours to `path`; see `CompressedCache.save`."""
-    if not cache.layers or not cache.get_seq_length():
+    if not any(isinstance(layer, WildCatLayer) and layer.stored for layer in cache.layers):
         raise ValueError("the cache is empty: read a context with the model before saving it")
-    cache.check_consistent()
+    cache.check_in_step()
     tensors: dict[str, Tensor] = {}
     layers = [_layer(layer, f"layers.{index}.", tensors) for index, layer in enumerate(cache.layers)]
-    header = _Header(
-        model=cache.model,
-        settings=cache.settings,
-        compressor=_describe(cache.compressor),
-        compressed=cache._shared.compressed,
-        padded=cache._shared.padded,
-        layers=layers,
-    )
+    header = _Header(model=cache.model, settings=cache.settings, compressor=_describe(cache.compressor), layers=layers)
     metadata = {"format": FORMAT, "version": str(VERSION), "header": header.model_dump_json()}
     target = Path(path)
     # Written beside the target and moved into place, so that a file is complete or not there.
@@ -120,7 +122,7 @@ def write(cache: Any, path: str | os.PathLike[str]) -> None:
     try:
         partial.touch()
         permissions = partial.stat().st_mode  # the user's; safetensors makes a file for its owner alone
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata)
+        save_file({name: tensor.to("cpu").contiguous() for name, tensor in tensors.items()}, partial, metadata)
         partial.chmod(permissions)
         partial.replace(target)
     except SafetensorError as error:
@@ -133,6 +135,11 @@ def read(path: str | os.PathLike[str], config: Any, device: torch.device | str) 
     """Read and check a file, for the model of `config`; see `CompressedCache.load`."""
     decoder = decoder_config(config)
     identity, (layers, full) = ModelIdentity.of(decoder), cache_layers(decoder)
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).split("\n")[0]
+        raise ValueError(f"device={str(device)!r} cannot be used: {reason}; give that of the model") from None
     name = str(path)
     if not Path(path).is_file():
         raise FileNotFoundError(f"path={name!r} is no file; give one that cache.save(...) wrote")
@@ -154,10 +161,11 @@ def read(path: str | os.PathLike[str], config: Any, device: torch.device | str) 
             f"path={name!r} has layers {found}, and this version of Transformers makes {kinds} for the model; use the "
             "version that wrote it, or save the context again"
         )
-    saved = SavedContext(header.settings, header, tensors, name)
-    if fault := _fault(saved):
-        raise ValueError(f"path={name!r} is damaged: {fault}; save it again")
-    return saved
+    try:
+        checked = _check(header, layers, tensors, torch.device(device))
+    except _DamageError as fault:
+        raise ValueError(f"path={name!r} is damaged: {fault}; save it again") from None
+    return SavedContext(header.settings, header.compressor, checked, name)
 
 
 def _header(name: str, metadata: dict[str, str]) -> _Header:
@@ -175,42 +183,128 @@ def _header(name: str, metadata: dict[str, str]) -> _Header:
         raise ValueError(f"path={name!r} is damaged, its header does not fit: {reason}; save it again") from None
 
 
-def _fault(saved: SavedContext) -> str | None:
-    """What contradicts itself in a file, None for nothing."""
-    ours = [(index, layer.progress) for index, layer in enumerate(saved.header.layers) if layer.progress is not None]
-    numbers = {(progress.seen, len(progress.rows)) for _, progress in ours}
-    if len(numbers) != 1:
-        return "its layers have not read the same tokens"
-    faults = (_layer_fault(progress, _own(saved.tensors, index)) for index, progress in ours)
-    return next((f"layer {index}: {fault}" for (index, _), fault in zip(ours, faults, strict=True) if fault), None)
+# Reading
 
 
-def _layer_fault(progress: Progress, own: dict[str, Tensor]) -> str | None:
-    """What contradicts itself in a layer of ours; `own` has its tensors by name."""
+def _check(
+    header: _Header, fresh: list[Any], tensors: dict[str, Tensor], device: torch.device
+) -> list[_Ours | dict[str, Any]]:
+    """The layers of a file; `fresh` are new ones of an uncompressed cache, to hold those of Transformers' against."""
+    progresses = [layer.progress for layer in header.layers if layer.kind == WildCatLayer.__name__]
+    numbers = {(progress.seen, len(progress.rows)) for progress in progresses if progress is not None}
+    if len(numbers) != 1 or None in progresses:
+        raise _DamageError("its layers have not read the same tokens")
+    [(seen, rows)] = numbers
+    layers: list[_Ours | dict[str, Any]] = []
+    used: set[str] = set()
+    for index, (saved, new) in enumerate(zip(header.layers, fresh, strict=True)):
+        prefix = f"layers.{index}."
+        own = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+        used.update(prefix + name for name in own)
+        try:
+            if saved.kind == WildCatLayer.__name__:
+                assert saved.progress is not None
+                layers.append(_ours(saved.progress, own))
+            else:
+                layers.append(_theirs(saved.attributes or {}, new, own, seen, rows, device))
+        except _DamageError as fault:
+            raise _DamageError(f"layer {index}: {fault}") from None
+    if strangers := sorted(tensors.keys() - used):
+        raise _DamageError(f"{strangers[0]} belongs to no layer")
+    return layers
+
+
+def _ours(progress: Progress, own: dict[str, Tensor]) -> _Ours:
+    """A layer of ours; `own` has its tensors by name."""
     if missing := [name for name in _NAMES if name not in own]:
-        return f"{missing[0]} is missing"
+        raise _DamageError(f"{missing[0]} is missing")
     keys, values, weights, valid = (own[name] for name in _NAMES)
     if keys.dim() != 4 or values.dim() != 4 or not keys.shape[:3] == values.shape[:3] == weights.shape == valid.shape:
-        return "the shapes of its tensors do not fit each other"
-    if not keys.is_floating_point() or (values.dtype, weights.dtype, valid.dtype) != (
-        keys.dtype,
-        torch.float32,
-        torch.bool,
-    ):
-        return "the dtypes of its tensors do not fit each other"
-    bounds = [own[name].shape for name in _BOUNDS if name in own]
-    if bounds not in ([], [(*keys.shape[:2], 1, values.shape[3])] * 2):
-        return "its value range does not fit"
-    stored = max((row.stored for row in progress.rows), default=0) + progress.exact
-    if len(progress.rows) != keys.shape[0] or not 0 <= progress.exact <= stored <= keys.shape[2]:
-        return "its numbers do not fit its tensors"
-    return None
+        raise _DamageError("the shapes of its tensors do not fit each other")
+    dtypes = (keys.dtype, torch.float32, torch.bool)
+    if not keys.is_floating_point() or (values.dtype, weights.dtype, valid.dtype) != dtypes:
+        raise _DamageError("the dtypes of its tensors do not fit each other")
+    bounds = [own[name] for name in _BOUNDS if name in own]
+    box = [(*keys.shape[:2], 1, values.shape[3])] * 2
+    if bounds and ([bound.shape for bound in bounds] != box or {bound.dtype for bound in bounds} != {values.dtype}):
+        raise _DamageError("its value range does not fit")
+    if set(own) - {*_NAMES, *_BOUNDS}:
+        raise _DamageError("it has tensors of another layer")
+    ends, width = progress.ends, keys.shape[2]
+    sound = (
+        len(progress.rows) == keys.shape[0]
+        and all(min(row.seen, row.sink, row.slots, row.exact, row.folded_at) >= 0 for row in progress.rows)
+        and max(row.stored for row in progress.rows) + progress.exact <= width
+        and 0 <= progress.folded_at <= progress.settled <= progress.seen
+        and ends == sorted(set(ends))
+        and all(progress.settled < end <= progress.seen for end in ends)
+        and 0 <= progress.scale < float("inf")
+        and bool(bounds) == (progress.folded_at > 0)
+    )
+    if not sound:
+        raise _DamageError("its numbers do not fit its tensors")
+    # When to look again is reckoned anew.
+    progress = dataclasses.replace(progress, fold_from=0)
+    return _Ours(progress, Entries(keys, values, weights, valid), ValueRange(*bounds) if bounds else None)
 
 
-def _own(tensors: dict[str, Tensor], index: int) -> dict[str, Tensor]:
-    """The tensors of one layer, by their names in it."""
-    prefix = f"layers.{index}."
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+def _theirs(
+    attributes: dict[str, JsonValue], new: Any, own: dict[str, Tensor], seen: int, rows: int, device: torch.device
+) -> dict[str, Any]:
+    """The attributes of a layer of Transformers', held against those of a new one."""
+    expected = vars(new)
+    if not expected.keys() <= attributes.keys() <= expected.keys() | {"dtype", "device"}:
+        raise _DamageError("its attributes are not those of this version of Transformers")
+    values = {name: _decode(value, own, device) for name, value in attributes.items()}
+    for name, value in values.items():
+        _check_attribute(name, value, expected.get(name), seen)
+    tensors = [tensor for tensor in own.values() if tensor.dim()]
+    if any(tensor.shape[0] != rows or not tensor.is_floating_point() for tensor in tensors):
+        raise _DamageError("its tensors do not fit the other layers'")
+    window, keys, held = getattr(new, "sliding_window", None), values.get("keys"), values.get("values")
+    if window is not None:
+        if not isinstance(keys, Tensor) or not isinstance(held, Tensor) or keys.dim() != 4:
+            raise _DamageError("its window is missing")
+        if keys.shape[:3] != held.shape[:3] or not min(seen, window - 1) <= keys.shape[2] <= seen:
+            raise _DamageError("its window does not fit the tokens read")
+    return values
+
+
+def _check_attribute(name: str, value: Any, expected: Any, seen: int) -> None:
+    """Refuse what an attribute that is `expected` in a new layer cannot have become."""
+    if isinstance(value, dict):
+        if not isinstance(expected, dict) or value.keys() != expected.keys():
+            raise _DamageError(f"{name} does not fit")
+        for key, item in value.items():
+            _check_attribute(name, item, expected[key], seen)
+    elif isinstance(value, Tensor) and isinstance(expected, Tensor):
+        if not torch.equal(value.cpu(), expected.cpu()):
+            raise _DamageError(f"{name} is another than the model's")
+    elif name == "cumulative_length" and value != seen:
+        raise _DamageError(f"{name} is {value}, and the other layers have read {seen} tokens")
+    elif name not in _LEARNT and not isinstance(value, (bool, Tensor, torch.dtype, torch.device)) and value != expected:
+        raise _DamageError(f"{name} is {value!r}, and the model has {expected!r}")
+    elif isinstance(value, bool) != isinstance(expected, bool) and expected is not None:
+        raise _DamageError(f"{name} does not fit")
+
+
+def _decode(value: JsonValue, own: dict[str, Tensor], device: torch.device) -> Any:
+    """Back from `_encode`; `own` has the layer's tensors by name."""
+    if not isinstance(value, dict):
+        return value
+    kind, item = next(iter(value.items()), ("nothing", None))
+    if kind == "tensor" and item in own:
+        return own[str(item)]
+    if kind == "dtype" and isinstance(dtype := getattr(torch, str(item), None), torch.dtype):
+        return dtype
+    if kind == "device":
+        return device
+    if kind == "by_number" and isinstance(item, dict) and all(key.isdecimal() for key in item):
+        return {int(key): _decode(part, own, device) for key, part in item.items()}
+    raise _DamageError(f"{kind} {item!r} cannot be read")
+
+
+# Writing
 
 
 def _layer(layer: Any, prefix: str, tensors: dict[str, Tensor]) -> _Layer:
@@ -218,12 +312,13 @@ def _layer(layer: Any, prefix: str, tensors: dict[str, Tensor]) -> _Layer:
     if not isinstance(layer, WildCatLayer):
         attributes = {name: _encode(value, name, prefix, tensors) for name, value in vars(layer).items()}
         return _Layer(kind=type(layer).__name__, attributes=attributes)
-    assert layer.state.storage is not None
-    named = dict(zip(_NAMES, layer.state.storage.entries.tensors(), strict=True))
-    if layer.state.folded_range is not None:
-        named |= zip(_BOUNDS, layer.state.folded_range.tensors(), strict=True)
+    state = layer.state
+    assert state.storage is not None
+    named = dict(zip(_NAMES, state.storage.entries.tensors(), strict=True))
+    if state.folded_range is not None:
+        named |= zip(_BOUNDS, state.folded_range.tensors(), strict=True)
     tensors.update({prefix + name: tensor for name, tensor in named.items()})
-    return _Layer(kind=type(layer).__name__, progress=layer.state.progress)
+    return _Layer(kind=type(layer).__name__, progress=state.progress)
 
 
 def _encode(value: Any, name: str, prefix: str, tensors: dict[str, Tensor]) -> JsonValue:
@@ -242,23 +337,8 @@ def _encode(value: Any, name: str, prefix: str, tensors: dict[str, Tensor]) -> J
     raise ValueError(f"{prefix}{name} is a {type(value).__name__}, which cannot be saved; this layer is not supported")
 
 
-def _decode(value: JsonValue, own: dict[str, Tensor]) -> Any:
-    """Back from `_encode`; `own` has the layer's tensors by name."""
-    if not isinstance(value, dict):
-        return value
-    [(kind, item)] = value.items()
-    if kind == "tensor":
-        return own[str(item)]
-    if kind == "dtype":
-        return getattr(torch, str(item))
-    if kind == "device":
-        return next(iter(own.values())).device if own else torch.device("cpu")
-    assert kind == "by_number" and isinstance(item, dict)
-    return {int(key): _decode(part, own) for key, part in item.items()}
-
-
 def _describe(compressor: Any) -> JsonValue:
-    """A method by its name and parameters."""
+    """A method by its name and, where it is a dataclass, its parameters."""
     fields = dataclasses.fields(compressor) if dataclasses.is_dataclass(compressor) else ()
     parameters = {field.name: plain(getattr(compressor, field.name)) for field in fields}
     return {"name": type(compressor).__name__, "parameters": parameters}

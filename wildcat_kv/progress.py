@@ -72,6 +72,12 @@ class Progress:
         self.rows, self.folded_at = rows, end
         self.masked = self.masked and end < self.seen
 
+    def relabel(self) -> None:
+        """Note that another mask came for the columns since the last fold."""
+        self.masked = True
+        if self.fold_from is not None:
+            self.fold_from = min(self.fold_from, self.seen)
+
     def take_back(self, columns: int) -> None:
         """Forget the last `columns` columns, no more than `exact`."""
         self.seen -= columns

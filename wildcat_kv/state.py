@@ -55,14 +55,12 @@ class LayerState:
 
     def allocate(self, keys: Tensor, values: Tensor) -> None:
         """Make room for keys (rows, kv_heads, n, d) and values (rows, kv_heads, n, d_v) and for some more."""
-        room = _ROOM if self._settings.ratio == 1 else min(block_size(self._settings), _ROOM)
-        self.storage = Storage.empty(keys, values, room)
+        self.storage = Storage.empty(keys, values, self._room)
         self.progress.rows = [Row()] * keys.shape[0]
 
     def restore(self, progress: Progress, entries: Entries, folded_range: ValueRange | None) -> None:
         """Hold what another state held."""
-        self.allocate(entries.keys[:, :, :0], entries.values[:, :, :0])
-        self.storage = Storage([entries], room=self._held.room)
+        self.storage = Storage([entries], self._room)
         self.progress, self.folded_range = progress, folded_range
         self._span_values()
 
@@ -81,13 +79,29 @@ class LayerState:
         self.progress.take_back(columns)
         self._span_values()
 
-    def select_rows(self, index: Tensor) -> None:
-        """Keep the rows at `index`, int64 (k,), in that order; a row may be repeated."""
+    def show(self, valid: Tensor) -> None:
+        """Mark anew which exact tokens are padding; `valid` is bool (rows, progress.exact)."""
+        tail = self._held.entries.slice(self.stored - self.progress.exact, self.stored)
+        tail.valid.copy_(valid.unsqueeze(1))
+        tail.weights.copy_(valid.unsqueeze(1))
+        self.progress.relabel()
+        self._span_values()
+
+    @property
+    def alike(self) -> bool:
+        """Whether all rows hold as much as each other."""
+        return len(set(self.progress.rows)) <= 1
+
+    def select_rows(self, index: Tensor, on_host: Sequence[int] | None) -> None:
+        """Keep the rows at `index`, int64 (k,), in that order; a row may be repeated.
+
+        Args:
+            index: on any device.
+            on_host: the same numbers; None will do where rows are `alike`, so that nothing waits for the device.
+        """
         self._held.select_rows(index)
         rows = self.progress.rows
-        # The host reads the indices only where rows differ in what they hold.
-        alike = len(set(rows)) == 1
-        self.progress.rows = rows[:1] * len(index) if alike else [rows[row] for row in index.tolist()]
+        self.progress.rows = rows[:1] * len(index) if on_host is None else [rows[row] for row in on_host]
         with ordinary_tensors():
             self.folded_range, self.value_range = (
                 box and box.rows(index) for box in (self.folded_range, self.value_range)
@@ -120,34 +134,19 @@ class LayerState:
 
     # Folding
 
-    def settle(self, until: int) -> bool:
+    def settle(self, until: int) -> None:
         """Fold, as was due at the ends of the forward passes up to column `until`, one after the other.
-
-        Returns:
-            Whether anything was folded.
 
         Raises:
             ValueError: NaN or infinity among the keys to fold; what was not yet folded stays as it is.
         """
-        folded, progress = False, self.progress
-        while (end := progress.due(until)) is not None:
-            rows = self.count_rows(end)
-            if folds := self._plan(rows, progress.settled, end):
-                rows, folded = self._fold(rows, folds, end), True
-            waits = [wait for row in rows if (wait := tokens_until_fold(row, self._settings)) is not None]
-            if self._settings.max_tokens is not None:  # columns of padding take room as well
-                waits.append(max(1, self._settings.max_tokens + 1 - self._stored_at(end)))
-            progress.settle(min(waits) if waits else None)
-        return folded
+        while (due := self._next_fold(until)) is not None:
+            rows, folds, end = due
+            self._decided(self._fold(rows, folds, end), end)
 
     def will_fold(self, until: int) -> bool:
-        """Whether `settle` would change what is held."""
-        progress = self.progress
-        if self.storage is None or progress.due(until) is None:
-            return False
-        starts = [progress.settled, *progress.ends[:-1]]
-        spans = [(start, end) for start, end in zip(starts, progress.ends, strict=True) if end <= until]
-        return any(self._plan(self.count_rows(end), start, end) for start, end in spans)
+        """Whether `settle` would fold anything."""
+        return self._next_fold(until) is not None
 
     def check_finite(self, keys: Tensor) -> None:
         """Refuse keys of any shape that hold NaN or infinity.
@@ -163,6 +162,11 @@ class LayerState:
             )
 
     @property
+    def _room(self) -> int:
+        """Free columns behind what is stored."""
+        return _ROOM if self._settings.ratio == 1 else min(block_size(self._settings), _ROOM)
+
+    @property
     def _held(self) -> Storage:
         assert self.storage is not None, "allocate() comes first"
         return self.storage
@@ -170,6 +174,25 @@ class LayerState:
     def _stored_at(self, column: int) -> int:
         """Columns held when `column` columns had been read; they must have come after the last fold."""
         return self.stored - (self.progress.seen - column)
+
+    def _next_fold(self, until: int) -> tuple[list[Row], list[Fold], int] | None:
+        """The rows, the folds and the column of the next fold up to `until`, None if there is none.
+
+        Ends of forward passes that fold nothing are settled on the way.
+        """
+        while (end := self.progress.due(until)) is not None:
+            rows = self.count_rows(end)
+            if folds := self._plan(rows, self.progress.settled, end):
+                return rows, folds, end
+            self._decided(rows, end)
+        return None
+
+    def _decided(self, rows: Sequence[Row], end: int) -> None:
+        """Note that the first end, `end`, is decided, and when to look again."""
+        waits = [wait for row in rows if (wait := tokens_until_fold(row, self._settings)) is not None]
+        if self._settings.max_tokens is not None:  # columns of padding take room as well
+            waits.append(max(1, self._settings.max_tokens + 1 - self._stored_at(end)))
+        self.progress.settle(min(waits) if waits else None)
 
     def _plan(self, rows: Sequence[Row], start: int, end: int) -> list[Fold] | None:
         """What to fold after the forward pass over columns [start, end), None for nothing.
