@@ -23,7 +23,7 @@ class Row:
     sink: int = 0
     slots: int = 0
     exact: int = 0
-    folded_at: int = 0
+    seen_at_fold: int = 0
 
     @property
     def stored(self) -> int:
@@ -58,7 +58,7 @@ class Fold:
         """The row after this fold."""
         if not self.items:
             return row
-        return replace(row, sink=self.sink, slots=self.kept + self.rank, exact=self.window, folded_at=row.seen)
+        return replace(row, sink=self.sink, slots=self.kept + self.rank, exact=self.window, seen_at_fold=row.seen)
 
 
 def kept_tokens(tokens: int, ratio: float) -> int:
@@ -103,7 +103,7 @@ def plan_fold(row: Row, config: WildCatConfig, *, prefill: bool) -> Fold | None:
             brought to its budget at once, however short it is. A sink that had to shrink stays small.
     """
     if config.ratio is not None:
-        due = prefill or row.seen - row.folded_at >= block_size(config)
+        due = prefill or row.seen - row.seen_at_fold >= block_size(config)
         budget = kept_tokens(row.seen, config.ratio)
     else:
         assert config.max_tokens is not None
@@ -140,7 +140,7 @@ def tokens_until_fold(row: Row, config: WildCatConfig) -> int | None:
         # Each token fills the row by one and its budget by `ratio`.
         ratio, gap = Fraction(str(config.ratio)), kept_tokens(row.seen, config.ratio) - row.stored
         until_full = (gap - 1) // (1 - ratio) + 1 if gap > 0 else 1
-        return max(1, block_size(config) - (row.seen - row.folded_at), int(until_full))
+        return max(1, block_size(config) - (row.seen - row.seen_at_fold), int(until_full))
     assert config.max_tokens is not None
     return max(1, config.max_tokens + 1 - row.stored)
 

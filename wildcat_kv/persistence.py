@@ -233,7 +233,7 @@ def _ours(progress: Progress, own: dict[str, Tensor]) -> _Ours:
     ends, width = progress.ends, keys.shape[2]
     sound = (
         len(progress.rows) == keys.shape[0]
-        and all(min(row.seen, row.sink, row.slots, row.exact, row.folded_at) >= 0 for row in progress.rows)
+        and all(min(row.seen, row.sink, row.slots, row.exact, row.seen_at_fold) >= 0 for row in progress.rows)
         and max(row.stored for row in progress.rows) + progress.exact <= width
         and 0 <= progress.folded_at <= progress.settled <= progress.seen
         and ends == sorted(set(ends))
