@@ -63,6 +63,16 @@ class Caches(RuleBasedStateMachine):
 
     # What happens
 
+    @precondition(lambda self: self.masked and self.valid.shape[1])
+    @rule(count=st.integers(2, LONGEST))
+    def forward_with_another_mask(self, count):
+        """Some tokens that are still exact are hidden from now on, or shown again."""
+        exact = self.cache.layers[0].state.progress.exact
+        at = self.valid.shape[1] - exact
+        changed = torch.rand(self.rows, exact, generator=self.generator) > 0.3
+        self.valid = torch.cat((self.valid[:, :at], changed), 1)
+        self.forward(count)
+
     @rule(count=st.integers(1, LONGEST))
     def forward(self, count):
         shape = (len(self.config.layer_types), self.rows, 2, count, 16)

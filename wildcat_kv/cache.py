@@ -235,8 +235,8 @@ class CompressedCache(Cache):
 
         Raises:
             FileNotFoundError: there is no such file.
-            ValueError: no file of ours, a damaged one, one of another version, or of another model, method
-                or budget. Nothing is changed then.
+            ValueError: no file of ours, a damaged one, one of another version, or of another model or method.
+                Nothing is changed then.
         """
         saved = persistence.read(path, config, device)
         saved.check_compressor(options.get("compressor") or WildCat.of(saved.settings))

@@ -134,12 +134,12 @@ class WildCatLayer(CacheLayerMixin):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         self._bring_to(key_states.device)
-        if self.record_past:
-            self._settle(self._beyond_rollback())
         if forward.relabelled:
             assert forward.mask is not None
             start, stop = self._state.progress.folded_at, self.get_seq_length()
             self._state.show(forward.mask[:, start:stop].to(key_states.device))
+        if self.record_past:
+            self._settle(self._beyond_rollback(), fold=not forward.exact)
         self._state.append(key_states, value_states, forward.new_valid(key_states.device))
         self._forward, self._shared.waiting = forward, self._index
         assert self._state.storage is not None
@@ -432,10 +432,10 @@ class WildCatLayer(CacheLayerMixin):
         """The column up to which nothing need be taken back, whatever `crop` follows."""
         return self.get_seq_length() - self._shared.settings.window
 
-    def _settle(self, until: int) -> None:
-        """Fold what is due up to column `until`."""
+    def _settle(self, until: int, *, fold: bool = True) -> None:
+        """Fold what is due up to column `until`; see `LayerState.settle`."""
         try:
-            self._state.settle(until)
+            self._state.settle(until, fold=fold)
         finally:  # an earlier one of several folds may have been done
             self._shared.compressed = self._shared.compressed or self._state.folded_range is not None
 

@@ -134,13 +134,17 @@ class LayerState:
 
     # Folding
 
-    def settle(self, until: int) -> None:
+    def settle(self, until: int, *, fold: bool = True) -> None:
         """Fold, as was due at the ends of the forward passes up to column `until`, one after the other.
+
+        Args:
+            until: the column.
+            fold: False to stop at the first fold: only ends that fold nothing are settled.
 
         Raises:
             ValueError: NaN or infinity among the keys to fold; what was not yet folded stays as it is.
         """
-        while (due := self._next_fold(until)) is not None:
+        while (due := self._next_fold(until)) is not None and fold:
             rows, folds, end = due
             self._decided(self._fold(rows, folds, end), end)
 
