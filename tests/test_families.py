@@ -16,6 +16,9 @@ from wildcat_kv import WildCatCache
 from wildcat_kv.budget import block_size, kept_tokens
 
 
+pytestmark = pytest.mark.filterwarnings("ignore:config=Phi3Config. generate.. of this model drops any cache")
+
+
 def families(refused=False):
     """Parameters of a test."""
     chosen = []

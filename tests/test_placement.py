@@ -75,6 +75,7 @@ def devices(layer):
     return {str(tensor.device) for tensor in layer.tensors()}
 
 
+@pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
 @pytest.mark.parametrize("budget", [{"ratio": 0.25}, {"max_tokens": 30}])
 def test_each_layer_lives_where_its_keys_do(fake, budget):
     cache = small_cache(**budget)
