@@ -308,6 +308,16 @@ def test_rows_without_padding_need_no_mask(llama):
     cache.crop(-10)
     llama(random_ids(1, 3), past_key_values=cache)
     assert cache.get_seq_length() == 43
+    cache.reset()
+    llama(random_ids(2, 60), past_key_values=cache, attention_mask=mask)
+    cache.crop(-60)
+    for _ in range(2):
+        llama(random_ids(1, 3), past_key_values=cache)
+    cache.reset()
+    llama(random_ids(2, 60), past_key_values=cache, attention_mask=mask)
+    cache.reorder_cache(torch.tensor([1]))
+    llama(random_ids(1, 3), past_key_values=cache)
+    assert cache.get_seq_length() == 63
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3", "qwen3_next"])
@@ -321,6 +331,40 @@ def test_a_refused_batch_size_changes_nothing(family):
         model(random_ids(2, 5), past_key_values=cache)
     logits = [model(random_ids(1, 5), past_key_values=kind).logits for kind in (cache, other)]
     assert torch.equal(*logits)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "qwen3_next", "lfm2"])
+def test_a_forward_pass_that_failed_before_it_read_anything_is_forgotten(family):
+    model = tiny_model(family)
+    cache = WildCatCache(model.config, ratio=0.25)
+
+    def fail(*args):
+        raise KeyboardInterrupt
+
+    for count in (100, 5):
+        hook = model.model.layers[0].register_forward_pre_hook(fail)
+        with pytest.raises(KeyboardInterrupt):
+            model(random_ids(1, count), past_key_values=cache)
+        hook.remove()
+        assert torch.isfinite(model(random_ids(1, count), past_key_values=cache).logits).all()
+    assert cache.layers[2].get_seq_length() == 105
+
+
+def test_a_mask_with_other_rows_than_the_batch_is_refused(llama):
+    cache = WildCatCache(llama.config, ratio=0.25)
+    with pytest.raises(ValueError, match="attention_mask has 1 rows and the batch 2"):
+        llama(random_ids(2, 40), attention_mask=torch.ones(1, 40), past_key_values=cache)
+    assert cache.get_seq_length() == 0
+
+
+def test_what_is_held_is_tied_to_no_graph(llama):
+    for budget in ({"max_tokens": 500}, {"ratio": 0.25}):
+        cache = WildCatCache(llama.config, **budget)
+        with torch.enable_grad():
+            llama(random_ids(1, 60), past_key_values=cache)
+            llama(random_ids(1, 3), past_key_values=cache)
+            fork = cache.clone()
+        assert not any(tensor.requires_grad for kind in (cache, fork) for tensor in kind.layers[0].tensors())
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3", "qwen3_next"])

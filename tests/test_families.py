@@ -15,7 +15,6 @@ from tests.tiny import random_ids, tiny_config, tiny_model
 from wildcat_kv import WildCatCache
 from wildcat_kv.budget import block_size, kept_tokens
 
-
 pytestmark = pytest.mark.filterwarnings("ignore:config=Phi3Config. generate.. of this model drops any cache")
 
 

@@ -20,6 +20,7 @@ LAYERS = {"full": ["full_attention"] * 2, "hybrid": ["full_attention", "sliding_
 BUDGETS = [
     {"ratio": 0.2},
     {"ratio": 0.5, "bin_rank": 2},
+    {"ratio": 0.8, "sink": 1, "window": 0, "bin_rank": 1},
     {"ratio": 0.9},
     {"ratio": 1.0},
     {"max_tokens": 15},
@@ -177,6 +178,9 @@ class Caches(RuleBasedStateMachine):
             assert all(torch.isfinite(tensor).all() for tensor in entries.tensors()[:3])
             assert (entries.weights[~entries.valid] == 0).all()
             assert layer.keys.shape == entries.keys.shape
+        numbers = [vars(layer.state.progress) for layer in self.cache.layers if hasattr(layer, "announce")]
+        for other in numbers[1:]:  # all layers fold alike
+            assert all(other[name] == numbers[0][name] for name in ("rows", "seen", "folded_at", "masked"))
 
     @invariant()
     def what_is_stored_is_within_budget(self):

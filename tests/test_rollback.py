@@ -207,6 +207,16 @@ def test_the_cache_says_that_it_can_be_rolled_back(llama):
     assert not cache.layers[0].record_past
 
 
+def test_a_text_that_is_taken_back_whole_leaves_a_hybrid_as_new():
+    model = tiny_model("lfm2")
+    cache = WildCatCache(model.config, max_tokens=200)
+    cache.activate_past_recording()
+    model(random_ids(1, 40), past_key_values=cache)
+    cache.crop(-40)
+    model(random_ids(1, 5), past_key_values=cache)
+    assert cache.get_seq_length(1) == 5
+
+
 # generate()
 
 

@@ -29,8 +29,8 @@ class CompressedCache(Cache):
 
     Pass it to `generate(past_key_values=...)` or to the model. Constructing it switches the config's
     attention implementation to "wildcat", which does what the previous one did wherever nothing is
-    compressed, with other caches too; the switch can stay. It is for inference: keys and values are kept
-    without their gradients.
+    compressed, with other caches too; the switch can stay. It is for inference: compressed layers keep keys
+    and values without their gradients.
 
     Args:
         config: the model's own config, `model.config`; a copy of it never reaches the model.
@@ -151,8 +151,19 @@ class CompressedCache(Cache):
         self.check_in_step()
         return super().get_mask_sizes(query_length, layer_idx)
 
+    def update_conv_state(self, conv_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        """Of a linear-attention layer; see Transformers. Its state alone does not tell what it has read."""
+        self._shared.begun = self._shared.begun or layer_idx < min(self._shared.states)
+        return super().update_conv_state(conv_states, layer_idx, *args, **kwargs)
+
+    def update_recurrent_state(self, recurrent_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        """Likewise."""
+        self._shared.begun = self._shared.begun or layer_idx < min(self._shared.states)
+        return super().update_recurrent_state(recurrent_states, layer_idx, *args, **kwargs)
+
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Row i becomes what row beam_idx[i] was; int64 (k,), rows may be left out or repeated."""
+        self._shared.padded = self._shared.padded and None
         # Read by the host once, and only where rows differ in what they hold: all layers are alike in that.
         on_host = None if self._compressed_layers()[0].state.alike else beam_idx.tolist()
         for layer in self.layers:
@@ -192,7 +203,6 @@ class CompressedCache(Cache):
                 "(k,), or a bool mask over all rows with at least one of them True"
             )
         self.reorder_cache(torch.where(kept < 0, kept + rows, kept))
-        self._shared.padded = self._shared.padded and None
 
     def clone(self) -> Self:
         """An independent copy: what is read into one is not seen by the other. The same as `copy.deepcopy`."""
@@ -252,12 +262,10 @@ class CompressedCache(Cache):
         """
         layers = self._compressed_layers()
         windows = [layer for layer in self.layers if getattr(layer, "is_sliding", False)]
-        # The state of a linear layer does not tell what it has read.
-        begun = any(self.is_linear) and not layers[-1].up_to_date
-        if begun or len({layer.get_seq_length() for layer in (*layers, *windows)}) > 1:
+        if self._shared.begun or len({layer.get_seq_length() for layer in (*layers, *windows)}) > 1:
             raise RuntimeError(
-                "an earlier forward pass failed half-way, and some layers have read tokens that others have not; call "
-                "cache.reset() and read the text again"
+                "some layers have read tokens that others have not: an earlier forward pass failed half-way, then call "
+                "cache.reset() and read the text again; or the model has fewer layers than its config says"
             )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -33,6 +33,8 @@ class Shared:
         waiting: the layer whose keys have not reached the attention function yet.
         compressed: whether any layer has folded, or is about to in this forward pass.
         padded: whether any token held is padding; None for unknown.
+        begun: whether layers of Transformers' have read tokens that ours have not come to yet.
+        states: what each layer holds, by its index.
         warned: whether the user knows that the text is longer than the model's positions.
     """
 
@@ -44,11 +46,13 @@ class Shared:
     compressed: bool = False
     padded: bool | None = False
     warned: bool = False
+    begun: bool = False
+    states: dict[int, LayerState] = field(default_factory=dict)
 
     def reset(self) -> None:
         """Back to before the first forward pass."""
         self.forward = self.waiting = None
-        self.compressed = self.padded = self.warned = False
+        self.compressed = self.padded = self.warned = self.begun = False
 
 
 class WildCatLayer(CacheLayerMixin):
@@ -69,6 +73,7 @@ class WildCatLayer(CacheLayerMixin):
     def _clear(self) -> None:
         self.is_initialized = False
         self._state = LayerState(self._shared.settings, self._shared.compressor, self._index, self._count)
+        self._shared.states[self._index] = self._state
         self._offloading = False
         self._arrival: Any = None  # of a copy to the device, on another stream
         self._forward: Forward | None = None  # the last one that was served
@@ -135,13 +140,11 @@ class WildCatLayer(CacheLayerMixin):
             self.lazy_initialization(key_states, value_states)
         self._bring_to(key_states.device)
         if forward.relabelled:
-            assert forward.mask is not None
-            start, stop = self._state.progress.folded_at, self.get_seq_length()
-            self._state.show(forward.mask[:, start:stop].to(key_states.device))
+            self._state.span()
         if self.record_past:
             self._settle(self._beyond_rollback(), fold=not forward.exact)
         self._state.append(key_states, value_states, forward.new_valid(key_states.device))
-        self._forward, self._shared.waiting = forward, self._index
+        self._forward, self._shared.waiting, self._shared.begun = forward, self._index, False
         assert self._state.storage is not None
         keys, values = self._state.storage.view()
         return mark(keys, self), mark(values, self)
@@ -186,13 +189,13 @@ class WildCatLayer(CacheLayerMixin):
             return
         self._bring_to(self.device)
         if tokens_to_remove:
+            self._shared.padded = self._shared.padded and None
             if -tokens_to_remove == self.get_seq_length():  # of this text, nothing is left
                 record_past = self.record_past
                 self._clear()
                 self.record_past = record_past
                 return
             self._state.take_back(-tokens_to_remove)
-            self._shared.padded = self._shared.padded and None
         self._settle(self.get_seq_length())
         self._rest()
 
@@ -262,12 +265,18 @@ class WildCatLayer(CacheLayerMixin):
                 f"the batch has {rows} rows and the cache holds {self.batch_rows}; call "
                 "cache.batch_repeat_interleave(n) to ask several questions of one context"
             )
+        if mask is not None and mask.shape[0] != rows:
+            raise ValueError(f"attention_mask has {mask.shape[0]} rows and the batch {rows}; pass a row for each")
         relabelled = False
         if mask is None:
             self._check_unpadded()
         elif queries > 1:  # reading the mask would stall the path of one token
             relabelled = self._check_mask(queries, mask)
             shared.padded = not bool(mask.all())
+            if relabelled:  # all layers at once, before any of them decides what to fold
+                start = self._state.progress.folded_at
+                for state in shared.states.values():
+                    state.show(mask[:, start:seen])
         else:
             shared.padded = shared.padded or None
         if shared.positions is not None and seen + queries > shared.positions and not shared.warned:
@@ -338,11 +347,6 @@ class WildCatLayer(CacheLayerMixin):
         self._shared.compressed = self._shared.compressed or folded_range is not None
         self._shared.padded = None
 
-    @property
-    def up_to_date(self) -> bool:
-        """Whether the last forward pass that was announced has come this far."""
-        return self._forward is self._shared.forward
-
     def tensors(self) -> list[Tensor]:
         """All memory that the layer holds, free room included."""
         return self._state.tensors()
@@ -399,6 +403,8 @@ class WildCatLayer(CacheLayerMixin):
     def _check_unpadded(self) -> None:
         """Refuse to do without a mask where padding is held: an exact forward pass would attend to it."""
         shared, storage = self._shared, self._state.storage
+        if storage is None:
+            shared.padded = False
         if shared.compressed or storage is None:  # weighted attention knows what is padding
             return
         if shared.padded is None:

@@ -62,7 +62,7 @@ class LayerState:
         """Hold what another state held."""
         self.storage = Storage([entries], self._room)
         self.progress, self.folded_range = progress, folded_range
-        self._span_values()
+        self.span()
 
     def append(self, keys: Tensor, values: Tensor, valid: Tensor | None) -> None:
         """Read exact tokens (rows, kv_heads, q, channels); `valid` is bool (rows, q), False for padding."""
@@ -77,15 +77,14 @@ class LayerState:
         """Forget the newest columns, `progress.exact` at most, as if they had never been read."""
         self._held.truncate(self._held.length - columns)
         self.progress.take_back(columns)
-        self._span_values()
+        self.span()
 
     def show(self, valid: Tensor) -> None:
-        """Mark anew which exact tokens are padding; `valid` is bool (rows, progress.exact)."""
+        """Mark anew which exact tokens are padding; `valid` is bool (rows, progress.exact). `span` comes after it."""
         tail = self._held.entries.slice(self.stored - self.progress.exact, self.stored)
         tail.valid.copy_(valid.unsqueeze(1))
         tail.weights.copy_(valid.unsqueeze(1))
         self.progress.relabel()
-        self._span_values()
 
     @property
     def alike(self) -> bool:
@@ -249,10 +248,10 @@ class LayerState:
             self.storage = Storage([*parts, later], room=self._held.room)
         self.folded_range = folded
         self.progress.fold([fold.apply(row) for fold, row in zip(folds, rows, strict=True)], end)
-        self._span_values()
+        self.span()
         return self.progress.rows
 
-    def _span_values(self) -> None:
+    def span(self) -> None:
         """Set the box around the values of all tokens seen, from those folded and those held."""
         if self.folded_range is None:
             return

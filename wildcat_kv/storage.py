@@ -74,11 +74,11 @@ class Storage:
                 torch.ones(shape, device=device),
                 torch.ones(shape, dtype=torch.bool, device=device),
             )
-        for part in parts:
-            end = self.length + part.keys.shape[2]
-            for target, source in zip(self._memory.slice(self.length, end).tensors(), part.tensors(), strict=True):
-                target.copy_(source)
-            self.length = end
+            for part in parts:
+                end = self.length + part.keys.shape[2]
+                for target, source in zip(self._memory.slice(self.length, end).tensors(), part.tensors(), strict=True):
+                    target.copy_(source)
+                self.length = end
 
     @staticmethod
     def empty(keys: Tensor, values: Tensor, room: int) -> Storage:
