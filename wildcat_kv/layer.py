@@ -141,8 +141,8 @@ class WildCatLayer(CacheLayerMixin):
         self._bring_to(key_states.device)
         if forward.relabelled:
             self._state.span()
-        if self.record_past:
-            self._settle(self._beyond_rollback(), fold=not forward.exact)
+        if self.record_past and self._state.will_fold(self._beyond_rollback()) and not forward.exact:
+            self._settle(self._beyond_rollback())
         self._state.append(key_states, value_states, forward.new_valid(key_states.device))
         self._forward, self._shared.waiting, self._shared.begun = forward, self._index, False
         assert self._state.storage is not None
@@ -438,10 +438,10 @@ class WildCatLayer(CacheLayerMixin):
         """The column up to which nothing need be taken back, whatever `crop` follows."""
         return self.get_seq_length() - self._shared.settings.window
 
-    def _settle(self, until: int, *, fold: bool = True) -> None:
-        """Fold what is due up to column `until`; see `LayerState.settle`."""
+    def _settle(self, until: int) -> None:
+        """Fold what is due up to column `until`."""
         try:
-            self._state.settle(until, fold=fold)
+            self._state.settle(until)
         finally:  # an earlier one of several folds may have been done
             self._shared.compressed = self._shared.compressed or self._state.folded_range is not None
 

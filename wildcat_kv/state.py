@@ -108,8 +108,11 @@ class LayerState:
 
     def move(self, device: torch.device) -> None:
         """Have everything on `device`."""
+        if self._held.memory.weights.device != device:  # the boxes are always beside the weights
+            self.folded_range, self.value_range = (
+                box and box.to(device) for box in (self.folded_range, self.value_range)
+            )
         self._held.to(device)
-        self.folded_range, self.value_range = (box and box.to(device) for box in (self.folded_range, self.value_range))
 
     @property
     def stored(self) -> int:
@@ -133,22 +136,18 @@ class LayerState:
 
     # Folding
 
-    def settle(self, until: int, *, fold: bool = True) -> None:
+    def settle(self, until: int) -> None:
         """Fold, as was due at the ends of the forward passes up to column `until`, one after the other.
-
-        Args:
-            until: the column.
-            fold: False to stop at the first fold: only ends that fold nothing are settled.
 
         Raises:
             ValueError: NaN or infinity among the keys to fold; what was not yet folded stays as it is.
         """
-        while (due := self._next_fold(until)) is not None and fold:
+        while (due := self._next_fold(until)) is not None:
             rows, folds, end = due
             self._decided(self._fold(rows, folds, end), end)
 
     def will_fold(self, until: int) -> bool:
-        """Whether `settle` would fold anything."""
+        """Whether `settle` would fold anything; ends that fold nothing are settled on the way."""
         return self._next_fold(until) is not None
 
     def check_finite(self, keys: Tensor) -> None:
