@@ -33,7 +33,7 @@ def read(cache, keys, values, start, count, mask=None):
         layer = cache.layers[index]
         queries = keys[number][:, :, part].repeat_interleave(2, 1) + 0.5
         outputs.append(None if forward.exact else layer.attend(queries, SCALE, {}))
-        layer.after_attention(SCALE)
+        layer.after_attention(queries, SCALE)
     return outputs
 
 

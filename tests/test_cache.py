@@ -108,7 +108,7 @@ def test_slots_compressed_again_and_again_keep_all_mass():
         layer.announce(1, 1, None)
         cache.update(torch.full((1, 2, 1, 16), 0.3), values[:, :, token : token + 1], 0)
         output = layer.attend(torch.randn(1, 4, 1, 16), 0.25, {})
-        layer.after_attention(0.25)
+        layer.after_attention(torch.zeros(1, 4, 1, 16), 0.25)
     assert cache.stored_length(0) <= 80
     expected = values.mean(2, keepdim=True).repeat_interleave(2, 1)
     torch.testing.assert_close(output, expected, rtol=1e-3, atol=1e-4)
@@ -235,7 +235,7 @@ def test_heads_layers_and_seeds_draw_apart():
         cache.layers[0].announce(1, 400, None)
         for layer in range(3):
             cache.update(keys, keys, layer)
-            cache.layers[layer].after_attention(0.25)
+            cache.layers[layer].after_attention(keys, 0.25)
         return [cache.layers[layer].keys[0, head] for layer in range(3) for head in range(2)]
 
     drawn = slots(0)
@@ -584,7 +584,7 @@ def test_mismatched_keys_and_values_are_refused(llama):
     with pytest.raises(ValueError, match=r"layer 0: key_states \(1, 2, 3, 16\) and value_states \(1, 2, 4, 16\)"):
         cache.update(torch.zeros(1, 2, 3, 16), torch.zeros(1, 2, 4, 16), 0)
     cache.update(torch.zeros(1, 2, 3, 16), torch.zeros(1, 2, 3, 16), 0)
-    cache.layers[0].after_attention(0.25)
+    cache.layers[0].after_attention(torch.zeros(1, 4, 3, 16), 0.25)
     cache.layers[0].announce(1, 3, None)
     with pytest.raises(ValueError, match="other rows, heads, channels or another dtype"):
         cache.update(torch.zeros(1, 4, 3, 16), torch.zeros(1, 4, 3, 16), 0)

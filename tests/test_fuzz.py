@@ -88,10 +88,10 @@ class Caches(RuleBasedStateMachine):
             self.cache.update(new[0][index], new[1][index], index)
             if not hasattr(layer, "announce"):
                 continue
+            queries = new[0][index].repeat_interleave(2, 1)
             if not announced.exact:
-                output = layer.attend(new[0][index].repeat_interleave(2, 1), SCALE, {})
-                assert torch.isfinite(output).all()
-            layer.after_attention(SCALE)
+                assert torch.isfinite(layer.attend(queries, SCALE, {})).all()
+            layer.after_attention(queries, SCALE)
 
     @rule(count=st.integers(1, 12))
     def decode(self, count):

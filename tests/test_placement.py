@@ -68,7 +68,7 @@ def step(cache, count, rows=2):
         if not forward.exact:
             output = cache.layers[index].attend(torch.zeros(rows, 4, count, 16, device=device), SCALE, {})
             assert str(output.device) == device
-        cache.layers[index].after_attention(SCALE)
+        cache.layers[index].after_attention(keys, SCALE)
 
 
 def devices(layer):
@@ -108,7 +108,7 @@ def test_offloading_keeps_keys_and_values_on_the_cpu_between_forward_passes(fake
             assert all(str(tensor.device) == DEVICES[index] for tensor in returned)
             if not forward.exact:
                 layer.attend(torch.zeros(2, 4, count, 16, device=DEVICES[index]), SCALE, {})
-            layer.after_attention(SCALE)
+            layer.after_attention(keys, SCALE)
             assert layer.keys.device.type == layer.values.device.type == "cpu"
     cache.reorder_cache(torch.tensor([1, 0]))
     cache.crop(0)

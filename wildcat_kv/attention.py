@@ -219,8 +219,8 @@ class CompressedLayer(Protocol):
         """Weighted attention of the newest tokens' queries, (rows, heads, q, d_v)."""
         ...
 
-    def after_attention(self, scale: float) -> None:
-        """Fold what no longer fits; the newest tokens have been attended to."""
+    def after_attention(self, query: Tensor, scale: float) -> None:
+        """Fold what no longer fits; the newest tokens have been attended to by `query`."""
         ...
 
 
@@ -304,7 +304,7 @@ def wildcat_attention(
                 "attention, which compressed layers cannot follow; use DynamicCache for this model"
             )
         output, probabilities = layer.attend(query, scale, kwargs).transpose(1, 2).contiguous(), None
-    layer.after_attention(scale)
+    layer.after_attention(query, scale)
     return output, probabilities
 
 

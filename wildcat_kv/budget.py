@@ -17,18 +17,36 @@ _BINS_A_BLOCK = 4
 
 @dataclass(frozen=True)
 class Row:
-    """What one row of one layer holds, in tokens (`seen` counts valid tokens since the start)."""
+    """What one row of one layer holds.
+
+    Attributes:
+        seen: valid tokens read since the start.
+        sink: exact tokens at the beginning.
+        slots: of the coreset, as many as the budget gave.
+        exact: tokens not yet folded.
+        seen_at_fold: `seen` at the last fold.
+        spare: columns of slots beyond `slots`: more where heads share unequally, negative where a method
+            leaves budget of this layer to others.
+        carried: queries from before the last fold that are still at hand.
+    """
 
     seen: int = 0
     sink: int = 0
     slots: int = 0
     exact: int = 0
     seen_at_fold: int = 0
+    spare: int = 0
+    carried: int = 0
+
+    @property
+    def counted(self) -> int:
+        """What the budget counts: the same in every layer."""
+        return self.sink + self.slots + self.exact
 
     @property
     def stored(self) -> int:
-        """Tokens and slots held."""
-        return self.sink + self.slots + self.exact
+        """Columns held."""
+        return self.counted + self.spare
 
     def append(self, tokens: int) -> Row:
         """The row after `tokens` new valid tokens."""
@@ -39,8 +57,8 @@ class Row:
 class Fold:
     """What a fold makes of a row: `items` of it become `rank` slots, the rest stays as it is.
 
-    In storage order: `sink` exact tokens, `kept` old slots, `items` (old slots or exact tokens) to
-    compress into `rank` slots, `window` exact tokens.
+    In storage order: `sink` exact tokens, `kept` old slots (in `kept + spare` columns), `items` (columns of old
+    slots or exact tokens) to compress into `rank` slots, `window` exact tokens.
     """
 
     sink: int
@@ -48,17 +66,30 @@ class Fold:
     items: int
     rank: int
     window: int
+    spare: int = 0
 
     @staticmethod
     def nothing(row: Row) -> Fold:
         """The fold that leaves `row` as it is."""
-        return Fold(sink=row.sink, kept=row.slots, items=0, rank=0, window=row.exact)
+        return Fold(sink=row.sink, kept=row.slots, items=0, rank=0, window=row.exact, spare=row.spare)
 
-    def apply(self, row: Row) -> Row:
-        """The row after this fold."""
+    @property
+    def head(self) -> int:
+        """Columns before the items."""
+        return self.sink + self.kept + self.spare
+
+    def apply(self, row: Row, columns: int | None = None) -> Row:
+        """The row after this fold, whose items became slots in `columns` columns; in `rank` by default."""
         if not self.items:
             return row
-        return replace(row, sink=self.sink, slots=self.kept + self.rank, exact=self.window, seen_at_fold=row.seen)
+        return replace(
+            row,
+            sink=self.sink,
+            slots=self.kept + self.rank,
+            exact=self.window,
+            seen_at_fold=row.seen,
+            spare=self.spare + (0 if columns is None else columns - self.rank),
+        )
 
 
 def kept_tokens(tokens: int, ratio: float) -> int:
@@ -107,7 +138,7 @@ def plan_fold(row: Row, config: WildCatConfig, *, prefill: bool) -> Fold | None:
         budget = kept_tokens(row.seen, config.ratio)
     else:
         assert config.max_tokens is not None
-        due = row.stored > config.max_tokens
+        due = row.counted > config.max_tokens
         budget = config.max_tokens + 1 - block_size(config)  # a block later it is full again
     if not due or budget >= row.seen:
         return None
@@ -116,18 +147,18 @@ def plan_fold(row: Row, config: WildCatConfig, *, prefill: bool) -> Fold | None:
     if row.slots:  # the tokens behind a larger sink are folded already
         sink = row.sink
     # With `ratio` the budget grows with the row, so old slots never need to be compressed again.
-    kept = row.slots if config.ratio is not None else 0
+    kept, spare = (row.slots, row.spare) if config.ratio is not None else (0, 0)
     window = min(window, budget - sink - kept - 1)  # something must be left to compress into
     rank = budget - sink - window - kept
     if config.max_tokens is not None and rank > config.bin_rank:
         # Slots are compressed again and again: a bin that is short of one loses it at every fold, always in
         # the same place. Whole bins only; the rest stays in the window.
-        spare = rank % config.bin_rank
-        rank, window = rank - spare, window + spare
-    items = row.stored - sink - window - kept
-    if window < 0 or items <= rank:
+        rest = rank % config.bin_rank
+        rank, window = rank - rest, window + rest
+    if window < 0 or row.counted - sink - window - kept <= rank:
         return None
-    return Fold(sink=sink, kept=kept, items=items, rank=rank, window=window)
+    items = row.stored - sink - window - kept - spare
+    return Fold(sink=sink, kept=kept, items=items, rank=rank, window=window, spare=spare)
 
 
 def tokens_until_fold(row: Row, config: WildCatConfig) -> int | None:
@@ -138,11 +169,11 @@ def tokens_until_fold(row: Row, config: WildCatConfig) -> int | None:
         if not row.seen:  # what comes next may be its prompt
             return 1
         # Each token fills the row by one and its budget by `ratio`.
-        ratio, gap = Fraction(str(config.ratio)), kept_tokens(row.seen, config.ratio) - row.stored
+        ratio, gap = Fraction(str(config.ratio)), kept_tokens(row.seen, config.ratio) - row.counted
         until_full = (gap - 1) // (1 - ratio) + 1 if gap > 0 else 1
         return max(1, block_size(config) - (row.seen - row.seen_at_fold), int(until_full))
     assert config.max_tokens is not None
-    return max(1, config.max_tokens + 1 - row.stored)
+    return max(1, config.max_tokens + 1 - row.counted)
 
 
 def split_evenly(total: int, parts: int) -> list[int]:

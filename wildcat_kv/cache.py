@@ -62,8 +62,8 @@ class CompressedCache(Cache):
         decoder = decoder_config(config)
         layers, full = cache_layers(decoder)
         self._shared = Shared(settings, compressor, getattr(decoder, "max_position_embeddings", None))
-        for index in full:
-            layers[index] = WildCatLayer(self._shared, index, len(layers))
+        for place, index in enumerate(full):
+            layers[index] = WildCatLayer(self._shared, index, place, len(full))
         super().__init__(layers=layers, offloading=offloading, offload_only_non_sliding=offload_only_non_sliding)
         # To start anew from: not every layer of Transformers' can be reset in every version.
         self._beside = {index: copy.deepcopy(layer) for index, layer in enumerate(layers) if index not in full}

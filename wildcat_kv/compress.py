@@ -5,7 +5,7 @@ Source: Schröder and Mackey, "WildCat: Near-Linear Attention in Theory and Prac
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import get_args
@@ -28,12 +28,16 @@ class Coreset:
         values: (..., r, d_v), numerators U = W V in the dtype of the values.
         weights: float32 (..., r), w = W 1; may be negative.
         valid: bool (..., r), False for padding slots: key, value and weight are zero there.
+        memory: float32 (..., r, m), what a method that remembers its entries goes on with.
+        columns: how many of the last columns each row takes; as many as its budget by default.
     """
 
     keys: Tensor
     values: Tensor
     weights: Tensor
     valid: Tensor
+    memory: Tensor | None = None
+    columns: Sequence[int] | None = None
 
 
 def compress_kv(

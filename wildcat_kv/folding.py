@@ -1,8 +1,8 @@
-"""Folding: the tensors behind a `Fold`. Picks the entries to compress, and puts the coreset in their place."""
+"""Folding: the tensors behind a `Fold`. Puts a coreset in the place of the entries that it stands for."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -11,12 +11,9 @@ from wildcat_kv.budget import Fold, Row
 from wildcat_kv.compress import Coreset
 from wildcat_kv.storage import Entries
 
-# Entries to compress, entries a row, slots a row -> a Coreset with right-aligned rows.
-CompressEntries = Callable[[Entries, Sequence[int], Sequence[int]], Coreset]
-
 
 def fold_entries(
-    entries: Entries, rows: Sequence[Row], folds: Sequence[Fold], compress: CompressEntries
+    entries: Entries, rows: Sequence[Row], folds: Sequence[Fold], coreset: Coreset | None, columns: Sequence[int]
 ) -> list[Entries]:
     """Carry out `folds`, one a row.
 
@@ -24,27 +21,24 @@ def fold_entries(
         entries: right-aligned rows of `rows[b].stored` columns.
         rows: what the rows hold.
         folds: what becomes of them.
-        compress: the method.
+        coreset: of the rows' items, right-aligned; None where no row has any.
+        columns: columns of the coreset that each row takes.
 
     Returns:
         Parts that, side by side, are the new right-aligned rows. Views of `entries` where possible.
     """
-    lengths, ranks = [fold.items for fold in folds], [fold.rank for fold in folds]
     stored = entries.keys.shape[2]
-    if not any(ranks):  # nothing but padding goes
+    if coreset is None:  # nothing but padding goes
         return [entries.slice(stored - max(row.stored for row in rows), stored)]
-    if len(set(zip(rows, folds, strict=True))) == 1 and rows[0].stored == stored:
-        start, stop = folds[0].sink + folds[0].kept, stored - folds[0].window
-        coreset = compress(entries.slice(start, stop), lengths, ranks)
-        return [entries.slice(0, start), _entries(coreset), entries.slice(stop, stored)]
+    width = coreset.valid.shape[-1]
+    slots = Entries(coreset.keys, coreset.values, coreset.weights, coreset.valid, _memory(coreset, entries))
+    if len(set(zip(rows, folds, columns, strict=True))) == 1 and rows[0].stored == stored:
+        start, stop = folds[0].head, stored - folds[0].window
+        return [entries.slice(0, start), slots.slice(width - columns[0], width), entries.slice(stop, stored)]
 
+    index, used = _assembly(rows, folds, columns, stored, width)
     device = entries.keys.device
-    windows = torch.tensor([fold.window for fold in folds])
-    places = torch.arange(max(lengths)) - max(lengths)
-    index = (stored - windows.unsqueeze(-1) + places).clamp_min_(0)
-    coreset = compress(entries.columns(index.to(device)), lengths, ranks)
-    index, used = _assembly(rows, folds, stored, coreset.valid.shape[-1])
-    both = [torch.cat(pair, dim=2) for pair in zip(entries.tensors(), _entries(coreset).tensors(), strict=True)]
+    both = [torch.cat(pair, dim=2) for pair in zip(entries.tensors(), slots.tensors(), strict=True)]
     joined = Entries(*both).columns(index.to(device))
     used = used.to(device)[:, None, :]
     return [
@@ -53,6 +47,7 @@ def fold_entries(
             joined.values.masked_fill_(~used.unsqueeze(-1), 0.0),
             joined.weights.masked_fill_(~used, 0.0),
             joined.valid & used,
+            joined.memory,
         )
     ]
 
@@ -83,22 +78,27 @@ def column_mask(spans: Sequence[tuple[int, int]], columns: Tensor) -> Tensor:
     return (place >= start) & (place < stop)
 
 
-def _assembly(rows: Sequence[Row], folds: Sequence[Fold], stored: int, slots: int) -> tuple[Tensor, Tensor]:
+def _assembly(
+    rows: Sequence[Row], folds: Sequence[Fold], columns: Sequence[int], stored: int, slots: int
+) -> tuple[Tensor, Tensor]:
     """Where each column of the new rows comes from: [0, stored) is old, [stored, stored + slots) coreset."""
-    head = torch.tensor([fold.sink + fold.kept for fold in folds]).unsqueeze(-1)
-    rank = torch.tensor([fold.rank for fold in folds]).unsqueeze(-1)
+    head = torch.tensor([fold.head for fold in folds]).unsqueeze(-1)
+    taken = torch.tensor(columns).unsqueeze(-1)
     window = torch.tensor([fold.window for fold in folds]).unsqueeze(-1)
     before = torch.tensor([row.stored for row in rows]).unsqueeze(-1)
-    length = head + rank + window
+    length = head + taken + window
     total = int(length.max())
     place = torch.arange(total) - (total - length)
     index = torch.where(
         place < head,
         stored - before + place,
-        torch.where(place < head + rank, stored + slots - rank + place - head, stored + place - length),
+        torch.where(place < head + taken, stored + slots - taken + place - head, stored + place - length),
     )
     return index.clamp_min_(0), place >= 0
 
 
-def _entries(coreset: Coreset) -> Entries:
-    return Entries(coreset.keys, coreset.values, coreset.weights, coreset.valid)
+def _memory(coreset: Coreset, entries: Entries) -> Tensor:
+    """The coreset's memory; nothing remembered, where the method gave none."""
+    if coreset.memory is not None:
+        return coreset.memory
+    return entries.memory.new_zeros(*coreset.valid.shape, entries.memory.shape[-1])

@@ -63,16 +63,18 @@ class WildCatLayer(CacheLayerMixin):
     is_croppable = True
     supports_early_init = True
 
-    def __init__(self, shared: Shared, index: int, count: int) -> None:
+    def __init__(self, shared: Shared, index: int, place: int, count: int) -> None:
         super().__init__()
         self._shared = shared
         self._index = index
+        self._place = place
         self._count = count
         self._clear()
 
     def _clear(self) -> None:
         self.is_initialized = False
-        self._state = LayerState(self._shared.settings, self._shared.compressor, self._index, self._count)
+        shared = self._shared
+        self._state = LayerState(shared.settings, shared.compressor, self._index, self._place, self._count)
         self._shared.states[self._index] = self._state
         self._offloading = False
         self._arrival: Any = None  # of a copy to the device, on another stream
@@ -209,7 +211,7 @@ class WildCatLayer(CacheLayerMixin):
             raise ValueError(
                 f"tokens_to_remove={tokens_to_remove} must be negative: minus the number of tokens to take back"
             )
-        exact, seen = self._state.progress.exact, self.get_seq_length()
+        exact, seen = self._state.croppable, self.get_seq_length()
         if -tokens_to_remove > seen:
             raise ValueError(
                 f"tokens_to_remove={tokens_to_remove}: the cache has read {seen} tokens; reset() forgets them all"
@@ -323,16 +325,18 @@ class WildCatLayer(CacheLayerMixin):
             sink_logits=options.get("s_aux"),
         )
 
-    def after_attention(self, scale: float) -> None:
+    def after_attention(self, query: Tensor, scale: float) -> None:
         """Fold where a row is over its budget, now that the newest tokens have been attended to.
 
         Args:
+            query: (rows, heads, q, d), of the newest tokens.
             scale: b, the factor of the attention scores.
 
         Raises:
             ValueError: NaN or infinity among the keys to fold; they stay as they are.
         """
         self._shared.waiting = None
+        self._state.observe(query)
         self._state.progress.end_forward(scale)
         if not self.record_past:
             self._settle(self.get_seq_length())
@@ -340,9 +344,16 @@ class WildCatLayer(CacheLayerMixin):
 
     # What the cache reports
 
-    def restore(self, progress: Progress, entries: Entries, folded_range: ValueRange | None) -> None:
-        """Become the layer that had these; it must be new."""
-        self._state.restore(progress, entries, folded_range)
+    def restore(
+        self,
+        progress: Progress,
+        entries: Entries,
+        folded_range: ValueRange | None,
+        carried: Tensor | None = None,
+        recent: Tensor | None = None,
+    ) -> None:
+        """Become the layer that had these; it must be new. The last two are the queries of its log."""
+        self._state.restore(progress, entries, folded_range, carried, recent)
         self.dtype, self.device, self.is_initialized = entries.keys.dtype, entries.keys.device, True
         self._shared.compressed = self._shared.compressed or folded_range is not None
         self._shared.padded = None

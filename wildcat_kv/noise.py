@@ -1,4 +1,4 @@
-"""Gumbel noise from a stateless counter hash: the same counters give the same noise on every device.
+"""Noise from a stateless counter hash: the same counters give the same noise on every device.
 
 Nothing is drawn in sequence, so a padded row, a larger batch or an earlier fold changes no other draw.
 """
@@ -15,7 +15,16 @@ _MIX_2 = 0x94D049BB133111EB - 2**64
 
 
 def gumbel_noise(seed: int, *counters: Tensor) -> Tensor:
-    """Standard Gumbel noise keyed by `seed` and the counters.
+    """Standard Gumbel noise keyed by `seed` and the counters, as in `uniform_noise`.
+
+    Returns:
+        float32 tensor of the broadcast shape, between -2.8 and 16.7.
+    """
+    return uniform_noise(seed, *counters).log_().neg_().log_().neg_()
+
+
+def uniform_noise(seed: int, *counters: Tensor) -> Tensor:
+    """Uniform noise keyed by `seed` and the counters.
 
     Args:
         seed: any integer in [0, 2**63).
@@ -23,14 +32,13 @@ def gumbel_noise(seed: int, *counters: Tensor) -> Tensor:
             matters. The small ones go first: the hash is carried from one to the next.
 
     Returns:
-        float32 tensor of the broadcast shape, between -2.8 and 16.7.
+        float32 tensor of the broadcast shape, in (0, 1).
     """
     state = torch.full((), seed, dtype=torch.int64, device=counters[0].device)
     for counter in counters:
         state = _mix(state + counter.to(torch.int64) * _GOLDEN + 1)
     # 23 bits and a half: the numbers closest to 0 and 1 that float32 holds exactly on both sides.
-    uniform = _shift(state, 41).to(torch.float32).add_(0.5).mul_(2.0**-23)
-    return uniform.log_().neg_().log_().neg_()
+    return _shift(state, 41).to(torch.float32).add_(0.5).mul_(2.0**-23)
 
 
 def _mix(state: Tensor) -> Tensor:

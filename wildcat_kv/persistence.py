@@ -31,6 +31,9 @@ VERSION = 1
 # Tensors of a layer of ours: its entries, and the box around folded values, where there is one.
 _NAMES = ("keys", "values", "weights", "valid")
 _BOUNDS = ("folded.lowest", "folded.highest")
+# Only where the method remembers something of its entries, or learns from queries.
+_MEMORY = "memory"
+_QUERIES = ("queries.carried", "queries.recent")
 # What a layer of Transformers' learns with the first tokens; all else is as in a new one.
 _LEARNT = ("cumulative_length", "conv_kernel_size")
 
@@ -63,6 +66,7 @@ class _Ours:
     progress: Progress
     entries: Entries
     folded_range: ValueRange | None
+    queries: tuple[Tensor | None, Tensor | None]
 
 
 class _DamageError(Exception):
@@ -102,7 +106,7 @@ class SavedContext:
         """Fill a new cache of the same model and settings; nothing can go wrong any more."""
         for layer, saved in zip(cache.layers, self.layers, strict=True):
             if isinstance(saved, _Ours):
-                layer.restore(saved.progress, saved.entries, saved.folded_range)
+                layer.restore(saved.progress, saved.entries, saved.folded_range, *saved.queries)
             else:
                 vars(layer).update(saved)
 
@@ -228,12 +232,25 @@ def _ours(progress: Progress, own: dict[str, Tensor]) -> _Ours:
     box = [(*keys.shape[:2], 1, values.shape[3])] * 2
     if bounds and ([bound.shape for bound in bounds] != box or {bound.dtype for bound in bounds} != {values.dtype}):
         raise _DamageError("its value range does not fit")
-    if set(own) - {*_NAMES, *_BOUNDS}:
+    memory = own.get(_MEMORY, weights.new_zeros(*weights.shape, 0))
+    if memory.shape[:3] != weights.shape or memory.dim() != 4 or memory.dtype != torch.float32:
+        raise _DamageError("what its method remembers does not fit")
+    carried, recent = (own.get(name) for name in _QUERIES)
+    counts = [row.carried for row in progress.rows]
+    queries = [tensor for tensor in (carried, recent) if tensor is not None]
+    if any(tensor.dim() != 4 or tensor.shape[::3] != (keys.shape[0], keys.shape[3]) for tensor in queries):
+        raise _DamageError("its queries do not fit")
+    if max(counts) > (0 if carried is None else carried.shape[2]) or (recent is not None and recent.shape[2] > progress.exact):
+        raise _DamageError("its queries do not fit its numbers")
+    if set(own) - {*_NAMES, *_BOUNDS, _MEMORY, *_QUERIES}:
         raise _DamageError("it has tensors of another layer")
     ends, width = progress.ends, keys.shape[2]
     sound = (
         len(progress.rows) == keys.shape[0]
-        and all(min(row.seen, row.sink, row.slots, row.exact, row.seen_at_fold) >= 0 for row in progress.rows)
+        and all(
+            min(row.seen, row.sink, row.slots, row.slots + row.spare, row.exact, row.seen_at_fold, row.carried) >= 0
+            for row in progress.rows
+        )
         and max(row.stored for row in progress.rows) + progress.exact <= width
         and 0 <= progress.folded_at <= progress.settled <= progress.seen
         and ends == sorted(set(ends))
@@ -245,7 +262,8 @@ def _ours(progress: Progress, own: dict[str, Tensor]) -> _Ours:
         raise _DamageError("its numbers do not fit its tensors")
     # When to look again is reckoned anew.
     progress = dataclasses.replace(progress, fold_from=0)
-    return _Ours(progress, Entries(keys, values, weights, valid), ValueRange(*bounds) if bounds else None)
+    entries = Entries(keys, values, weights, valid, memory)
+    return _Ours(progress, entries, ValueRange(*bounds) if bounds else None, (carried, recent))
 
 
 def _theirs(
@@ -314,7 +332,13 @@ def _layer(layer: Any, prefix: str, tensors: dict[str, Tensor]) -> _Layer:
         return _Layer(kind=type(layer).__name__, attributes=attributes)
     state = layer.state
     assert state.storage is not None
-    named = dict(zip(_NAMES, state.storage.entries.tensors(), strict=True))
+    *held, memory = state.storage.entries.tensors()
+    named = dict(zip(_NAMES, held, strict=True))
+    if memory.shape[-1]:
+        named[_MEMORY] = memory
+    if state.log is not None:
+        queries = zip(_QUERIES, (state.log.carried, state.log.recent()), strict=True)
+        named |= {name: tensor for name, tensor in queries if tensor is not None}
     if state.folded_range is not None:
         named |= zip(_BOUNDS, state.folded_range.tensors(), strict=True)
     tensors.update({prefix + name: tensor for name, tensor in named.items()})

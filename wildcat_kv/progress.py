@@ -24,6 +24,7 @@ class Progress:
         fold_from: column from which on a row may need a fold; None for never.
         record_past: whether folds wait for a crop.
         scale: b of the last attention call, the factor of the scores.
+        spare: columns stored beyond those that the budget counts, as of the last fold.
     """
 
     rows: list[Row] = field(default_factory=list)
@@ -35,6 +36,7 @@ class Progress:
     fold_from: int | None = 0
     record_past: bool = False
     scale: float = 0.0
+    spare: int = 0
 
     @property
     def exact(self) -> int:
@@ -70,6 +72,7 @@ class Progress:
     def fold(self, rows: list[Row], end: int) -> None:
         """Note that the layer has folded as of column `end`."""
         self.rows, self.folded_at = rows, end
+        self.spare = max(row.stored for row in rows) - max(row.counted for row in rows)
         self.masked = self.masked and end < self.seen
 
     def relabel(self) -> None:

@@ -7,15 +7,16 @@ take the same columns in all of them.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from wildcat_kv.budget import Fold, Row, block_size, plan_fold, tokens_until_fold
-from wildcat_kv.compress import Coreset
-from wildcat_kv.compressors import Compressor, KVBlock
+from wildcat_kv.compressors.base import Compressor, KVBlock
 from wildcat_kv.config import WildCatConfig
 from wildcat_kv.folding import align_right, column_mask, fold_entries
+from wildcat_kv.observation import QueryLog
 from wildcat_kv.progress import Progress
 from wildcat_kv.storage import Entries, Storage, ordinary_tensors
 from wildcat_kv.value_range import ValueRange
@@ -31,22 +32,26 @@ class LayerState:
         settings: the budget and the exact ends.
         compressor: the method.
         index: of the layer among the model's.
-        count: layers of the model.
+        place: of the layer among those that are compressed.
+        count: layers that are compressed.
 
     Attributes:
         storage: the tensors; None before the first tokens.
+        log: the queries that the method learns from; None where it does not.
         progress: the numbers.
         folded_range: the box around the values of the tokens that are exact no longer; None before the
             first fold.
         value_range: the box around the values of all tokens, to which attention is clipped; likewise.
     """
 
-    def __init__(self, settings: WildCatConfig, compressor: Compressor, index: int, count: int) -> None:
+    def __init__(self, settings: WildCatConfig, compressor: Compressor, index: int, place: int, count: int) -> None:
         self._settings = settings
         self._compressor = compressor
         self._index = index
+        self._place = place
         self._count = count
         self.storage: Storage | None = None
+        self.log = None if compressor.observation is None else QueryLog(compressor.observation)
         self.progress = Progress()
         self.folded_range: ValueRange | None = None
         self.value_range: ValueRange | None = None
@@ -55,12 +60,21 @@ class LayerState:
 
     def allocate(self, keys: Tensor, values: Tensor) -> None:
         """Make room for keys (rows, kv_heads, n, d) and values (rows, kv_heads, n, d_v) and for some more."""
-        self.storage = Storage.empty(keys, values, self._room)
+        self.storage = Storage.empty(keys, values, self._room, self._compressor.memory)
         self.progress.rows = [Row()] * keys.shape[0]
 
-    def restore(self, progress: Progress, entries: Entries, folded_range: ValueRange | None) -> None:
-        """Hold what another state held."""
+    def restore(
+        self,
+        progress: Progress,
+        entries: Entries,
+        folded_range: ValueRange | None,
+        carried: Tensor | None = None,
+        recent: Tensor | None = None,
+    ) -> None:
+        """Hold what another state held; the last two are queries, of its log."""
         self.storage = Storage([entries], self._room)
+        if self.log is not None:
+            self.log.restore(carried, recent)
         self.progress, self.folded_range = progress, folded_range
         self.span()
 
@@ -73,8 +87,23 @@ class LayerState:
                 new = ValueRange.of(values, None if valid is None else valid.unsqueeze(1))
                 self.value_range = self.value_range.join(new)
 
+    def observe(self, queries: Tensor) -> None:
+        """Take the queries (rows, query_heads, q, d) of the newest columns, where the method learns from them."""
+        if self.log is not None:
+            self.log.append(queries)
+
+    @property
+    def croppable(self) -> int:
+        """Newest columns that can be taken back: those since the last fold whose queries are at hand."""
+        log, exact = self.log, self.progress.exact
+        if log is None or log.columns >= exact:
+            return exact
+        return max(0, log.columns - (log.observation.latest or 0))
+
     def take_back(self, columns: int) -> None:
-        """Forget the newest columns, `progress.exact` at most, as if they had never been read."""
+        """Forget the newest columns, `croppable` at most, as if they had never been read."""
+        if self.log is not None:
+            self.log.take_back(columns)
         self._held.truncate(self._held.length - columns)
         self.progress.take_back(columns)
         self.span()
@@ -99,6 +128,8 @@ class LayerState:
             on_host: the same numbers; None will do where rows are `alike`, so that nothing waits for the device.
         """
         self._held.select_rows(index)
+        if self.log is not None:
+            self.log.select_rows(index)
         rows = self.progress.rows
         self.progress.rows = rows[:1] * len(index) if on_host is None else [rows[row] for row in on_host]
         with ordinary_tensors():
@@ -112,6 +143,8 @@ class LayerState:
             self.folded_range, self.value_range = (
                 box and box.to(device) for box in (self.folded_range, self.value_range)
             )
+            if self.log is not None:
+                self.log.to(device)
         self._held.to(device)
 
     @property
@@ -124,7 +157,8 @@ class LayerState:
         if self.storage is None:
             return []
         boxes = (self.folded_range, self.value_range)
-        return [*self.storage.memory.tensors(), *(bound for box in boxes if box for bound in box.tensors())]
+        queries = [] if self.log is None else self.log.tensors()
+        return [*self.storage.memory.tensors(), *(bound for box in boxes if box for bound in box.tensors()), *queries]
 
     def count_rows(self, column: int) -> list[Row]:
         """What the rows held when `column` columns had been read, since the last fold."""
@@ -145,6 +179,9 @@ class LayerState:
         while (due := self._next_fold(until)) is not None:
             rows, folds, end = due
             self._decided(self._fold(rows, folds, end), end)
+        if self.log is not None and self.log.observation.latest is not None:
+            undecided = self.progress.seen - self.progress.settled
+            self.log.trim(undecided + self.log.observation.latest + self._settings.window)
 
     def will_fold(self, until: int) -> bool:
         """Whether `settle` would fold anything; ends that fold nothing are settled on the way."""
@@ -177,6 +214,10 @@ class LayerState:
         """Columns held when `column` columns had been read; they must have come after the last fold."""
         return self.stored - (self.progress.seen - column)
 
+    def _counted_at(self, column: int) -> int:
+        """The same as the budget counts it, which is alike in all layers."""
+        return self._stored_at(column) - self.progress.spare
+
     def _next_fold(self, until: int) -> tuple[list[Row], list[Fold], int] | None:
         """The rows, the folds and the column of the next fold up to `until`, None if there is none.
 
@@ -193,7 +234,7 @@ class LayerState:
         """Note that the first end, `end`, is decided, and when to look again."""
         waits = [wait for row in rows if (wait := tokens_until_fold(row, self._settings)) is not None]
         if self._settings.max_tokens is not None:  # columns of padding take room as well
-            waits.append(max(1, self._settings.max_tokens + 1 - self._stored_at(end)))
+            waits.append(max(1, self._settings.max_tokens + 1 - self._counted_at(end)))
         self.progress.settle(min(waits) if waits else None)
 
     def _plan(self, rows: Sequence[Row], start: int, end: int) -> list[Fold] | None:
@@ -207,8 +248,11 @@ class LayerState:
         settings = self._settings
         # A row's first tokens, several at once, are its prompt; with padding that may come in a later pass.
         prompts = [before.seen == 0 and row.seen > 1 for before, row in zip(self.count_rows(start), rows, strict=True)]
-        plans = [plan_fold(row, settings, prefill=prompt) for row, prompt in zip(rows, prompts, strict=True)]
-        too_wide = settings.max_tokens is not None and self._stored_at(end) > settings.max_tokens
+        plans = [
+            plan_fold(row, settings, prefill=prompt) if prompt or self._compressor.decodes else None
+            for row, prompt in zip(rows, prompts, strict=True)
+        ]
+        too_wide = settings.max_tokens is not None and self._counted_at(end) > settings.max_tokens
         if not any(plans) and not too_wide:
             return None
         return [plan or Fold.nothing(row) for plan, row in zip(plans, rows, strict=True)]
@@ -219,36 +263,68 @@ class LayerState:
         held, cut, appended = self.progress.rows, self._stored_at(end), end - self.progress.folded_at
         entries, later = self._held.entries.slice(0, cut), self._held.entries.slice(cut, self.stored)
         self.check_finite(entries.keys[:, :, cut - appended :])
-        if any(row.stored - old.stored != appended for row, old in zip(rows, held, strict=True)):
+        queries, queried = self._queries_until(end, entries.valid[:, 0, cut - appended :])
+        if any(row.counted - old.counted != appended for row, old in zip(rows, held, strict=True)):
             entries = align_right(entries, held, appended)
         with ordinary_tensors():
             folded = _range(entries, [_leaving(cut, row, fold) for row, fold in zip(rows, folds, strict=True)])
             if self.folded_range is not None:
                 folded = folded.join(self.folded_range)
             seen = folded.join(_exact_range(entries, rows))
-            weighted = any(row.slots > fold.kept for row, fold in zip(rows, folds, strict=True))
-
-            def compress(items: Entries, lengths: Sequence[int], ranks: Sequence[int]) -> Coreset:
-                block = KVBlock(
-                    keys=items.keys,
-                    values=items.values,
-                    valid=items.valid,
-                    lengths=lengths,
-                    seen=[row.seen for row in rows],
-                    scale=self.progress.scale,
-                    layer_index=self._index,
-                    layer_count=self._count,
-                    weights=items.weights if weighted else None,
-                    value_bound=seen.squared_norm(),
-                )
-                return self._compressor.compress(block, ranks)
-
-            parts = fold_entries(entries, rows, folds, compress)
-            self.storage = Storage([*parts, later], room=self._held.room)
+            block = KVBlock(
+                keys=entries.keys,
+                values=entries.values,
+                valid=entries.valid,
+                held=[row.stored for row in rows],
+                lengths=[fold.items for fold in folds],
+                window=[fold.window for fold in folds],
+                exact=[row.exact for row in rows],
+                seen=[row.seen for row in rows],
+                scale=self.progress.scale,
+                layer_index=self._place,
+                layer_count=self._count,
+                weights=entries.weights if any(map(_takes_slots, rows, folds)) else None,
+                value_bound=seen.squared_norm(),
+                queries=queries,
+                queried=queried,
+                memory=entries.memory,
+            )
+            if self._compressor.memory:
+                entries = replace(entries, memory=self._compressor.remember(block))
+                block = replace(block, memory=entries.memory)
+            coreset, columns = None, [fold.rank for fold in folds]
+            if any(columns):
+                coreset = self._compressor.compress(block, columns)
+                columns = list(coreset.columns or columns)
+            self.storage = Storage(
+                [*fold_entries(entries, rows, folds, coreset, columns), later], room=self._held.room
+            )
         self.folded_range = folded
-        self.progress.fold([fold.apply(row) for fold, row in zip(folds, rows, strict=True)], end)
+        if self.log is not None:
+            self.log.fold(queries, self.progress.seen - end)
+            rows = [
+                replace(row, carried=min(count, self.log.observation.carried))
+                for row, count in zip(rows, queried, strict=True)
+            ]
+        self.progress.fold([fold.apply(*pair) for fold, *pair in zip(folds, rows, columns, strict=True)], end)
         self.span()
         return self.progress.rows
+
+    def _queries_until(self, end: int, valid: Tensor) -> tuple[Tensor | None, list[int]]:
+        """The queries to learn from as of column `end`, right-aligned, and how many each row has.
+
+        Args:
+            end: the column.
+            valid: bool (rows, k), False for padding among the columns since the last fold.
+        """
+        if self.log is None:
+            return None, [0] * len(self.progress.rows)
+        carried = [row.carried for row in self.progress.rows]
+        later, latest = self.progress.seen - end, self.log.observation.latest
+        queries, queried = self.log.until(later, valid if self.progress.masked else None, carried)
+        if latest is None or queries is None:
+            return queries, queried
+        return queries[:, :, max(0, queries.shape[2] - latest) :], [min(count, latest) for count in queried]
 
     def span(self) -> None:
         """Set the box around the values of all tokens seen, from those folded and those held."""
@@ -268,8 +344,13 @@ def _leaving(columns: int, row: Row, fold: Fold) -> tuple[int, int]:
     """Where in a right-aligned row the exact tokens are that `fold` makes into slots: [start, stop)."""
     if not fold.items:
         return columns, columns
-    exact = max(row.sink + row.slots, fold.sink + fold.kept)
+    exact = max(row.stored - row.exact, fold.head)
     return columns - row.stored + exact, columns - fold.window
+
+
+def _takes_slots(row: Row, fold: Fold) -> bool:
+    """Whether some of the items are slots of an earlier coreset."""
+    return row.slots > fold.kept
 
 
 def _exact_range(entries: Entries, rows: Sequence[Row]) -> ValueRange:

@@ -28,16 +28,19 @@ class Entries:
         values: (rows, heads, n, d_v).
         weights: float32 (rows, heads, n), 1 for exact tokens.
         valid: bool (rows, heads, n), False for padding.
+        memory: float32 (rows, heads, n, m), what the method remembers of an entry from fold to fold; m is 0 for
+            most methods, and 0 is what it remembers of a new token.
     """
 
     keys: Tensor
     values: Tensor
     weights: Tensor
     valid: Tensor
+    memory: Tensor
 
-    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The four tensors, in the order of the attributes."""
-        return self.keys, self.values, self.weights, self.valid
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """The tensors, in the order of the attributes."""
+        return self.keys, self.values, self.weights, self.valid, self.memory
 
     def slice(self, start: int, stop: int) -> Entries:
         """A view of the columns [start, stop)."""
@@ -73,6 +76,7 @@ class Storage:
                 torch.empty(*shape, first.values.shape[-1], dtype=first.values.dtype, device=device),
                 torch.ones(shape, device=device),
                 torch.ones(shape, dtype=torch.bool, device=device),
+                torch.zeros(*shape, first.memory.shape[-1], device=device),
             )
             for part in parts:
                 end = self.length + part.keys.shape[2]
@@ -81,13 +85,14 @@ class Storage:
                 self.length = end
 
     @staticmethod
-    def empty(keys: Tensor, values: Tensor, room: int) -> Storage:
+    def empty(keys: Tensor, values: Tensor, room: int, memory: int = 0) -> Storage:
         """Nothing stored, with free columns for these keys and values and `room` more."""
         none = Entries(
             keys[:, :, :0],
             values[:, :, :0],
             keys.new_ones(*keys.shape[:2], 0, dtype=torch.float32),
             keys.new_ones(*keys.shape[:2], 0, dtype=torch.bool),
+            keys.new_zeros(*keys.shape[:2], 0, memory, dtype=torch.float32),
         )
         return Storage([none], room, extra=keys.shape[2])
 
@@ -115,6 +120,7 @@ class Storage:
         freed = self._memory.slice(length, self.length)
         freed.valid.fill_(True)
         freed.weights.fill_(1.0)
+        freed.memory.zero_()
         self.length = length
 
     def to(self, device: torch.device) -> None:
@@ -129,7 +135,7 @@ class Storage:
         held = self._memory
         with ordinary_tensors():
             keys, values = (tensor.to("cpu", non_blocking=True) for tensor in (held.keys, held.values))
-        self._memory = Entries(keys, values, held.weights, held.valid)
+        self._memory = Entries(keys, values, held.weights, held.valid, held.memory)
 
     @torch.no_grad()
     def append(self, keys: Tensor, values: Tensor, valid: Tensor | None) -> None:

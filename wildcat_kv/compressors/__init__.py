@@ -1,7 +1,38 @@
 """Compression methods, one file each, behind one protocol."""
 
+from wildcat_kv.compressors.adakv import AdaKV
+from wildcat_kv.compressors.attention_matching import AttentionMatching
+from wildcat_kv.compressors.balancekv import BalanceKV
 from wildcat_kv.compressors.base import Compressor, KVBlock
+from wildcat_kv.compressors.cur import CUR
+from wildcat_kv.compressors.h2o import H2O
+from wildcat_kv.compressors.keydiff import KeyDiff
+from wildcat_kv.compressors.knorm import KNorm
+from wildcat_kv.compressors.lagkv import LagKV
+from wildcat_kv.compressors.pyramidkv import PyramidKV
+from wildcat_kv.compressors.scorer import Scorer
+from wildcat_kv.compressors.snapkv import SnapKV
+from wildcat_kv.compressors.streaming_llm import StreamingLLM
+from wildcat_kv.compressors.tova import TOVA
 from wildcat_kv.compressors.uniform import Uniform
 from wildcat_kv.compressors.wildcat import WildCat
 
-__all__ = ["Compressor", "KVBlock", "Uniform", "WildCat"]
+__all__ = [
+    "CUR",
+    "H2O",
+    "TOVA",
+    "AdaKV",
+    "AttentionMatching",
+    "BalanceKV",
+    "Compressor",
+    "KNorm",
+    "KVBlock",
+    "KeyDiff",
+    "LagKV",
+    "PyramidKV",
+    "Scorer",
+    "SnapKV",
+    "StreamingLLM",
+    "Uniform",
+    "WildCat",
+]

@@ -2,58 +2,162 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
+import torch
 from torch import Tensor
 
+from wildcat_kv.bins import take_columns
 from wildcat_kv.compress import Coreset
+from wildcat_kv.observation import Observation
 
 
 @dataclass(frozen=True)
 class KVBlock:
-    """Tokens of one layer that must be brought down to a budget. Sinks and window are not in it.
+    """What one layer holds when it is over its budget, and which part of it must become fewer slots.
 
-    Rows are right-aligned: row b holds its `lengths[b]` entries in the last columns, in the order of their
-    positions; columns before them are arbitrary.
+    Rows are right-aligned: row b holds `held[b]` entries in the last columns, in the order of their positions:
+    sinks, slots of earlier coresets, exact tokens. Columns before them are arbitrary. Of these entries the last
+    `window[b]` stay as they are, and so do those before the `lengths[b]` items in front of the window.
 
     Attributes:
         keys: (rows, heads, n, d), rotated as the model stores them.
         values: (rows, heads, n, d_v); numerators U where an entry is a slot of an earlier coreset.
         valid: bool (rows, heads, n), False for padding slots of an earlier coreset.
-        lengths: entries of each row.
+        held: entries of each row.
+        lengths: items of each row, the entries to compress.
+        window: entries behind the items.
+        exact: newest entries that are exact tokens, the window among them.
         seen: valid tokens that each row has read so far; never the same at two folds of a row.
         scale: b, the factor of the attention scores.
-        layer_index: of this layer among the model's.
-        layer_count: layers of the model.
-        weights: float32 (rows, heads, n), 1 for exact tokens; None where all are exact.
+        layer_index: of this layer among those that are compressed.
+        layer_count: layers that are compressed.
+        weights: float32 (rows, heads, n), 1 for exact tokens; None where all items are exact.
         value_bound: float32 (rows, heads), sum over channels of the largest squared value seen.
+        queries: (rows, query_heads, m, d), the newest queries that the method asked for, right-aligned: query -j
+            is that of the token which is entry -j while j <= exact. None where the method asked for none.
+        queried: queries of each row.
+        memory: float32 (rows, heads, n, m), what the method remembers of each entry; m is its `memory`.
     """
 
     keys: Tensor
     values: Tensor
     valid: Tensor
+    held: Sequence[int]
     lengths: Sequence[int]
+    window: Sequence[int]
+    exact: Sequence[int]
     seen: Sequence[int]
     scale: float
     layer_index: int
     layer_count: int
     weights: Tensor | None = None
     value_bound: Tensor | None = None
+    queries: Tensor | None = None
+    queried: Sequence[int] | None = None
+    memory: Tensor | None = None
+
+    def items(self, entries: Tensor) -> Tensor:
+        """The items among entries (rows, heads, n, ...), right-aligned: (rows, heads, max(lengths), ...)."""
+        stop = entries.shape[2] - torch.tensor(self.window)
+        if len(set(self.window)) == 1:
+            return entries[:, :, int(stop[0]) - max(self.lengths) : int(stop[0])]
+        index = stop.unsqueeze(-1) + torch.arange(max(self.lengths)) - max(self.lengths)
+        return take_columns(entries, index.clamp_min(0).to(entries.device).unsqueeze(1))
+
+    def map_rows(self, function: Callable[[KVBlock], Tensor]) -> Tensor:
+        """Apply `function` to rows that hold equally much, without the columns that are none of theirs.
+
+        Args:
+            function: takes a block whose `held` are all n and whose `queried` are all m, to (rows, heads, n, ...).
+
+        Returns:
+            The rows' results, right-aligned and 0 where nothing is held.
+        """
+        alike: dict[tuple[int, ...], list[int]] = {}
+        queried = self.queried or [0] * len(self.held)
+        for row, numbers in enumerate(zip(self.held, self.exact, queried, strict=True)):
+            alike.setdefault(numbers, []).append(row)
+        n = self.keys.shape[2]
+        if len(alike) == 1 and self.held[0] == n and (self.queries is None or queried[0] == self.queries.shape[2]):
+            return function(self)
+        result: Tensor | None = None
+        for (held, _, seen_queries), rows in alike.items():
+            if not held:
+                continue
+            part = function(self._rows(rows, held, seen_queries))
+            if result is None:
+                result = part.new_zeros(len(self.held), part.shape[1], n, *part.shape[3:])
+            result[torch.tensor(rows, device=part.device), :, n - held :] = part
+        assert result is not None, "a block holds something"
+        return result
+
+    def _rows(self, rows: list[int], held: int, queried: int) -> KVBlock:
+        """The rows at `rows`, which hold `held` entries and have `queried` queries."""
+        index = torch.tensor(rows, device=self.keys.device)
+
+        def entries(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor.index_select(0, index)[:, :, tensor.shape[2] - held :]
+
+        def numbers(of: Sequence[int]) -> list[int]:
+            return [of[row] for row in rows]
+
+        queries = None if self.queries is None else self.queries.index_select(0, index)
+        keys, values, valid = entries(self.keys), entries(self.values), entries(self.valid)
+        assert keys is not None and values is not None and valid is not None
+        return replace(
+            self,
+            keys=keys,
+            values=values,
+            valid=valid,
+            weights=entries(self.weights),
+            memory=entries(self.memory),
+            value_bound=None if self.value_bound is None else self.value_bound.index_select(0, index),
+            queries=None if queries is None else queries[:, :, queries.shape[2] - queried :],
+            held=numbers(self.held),
+            lengths=numbers(self.lengths),
+            window=numbers(self.window),
+            exact=numbers(self.exact),
+            seen=numbers(self.seen),
+            queried=None if self.queried is None else numbers(self.queried),
+        )
 
 
-@runtime_checkable
-class Compressor(Protocol):
-    """A compression method. Stateless: all that it knows comes with the block."""
+class Compressor(ABC):
+    """A compression method. Stateless: all that it knows comes with the block.
 
+    Attributes:
+        paper: where it was published.
+        decodes: whether it can compress what is generated, not only the prompt.
+        memory: numbers to remember of each entry from fold to fold, see `remember`.
+    """
+
+    paper: ClassVar[str] = ""
+    decodes: ClassVar[bool] = True
+    memory: ClassVar[int] = 0
+
+    @property
+    def observation(self) -> Observation | None:
+        """The queries that the method learns from; None for none."""
+        return None
+
+    @abstractmethod
     def compress(self, block: KVBlock, budget: Sequence[int]) -> Coreset:
-        """Bring each row of `block` down to `budget[row]` slots, fewer than its entries.
+        """Bring the items of each row of `block` down to `budget[row]` slots.
 
-        A row that is not to be compressed now has length and budget 0.
+        A row that is not to be compressed now has length and budget 0. Budgets are below the lengths, except
+        where the method itself keeps less than it is given (`Coreset.columns`).
 
         Returns:
             A Coreset of (rows, heads, max(budget), ...), each row right-aligned, its slots in the order of
-            their positions and the columns before them padding slots.
+            their positions and the columns before them padding slots. A method that deals its budget out
+            unequally, between heads or layers, says in `columns` how many columns each row takes.
         """
-        ...
+
+    def remember(self, block: KVBlock) -> Tensor:
+        """What to remember of every entry held, before `compress`: float32 (rows, heads, n, memory)."""
+        assert block.memory is not None
+        return block.memory

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
 from wildcat_kv.bins import BinLayout
 from wildcat_kv.compress import Coreset, compress_bins
-from wildcat_kv.compressors.base import KVBlock
+from wildcat_kv.compressors.base import Compressor, KVBlock
 from wildcat_kv.config import Temperature, Weights, WildCatConfig
 from wildcat_kv.noise import gumbel_noise
 
 
 @dataclass(frozen=True)
-class WildCat:
+class WildCat(Compressor):
     """Randomly pivoted Cholesky picks each bin's keys, Nystrom weights let the other tokens live on in them.
 
     Needs keys and values only. Costs bin_rank sequential steps a fold, all bins, heads and rows at once.
@@ -28,6 +29,8 @@ class WildCat:
 
     Source: Schröder and Mackey, arXiv 2602.10056, COMPRESSKV.
     """
+
+    paper: ClassVar[str] = "arXiv 2602.10056"
 
     bin_rank: int = 12
     temperature: Temperature = "released"
@@ -43,7 +46,8 @@ class WildCat:
         """See `Compressor`."""
         device = block.keys.device
         bins = [max(1, -(-rank // self.bin_rank)) for rank in budget]
-        layout = BinLayout.build(block.keys.shape[2], block.lengths, budget, bins, device)
+        keys, values, valid = (block.items(tensor) for tensor in (block.keys, block.values, block.valid))
+        layout = BinLayout.build(keys.shape[2], block.lengths, budget, bins, device)
 
         # Keyed by what a row is by itself, so that padding and the rest of the batch change nothing.
         places = layout.used.shape[-1]
@@ -51,19 +55,19 @@ class WildCat:
             self.seed,
             torch.full((1, 1, 1, 1, 1), block.layer_index, device=device),
             torch.tensor(block.seen).to(device, non_blocking=True).view(-1, 1, 1, 1, 1),
-            torch.arange(block.keys.shape[1], device=device).view(-1, 1, 1, 1),
+            torch.arange(keys.shape[1], device=device).view(-1, 1, 1, 1),
             torch.arange(layout.used.shape[1], device=device).view(-1, 1, 1),
             torch.arange(layout.bin_rank, device=device).view(-1, 1),
             torch.arange(places, device=device),
         )
         return compress_bins(
-            block.keys,
-            block.values,
+            keys,
+            values,
             layout,
             noise,
             scale=block.scale,
-            weights=block.weights,
-            valid=block.valid,
+            weights=None if block.weights is None else block.items(block.weights),
+            valid=valid,
             value_bound=block.value_bound,
             temperature=self.temperature,
             weighting=self.weights,

@@ -1,0 +1,139 @@
+"""Attention Matching: a few keys whose weights and values are fitted to what queries get from all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from wildcat_kv.compress import Coreset, full_precision
+from wildcat_kv.compressors.base import Compressor, KVBlock
+from wildcat_kv.compressors.scorer import best_items, item_mask, take_items
+from wildcat_kv.observation import Observation
+
+# Against the squared norm of each regressor: with fewer queries than slots, a fit stays near the tokens' own values.
+_RIDGE = 1e-4
+# Of power iteration for the step of the projected gradient; a step that is a little long does no harm.
+_POWER_STEPS = 8
+
+
+@dataclass(frozen=True)
+class AttentionMatching(Compressor):
+    """Keep the keys that reference queries attend to most, and fit weights and values to those queries.
+
+    1. Keys: the highest root-mean-square attention over the queries.
+    2. Weights: non-negative least squares, so that the queries see the mass that all tokens had; in
+       [1 / max_weight, max_weight].
+    3. Values: least squares, so that the queries get the outputs that they had.
+
+    Needs queries: those since the last fold (of the prompt: all of it) and `carried` from before, at most `queries` of
+    them, evenly spread; the query heads that share a key head are pooled. The paper's best results take reference
+    queries from a model that is asked to repeat the context; these are of the context itself, which costs nothing.
+    Costs O(q n d) for the scores and O(q r^2) for each fit, q queries, n tokens, r slots.
+
+    Attributes:
+        queries: most reference queries of a query head.
+        carried: queries kept from one fold to the next.
+        iterations: of projected gradient, after the clamped least-squares solution; 2 in the authors' code.
+        max_weight: bound of the weights and of their inverses; e^3 in the authors' code.
+
+    Source: Zweiger, Guo, Fu and Kim, arXiv 2602.16284, highest-attention keys. Differs: the value fit has a small
+    ridge that pulls towards the tokens' own values, where the authors' fit is undetermined with few queries.
+    """
+
+    paper: ClassVar[str] = "arXiv 2602.16284"
+
+    queries: int = 512
+    carried: int = 256
+    iterations: int = 2
+    max_weight: float = 20.085536923187668
+
+    def __post_init__(self) -> None:
+        for name in ("queries", "carried"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1, in queries")
+        if self.max_weight < 1:
+            raise ValueError(f"max_weight={self.max_weight} must be at least 1")
+
+    @property
+    def observation(self) -> Observation:
+        """All queries since the last fold, and some from before."""
+        return Observation(latest=None, carried=self.carried)
+
+    def compress(self, block: KVBlock, budget: Sequence[int]) -> Coreset:
+        """See `Compressor`."""
+        with torch.no_grad(), full_precision(block.keys.device):
+            queries, weight = self._reference(block)
+            candidate = item_mask(block)
+            keys, values = (block.items(tensor).to(torch.float32) for tensor in (block.keys, block.values))
+            mass = candidate.to(torch.float32) if block.weights is None else block.items(block.weights)
+            # Of every query, e^(score) of each item up to one factor, which drops out of all that follows.
+            scores = torch.matmul(queries, keys.mT).masked_fill_(~candidate.unsqueeze(2), -torch.inf)
+            terms = (scores - scores.amax(-1, keepdim=True)).exp_()
+            total = torch.matmul(terms, mass.clamp_min(0).unsqueeze(-1)).clamp_min_(torch.finfo(torch.float32).tiny)
+            output = torch.matmul(terms, values) / total
+            terms.div_(total)
+            importance = (weight.unsqueeze(-1) * (terms * mass.unsqueeze(2)).square()).sum(2).sqrt_()
+
+            index, valid = best_items(block, importance, budget)
+            own = take_items(block, index, valid)
+            terms = terms.gather(-1, index.unsqueeze(2).expand(-1, -1, terms.shape[2], -1))
+            terms.mul_((weight.unsqueeze(-1) * valid.unsqueeze(2)).to(torch.float32))
+            largest = self.max_weight * mass.amax(-1, keepdim=True).clamp_min(1.0)
+            weights = self._fit_weights(terms, weight, own.weights, largest).masked_fill_(~valid, 0.0)
+            # What a query pays each slot, of what it pays all of them.
+            terms.mul_(weights.unsqueeze(2))
+            terms.div_(terms.sum(-1, keepdim=True).clamp_min_(torch.finfo(torch.float32).tiny))
+            mean = own.values.to(torch.float32) / torch.where(own.weights > 0, own.weights, 1.0).unsqueeze(-1)
+            fitted = _least_squares(terms, output * weight.unsqueeze(-1), mean)
+        limit = torch.finfo(block.values.dtype).max
+        numerators = (fitted * weights.unsqueeze(-1)).clamp_(-limit, limit)
+        return replace(own, values=numerators.to(block.values.dtype), weights=weights)
+
+    def _reference(self, block: KVBlock) -> tuple[Tensor, Tensor]:
+        """float32 (rows, heads, q, d), scaled queries of each key head, and their weights (rows, heads, q), 0 or 1."""
+        assert block.queries is not None and block.queried is not None
+        total, heads = block.queries.shape[2], block.keys.shape[1]
+        # Spread over what each row has, so that a padded row takes those that it would take alone.
+        counts = torch.tensor(block.queried).unsqueeze(-1)
+        take, step = min(self.queries, total), torch.arange(min(self.queries, total))
+        taken = counts.clamp_max(take)
+        place = total - 1 - (step * counts // taken.clamp_min(1)).clamp_max_(total - 1)
+        used = (step < taken).to(block.queries.device)
+        rows = torch.arange(len(block.queried), device=block.queries.device).unsqueeze(-1)
+        queries = block.queries.transpose(1, 2)[rows, place.to(block.queries.device)].transpose(1, 2)
+        queries = queries.to(torch.float32).unflatten(1, (heads, -1)) * block.scale
+        weight = used[:, None, None].expand(queries.shape[:-1]).to(torch.float32)
+        return queries.flatten(2, 3), weight.flatten(2, 3)
+
+    def _fit_weights(self, terms: Tensor, target: Tensor, own: Tensor, largest: Tensor) -> Tensor:
+        """Weights (rows, heads, r) with which `terms` (rows, heads, q, r) sum to `target` (rows, heads, q)."""
+        lowest = 1 / self.max_weight
+        weights = _least_squares(terms, target.unsqueeze(-1), own.unsqueeze(-1)).squeeze(-1)
+        weights = torch.minimum(weights.clamp_min_(lowest), largest)
+        gram = terms.mT @ terms
+        direction = torch.ones_like(weights).unsqueeze(-1)
+        for _ in range(_POWER_STEPS):
+            direction = torch.nn.functional.normalize(gram @ direction, dim=-2)
+        steepest = torch.linalg.vector_norm(gram @ direction, dim=-2).clamp_min_(torch.finfo(torch.float32).tiny)
+        for _ in range(self.iterations):
+            residual = torch.matmul(terms, weights.unsqueeze(-1)).squeeze(-1) - target
+            weights = weights - torch.matmul(residual.unsqueeze(-2), terms).squeeze(-2) / steepest
+            weights = torch.minimum(weights.clamp_min_(lowest), largest)
+        return weights
+
+
+def _least_squares(terms: Tensor, target: Tensor, prior: Tensor) -> Tensor:
+    """x (..., r, k) with terms (..., q, r) x near target (..., q, k), near `prior` where the terms do not say."""
+    # The normal equations square the condition number: double precision where the device has it.
+    precision = torch.float32 if terms.device.type == "mps" else torch.float64
+    norms = torch.linalg.vector_norm(terms, dim=-2).clamp_min_(torch.finfo(torch.float32).tiny)
+    scaled = (terms / norms.unsqueeze(-2)).to(precision)
+    rest = target.to(precision) - terms.to(precision) @ prior.to(precision)
+    gram = scaled.mT @ scaled
+    gram.diagonal(dim1=-2, dim2=-1).add_(_RIDGE)
+    change = torch.cholesky_solve(scaled.mT @ rest, torch.linalg.cholesky_ex(gram).L)
+    return prior + (change / norms.unsqueeze(-1).to(precision)).to(torch.float32)

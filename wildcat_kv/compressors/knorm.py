@@ -1,0 +1,28 @@
+"""KNorm: the keys with the smallest norms."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from wildcat_kv.compressors.base import KVBlock
+from wildcat_kv.compressors.scorer import Scorer
+
+
+@dataclass(frozen=True)
+class KNorm(Scorer):
+    """Keep the tokens whose keys have the smallest norms: they tend to be attended to most.
+
+    Needs keys only, costs one pass over them.
+
+    Source: Devoto, Zhao, Scardapane and Minervini, arXiv 2406.11430.
+    """
+
+    paper: ClassVar[str] = "arXiv 2406.11430"
+
+    def score(self, block: KVBlock) -> Tensor:
+        """See `Scorer`."""
+        return -torch.linalg.vector_norm(block.keys, dim=-1, dtype=torch.float32)

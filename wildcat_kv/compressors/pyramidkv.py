@@ -1,0 +1,63 @@
+"""PyramidKV: SnapKV with more room in the lower layers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from typing import ClassVar
+
+from wildcat_kv.compress import Coreset
+from wildcat_kv.compressors.base import KVBlock
+from wildcat_kv.compressors.scorer import keep_best
+from wildcat_kv.compressors.snapkv import SnapKV
+
+
+@dataclass(frozen=True)
+class PyramidKV(SnapKV):
+    """SnapKV whose slots fall linearly from the first layer to the last, the same number in all.
+
+    Needs what SnapKV needs. The layers' slots add up to what equal layers would have; sinks and window, which every
+    layer keeps, are not part of the pyramid. The reference library counts its window into the pyramid, and gives it
+    up for equal layers where the last one would get less than the window.
+
+    Attributes:
+        window: as in SnapKV.
+        kernel: as in SnapKV.
+        beta: the last layer gets 1 / beta of the average; 20 in the reference library and the authors' code.
+
+    Source: Cai et al., arXiv 2406.02069.
+    """
+
+    paper: ClassVar[str] = "arXiv 2406.02069"
+
+    beta: int = 20
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.beta < 1:
+            raise ValueError(f"beta={self.beta} must be at least 1; 1 gives all layers the same")
+
+    def compress(self, block: KVBlock, budget: Sequence[int]) -> Coreset:
+        """See `Compressor`."""
+        columns = [
+            min(length, pyramid(rank, length, block.layer_count, self.beta)[block.layer_index])
+            for rank, length in zip(budget, block.lengths, strict=True)
+        ]
+        return replace(keep_best(block, self.scores(block), columns), columns=columns)
+
+
+def pyramid(rank: int, length: int, layers: int, beta: int) -> list[int]:
+    """Slots of each layer: they fall linearly, sum to `rank * layers`, and no layer gets more than `length`.
+
+    Example:
+        >>> pyramid(100, 1000, 4, 20)
+        [195, 132, 68, 5]
+    """
+    if layers == 1:
+        return [rank]
+    highest = min(2 * rank - Fraction(rank, beta), Fraction(max(length, rank)))
+    step = (2 * highest - 2 * rank) / (layers - 1)
+    # Sums rounded, not the parts, so that nothing is lost or won.
+    sums = [round(highest * count - step * count * (count - 1) / 2) for count in range(layers + 1)]
+    return [after - before for before, after in zip(sums, sums[1:], strict=False)]

@@ -1,0 +1,142 @@
+"""Methods that give every token a score and keep the best: what all eviction methods have in common."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from wildcat_kv.bins import take_columns
+from wildcat_kv.compress import Coreset, full_precision
+from wildcat_kv.compressors.base import Compressor, KVBlock
+
+# Attention probabilities held at once, in float32 numbers: 256 MiB.
+_PROBABILITIES_AT_ONCE = 2**26
+
+
+class Scorer(Compressor):
+    """A method that keeps the tokens with the highest scores, unchanged and with weight 1, and drops the others.
+
+    A subclass says how to score. All that the layer holds takes part in the scoring, as the papers have it; what
+    is kept is chosen among the items, since sinks and window stay anyway.
+    """
+
+    @abstractmethod
+    def score(self, block: KVBlock) -> Tensor:
+        """A score for each entry, the higher the better.
+
+        Args:
+            block: of rows that all hold n entries and, where queries are asked for, m queries.
+
+        Returns:
+            (rows, heads, n), any float dtype; no NaN. Only the order within a row and head counts.
+        """
+
+    def scores(self, block: KVBlock) -> Tensor:
+        """`score` for rows of any length: float32 (rows, heads, n), right-aligned; -inf for padding slots."""
+        with torch.no_grad(), full_precision(block.keys.device):
+            scores = block.map_rows(self.score).to(torch.float32)
+        return scores.masked_fill(~block.valid, -torch.inf)
+
+    def compress(self, block: KVBlock, budget: Sequence[int]) -> Coreset:
+        """See `Compressor`."""
+        return keep_best(block, self.scores(block), budget)
+
+
+def keep_best(
+    block: KVBlock, scores: Tensor, budget: Sequence[int], heads: Tensor | None = None, columns: int | None = None
+) -> Coreset:
+    """The items with the highest scores, as they are; of equal ones the earlier.
+
+    Args:
+        block: the entries.
+        scores: (rows, heads, n).
+        budget: slots of each row.
+        heads: int64 (rows, heads), slots of each head instead.
+        columns: the largest number among `heads`.
+
+    Returns:
+        A Coreset of (rows, heads, max(budget) or `columns`, ...), right-aligned.
+    """
+    return take_items(block, *best_items(block, block.items(scores), budget, heads, columns))
+
+
+def best_items(
+    block: KVBlock, scores: Tensor, budget: Sequence[int], heads: Tensor | None = None, columns: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """Which items `keep_best` keeps, by scores (rows, heads, max(lengths)) of the items.
+
+    Returns:
+        int64 (rows, heads, c), in the order of their positions, right-aligned; and bool, False for padding slots.
+    """
+    device, length = scores.device, max(block.lengths)
+    candidate = item_mask(block)
+    place = rank_descending(scores.masked_fill(~candidate, -torch.inf))
+    if heads is None:
+        heads = torch.tensor(budget).to(device, non_blocking=True).unsqueeze(-1)
+    kept = (place < heads.unsqueeze(-1)) & candidate
+    width = max(budget) if columns is None else columns
+    index = kept.to(torch.int8).argsort(dim=-1, stable=True)[..., length - width :]
+    return index, kept.gather(-1, index)
+
+
+def rank_descending(scores: Tensor) -> Tensor:
+    """The place of each of (..., n) in the order from the highest down, int64; of equal ones the earlier is first."""
+    order = scores.argsort(dim=-1, descending=True, stable=True)
+    places = torch.arange(scores.shape[-1], device=scores.device).expand(order.shape)
+    return torch.empty_like(order).scatter_(-1, order, places)
+
+
+def item_mask(block: KVBlock) -> Tensor:
+    """bool (rows, heads, max(lengths)), the items that are no padding."""
+    length = max(block.lengths)
+    lengths = torch.tensor(block.lengths).to(block.keys.device, non_blocking=True)
+    inside = torch.arange(length, device=block.keys.device) >= length - lengths.unsqueeze(-1)
+    return block.items(block.valid) & inside.unsqueeze(1)
+
+
+def take_items(block: KVBlock, index: Tensor, valid: Tensor) -> Coreset:
+    """A Coreset of the items at `index`, int64 (rows, heads, c); padding slots where not `valid`."""
+    empty = ~valid
+
+    def take(entries: Tensor) -> Tensor:
+        taken = take_columns(block.items(entries), index)
+        return taken.masked_fill_(empty.view(*empty.shape, *[1] * (taken.dim() - 3)), 0)
+
+    return Coreset(
+        keys=take(block.keys),
+        values=take(block.values),
+        weights=valid.to(torch.float32) if block.weights is None else take(block.weights),
+        valid=valid,
+        memory=None if block.memory is None else take(block.memory),
+    )
+
+
+def attention_probabilities(block: KVBlock, latest: int | None = None) -> Iterator[Tensor]:
+    """How the observed queries attend to what is held, a few queries at a time.
+
+    A query sees its own token, those before it, and all slots: it is not known which of them came after it.
+
+    Args:
+        block: of rows that all hold n entries and have m queries.
+        latest: newest queries to look at; all by default.
+
+    Yields:
+        float32 (rows, heads, group, q, n), the query heads of a group beside each other, each row of n sums to 1.
+    """
+    assert block.queries is not None
+    rows, heads, n, _ = block.keys.shape
+    queries = block.queries if latest is None else block.queries[:, :, max(0, block.queries.shape[2] - latest) :]
+    total, exact = queries.shape[2], block.exact[0]
+    keys, device = block.keys.to(torch.float32), block.keys.device
+    behind = n - torch.arange(n, device=device)  # entry -1 is the newest
+    step = max(1, _PROBABILITIES_AT_ONCE // (rows * queries.shape[1] * n))
+    for start in range(0, total, step):
+        part = queries[:, :, start : start + step].to(torch.float32) * block.scale
+        age = total - start - torch.arange(part.shape[2], device=device)
+        hidden = (behind < age.unsqueeze(-1)) & (behind <= exact)
+        scores = torch.matmul(part.unflatten(1, (heads, -1)), keys.unsqueeze(2).mT)
+        scores = scores.masked_fill_(hidden, -torch.inf).masked_fill_(~block.valid[:, :, None, None], -torch.inf)
+        yield scores.softmax(-1)
