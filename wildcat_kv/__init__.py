@@ -4,7 +4,17 @@ from wildcat_kv.attention import weighted_attention
 from wildcat_kv.cache import CompressedCache, WildCatCache
 from wildcat_kv.compress import Coreset, compress_kv
 from wildcat_kv.config import WildCatConfig
+from wildcat_kv.context import Context, compress_context
 
-__all__ = ["CompressedCache", "Coreset", "WildCatCache", "WildCatConfig", "compress_kv", "weighted_attention"]
+__all__ = [
+    "CompressedCache",
+    "Context",
+    "Coreset",
+    "WildCatCache",
+    "WildCatConfig",
+    "compress_context",
+    "compress_kv",
+    "weighted_attention",
+]
 
 __version__ = "0.1.0"

@@ -17,10 +17,11 @@ from typing_extensions import Self
 from wildcat_kv import persistence
 from wildcat_kv.accounting import cache_bytes, layer_tensors, stored_entries
 from wildcat_kv.attention import NAME, AttentionName
-from wildcat_kv.compressors import Compressor, WildCat
+from wildcat_kv.compressors import Compressor, resolve
 from wildcat_kv.config import WildCatConfig
 from wildcat_kv.identity import ModelIdentity
 from wildcat_kv.layer import Shared, WildCatLayer
+from wildcat_kv.rope import rotation_of
 from wildcat_kv.support import cache_layers, decoder_config, dropped_from
 
 
@@ -35,15 +36,20 @@ class CompressedCache(Cache):
     Args:
         config: the model's own config, `model.config`; a copy of it never reaches the model.
         settings: the budget and the exact ends; or give its fields by name.
-        compressor: the method.
+        compressor: the method: a name from `wildcat_kv.compressors.available()`, or a `Compressor`.
         offloading: keep keys and values on the CPU while other layers work, as Transformers' own offloaded
             cache does; needs CUDA.
         offload_only_non_sliding: leave sliding-window layers on their device.
         **fields: of `WildCatConfig`: `ratio` or `max_tokens`, `sink`, `window` and so on.
 
     Raises:
-        TypeError: config is no Transformers config.
-        ValueError: settings that do not fit, a model that cannot be compressed, or offloading without CUDA.
+        TypeError: config is no Transformers config, or compressor no method.
+        ValueError: settings that do not fit, a name that is no method's, a model that cannot be compressed, or
+            offloading without CUDA.
+
+    Example:
+        cache = CompressedCache(model.config, compressor="snapkv", ratio=0.25)
+        out = model.generate(**inputs, past_key_values=cache)
     """
 
     def __init__(
@@ -51,19 +57,26 @@ class CompressedCache(Cache):
         config: Any,
         settings: WildCatConfig | None = None,
         *,
-        compressor: Compressor,
+        compressor: str | Compressor,
         offloading: bool = False,
         offload_only_non_sliding: bool = False,
         **fields: Any,
     ) -> None:
         settings = _settings(settings, fields)
+        compressor = resolve(compressor, settings)
+        if settings.max_tokens is not None and not compressor.decodes:
+            raise ValueError(
+                f"max_tokens={settings.max_tokens}: {type(compressor).__name__} compresses the prompt alone, so what is "
+                "generated cannot be bounded; give a ratio, or another compressor"
+            )
         if offloading and not torch.cuda.is_available():
             raise ValueError("offloading=True needs a CUDA device to offload from; leave it out on this machine")
         decoder = decoder_config(config)
         layers, full = cache_layers(decoder)
         self._shared = Shared(settings, compressor, getattr(decoder, "max_position_embeddings", None))
+        rotations = {index: rotation_of(decoder, index) for index in full} if compressor.needs_rotation else {}
         for place, index in enumerate(full):
-            layers[index] = WildCatLayer(self._shared, index, place, len(full))
+            layers[index] = WildCatLayer(self._shared, index, place, len(full), rotations.get(index))
         super().__init__(layers=layers, offloading=offloading, offload_only_non_sliding=offload_only_non_sliding)
         # To start anew from: not every layer of Transformers' can be reset in every version.
         self._beside = {index: copy.deepcopy(layer) for index, layer in enumerate(layers) if index not in full}
@@ -97,7 +110,8 @@ class CompressedCache(Cache):
         """Entries held a row: slots and exact tokens, and the padding among them.
 
         Args:
-            layer_idx: the layer; by default the first that is compressed, and all of these hold as many.
+            layer_idx: the layer; by default the first that is compressed. The others hold as many, unless the
+                method deals its budget out unequally between layers.
         """
         return stored_entries(self._compressed_layers()[0] if layer_idx is None else self.layers[layer_idx])
 
@@ -249,7 +263,7 @@ class CompressedCache(Cache):
                 Nothing is changed then.
         """
         saved = persistence.read(path, config, device)
-        saved.check_compressor(options.get("compressor") or WildCat.of(saved.settings))
+        saved.check_compressor(resolve(options.get("compressor", "wildcat"), saved.settings))
         cache = cls(config, saved.settings, **options)
         saved.restore(cache)
         return cache
@@ -337,7 +351,7 @@ class WildCatCache(CompressedCache):
         super().__init__(
             config,
             settings,
-            compressor=WildCat.of(settings),
+            compressor="wildcat",
             offloading=offloading,
             offload_only_non_sliding=offload_only_non_sliding,
         )

@@ -15,6 +15,7 @@ from wildcat_kv.attention import NAME, Forward, MarkedLength, mark, weighted_att
 from wildcat_kv.compressors import Compressor
 from wildcat_kv.config import WildCatConfig
 from wildcat_kv.progress import Progress
+from wildcat_kv.rotation import Rotation
 from wildcat_kv.state import LayerState
 from wildcat_kv.storage import Entries
 from wildcat_kv.value_range import ValueRange
@@ -63,18 +64,23 @@ class WildCatLayer(CacheLayerMixin):
     is_croppable = True
     supports_early_init = True
 
-    def __init__(self, shared: Shared, index: int, place: int, count: int) -> None:
+    def __init__(
+        self, shared: Shared, index: int, place: int, count: int, rotation: Rotation | None = None
+    ) -> None:
         super().__init__()
         self._shared = shared
         self._index = index
         self._place = place
         self._count = count
+        self._rotation = rotation
         self._clear()
 
     def _clear(self) -> None:
         self.is_initialized = False
         shared = self._shared
-        self._state = LayerState(shared.settings, shared.compressor, self._index, self._place, self._count)
+        self._state = LayerState(
+            shared.settings, shared.compressor, self._index, self._place, self._count, self._rotation
+        )
         self._shared.states[self._index] = self._state
         self._offloading = False
         self._arrival: Any = None  # of a copy to the device, on another stream

@@ -40,6 +40,27 @@ def encode_question(tokenizer: Any, context: str, question: str, answer: str = "
     return before, _encode(tokenizer, f"{question}\n{answer}")
 
 
+def repeat_request(tokenizer: Any, *, first: bool) -> tuple[Tensor, Tensor]:
+    """Token ids that ask the model to repeat a part of the context before them, in the words of KVzip.
+
+    Args:
+        tokenizer: of the model.
+        first: whether it is the first part; later ones are told by how they begin, which goes in between.
+
+    Returns:
+        int64 (1, n) of the request, and int64 (1, m) of what stands between it and the model's answer.
+
+    Source: arXiv 2505.23416.
+    """
+    part = "" if first else "part of the "
+    request = f"\n\nRepeat the {part}previous context exactly{'.' if first else ', starting with'}"
+    after = "\n"
+    if tokenizer.chat_template:
+        message = [{"role": "user", "content": _MARKER}]
+        after = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True).split(_MARKER)[1]
+    return _encode(tokenizer, request), _encode(tokenizer, after)
+
+
 def _encode(tokenizer: Any, text: str, *, add_special_tokens: bool = False) -> Tensor:
     ids = tokenizer(text, return_tensors="pt", add_special_tokens=add_special_tokens).input_ids
     return ids.to(torch.int64)

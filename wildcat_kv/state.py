@@ -18,6 +18,7 @@ from wildcat_kv.config import WildCatConfig
 from wildcat_kv.folding import align_right, column_mask, fold_entries
 from wildcat_kv.observation import QueryLog
 from wildcat_kv.progress import Progress
+from wildcat_kv.rotation import Rotation
 from wildcat_kv.storage import Entries, Storage, ordinary_tensors
 from wildcat_kv.value_range import ValueRange
 
@@ -34,6 +35,7 @@ class LayerState:
         index: of the layer among the model's.
         place: of the layer among those that are compressed.
         count: layers that are compressed.
+        rotation: how the layer rotates by position; None where the method does not ask.
 
     Attributes:
         storage: the tensors; None before the first tokens.
@@ -44,12 +46,21 @@ class LayerState:
         value_range: the box around the values of all tokens, to which attention is clipped; likewise.
     """
 
-    def __init__(self, settings: WildCatConfig, compressor: Compressor, index: int, place: int, count: int) -> None:
+    def __init__(
+        self,
+        settings: WildCatConfig,
+        compressor: Compressor,
+        index: int,
+        place: int,
+        count: int,
+        rotation: Rotation | None = None,
+    ) -> None:
         self._settings = settings
         self._compressor = compressor
         self._index = index
         self._place = place
         self._count = count
+        self._rotation = rotation
         self.storage: Storage | None = None
         self.log = None if compressor.observation is None else QueryLog(compressor.observation)
         self.progress = Progress()
@@ -288,6 +299,7 @@ class LayerState:
                 queries=queries,
                 queried=queried,
                 memory=entries.memory,
+                rotation=self._rotation,
             )
             if self._compressor.memory:
                 entries = replace(entries, memory=self._compressor.remember(block))

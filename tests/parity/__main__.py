@@ -66,7 +66,7 @@ CASES = (
     Case("streaming_llm", StreamingLLM(sink=4), "StreamingLLMPress(n_sink=4)"),
     Case("snapkv", SnapKV(), "SnapKVPress"),
     Case("pyramidkv", PyramidKV(), "PyramidKVPress", texts=(1,), declared=False),
-    Case("pyramidkv", PyramidKV(), "PyramidKVPress", texts=(1,), slots=True),
+    Case("pyramidkv", SnapKV(), "PyramidKVPress", texts=(1,), slots=True),
     Case("tova", TOVA(), "TOVAPress"),
     Case("h2o", H2O(recent=0.0, average=True), "ObservedAttentionPress"),
     Case("knorm", KNorm(), "KnormPress"),
@@ -136,10 +136,88 @@ def as_block(method: Compressor, found: dict[str, Tensor], layer: int) -> KVBloc
 
 def choose(case: Case, found: dict[str, Tensor], layer: int, budget: int) -> Tensor:
     """The tokens of a layer that our method keeps, bool (heads, n)."""
-    method = SnapKV() if case.slots else case.method
-    if case.slots:  # a pyramid is SnapKV but for the slots of a layer
+    if case.slots:
         budget = int(found[f"kept.{case.name}"][layer, 0].sum())
-    block = as_block(method, found, layer)
-    coreset = method.compress(block, [budget])
+    block = as_block(case.method, found, layer)
+    coreset = case.method.compress(block, [budget])
     kept = [keys[valid] for keys, valid in zip(coreset.keys[0], coreset.valid[0], strict=True)]
     return kept_mask(block.keys[0], kept)
+
+
+def write_job(folder: Path) -> list[Path]:
+    """Write `job.json` for the reference, with the texts as token ids; returns where its results will be."""
+    model = default_model_path()
+    tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True)
+    texts = []
+    for seed, (length, ratio) in enumerate(TEXTS):
+        ids = tokenizer(build_context(tokenizer, length + 20, (), seed=seed), add_special_tokens=False).input_ids
+        texts.append({"ids": ids[:length], "ratio": ratio, "output": str(folder / f"{length}.safetensors")})
+    (folder / "job.json").write_text(json.dumps({"model": str(model), "texts": texts}))
+    return [Path(text["output"]) for text in texts]
+
+
+@torch.no_grad()
+def compare(results: Sequence[Path]) -> list[Agreement]:
+    """How far each of CASES agrees with the reference's results, one file for each of TEXTS."""
+    agreements = [Agreement() for _ in CASES]
+    for text, (path, (length, ratio)) in enumerate(zip(results, TEXTS, strict=True)):
+        found = load_file(path)
+        for case, agreement in zip(CASES, agreements, strict=True):
+            if text not in case.texts:
+                continue
+            for layer in range(len(found["keys"])):
+                ours = choose(case, found, layer, int(length * ratio))
+                theirs, scores = (found[f"{what}.{case.name}"][layer] for what in ("kept", "scores"))
+                agreement.add(ours, theirs, scores, case.pooled)
+    return agreements
+
+
+def rows(agreements: Sequence[Agreement]) -> list[tuple[str, ...]]:
+    """The table, its header first."""
+    lines = [("method", "reference", "sets", "identical", "but for ties", "overlap", "what differs")]
+    for case, found in zip(CASES, agreements, strict=True):
+        counts = [str(len(found.same)), str(sum(found.same)), str(sum(found.tied))]
+        overlap = f"{sum(found.overlap) / len(found.overlap):.4f}"
+        name = f"`{case.name}`" + (", the reference's slots" if case.slots else "")
+        lines.append((name, f"`{case.press}`", *counts, overlap, case.note))
+    return lines
+
+
+def write_readme(lines: Sequence[Sequence[str]]) -> None:
+    """Put the table between the markers of the README."""
+    text = README.read_text()
+    before, after = text[: text.index(START) + len(START)], text[text.index(END) :]
+    ruled = [lines[0], ["---"] * 2 + ["---:"] * 4 + ["---"], *lines[1:]]
+    table = "\n".join(f"| {' | '.join(line)} |" for line in ruled)
+    README.write_text(f"{before}\n\n{table}\n\n{after}")
+
+
+def main() -> int:
+    """Run both sides, print and write the table; 1 if a method that should agree does not."""
+    parser = argparse.ArgumentParser(prog="python -m tests.parity", description=__doc__.splitlines()[0])
+    parser.add_argument("--reference", type=Path, required=True, help="python of the environment with kvpress")
+    parser.add_argument("--folder", type=Path, help="keep the files here, and use the reference's if they are there")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = arguments.folder or Path(temporary)
+        results = write_job(folder)
+        if not all(path.is_file() for path in results):
+            command = [arguments.reference, "-m", "tests.parity.reference", folder / "job.json"]
+            subprocess.run(command, check=True)
+        agreements = compare(results)
+    lines = rows(agreements)
+    table = Table(title="Kept by our methods and by kvpress")
+    for name in lines[0]:
+        table.add_column(name, justify="right" if name in lines[0][2:6] else "left")
+    for line in lines[1:]:
+        table.add_row(*(cell.replace("`", "") for cell in line))
+    Console().print(table)
+    write_readme(lines)
+    wrong = [case.name for case, found in zip(CASES, agreements, strict=True) if case.declared and not all(found.tied)]
+    for name in wrong:
+        print(f"{name} keeps other tokens than the reference", file=sys.stderr)
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -5,11 +5,14 @@ from wildcat_kv.compressors.attention_matching import AttentionMatching
 from wildcat_kv.compressors.balancekv import BalanceKV
 from wildcat_kv.compressors.base import Compressor, KVBlock
 from wildcat_kv.compressors.cur import CUR
+from wildcat_kv.compressors.expected_attention import ExpectedAttention
 from wildcat_kv.compressors.h2o import H2O
 from wildcat_kv.compressors.keydiff import KeyDiff
 from wildcat_kv.compressors.knorm import KNorm
+from wildcat_kv.compressors.kvzip import KVzip
 from wildcat_kv.compressors.lagkv import LagKV
 from wildcat_kv.compressors.pyramidkv import PyramidKV
+from wildcat_kv.compressors.registry import Method, available, resolve
 from wildcat_kv.compressors.scorer import Scorer
 from wildcat_kv.compressors.snapkv import SnapKV
 from wildcat_kv.compressors.streaming_llm import StreamingLLM
@@ -25,14 +28,19 @@ __all__ = [
     "AttentionMatching",
     "BalanceKV",
     "Compressor",
+    "ExpectedAttention",
     "KNorm",
     "KVBlock",
+    "KVzip",
     "KeyDiff",
     "LagKV",
+    "Method",
     "PyramidKV",
     "Scorer",
     "SnapKV",
     "StreamingLLM",
     "Uniform",
     "WildCat",
+    "available",
+    "resolve",
 ]

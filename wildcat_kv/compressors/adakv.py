@@ -53,6 +53,11 @@ class AdaKV(Compressor):
         return self.scorer.decodes
 
     @property
+    def needs_rotation(self) -> bool:  # type: ignore[override]
+        """Whether the scorer does."""
+        return self.scorer.needs_rotation
+
+    @property
     def observation(self) -> Observation | None:
         """What the scorer wants to see."""
         return self.scorer.observation

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -9,10 +10,13 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
+from typing_extensions import Self
 
 from wildcat_kv.bins import take_columns
 from wildcat_kv.compress import Coreset
+from wildcat_kv.config import WildCatConfig
 from wildcat_kv.observation import Observation
+from wildcat_kv.rotation import Rotation
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,7 @@ class KVBlock:
             is that of the token which is entry -j while j <= exact. None where the method asked for none.
         queried: queries of each row.
         memory: float32 (rows, heads, n, m), what the method remembers of each entry; m is its `memory`.
+        rotation: how the layer rotates by position; None where the method did not ask.
     """
 
     keys: Tensor
@@ -59,6 +64,7 @@ class KVBlock:
     queries: Tensor | None = None
     queried: Sequence[int] | None = None
     memory: Tensor | None = None
+    rotation: Rotation | None = None
 
     def items(self, entries: Tensor) -> Tensor:
         """The items among entries (rows, heads, n, ...), right-aligned: (rows, heads, max(lengths), ...)."""
@@ -133,16 +139,29 @@ class Compressor(ABC):
         paper: where it was published.
         decodes: whether it can compress what is generated, not only the prompt.
         memory: numbers to remember of each entry from fold to fold, see `remember`.
+        needs_rotation: whether it undoes and redoes the model's rotary positions.
     """
 
     paper: ClassVar[str] = ""
     decodes: ClassVar[bool] = True
     memory: ClassVar[int] = 0
+    needs_rotation: ClassVar[bool] = False
+
+    @classmethod
+    def of(cls, settings: WildCatConfig) -> Self:
+        """The method as it is by default, with the settings' seed where it draws at random."""
+        seeded = dataclasses.is_dataclass(cls) and "seed" in {field.name for field in dataclasses.fields(cls)}
+        return cls(seed=settings.seed) if seeded else cls()
 
     @property
     def observation(self) -> Observation | None:
         """The queries that the method learns from; None for none."""
         return None
+
+    @property
+    def needs_queries(self) -> bool:
+        """Whether it learns from queries."""
+        return self.observation is not None
 
     @abstractmethod
     def compress(self, block: KVBlock, budget: Sequence[int]) -> Coreset:

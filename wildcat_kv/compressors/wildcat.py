@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from typing_extensions import Self
 
 from wildcat_kv.bins import BinLayout
 from wildcat_kv.compress import Coreset, compress_bins
@@ -37,10 +38,10 @@ class WildCat(Compressor):
     weights: Weights = "nystrom"
     seed: int = 0
 
-    @staticmethod
-    def of(settings: WildCatConfig) -> WildCat:
+    @classmethod
+    def of(cls, settings: WildCatConfig) -> Self:
         """The method with the parameters that `settings` give it."""
-        return WildCat(settings.bin_rank, settings.temperature, settings.weights, settings.seed)
+        return cls(settings.bin_rank, settings.temperature, settings.weights, settings.seed)
 
     def compress(self, block: KVBlock, budget: Sequence[int]) -> Coreset:
         """See `Compressor`."""

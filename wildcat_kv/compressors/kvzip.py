@@ -1,0 +1,113 @@
+"""KVzip: what the model attends to when it repeats the context."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from typing_extensions import Self
+
+from wildcat_kv.compress import Coreset, full_precision
+from wildcat_kv.compressors.base import Compressor, KVBlock
+from wildcat_kv.compressors.scorer import item_mask, keep_best, rank_descending
+from wildcat_kv.config import WildCatConfig
+
+# Queries whose probabilities are held at once, over one chunk.
+_QUERIES_AT_ONCE = 256
+
+
+@dataclass(frozen=True)
+class KVzip(Compressor):
+    """Keep the tokens that the model attends to most while it reconstructs the context, in any layer and head.
+
+    Needs the model: a second pass over the context, which `wildcat_kv.compress_context` makes. So it compresses a
+    context once, and nothing that comes later. Layers and heads compete for all slots; those with fewer than
+    others have padding slots.
+
+    Attributes:
+        scores: float32 (layers, rows, heads, n), of the compressed layers.
+        layerwise: give every layer the same number of slots.
+
+    Source: Kim et al., arXiv 2505.23416.
+    """
+
+    paper: ClassVar[str] = "arXiv 2505.23416"
+    decodes: ClassVar[bool] = False
+
+    scores: Tensor | None = field(default=None, repr=False, compare=False)
+    layerwise: bool = False
+
+    @classmethod
+    def of(cls, settings: WildCatConfig) -> Self:
+        """Refused: the method is nothing without a context."""
+        raise ValueError(
+            "compressor='kvzip' reads the context a second time, which a cache cannot do by itself; call "
+            "wildcat_kv.compress_context(model, input_ids, compressor='kvzip', ...), which returns the cache"
+        )
+
+    @property
+    def needs_queries(self) -> bool:
+        """Those of the second pass."""
+        return True
+
+    def compress(self, block: KVBlock, budget: Sequence[int]) -> Coreset:
+        """See `Compressor`."""
+        if self.scores is None:
+            raise ValueError(
+                "KVzip has no scores; call wildcat_kv.compress_context(model, input_ids, compressor='kvzip', ...)"
+            )
+        scores = self.scores.to(block.keys.device)
+        if scores.shape[3] != block.keys.shape[2] or scores.shape[1] != block.keys.shape[0]:
+            raise ValueError(
+                f"KVzip has scores for {scores.shape[1]} rows of {scores.shape[3]} tokens, and the cache holds "
+                f"{block.keys.shape[0]} of {block.keys.shape[2]}; the scores are of another context"
+            )
+        own = scores[block.layer_index]
+        if self.layerwise:
+            scores, place = own.unsqueeze(0), 0
+        else:
+            place = block.layer_index
+        candidate = item_mask(block)
+        items = torch.stack([block.items(layer).masked_fill(~candidate, -torch.inf) for layer in scores])
+        layers, rows, heads, length = items.shape
+        order = rank_descending(items.transpose(0, 1).flatten(1)).unflatten(1, (layers, heads, length))[:, place]
+        total = torch.tensor([layers * heads * rank for rank in budget], device=items.device).view(rows, 1, 1)
+        counts = ((order < total) & candidate).sum(-1)
+        columns = counts.amax(-1).tolist()
+        return replace(keep_best(block, own, budget, heads=counts, columns=max(columns)), columns=columns)
+
+
+def reconstruction_scores(queries: Tensor, keys: Tensor, *, sink: int, start: int, stop: int, scale: float) -> Tensor:
+    """How much a chunk of the context is attended to while it is repeated, at the most.
+
+    Args:
+        queries: (rows, query_heads, q, d), of the tokens that repeat it.
+        keys: (rows, heads, n + q, d), of the context and of those tokens.
+        sink: first tokens that they see besides.
+        start: first token of the chunk.
+        stop: the one after its last.
+        scale: b, the factor of the attention scores.
+
+    Returns:
+        float32 (rows, heads, stop - start): the largest probability over queries and heads of a group, in the
+        softmax over sinks, chunk and the repeating tokens up to the query's own.
+
+    Source: arXiv 2505.23416.
+    """
+    heads, total = keys.shape[1], queries.shape[2]
+    sink = min(sink, start)
+    seen = torch.cat((keys[:, :, :sink], keys[:, :, start:stop], keys[:, :, -total:]), dim=2).to(torch.float32)
+    before, best = seen.shape[2] - total, keys.new_zeros(*keys.shape[:2], stop - start, dtype=torch.float32)
+    own = torch.arange(total, device=keys.device)
+    with torch.no_grad(), full_precision(keys.device):
+        for first in range(0, total, _QUERIES_AT_ONCE):
+            part = queries[:, :, first : first + _QUERIES_AT_ONCE].to(torch.float32).unflatten(1, (heads, -1)) * scale
+            scores = torch.matmul(part, seen.unsqueeze(2).mT)
+            later = own > own[first : first + part.shape[3], None]
+            scores[..., before:].masked_fill_(later, -torch.inf)
+            chunk = scores.softmax(-1)[..., sink : sink + stop - start]
+            best = torch.maximum(best, chunk.amax((2, 3)))
+    return best

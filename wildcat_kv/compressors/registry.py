@@ -1,0 +1,124 @@
+"""The methods by name: ours, and those that installed packages offer under an entry point."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib.metadata import EntryPoint, entry_points
+
+from wildcat_kv.compressors.adakv import AdaKV
+from wildcat_kv.compressors.attention_matching import AttentionMatching
+from wildcat_kv.compressors.balancekv import BalanceKV
+from wildcat_kv.compressors.base import Compressor
+from wildcat_kv.compressors.cur import CUR
+from wildcat_kv.compressors.expected_attention import ExpectedAttention
+from wildcat_kv.compressors.h2o import H2O
+from wildcat_kv.compressors.keydiff import KeyDiff
+from wildcat_kv.compressors.knorm import KNorm
+from wildcat_kv.compressors.kvzip import KVzip
+from wildcat_kv.compressors.lagkv import LagKV
+from wildcat_kv.compressors.pyramidkv import PyramidKV
+from wildcat_kv.compressors.snapkv import SnapKV
+from wildcat_kv.compressors.streaming_llm import StreamingLLM
+from wildcat_kv.compressors.tova import TOVA
+from wildcat_kv.compressors.uniform import Uniform
+from wildcat_kv.compressors.wildcat import WildCat
+from wildcat_kv.config import WildCatConfig
+
+# An entry point in this group names a subclass of `Compressor`.
+GROUP = "wildcat_kv.compressors"
+
+_OURS: dict[str, type[Compressor]] = {
+    "wildcat": WildCat,
+    "streaming_llm": StreamingLLM,
+    "snapkv": SnapKV,
+    "pyramidkv": PyramidKV,
+    "balancekv": BalanceKV,
+    "uniform": Uniform,
+    "tova": TOVA,
+    "h2o": H2O,
+    "knorm": KNorm,
+    "keydiff": KeyDiff,
+    "expected_attention": ExpectedAttention,
+    "lagkv": LagKV,
+    "cur": CUR,
+    "adakv": AdaKV,
+    "kvzip": KVzip,
+    "attention_matching": AttentionMatching,
+}
+
+
+@dataclass(frozen=True)
+class Method:
+    """What there is to know of a method before it is chosen.
+
+    Attributes:
+        name: as `compressor=` takes it.
+        paper: where it was published.
+        needs_queries: whether it learns from queries, not from keys and values alone.
+        decodes: whether it compresses what is generated, not only the prompt.
+        summary: the first line of its documentation.
+    """
+
+    name: str
+    paper: str
+    needs_queries: bool
+    decodes: bool
+    summary: str
+
+
+def available() -> list[Method]:
+    """All methods: ours, then those of installed packages by name.
+
+    Raises:
+        TypeError: an entry point that is no method.
+
+    Example:
+        >>> [method.name for method in available()][:3]
+        ['wildcat', 'streaming_llm', 'snapkv']
+    """
+    methods = {**_OURS, **{name: _load(point) for name, point in sorted(_theirs().items())}}
+    return [_describe(name, kind) for name, kind in methods.items()]
+
+
+def resolve(compressor: str | Compressor, settings: WildCatConfig) -> Compressor:
+    """A method by its name, as it is by default; a `Compressor` is returned as it is.
+
+    Args:
+        compressor: the name or the object.
+        settings: give WildCat its parameters, and the others their seed.
+
+    Raises:
+        ValueError: there is no such method.
+        TypeError: neither a name nor a method.
+    """
+    if isinstance(compressor, Compressor):
+        return compressor
+    if not isinstance(compressor, str):
+        raise TypeError(
+            f"compressor={compressor!r} is no method; pass an instance of a subclass of wildcat_kv.compressors."
+            "Compressor, or a name such as 'snapkv'"
+        )
+    if compressor in _OURS:
+        return _OURS[compressor].of(settings)
+    theirs = _theirs()
+    if compressor in theirs:
+        return _load(theirs[compressor]).of(settings)
+    raise ValueError(f"compressor={compressor!r}: no such method; there are {', '.join([*_OURS, *sorted(theirs)])}")
+
+
+def _theirs() -> dict[str, EntryPoint]:
+    """Methods of installed packages; one that takes a name of ours is left out."""
+    return {point.name: point for point in entry_points(group=GROUP) if point.name not in _OURS}
+
+
+def _load(point: EntryPoint) -> type[Compressor]:
+    kind = point.load()
+    if not (isinstance(kind, type) and issubclass(kind, Compressor)):
+        raise TypeError(f"the entry point {point.name} = {point.value} of {GROUP} is no subclass of Compressor")
+    return kind
+
+
+def _describe(name: str, kind: type[Compressor]) -> Method:
+    method = kind()
+    summary = (kind.__doc__ or "").strip().split("\n", 1)[0]
+    return Method(name, method.paper, method.needs_queries, method.decodes, summary)

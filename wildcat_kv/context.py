@@ -1,0 +1,184 @@
+"""A context read once and exactly, to be compressed by any method to any budget."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from wildcat_kv.cache import CompressedCache
+from wildcat_kv.compress import Coreset
+from wildcat_kv.compressors import Compressor, KVBlock, KVzip
+from wildcat_kv.compressors.kvzip import reconstruction_scores
+from wildcat_kv.config import WildCatConfig
+from wildcat_kv.layer import WildCatLayer
+from wildcat_kv.observation import Observation
+from wildcat_kv.prompts import repeat_request
+
+# As in the paper: tokens that are repeated at once, and first tokens that are seen besides.
+_CHUNK = 2048
+_SINK = 4
+# Of the chunk before, at the end of the request to repeat the next one.
+_LEAD = 8
+
+
+class Context:
+    """A text that a model has read, with all its keys, values and queries.
+
+    Reading is the expensive part, and the same for all methods: read once, `compress` often.
+
+    Args:
+        model: a Transformers decoder.
+        input_ids: int64 (rows, n).
+        attention_mask: (rows, n), 0 for padding.
+
+    Raises:
+        ValueError: input_ids that are no (rows, n), or a model that cannot be compressed.
+
+    Example:
+        context = Context(model, input_ids)
+        caches = {name: context.compress(compressor=name, ratio=0.25) for name in ("wildcat", "snapkv")}
+    """
+
+    def __init__(self, model: Any, input_ids: Tensor, attention_mask: Tensor | None = None) -> None:
+        if not isinstance(input_ids, Tensor) or input_ids.dim() != 2 or not input_ids.numel():
+            shape = tuple(input_ids.shape) if isinstance(input_ids, Tensor) else type(input_ids).__name__
+            raise ValueError(f"input_ids={shape} must be token ids of shape (rows, n), with n at least 1")
+        self.model = model
+        self.input_ids = input_ids
+        self.attention_mask = attention_mask
+        self._exact = CompressedCache(model.config, compressor=_Everything(), ratio=1.0)
+        self._read(self._exact, input_ids, attention_mask)
+
+    @property
+    def exact(self) -> CompressedCache:
+        """The cache that holds all of it. Clone it to go on from it."""
+        return self._exact
+
+    def compress(
+        self, settings: WildCatConfig | None = None, *, compressor: str | Compressor, tokenizer: Any = None, **fields: Any
+    ) -> CompressedCache:
+        """A cache that has read the context and compressed it; this one stays as it is.
+
+        The same, bit for bit, as a new cache that the model reads the context into.
+
+        Args:
+            settings: the budget and the exact ends; or give its fields by name.
+            compressor: the method; "kvzip" reads the context a second time.
+            tokenizer: of the model; needed by "kvzip" alone.
+            **fields: of `WildCatConfig`.
+
+        Raises:
+            ValueError: as `CompressedCache`; or "kvzip" without a tokenizer, or with padding.
+        """
+        if compressor == "kvzip":
+            compressor = KVzip(self._reconstruct(tokenizer))
+        cache = CompressedCache(self.model.config, settings, compressor=compressor, **fields)
+        mask = None if self.attention_mask is None else self.attention_mask.bool()
+        announced = False
+        for index, source in enumerate(self._exact.layers):
+            layer = cache.layers[index]
+            if not isinstance(layer, WildCatLayer):
+                cache.layers[index] = copy.deepcopy(source)
+                continue
+            state = source.state
+            assert state.storage is not None and state.log is not None
+            if not announced:
+                layer.announce(*self.input_ids.shape, mask)
+                announced = True
+            cache.update(*state.storage.view(), index)
+            queries = state.log.recent()
+            assert queries is not None
+            layer.after_attention(queries, state.progress.scale)
+        return cache
+
+    def _read(self, cache: CompressedCache, input_ids: Tensor, attention_mask: Tensor | None = None) -> None:
+        with torch.no_grad():
+            self.model(input_ids, attention_mask=attention_mask, past_key_values=cache, logits_to_keep=1)
+
+    def _reconstruct(self, tokenizer: Any) -> Tensor:
+        """KVzip's scores, float32 (layers, rows, heads, n): the context is read again, chunk by chunk."""
+        if tokenizer is None:
+            raise ValueError("tokenizer=None: compressor='kvzip' asks the model to repeat the context; pass its tokenizer")
+        if self.attention_mask is not None and not bool(self.attention_mask.all()):
+            raise ValueError("attention_mask hides tokens, which compressor='kvzip' cannot repeat; give rows one by one")
+        n, parts = self.input_ids.shape[1], []
+        for start in range(0, n, _CHUNK):
+            stop = min(start + _CHUNK, n)
+            request, answer = (
+                ids.to(self.input_ids.device).expand(self.input_ids.shape[0], -1)
+                for ids in repeat_request(tokenizer, first=start == 0)
+            )
+            lead = self.input_ids[:, max(0, start - _LEAD) : start]
+            again = torch.cat((request, lead, answer, self.input_ids[:, start:stop]), dim=1)
+            fork = self._exact.clone()  # not every layer could take the tokens back
+            self._read(fork, again)
+            layers = [layer for layer in fork.layers if isinstance(layer, WildCatLayer)]
+            parts.append(torch.stack([_attended(layer, again.shape[1], start, stop) for layer in layers]))
+        return torch.cat(parts, dim=-1)
+
+
+def compress_context(
+    model: Any,
+    input_ids: Tensor,
+    settings: WildCatConfig | None = None,
+    *,
+    compressor: str | Compressor = "wildcat",
+    attention_mask: Tensor | None = None,
+    tokenizer: Any = None,
+    **fields: Any,
+) -> CompressedCache:
+    """Read a context and compress it, by any method: also by those that must read it twice, such as KVzip.
+
+    Args:
+        model: a Transformers decoder.
+        input_ids: int64 (rows, n).
+        settings: the budget and the exact ends; or give its fields by name.
+        compressor: the method.
+        attention_mask: (rows, n), 0 for padding.
+        tokenizer: of the model; needed by "kvzip" alone.
+        **fields: of `WildCatConfig`, for example ratio=0.25.
+
+    Returns:
+        The cache, for questions that follow the context.
+
+    Raises:
+        ValueError: as `Context` and `Context.compress`.
+
+    Example:
+        cache = compress_context(model, input_ids, compressor="kvzip", tokenizer=tokenizer, ratio=0.25)
+    """
+    return Context(model, input_ids, attention_mask).compress(
+        settings, compressor=compressor, tokenizer=tokenizer, **fields
+    )
+
+
+@dataclass(frozen=True)
+class _Everything(Compressor):
+    """Keeps all that a context is, to be compressed by another method."""
+
+    observation_of_all: ClassVar[Observation] = Observation(latest=None, carried=0)
+
+    @property
+    def observation(self) -> Observation:
+        """All queries."""
+        return self.observation_of_all
+
+    def compress(self, block: KVBlock, budget: Sequence[int]) -> Coreset:
+        """Never called: nothing is over a budget of everything."""
+        raise AssertionError("a ratio of 1 never folds")
+
+
+def _attended(layer: WildCatLayer, again: int, start: int, stop: int) -> Tensor:
+    """KVzip's scores of one layer for [start, stop), which its last `again` tokens have just repeated."""
+    state = layer.state
+    assert state.storage is not None and state.log is not None
+    queries, keys = state.log.recent(), state.storage.entries.keys
+    assert queries is not None
+    return reconstruction_scores(
+        queries[:, :, -again:], keys, sink=_SINK, start=start, stop=stop, scale=state.progress.scale
+    )

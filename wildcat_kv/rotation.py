@@ -1,0 +1,48 @@
+"""Rotary positions, to be undone and done again at other positions. Pure tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+class Rotation:
+    """How one layer rotates queries and keys by their positions.
+
+    Args:
+        angles: takes positions int64 (rows, n) to cosines and sines (rows, n, r); None for a layer without positions.
+        turn: takes vectors (rows, heads, n, r), cosines and sines to rotated vectors.
+    """
+
+    def __init__(
+        self,
+        angles: Callable[[Tensor], tuple[Tensor, Tensor]] | None,
+        turn: Callable[[Tensor, Tensor, Tensor], Tensor] | None,
+    ) -> None:
+        self._angles = angles
+        self._turn = turn
+
+    def back(self, vectors: Tensor, positions: Tensor) -> Tensor:
+        """Undo the rotation of vectors (rows, heads, n, d) that stand at positions int64 (rows, n)."""
+        if self._angles is None:
+            return vectors
+        cos, sin = self._angles(positions)
+        # Scaled rotations stretch as well: cosine and sine square up to the square of the factor.
+        stretch = (cos[..., :1].square() + sin[..., :1].square()).unsqueeze(1)
+        return self._part(vectors, cos, -sin, stretch)
+
+    def average(self, vectors: Tensor, positions: Tensor) -> Tensor:
+        """Vectors (rows, heads, n, d), each rotated to all of positions int64 (rows, m) and averaged over them."""
+        if self._angles is None:
+            return vectors
+        cos, sin = (angle.mean(1, keepdim=True).expand(-1, vectors.shape[2], -1) for angle in self._angles(positions))
+        return self._part(vectors, cos, sin)
+
+    def _part(self, vectors: Tensor, cos: Tensor, sin: Tensor, stretch: Tensor | float = 1.0) -> Tensor:
+        """Turn the channels that are rotated, and leave the others."""
+        assert self._turn is not None
+        channels = cos.shape[-1]
+        turned = self._turn(vectors[..., :channels], cos, sin) / stretch
+        return torch.cat((turned, vectors[..., channels:]), dim=-1)
