@@ -5,10 +5,11 @@ BIN := $(VENV)/bin
 CONSTRAINTS ?= constraints.txt
 READY := $(VENV)/.ready
 OLDEST := 5.17.0
+REFERENCE := kvpress==0.5.5 transformers==5.2.0
 CACHE_TESTS := $(addprefix tests/test_,$(addsuffix .py,attention batches cache contract families fuzz numerics \
 	persistence placement rollback))
 
-.PHONY: demo test lint needle bench test-oldest nightly test-upstream clean
+.PHONY: demo test lint compare bench test-oldest nightly test-upstream parity clean
 
 demo: $(READY)
 	$(BIN)/wildcat-kv demo
@@ -21,8 +22,8 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-needle: $(READY)
-	$(BIN)/python -m eval.needle
+compare: $(READY)
+	$(BIN)/python -m eval.compare
 
 bench: $(READY)
 	$(BIN)/python -m benchmarks.prefill --tokens 4096 --tokens 8000
@@ -53,5 +54,16 @@ test-upstream: $(READY)
 .constraints-oldest.txt: constraints.txt
 	sed -E 's/^transformers==.*/transformers==$(OLDEST)/; /^(huggingface_hub|tokenizers)==/d' $< > $@
 
+# Every baseline against the reference library, which needs an older Transformers: an environment of its own.
+parity: $(READY) .venv-parity/.ready
+	$(BIN)/python -m tests.parity --reference .venv-parity/bin/python
+
+.venv-parity/.ready: $(CONSTRAINTS)
+	$(PYTHON) -m venv .venv-parity
+	.venv-parity/bin/python -m pip install --quiet --upgrade pip
+	.venv-parity/bin/python -m pip install --quiet $$(grep '^torch==' $(CONSTRAINTS))
+	.venv-parity/bin/python -m pip install --quiet $(REFERENCE)
+	touch $@
+
 clean:
-	rm -rf .venv .venv-oldest build *.egg-info
+	rm -rf .venv .venv-oldest .venv-parity build *.egg-info

@@ -37,9 +37,9 @@ class FoldClock:
         """Put the clock around every fold."""
         self._fold = WildCatLayer.after_attention
 
-        def timed(layer: WildCatLayer, scale: float) -> None:
+        def timed(layer: WildCatLayer, query: torch.Tensor, scale: float) -> None:
             start = now(self._device)
-            self._fold(layer, scale)
+            self._fold(layer, query, scale)
             self.seconds += now(self._device) - start
 
         setattr(WildCatLayer, "after_attention", timed)  # noqa: B010

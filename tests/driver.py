@@ -4,15 +4,37 @@ import torch
 import transformers as tf
 
 from tests.tiny import SMALL
-from wildcat_kv import WildCatCache
+from wildcat_kv import CompressedCache, WildCatCache, WildCatConfig, compressors
 
 SCALE = 0.25
 
+# Every method that compresses what a cache reads, its windows as small as the caches of these tests.
+METHODS = {
+    **{
+        method.name: compressors.resolve(method.name, WildCatConfig(ratio=1.0, bin_rank=4))
+        for method in compressors.available()
+        if method.decodes
+    },
+    "snapkv": compressors.SnapKV(window=5, kernel=3),
+    "pyramidkv": compressors.PyramidKV(window=5, kernel=3, beta=4),
+    "balancekv": compressors.BalanceKV(block=8),
+    "lagkv": compressors.LagKV(sink=2, lag=6),
+    "cur": compressors.CUR(sink=2, window=5),
+    "expected_attention": compressors.ExpectedAttention(future=9, carried=6),
+    "adakv": compressors.AdaKV(compressors.H2O(recent=0.25)),
+    "attention_matching": compressors.AttentionMatching(queries=20, carried=7),
+}
+# Methods that give all heads and layers the same number of slots.
+EVEN = [name for name in METHODS if name not in ("pyramidkv", "adakv")]
 
-def small_cache(layers=2, **settings):
-    """A WildCatCache for two key heads of 16 channels, whose sinks, window and bins are small."""
+
+def small_cache(layers=2, method="wildcat", **settings):
+    """A cache for two key heads of 16 channels, whose sinks, window and bins are small."""
     config = tf.LlamaConfig(**{**SMALL, "num_hidden_layers": layers})
-    return WildCatCache(config, **{"sink": 3, "window": 8, "bin_rank": 4, **settings})
+    settings = {"sink": 3, "window": 8, "bin_rank": 4, **settings}
+    if method == "wildcat":
+        return WildCatCache(config, **settings)
+    return CompressedCache(config, compressor=METHODS[method], **settings)
 
 
 def tokens(rows, length, seed=0, heads=2, channels=16):
@@ -44,8 +66,11 @@ def state(cache):
         if not hasattr(layer, "announce") or layer.stored == 0:
             continue
         entries, folded = layer.state.storage.entries, layer.state.folded_range
+        log = layer.state.log
+        queries = [] if log is None else [tensor for tensor in (log.carried, log.recent()) if tensor is not None]
         boxes = [box.tensors() for box in (folded, layer.state.value_range) if box is not None]
-        found.append(([tensor.clone() for tensor in entries.tensors()], boxes, vars(layer.state.progress).copy()))
+        tensors = [tensor.clone() for tensor in (*entries.tensors(), *queries)]
+        found.append((tensors, boxes, vars(layer.state.progress).copy()))
     return found
 
 

@@ -2,23 +2,25 @@
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.driver import assert_same, read, small_cache, state, tokens
+from tests.driver import METHODS, assert_same, read, small_cache, state, tokens
 from tests.tiny import random_ids, tiny_model
 from wildcat_kv import WildCatCache
 
 BUDGETS = [{"ratio": 0.25}, {"ratio": 0.6}, {"max_tokens": 30}, {"max_tokens": 64}]
 
 
+@pytest.mark.parametrize("method", METHODS)
+@settings(max_examples=max(10, settings().max_examples // 4))
 @given(
     st.sampled_from(BUDGETS),
     st.lists(st.integers(1, 60), min_size=1, max_size=5),
     st.integers(0, 99),
     st.integers(0, 59),
 )
-def test_a_row_of_any_call_is_what_the_row_alone_is(budget, counts, seed, late):
+def test_a_row_of_any_call_is_what_the_row_alone_is(method, budget, counts, seed, late):
     """Rows padded on the left in every one of several calls, of very different lengths; one that starts late."""
     rows, total = 3, sum(counts)
     keys, values = tokens(rows, total, seed)
@@ -33,13 +35,13 @@ def test_a_row_of_any_call_is_what_the_row_alone_is(budget, counts, seed, late):
     # Padding that is loud: were it counted anywhere, mean, norms, clip or draw, it would show.
     loud = torch.where(mask, 1.0, 40.0).view(rows, 1, total, 1)
     keys, values = keys * loud, values * loud
-    together = small_cache(**budget)
+    together = small_cache(method=method, **budget)
     at = 0
     for count in counts:
         read(together, keys, values, at, count, mask)
         at += count
     for row in range(rows):
-        alone, at, column = small_cache(**budget), 0, 0
+        alone, at, column = small_cache(method=method, **budget), 0, 0
         own = mask[row]
         for count in counts:
             shown = int(own[column : column + count].sum())
@@ -87,7 +89,8 @@ def test_rows_padded_on_the_right_answer_as_they_do_alone(budget):
 
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("how", ["reorder_cache", "batch_select_indices", "batch_repeat_interleave"])
-def test_rows_that_move_take_all_that_is_theirs_along(how, masked):
+@pytest.mark.parametrize("method", METHODS)
+def test_rows_that_move_take_all_that_is_theirs_along(method, how, masked):
     """Slots, weights, windows, clips and counts; what is read next goes to the right row."""
     keys, values = tokens(3, 150)
     scale = torch.tensor([1.0, 5.0, 30.0]).view(3, 1, 1, 1)  # clips that differ from row to row
@@ -95,7 +98,7 @@ def test_rows_that_move_take_all_that_is_theirs_along(how, masked):
     if masked:
         mask[0, :50], mask[2, :17] = False, False
     index = torch.arange(3).repeat_interleave(2) if how == "batch_repeat_interleave" else torch.tensor([2, 1, 0, 0])
-    moved, fresh = small_cache(ratio=0.25), small_cache(ratio=0.25)
+    moved, fresh = (small_cache(method=method, ratio=0.25) for _ in range(2))
     read(moved, keys, values * scale, 0, 100, mask)
     getattr(moved, how)(2 if how == "batch_repeat_interleave" else index)
     read(fresh, keys[:, index], (values * scale)[:, index], 0, 100, mask[index])

@@ -123,10 +123,15 @@ def test_demo_prints_one_table(monkeypatch, capsys):
 
 
 @pytest.mark.real
-def test_needle_evaluation_writes_its_samples(tmp_path):
-    from eval import needle
+def test_comparison_writes_its_samples(tmp_path, capsys):
+    from eval import compare
 
     path = tmp_path / "samples.jsonl"
-    needle.main(samples=1, only=["exact"], output=path)
-    (line,) = path.read_text().splitlines()
-    assert set(json.loads(line)) == {"seed", "ratio", "exact", "wildcat"}
+    compare.main(samples=1, ratio=[0.25], only=["exact", "snapkv"], output=path)
+    lines = {line["method"]: line for line in map(json.loads, path.read_text().splitlines())}
+    assert set(lines) == {"exact", "snapkv", "wildcat"}
+    assert all(set(line) == {"method", "seed", "ratio", "needle", "drift", "kept"} for line in lines.values())
+    assert lines["exact"]["drift"] < 1e-6 < lines["wildcat"]["drift"]
+    assert lines["exact"]["kept"] > 4 * lines["wildcat"]["kept"] - 4
+    assert lines["wildcat"]["kept"] == lines["snapkv"]["kept"]
+    assert "snapkv" in capsys.readouterr().out

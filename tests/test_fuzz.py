@@ -1,5 +1,6 @@
 """Any order of what can happen to a cache, against a record of everything that was read."""
 
+import dataclasses
 import tempfile
 from pathlib import Path
 
@@ -10,11 +11,10 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from tests.driver import SCALE
+from tests.driver import EVEN, METHODS, SCALE
 from tests.tiny import SMALL
 from wildcat_kv import CompressedCache, WildCatCache, WildCatConfig
 from wildcat_kv.budget import block_size, kept_tokens
-from wildcat_kv.compressors import Uniform
 
 LAYERS = {"full": ["full_attention"] * 2, "hybrid": ["full_attention", "sliding_attention", "full_attention"]}
 BUDGETS = [
@@ -39,7 +39,7 @@ class Caches(RuleBasedStateMachine):
         rows=st.integers(1, 3),
         masked=st.booleans(),
         dtype=st.sampled_from([torch.float32, torch.bfloat16]),
-        method=st.sampled_from(["wildcat", "uniform"]),
+        method=st.sampled_from(["wildcat", *METHODS]),
         seed=st.integers(0, 2**16),
     )
     def build(self, kind, budget, rows, masked, dtype, method, seed):
@@ -48,8 +48,9 @@ class Caches(RuleBasedStateMachine):
             **{**SMALL, "num_hidden_layers": len(types), "layer_types": types, "sliding_window": 8}
         )
         self.settings = WildCatConfig(**{"sink": 3, "window": 6, "bin_rank": 4, **budget})
-        self.options = {"compressor": Uniform()} if method == "uniform" else {}
-        self.make = CompressedCache if method == "uniform" else WildCatCache
+        self.options = {} if method == "wildcat" else {"compressor": METHODS[method]}
+        self.make = WildCatCache if method == "wildcat" else CompressedCache
+        self.even = method in EVEN
         self.cache = self.make(self.config, self.settings, **self.options)
         self.generator = torch.Generator().manual_seed(seed)
         self.masked, self.dtype, self.rows = masked, dtype, rows
@@ -103,12 +104,12 @@ class Caches(RuleBasedStateMachine):
         """Candidates, of which some are rejected."""
         self.record()
         self.forward(count)
-        self.crop(share * count / self.cache.layers[0].state.progress.exact)
+        self.crop(share * count / self.cache.layers[0].state.croppable)
 
     @rule(share=st.floats(0, 1))
     def crop(self, share):
         """As many as can be taken back, and no more."""
-        can = self.cache.layers[0].state.progress.exact
+        can = self.cache.layers[0].state.croppable
         for layer in self.cache.layers:
             if not hasattr(layer, "announce") and self.valid.shape[1]:
                 held = layer.keys.shape[-2]
@@ -180,7 +181,10 @@ class Caches(RuleBasedStateMachine):
             assert layer.keys.shape == entries.keys.shape
         numbers = [vars(layer.state.progress) for layer in self.cache.layers if hasattr(layer, "announce")]
         for other in numbers[1:]:  # all layers fold alike
-            assert all(other[name] == numbers[0][name] for name in ("rows", "seen", "folded_at", "masked"))
+            assert all(other[name] == numbers[0][name] for name in ("seen", "folded_at", "masked", "settled"))
+            for row, first in zip(other["rows"], numbers[0]["rows"], strict=True):
+                assert dataclasses.replace(row, spare=0) == dataclasses.replace(first, spare=0)
+                assert not self.even or row.spare == 0
 
     @invariant()
     def what_is_stored_is_within_budget(self):
@@ -189,11 +193,20 @@ class Caches(RuleBasedStateMachine):
             if not hasattr(layer, "announce") or not self.valid.shape[1]:
                 continue
             if self.settings.max_tokens is not None:
-                assert layer.stored <= self.settings.max_tokens + slack
+                assert layer.stored - layer.state.progress.spare <= self.settings.max_tokens + slack
                 continue
             block = block_size(self.settings)
             for row in layer.state.count_rows(layer.state.progress.seen):
-                assert row.stored <= kept_tokens(row.seen, self.settings.ratio) + block + slack
+                assert row.counted <= kept_tokens(row.seen, self.settings.ratio) + block + slack
+
+    @invariant()
+    def heads_and_layers_share_what_the_budget_counts(self):
+        layers = [layer for layer in self.cache.layers if hasattr(layer, "announce")]
+        if not self.valid.shape[1]:
+            return
+        held = torch.stack([layer.state.storage.entries.valid.sum(-1).float().mean(-1) for layer in layers]).mean(0)
+        for number, row in enumerate(layers[0].state.count_rows(self.valid.shape[1])):
+            assert held[number] <= row.counted + 1e-3
 
     @invariant()
     def what_is_stored_was_read(self):

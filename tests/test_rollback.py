@@ -4,11 +4,11 @@ import copy
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import DynamicCache
 
-from tests.driver import assert_same, read, small_cache, state, tokens
+from tests.driver import METHODS, assert_same, read, small_cache, state, tokens
 from tests.tiny import random_ids, tiny_model
 from wildcat_kv import WildCatCache
 from wildcat_kv.budget import block_size
@@ -29,6 +29,8 @@ def padded(rows, length, seed):
     return mask
 
 
+@pytest.mark.parametrize("method", METHODS)
+@settings(max_examples=max(10, settings().max_examples // 4))
 @given(
     st.sampled_from(BUDGETS),
     st.integers(1, 60),
@@ -36,11 +38,11 @@ def padded(rows, length, seed):
     st.booleans(),
     st.integers(0, 99),
 )
-def test_crop_leaves_what_would_be_there_without_the_tokens(budget, prompt, steps, masked, seed):
+def test_crop_leaves_what_would_be_there_without_the_tokens(method, budget, prompt, steps, masked, seed):
     """Candidates are read and some are taken back, against reading the accepted ones alone."""
     keys, values = tokens(2, 300, seed)
     mask = padded(2, 300, seed) if masked else None
-    cache, other, plain = (small_cache(**budget) for _ in range(3))
+    cache, other, plain = (small_cache(method=method, **budget) for _ in range(3))
     cache.activate_past_recording()
     other.activate_past_recording()
     at = 0

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 
@@ -44,6 +45,18 @@ def stored_entries(layer: Any) -> int:
 def stored_tokens(cache: Any) -> int:
     """Columns of keys that the fullest layer of a Transformers cache holds."""
     return max(map(stored_entries, cache.layers), default=0)
+
+
+def entries_a_head(cache: Any) -> float:
+    """Entries that a key head holds, on average over rows, heads and compressed layers; padding is none.
+
+    Of a cache that is not ours, columns of keys.
+    """
+    states = [layer.state for layer in cache.layers if hasattr(layer, "state")]
+    if not states:
+        return float(stored_tokens(cache))
+    shares = [state.storage.entries.valid.sum(-1).float().mean() for state in states if state.storage is not None]
+    return float(torch.stack([share.cpu() for share in shares]).mean()) if shares else 0.0
 
 
 @dataclass(frozen=True)

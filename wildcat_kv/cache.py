@@ -66,8 +66,8 @@ class CompressedCache(Cache):
         compressor = resolve(compressor, settings)
         if settings.max_tokens is not None and not compressor.decodes:
             raise ValueError(
-                f"max_tokens={settings.max_tokens}: {type(compressor).__name__} compresses the prompt alone, so what is "
-                "generated cannot be bounded; give a ratio, or another compressor"
+                f"max_tokens={settings.max_tokens}: {type(compressor).__name__} compresses the prompt alone, so what "
+                "is generated cannot be bounded; give a ratio, or another compressor"
             )
         if offloading and not torch.cuda.is_available():
             raise ValueError("offloading=True needs a CUDA device to offload from; leave it out on this machine")

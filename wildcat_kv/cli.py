@@ -19,7 +19,8 @@ from rich.table import Table
 from transformers import Cache, DynamicCache
 
 from wildcat_kv.accounting import TimedStreamer, Timing, cache_bytes, stored_tokens
-from wildcat_kv.cache import WildCatCache
+from wildcat_kv.cache import CompressedCache, WildCatCache
+from wildcat_kv.compressors import available, resolve
 from wildcat_kv.config import WildCatConfig
 from wildcat_kv.haystack import build_context, make_needles
 from wildcat_kv.models import load_model
@@ -35,6 +36,7 @@ app = typer.Typer(
 ModelOption = Annotated[
     str | None, typer.Option(help="Hub id, local folder or GGUF file. Default: SmolLM2-135M-Instruct, from PyPI.")
 ]
+MethodOption = Annotated[str, typer.Option(help="How to compress; `wildcat-kv methods` lists the names.")]
 RatioOption = Annotated[float | None, typer.Option(help="Share of the tokens to keep, in (0, 1].")]
 DtypeOption = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
 DeviceOption = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps ... Default: cuda if there is one.")]
@@ -74,9 +76,25 @@ def demo(
 
 
 @app.command()
+def methods() -> None:
+    """List the compression methods, ours and those of installed packages."""
+    table = Table("name", "what it does", "paper", "queries", "decodes", box=None, padding=(0, 2, 0, 0))
+    for method in available():
+        marks = ("yes" if has else "no" for has in (method.needs_queries, method.decodes))
+        table.add_row(method.name, method.summary, method.paper.removeprefix("arXiv "), *marks)
+    console = Console()
+    console.print(table)
+    console.print(
+        "\npaper: on arXiv. queries: learns from queries, not from keys and values alone. decodes: compresses what is "
+        "generated, too; one that does not reads a context by wildcat_kv.compress_context()."
+    )
+
+
+@app.command()
 def generate(
     prompt_file: Annotated[Path, typer.Option(help="Text file with the prompt; '-' for standard input.")],
     model: ModelOption = None,
+    method: MethodOption = "wildcat",
     ratio: RatioOption = None,
     max_tokens: Annotated[int | None, typer.Option(help="Most tokens to store in a layer, instead of a ratio.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Length of the answer.", min=1)] = 128,
@@ -88,10 +106,11 @@ def generate(
 ) -> None:
     """Answer a prompt with a compressed cache; the answer goes to stdout, the accounting to stderr."""
     settings = _settings(preset, ratio, max_tokens, seed)
+    compressor = resolve(method, settings)
     prompt = _read(prompt_file)
     loaded, tokenizer = load_model(model, _dtype(dtype), _device(device))
     ids = encode_prompt(tokenizer, prompt, chat=chat).to(loaded.device)
-    cache = WildCatCache(loaded.config, settings)
+    cache = CompressedCache(loaded.config, settings, compressor=compressor)
     text = _TextStream(tokenizer, lambda piece: print(piece, end="", flush=True))
     with _steps() as progress:
         read = progress.add_task(f"reading {ids.shape[1]} tokens", total=None)

@@ -60,7 +60,12 @@ class Context:
         return self._exact
 
     def compress(
-        self, settings: WildCatConfig | None = None, *, compressor: str | Compressor, tokenizer: Any = None, **fields: Any
+        self,
+        settings: WildCatConfig | None = None,
+        *,
+        compressor: str | Compressor,
+        tokenizer: Any = None,
+        **fields: Any,
     ) -> CompressedCache:
         """A cache that has read the context and compressed it; this one stays as it is.
 
@@ -88,7 +93,7 @@ class Context:
             state = source.state
             assert state.storage is not None and state.log is not None
             if not announced:
-                layer.announce(*self.input_ids.shape, mask)
+                layer.announce(self.input_ids.shape[0], self.input_ids.shape[1], mask)
                 announced = True
             cache.update(*state.storage.view(), index)
             queries = state.log.recent()
@@ -103,9 +108,13 @@ class Context:
     def _reconstruct(self, tokenizer: Any) -> Tensor:
         """KVzip's scores, float32 (layers, rows, heads, n): the context is read again, chunk by chunk."""
         if tokenizer is None:
-            raise ValueError("tokenizer=None: compressor='kvzip' asks the model to repeat the context; pass its tokenizer")
+            raise ValueError(
+                "tokenizer=None: compressor='kvzip' asks the model to repeat what it read; pass its tokenizer"
+            )
         if self.attention_mask is not None and not bool(self.attention_mask.all()):
-            raise ValueError("attention_mask hides tokens, which compressor='kvzip' cannot repeat; give rows one by one")
+            raise ValueError(
+                "attention_mask hides tokens, and compressor='kvzip' repeats all; give the rows one by one"
+            )
         n, parts = self.input_ids.shape[1], []
         for start in range(0, n, _CHUNK):
             stop = min(start + _CHUNK, n)

@@ -64,9 +64,7 @@ class WildCatLayer(CacheLayerMixin):
     is_croppable = True
     supports_early_init = True
 
-    def __init__(
-        self, shared: Shared, index: int, place: int, count: int, rotation: Rotation | None = None
-    ) -> None:
+    def __init__(self, shared: Shared, index: int, place: int, count: int, rotation: Rotation | None = None) -> None:
         super().__init__()
         self._shared = shared
         self._index = index

@@ -110,11 +110,11 @@ class QueryLog:
         rows = torch.arange(len(counts), device=queries.device)
         return queries.transpose(1, 2)[rows[:, None], order].transpose(1, 2), shown.sum(-1).tolist()
 
-    def fold(self, queries: Tensor | None, later: int) -> None:
-        """Carry the newest of `queries` over a fold that `later` columns came after."""
-        recent, carried = self.recent(), self.observation.carried
+    def fold(self, queries: Tensor | None, kept: Sequence[int], later: int) -> None:
+        """Carry the newest `kept[b]` of each row's `queries` over a fold that `later` columns came after."""
+        recent, width = self.recent(), max(kept)
         with ordinary_tensors():  # copies: a view would hold on to the queries of the whole prompt
-            self.carried = queries[:, :, -carried:].clone() if carried and queries is not None else None
+            self.carried = queries[:, :, -width:].clone() if width and queries is not None else None
             self._parts = [recent[:, :, -later:].clone()] if later and recent is not None else []
 
     def select_rows(self, index: Tensor) -> None:

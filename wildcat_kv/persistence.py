@@ -240,7 +240,8 @@ def _ours(progress: Progress, own: dict[str, Tensor]) -> _Ours:
     queries = [tensor for tensor in (carried, recent) if tensor is not None]
     if any(tensor.dim() != 4 or tensor.shape[::3] != (keys.shape[0], keys.shape[3]) for tensor in queries):
         raise _DamageError("its queries do not fit")
-    if max(counts) > (0 if carried is None else carried.shape[2]) or (recent is not None and recent.shape[2] > progress.exact):
+    held = [0 if tensor is None else tensor.shape[2] for tensor in (carried, recent)]
+    if max(counts) > held[0] or held[1] > progress.exact:
         raise _DamageError("its queries do not fit its numbers")
     if set(own) - {*_NAMES, *_BOUNDS, _MEMORY, *_QUERIES}:
         raise _DamageError("it has tensors of another layer")

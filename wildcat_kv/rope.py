@@ -5,6 +5,7 @@ Taken from the family's own modeling file, so that scaled, partial and interleav
 
 from __future__ import annotations
 
+import inspect
 import sys
 from typing import Any
 
@@ -14,8 +15,9 @@ from transformers import AutoModel
 
 from wildcat_kv.rotation import Rotation
 
-# Families whose full-attention layers have no positions.
-_NO_POSITIONS = ("cohere2", "exaone4")
+# Families whose full-attention layers have no positions: always, or where other layers have windows.
+_NO_POSITIONS = ("cohere2",)
+_NO_POSITIONS_BESIDE_WINDOWS = ("exaone4", "exaone_moe", "kolibri1")
 
 
 def rotation_of(config: Any, layer_idx: int) -> Rotation:
@@ -24,27 +26,15 @@ def rotation_of(config: Any, layer_idx: int) -> Rotation:
     Raises:
         ValueError: the family rotates in a way that is not understood.
     """
-    if getattr(config, "model_type", None) in _NO_POSITIONS or _skips_positions(config, layer_idx):
+    if _skips_positions(config, layer_idx):
         return Rotation(None, None)
     try:
-        module = sys.modules[AutoModel._model_mapping[type(config)].__module__]
-        found = [value for name, value in vars(module).items() if name.endswith("RotaryEmbedding")]
-        if not found:  # learned positions
+        module: Any = sys.modules[AutoModel._model_mapping[type(config)].__module__]
+        names = [name for name in vars(module) if name.endswith("RotaryEmbedding") and "Vision" not in name]
+        if not names:  # learned positions
             return Rotation(None, None)
-        rotary, apply = found[0](config), module.apply_rotary_pos_emb
-        types = getattr(config, "layer_types", None)
-        by_type = [types[layer_idx]] if types and "layer_type" in rotary.forward.__code__.co_varnames else []
-
-        def angles(positions: Tensor) -> tuple[Tensor, Tensor]:
-            device = positions.device
-            cos, sin = rotary.to(device)(torch.zeros(1, device=device), positions, *by_type)
-            return cos, sin
-
-        def turn(vectors: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-            return apply(vectors, vectors, cos, sin)[0]
-
-        rotation = Rotation(angles, turn)
-        rotation.back(torch.ones(1, 1, 2, _head_dim(config)), torch.tensor([[0, 1]]))
+        (name,) = names
+        rotation = _rotation(getattr(module, name)(config), module.apply_rotary_pos_emb, config, layer_idx)
     except Exception as error:
         raise ValueError(
             f"config={type(config).__name__}: the rotary positions of this family are not understood "
@@ -53,11 +43,42 @@ def rotation_of(config: Any, layer_idx: int) -> Rotation:
     return rotation
 
 
+def _rotation(rotary: Any, apply: Any, config: Any, layer_idx: int) -> Rotation:
+    """The rotation by a family's own `rotary` module and `apply` function."""
+    by_type = [config.layer_types[layer_idx]] if "layer_type" in inspect.signature(rotary.forward).parameters else []
+    pairs = "k" in inspect.signature(apply).parameters  # takes queries and keys at once
+    half = _angles_only(rotary, by_type)
+
+    def angles(positions: Tensor) -> tuple[Tensor, Tensor]:
+        device = positions.device
+        cos, sin = rotary.to(device)(torch.zeros(1, device=device), positions, *by_type)
+        return (cos.repeat(1, 1, 2), sin.repeat(1, 1, 2)) if half else (cos, sin)
+
+    def turn(vectors: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        if half:
+            cos, sin = cos[..., : cos.shape[-1] // 2], sin[..., : sin.shape[-1] // 2]
+        return apply(vectors, vectors, cos, sin)[0] if pairs else apply(vectors, cos, sin)
+
+    rotation, position = Rotation(angles, turn), torch.tensor([[7]])
+    vectors = torch.linspace(1, 2, angles(position)[0].shape[-1]).view(1, 1, 1, -1)
+    torch.testing.assert_close(rotation.average(rotation.back(vectors, position), position), vectors)
+    return rotation
+
+
+def _angles_only(rotary: Any, by_type: list[str]) -> bool:
+    """Whether there is one cosine for a pair of channels, instead of one for each."""
+    frequencies = getattr(rotary, "_".join([*by_type, "inv_freq"]))
+    return bool(rotary(torch.zeros(1), torch.tensor([[0]]), *by_type)[0].shape[-1] == frequencies.shape[-1])
+
+
 def _skips_positions(config: Any, layer_idx: int) -> bool:
-    """Whether the config says that this layer has no rotary positions; 1 stands for a layer that has."""
-    layers = getattr(config, "no_rope_layers", None)
-    return bool(layers) and not layers[layer_idx]
-
-
-def _head_dim(config: Any) -> int:
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    """Whether the layer, one with full attention, has no rotary positions where others of its family have them."""
+    model_type = getattr(config, "model_type", None)
+    if model_type in _NO_POSITIONS_BESIDE_WINDOWS:
+        return config.sliding_window is not None
+    layers = getattr(config, "no_rope_layers", None)  # 1 stands for a layer that has them
+    return (
+        model_type in _NO_POSITIONS
+        or getattr(config, "position_embedding_type", "rope") != "rope"
+        or (bool(layers) and not layers[layer_idx])
+    )

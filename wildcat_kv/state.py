@@ -302,23 +302,26 @@ class LayerState:
                 rotation=self._rotation,
             )
             if self._compressor.memory:
-                entries = replace(entries, memory=self._compressor.remember(block))
+                # Rows that do not fold go on as if nothing had happened, and keep their queries.
+                folding = torch.tensor([fold.items > 0 for fold in folds]).to(entries.keys.device)[:, None, None, None]
+                entries = replace(
+                    entries, memory=torch.where(folding, self._compressor.remember(block), entries.memory)
+                )
                 block = replace(block, memory=entries.memory)
             coreset, columns = None, [fold.rank for fold in folds]
             if any(columns):
                 coreset = self._compressor.compress(block, columns)
                 columns = list(coreset.columns or columns)
-            self.storage = Storage(
-                [*fold_entries(entries, rows, folds, coreset, columns), later], room=self._held.room
-            )
+            self.storage = Storage([*fold_entries(entries, rows, folds, coreset, columns), later], room=self._held.room)
         self.folded_range = folded
         if self.log is not None:
-            self.log.fold(queries, self.progress.seen - end)
-            rows = [
-                replace(row, carried=min(count, self.log.observation.carried))
-                for row, count in zip(rows, queried, strict=True)
+            kept = [
+                count if not fold.items else min(count, self.log.observation.carried)
+                for count, fold in zip(queried, folds, strict=True)
             ]
-        self.progress.fold([fold.apply(*pair) for fold, *pair in zip(folds, rows, columns, strict=True)], end)
+            self.log.fold(queries, kept, self.progress.seen - end)
+            rows = [replace(row, carried=count) for row, count in zip(rows, kept, strict=True)]
+        self.progress.fold([fold.apply(row, taken) for fold, row, taken in zip(folds, rows, columns, strict=True)], end)
         self.span()
         return self.progress.rows
 

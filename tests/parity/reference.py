@@ -1,6 +1,6 @@
 """What the reference library keeps; runs in its environment, which has another Transformers, and knows no wildcat_kv.
 
-    python -m tests.parity.reference job.json
+python -m tests.parity.reference job.json
 """
 
 import json
@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, eager_attention_forward
+from transformers.utils.logging import disable_progress_bar
 
 from tests.parity.kept import kept_mask
 
@@ -32,29 +33,47 @@ def presses(ratio: float) -> dict[str, Any]:
         "lagkv": kvpress.LagKVPress(ratio),
         "cur": kvpress.CURPress(ratio),
         "adakv": kvpress.AdaKVPress(kvpress.SnapKVPress(ratio)),
+        "adakv, safeguard 0.8": kvpress.AdaKVPress(kvpress.SnapKVPress(ratio), alpha_safeguard=0.8),
         "expected_attention": kvpress.ExpectedAttentionPress(ratio),
     }
+
+
+class KVzip(kvpress.KVzipPress):
+    """The reference's KVzip, which forgets its scores when it is done, with the scores."""
+
+    def compress_post(self, model: Any) -> None:
+        super().compress_post(model)
+        self.scores = self.score_val
 
 
 class Recorder:
     """A hook behind every attention layer: asks each method what it would keep, and changes nothing.
 
+    When a text is read again, it only takes down the queries and keys of what is read.
+
     Args:
         methods: by name.
 
     Attributes:
-        found: of each layer queries, keys and values (heads, n, d), `kept.NAME` and `scores.NAME` (heads, n).
+        found: of each layer queries, keys and values (heads, n, d), `kept.NAME` and `scores.NAME` (heads, n);
+            `again.START.queries` and `again.START.keys` of the pass that repeats the text from token START.
     """
 
     def __init__(self, methods: dict[str, Any]) -> None:
         self.methods = methods
+        self.start = 0
         self.found: dict[str, list[Tensor]] = defaultdict(list)
 
     def __call__(self, module: Any, inputs: Any, kwargs: dict[str, Any], output: Any) -> None:
         """See torch's `register_forward_hook`."""
         hidden, layer = kwargs["hidden_states"], kwargs["past_key_values"].layers[module.layer_idx]
+        count = hidden.shape[1]
         queries = module.q_proj(hidden).unflatten(-1, (-1, module.head_dim)).transpose(1, 2)
-        queries, _ = apply_rotary_pos_emb(queries, layer.keys, *kwargs["position_embeddings"])
+        queries, _ = apply_rotary_pos_emb(queries, layer.keys[:, :, :1], *kwargs["position_embeddings"])
+        if count < layer.keys.shape[2]:
+            self.found[f"again.{self.start}.queries"].append(queries[0].clone())
+            self.found[f"again.{self.start}.keys"].append(layer.keys[0, :, -count:].clone())
+            return
         for name, tensor in (("queries", queries), ("keys", layer.keys), ("values", layer.values)):
             self.found[name].append(tensor[0].clone())
         for name, press in self.methods.items():
@@ -63,13 +82,16 @@ class Recorder:
             self.found[f"scores.{name}"].append(getattr(press, "press", press).score(*given)[0].float())
             module.masked_key_indices = None
             keys, _ = press.compress(*given)
-            if module.masked_key_indices is None:
-                mask = kept_mask(layer.keys[0], list(keys[0]))
-            else:  # AdaKV marks what it drops
-                mask = torch.ones(keys.shape[1:3], dtype=torch.bool)
-                mask[module.masked_key_indices[1:]] = False
-                module.masked_key_indices = None
-            self.found[f"kept.{name}"].append(mask)
+            unequal = module.masked_key_indices is not None
+            self.found[f"kept.{name}"].append(unmasked(module, keys) if unequal else kept_mask(layer.keys[0], keys[0]))
+
+
+def unmasked(module: Any, keys: Tensor) -> Tensor:
+    """What a method with unequal heads keeps, bool (heads, n): it marks what it drops."""
+    mask = torch.ones(keys.shape[1:3], dtype=torch.bool)
+    mask[module.masked_key_indices[1:]] = False
+    module.masked_key_indices = None
+    return mask
 
 
 def attention(module: Any, queries: Tensor, layer: Any) -> Tensor:
@@ -80,21 +102,34 @@ def attention(module: Any, queries: Tensor, layer: Any) -> Tensor:
 
 
 @torch.no_grad()
+def read(model: Any, ids: list[int], ratio: float) -> dict[str, Tensor]:
+    """What every method keeps of a text."""
+    recorder, again = Recorder(presses(1 - ratio)), KVzip(1 - ratio)
+    layers = [layer.self_attn for layer in model.model.layers]
+    for layer in layers:
+        layer.rotary_emb = model.model.rotary_emb
+    hooks = [layer.register_forward_hook(recorder, with_kwargs=True) for layer in layers]
+    # KVzip reads the text again, in chunks, when the block ends.
+    hooks.append(model.model.register_forward_pre_hook(lambda *_: setattr(recorder, "start", again.start_idx)))
+    cache = DynamicCache(config=model.config)
+    with again(model):
+        model(torch.tensor([ids]), past_key_values=cache, logits_to_keep=1)
+        again.prefix_length = 0  # the text has no chat template around it
+    for hook in hooks:
+        hook.remove()
+    found = recorder.found
+    found["kept.kvzip"] = [unmasked(layer, kept.keys) for layer, kept in zip(layers, cache.layers, strict=True)]
+    found["scores.kvzip"] = list(again.scores[:, 0])
+    return {name: torch.stack(parts) for name, parts in found.items()}
+
+
 def main(job: Path) -> None:
     """Read every text of the job, and write what each method keeps of it."""
+    disable_progress_bar()
     work = json.loads(job.read_text())
     model = AutoModelForCausalLM.from_pretrained(work["model"], dtype=torch.float32, attn_implementation="sdpa")
     for text in work["texts"]:
-        recorder = Recorder(presses(1 - text["ratio"]))
-        hooks = []
-        for layer in model.model.layers:
-            layer.self_attn.rotary_emb = model.model.rotary_emb
-            hooks.append(layer.self_attn.register_forward_hook(recorder, with_kwargs=True))
-        cache = DynamicCache(config=model.config)
-        model(torch.tensor([text["ids"]]), past_key_values=cache, logits_to_keep=1)
-        for hook in hooks:
-            hook.remove()
-        save_file({name: torch.stack(found) for name, found in recorder.found.items()}, text["output"])
+        save_file(read(model, text["ids"], text["ratio"]), text["output"])
 
 
 if __name__ == "__main__":

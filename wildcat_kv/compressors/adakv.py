@@ -18,7 +18,9 @@ from wildcat_kv.observation import Observation
 
 @dataclass(frozen=True)
 class AdaKV(Compressor):
-    """Let the heads of a layer compete for its slots by the scores of another method, SnapKV's in the paper.
+    """Let the heads of a layer compete for its slots.
+
+    By the scores of another method, SnapKV's in the paper.
 
     Needs what the other method needs. The heads of a row share `heads * budget` slots; heads with fewer than
     others have padding slots, which take memory all the same: this says what unequal heads would give, not yet what

@@ -22,7 +22,7 @@ _POWER_STEPS = 8
 
 @dataclass(frozen=True)
 class AttentionMatching(Compressor):
-    """Keep the keys that reference queries attend to most, and fit weights and values to those queries.
+    """Keep the keys that queries attend to most; fit weights and values.
 
     1. Keys: the highest root-mean-square attention over the queries.
     2. Weights: non-negative least squares, so that the queries see the mass that all tokens had; in

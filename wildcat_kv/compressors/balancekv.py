@@ -23,7 +23,9 @@ _LOG_LARGEST_KERNEL = 80.0
 
 @dataclass(frozen=True)
 class BalanceKV(Compressor):
-    """Split tokens into two halves that attend alike by a self-balancing walk, keep one half, double its weights.
+    """Halve again and again, so that what stays balances what goes.
+
+    A self-balancing walk splits tokens into two halves that are attended to alike; one half stays, its weights doubled.
 
     Needs keys and values only. Costs `block` sequential steps a halving, O(n * block) time and memory. Blocks of
     consecutive tokens walk at the same time. Only tokens of equal weight are halved, the lightest first, as the
@@ -128,7 +130,7 @@ class _Span(NamedTuple):
 
 
 def _take_pairs(level: Counter[float], rank: int) -> _Span | None:
-    """What to halve next of a row that has `level[w]` tokens of weight w; None where `rank` is reached, or no pair left."""
+    """What to halve next of a row with `level[w]` tokens of weight w; None for nothing: enough, or no pair left."""
     excess = sum(level.values()) - rank
     weight = min((weight for weight, count in level.items() if count > 1), default=None)
     if excess <= 0 or weight is None:

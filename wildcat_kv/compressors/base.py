@@ -6,7 +6,7 @@ import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -150,8 +150,8 @@ class Compressor(ABC):
     @classmethod
     def of(cls, settings: WildCatConfig) -> Self:
         """The method as it is by default, with the settings' seed where it draws at random."""
-        seeded = dataclasses.is_dataclass(cls) and "seed" in {field.name for field in dataclasses.fields(cls)}
-        return cls(seed=settings.seed) if seeded else cls()
+        fields: Any = dataclasses.fields(cls) if dataclasses.is_dataclass(cls) else ()
+        return cls(**{field.name: settings.seed for field in fields if field.name == "seed"})
 
     @property
     def observation(self) -> Observation | None:

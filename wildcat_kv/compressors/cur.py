@@ -15,11 +15,11 @@ from wildcat_kv.compressors.scorer import Scorer
 
 @dataclass(frozen=True)
 class CUR(Scorer):
-    """Keep the tokens with the largest leverage, approximated by squared norms relative to the neighbourhood.
+    """Keep keys and values of large leverage.
 
-    Needs keys and values only, costs one pass over each. The score is the product of the key's and the value's share
-    in the squared norms of their window, as in the reference library; the paper also has a random projection, which
-    the library leaves out by default.
+    Approximated by squared norms relative to the neighbourhood. Needs keys and values only, costs one pass over
+    each. The score is the product of the key's and the value's share in the squared norms of their window, as in
+    the reference library; the paper also has a random projection, which the library leaves out by default.
 
     Attributes:
         sink: first tokens to keep; 4 as in the reference library.

@@ -15,10 +15,10 @@ from wildcat_kv.observation import Observation
 
 @dataclass(frozen=True)
 class ExpectedAttention(Scorer):
-    """Keep the tokens with the largest expected attention, weighted by the norms of their values.
+    """Keep what queries to come are expected to attend to.
 
-    Queries are taken as Gaussian: their rotation is undone, mean and covariance are rotated to the positions to
-    come, and the expectation of e^(score) under them is in closed form.
+    Weighted by the norms of the values. Queries are taken as Gaussian: their rotation is undone, mean and
+    covariance are rotated to the positions to come, and the expectation of e^(score) under them is in closed form.
 
     Needs queries: those since the last fold (of the prompt: all of it) and `carried` from before, and the model's
     rotary positions. Costs O(n d^2).

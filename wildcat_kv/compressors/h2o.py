@@ -17,7 +17,9 @@ from wildcat_kv.observation import Observation
 
 @dataclass(frozen=True)
 class H2O(Scorer):
-    """Keep heavy hitters, the tokens with the most attention accumulated over all queries so far, and recent tokens.
+    """Keep what has gathered most attention, and recent tokens.
+
+    Heavy hitters are the tokens with the most attention accumulated over all queries so far.
 
     Needs all queries, costs a second pass of attention over the prompt, O(n^2). What a token has gathered is
     remembered from fold to fold. Query heads that share a key head are averaged.

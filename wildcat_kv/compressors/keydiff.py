@@ -15,10 +15,11 @@ from wildcat_kv.compressors.scorer import Scorer
 
 @dataclass(frozen=True)
 class KeyDiff(Scorer):
-    """Keep the tokens whose keys point furthest away from the mean direction of the head's keys.
+    """Keep the keys that are least like the mean key.
 
-    Needs keys only, costs two passes over them. The paper compresses a prompt block by block as it is read; a cache
-    that reads it whole compresses it whole, as the reference library does.
+    By the angle to the mean direction of the head's keys. Needs keys only, costs two passes over them. The paper
+    compresses a prompt block by block as it is read; a cache that reads it whole compresses it whole, as the
+    reference library does.
 
     Source: Park, Jones, Morse, Goel, Lee and Lott, arXiv 2504.15364.
     """

@@ -14,9 +14,9 @@ from wildcat_kv.compressors.scorer import Scorer
 
 @dataclass(frozen=True)
 class KNorm(Scorer):
-    """Keep the tokens whose keys have the smallest norms: they tend to be attended to most.
+    """Keep the keys with the smallest norms.
 
-    Needs keys only, costs one pass over them.
+    They tend to be attended to most. Needs keys only, costs one pass over them.
 
     Source: Devoto, Zhao, Scardapane and Minervini, arXiv 2406.11430.
     """

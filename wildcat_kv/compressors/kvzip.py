@@ -21,11 +21,11 @@ _QUERIES_AT_ONCE = 256
 
 @dataclass(frozen=True)
 class KVzip(Compressor):
-    """Keep the tokens that the model attends to most while it reconstructs the context, in any layer and head.
+    """Keep what the model attends to as it repeats the context.
 
-    Needs the model: a second pass over the context, which `wildcat_kv.compress_context` makes. So it compresses a
-    context once, and nothing that comes later. Layers and heads compete for all slots; those with fewer than
-    others have padding slots.
+    In any layer and head. Needs the model: a second pass over the context, which `wildcat_kv.compress_context`
+    makes. So it compresses a context once, and nothing that comes later. Layers and heads compete for all slots;
+    those with fewer than others have padding slots.
 
     Attributes:
         scores: float32 (layers, rows, heads, n), of the compressed layers.

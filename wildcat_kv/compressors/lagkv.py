@@ -15,11 +15,11 @@ from wildcat_kv.compressors.scorer import Scorer
 
 @dataclass(frozen=True)
 class LagKV(Scorer):
-    """Keep the tokens whose keys and values vary most, measured in the range of the partition that comes after.
+    """Keep what stands out against the tokens that follow.
 
-    Needs keys and values only, costs a few passes over them. Every partition keeps the same share of its tokens;
-    the last one, and what is left over behind it, are kept. A text too short for two partitions keeps its newest
-    tokens.
+    Tokens whose keys and values vary most, measured in the range of the partition that comes after. Needs keys and
+    values only, costs a few passes over them. Every partition keeps the same share of its tokens; the last one, and
+    what is left over behind it, are kept. A text too short for two partitions keeps its newest tokens.
 
     Attributes:
         sink: first tokens to keep, before the partitions begin; 4 as in the reference library (the paper has 16).

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -15,7 +16,9 @@ from wildcat_kv.compressors.snapkv import SnapKV
 
 @dataclass(frozen=True)
 class PyramidKV(SnapKV):
-    """SnapKV whose slots fall linearly from the first layer to the last, the same number in all.
+    """SnapKV with more slots in the lower layers.
+
+    They fall linearly from the first layer to the last.
 
     Needs what SnapKV needs. The layers' slots add up to what equal layers would have; sinks and window, which every
     layer keeps, are not part of the pyramid. The reference library counts its window into the pyramid, and gives it
@@ -60,4 +63,4 @@ def pyramid(rank: int, length: int, layers: int, beta: int) -> list[int]:
     step = (2 * highest - 2 * rank) / (layers - 1)
     # Sums rounded, not the parts, so that nothing is lost or won.
     sums = [round(highest * count - step * count * (count - 1) / 2) for count in range(layers + 1)]
-    return [after - before for before, after in zip(sums, sums[1:], strict=False)]
+    return [after - before for before, after in itertools.pairwise(sums)]

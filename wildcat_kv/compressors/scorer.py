@@ -37,7 +37,7 @@ class Scorer(Compressor):
     def scores(self, block: KVBlock) -> Tensor:
         """`score` for rows of any length: float32 (rows, heads, n), right-aligned; -inf for padding slots."""
         with torch.no_grad(), full_precision(block.keys.device):
-            scores = block.map_rows(self.score).to(torch.float32)
+            scores = block.map_rows(lambda rows: self.score(rows).to(torch.float32))
         return scores.masked_fill(~block.valid, -torch.inf)
 
     def compress(self, block: KVBlock, budget: Sequence[int]) -> Coreset:

@@ -16,10 +16,11 @@ from wildcat_kv.observation import Observation
 
 @dataclass(frozen=True)
 class SnapKV(Scorer):
-    """Keep the tokens that an observation window at the end attends to, smoothed over neighbouring positions.
+    """Keep what the last tokens attend to.
 
-    Needs the last `window` queries, costs as many rows of attention. The query heads that share a key head are
-    averaged, as the authors do for grouped queries; the window itself is always kept.
+    The attention of an observation window at the end, smoothed over neighbouring positions. Needs the last `window`
+    queries, costs as many rows of attention. The query heads that share a key head are averaged, as the authors do
+    for grouped queries; the window itself is always kept.
 
     Attributes:
         window: queries to observe, in tokens; 64 as in the reference library (the paper has 16 to 64).

@@ -14,10 +14,10 @@ from wildcat_kv.compressors.scorer import Scorer
 
 @dataclass(frozen=True)
 class StreamingLLM(Scorer):
-    """Keep the first tokens, which models attend to whatever they say, and the most recent ones.
+    """Keep the first tokens and the most recent ones.
 
-    Needs nothing, costs nothing. The paper also moves the kept keys to positions side by side; here they keep the
-    positions they were read at, as in the reference libraries.
+    The first are attended to whatever they say. Needs nothing, costs nothing. The paper also moves the kept keys to
+    positions side by side; here they keep the positions they were read at, as in the reference libraries.
 
     Attributes:
         sink: first tokens to keep; 4 in the paper.

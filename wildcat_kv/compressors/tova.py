@@ -14,10 +14,11 @@ from wildcat_kv.observation import Observation
 
 @dataclass(frozen=True)
 class TOVA(Scorer):
-    """Keep the tokens that the newest one attends to, on average over all heads of the layer.
+    """Keep what the newest token attends to.
 
-    Needs the last query, costs one row of attention. The paper drops one token at every step; here a block is
-    dropped at once, which is the same for the prompt. The newest token is always kept, as in the reference library.
+    On average over all heads of the layer. Needs the last query, costs one row of attention. The paper drops one
+    token at every step; here a block is dropped at once, which is the same for the prompt. The newest token is
+    always kept, as in the reference library.
 
     Source: Oren, Hassid, Yarden, Adi and Schwartz, arXiv 2401.06104.
     """

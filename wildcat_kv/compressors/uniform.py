@@ -15,9 +15,10 @@ from wildcat_kv.noise import gumbel_noise
 
 @dataclass(frozen=True)
 class Uniform(Scorer):
-    """Keep a uniformly random subset of the tokens, drawn anew for every layer and head.
+    """Keep tokens at random.
 
-    Needs nothing, costs nothing. The "Uniform" baseline of arXiv 2602.10056.
+    Drawn uniformly, anew for every layer and head. Needs nothing, costs nothing. The "Uniform" baseline of arXiv
+    2602.10056.
 
     Attributes:
         seed: of the draw.
@@ -29,7 +30,7 @@ class Uniform(Scorer):
 
     def score(self, block: KVBlock) -> Tensor:
         """See `Scorer`."""
-        rows, heads, n, _ = block.keys.shape
+        heads, n = block.keys.shape[1:3]
         device = block.keys.device
         return gumbel_noise(
             self.seed,

@@ -18,7 +18,9 @@ from wildcat_kv.noise import gumbel_noise
 
 @dataclass(frozen=True)
 class WildCat(Compressor):
-    """Randomly pivoted Cholesky picks each bin's keys, Nystrom weights let the other tokens live on in them.
+    """Draw a few keys of each bin; the others live on in them.
+
+    Randomly pivoted Cholesky draws them, Nystrom weights spread the values and weights of all tokens over them.
 
     Needs keys and values only. Costs bin_rank sequential steps a fold, all bins, heads and rows at once.
 

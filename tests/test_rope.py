@@ -1,0 +1,106 @@
+"""Rotary positions undone: of one token repeated, all queries are the same but for their positions."""
+
+import sys
+
+import pytest
+import torch
+
+from tests.families import REGISTRY
+from tests.tiny import tiny_config, tiny_model
+from wildcat_kv.cache import CompressedCache
+from wildcat_kv.layer import WildCatLayer
+from wildcat_kv.rope import rotation_of
+from wildcat_kv.support import decoder_config
+
+pytestmark = pytest.mark.filterwarnings("ignore:config=Phi3Config. generate.. of this model drops any cache")
+
+# Positions are added to what the first layer reads, so that its queries differ and nothing is to be undone.
+LEARNED = ("opt", "gpt2")
+# Layers with a state know how many equal tokens came before: attention layers take their places.
+ATTENTION_ONLY = {
+    "qwen3_next": {"layer_types": ["full_attention"] * 3},
+    "qwen3_5": {"layer_types": ["full_attention"] * 3},
+    "lfm2": {"layer_types": ["full_attention"] * 3},
+    "granite4": {"layer_types": ["attention"] * 3},
+    "jamba": {"attn_layer_offset": 0, "attn_layer_period": 1},
+    "bamba": {"attn_layer_indices": [0, 1, 2]},
+}
+# Ways to configure a family that change where it has positions.
+VARIANTS = {
+    "exaone4 without windows": ("exaone4", {"sliding_window": None, "layer_types": ["full_attention"] * 3}),
+    "granite4 with positions": ("granite4", {**ATTENTION_ONLY["granite4"], "position_embedding_type": "rope"}),
+    "granite4 with the type nope": ("granite4", {**ATTENTION_ONLY["granite4"], "position_embedding_type": "nope"}),
+    "gemma3 with two bases": ("gemma3", {"rope_local_base_freq": 100.0, "rope_theta": 5000.0}),
+    "llama with scaled frequencies": (
+        "llama",
+        {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}},
+    ),
+    "llama with yarn, which stretches": (
+        "llama",
+        {
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "factor": 4.0,
+                "rope_theta": 10000.0,
+                "original_max_position_embeddings": 64,
+            }
+        },
+    ),
+}
+LENGTH = 40
+
+
+def cases():
+    """Parameters of a test."""
+    parameters = []
+    chosen = {name: (name, ATTENTION_ONLY.get(name, {})) for name in REGISTRY if name not in LEARNED} | VARIANTS
+    for name, (family, changes) in chosen.items():
+        entry = REGISTRY[family]
+        if entry.status != "refused":
+            marks = pytest.mark.skipif(entry.missing, reason="not in this version of Transformers")
+            parameters.append(pytest.param(family, changes, id=name, marks=marks))
+    return parameters
+
+
+@pytest.mark.parametrize(("family", "changes"), cases())
+def test_queries_of_one_repeated_token_are_equal_once_their_rotation_is_undone(family, changes):
+    model = tiny_model(family, **changes)
+    for name, parameter in model.named_parameters():
+        if name.endswith("sinks"):  # their share of the attention falls as tokens come
+            parameter.data.fill_(-1e4)
+    cache = CompressedCache(model.config, compressor="expected_attention", ratio=1.0)
+    model(torch.full((2, LENGTH), 7), past_key_values=cache)
+    for index, layer in enumerate(cache.layers):
+        if not isinstance(layer, WildCatLayer):
+            continue
+        rotation = rotation_of(decoder_config(model.config), index)
+        queries = layer.state.log.recent().float()
+        back = rotation.back(queries, torch.arange(LENGTH).expand(2, -1))
+        assert (back - back[:, :, :1]).norm(dim=-1).max() <= 1e-3 * back.norm(dim=-1).max()
+
+
+@pytest.mark.parametrize("family", LEARNED)
+def test_learned_positions_are_no_rotation(family):
+    rotation, queries = rotation_of(tiny_config(family), 0), torch.randn(1, 2, 5, 16)
+    positions = torch.arange(5)[None]
+    assert torch.equal(rotation.back(queries, positions), queries)
+    assert torch.equal(rotation.average(queries, positions), queries)
+
+
+@pytest.mark.parametrize("family", ["llama", "cohere", "gpt_oss", "glm4", "gemma3", "phi3_longrope"])
+def test_the_average_over_positions_is_that_of_each_rotation(family):
+    rotation = rotation_of(tiny_config(family), 1)
+    vectors, positions = torch.randn(2, 3, 4, 16), torch.tensor([[3, 9, 300], [0, 1, 2]])
+    each = [rotation.average(vectors, positions[:, j : j + 1]) for j in range(3)]
+    torch.testing.assert_close(rotation.average(vectors, positions), torch.stack(each).mean(0), rtol=1e-4, atol=1e-5)
+    for j, rotated in enumerate(each):
+        back = rotation.back(rotated, positions[:, j : j + 1].expand(2, 4))
+        torch.testing.assert_close(back, vectors, rtol=1e-4, atol=1e-4)
+
+
+def test_a_family_that_rotates_in_another_way_is_refused(monkeypatch):
+    config = tiny_config("llama")
+    module = sys.modules["transformers.models.llama.modeling_llama"]
+    monkeypatch.setattr(module, "apply_rotary_pos_emb", lambda q, k, cos, sin: (q * cos, k * cos))
+    with pytest.raises(ValueError, match="LlamaConfig: the rotary positions of this family are not understood"):
+        CompressedCache(config, compressor="expected_attention", ratio=0.5)
