@@ -75,8 +75,8 @@ def _skips_positions(config: Any, layer_idx: int) -> bool:
     """Whether the layer, one with full attention, has no rotary positions where others of its family have them."""
     model_type = getattr(config, "model_type", None)
     if model_type in _NO_POSITIONS_BESIDE_WINDOWS:
-        return config.sliding_window is not None
-    layers = getattr(config, "no_rope_layers", None)  # 1 stands for a layer that has them
+        return bool(config.sliding_window is not None)
+    layers: Any = getattr(config, "no_rope_layers", None)  # 1 stands for a layer that has them
     return (
         model_type in _NO_POSITIONS
         or getattr(config, "position_embedding_type", "rope") != "rope"

@@ -205,7 +205,7 @@ def compare(results: Sequence[Path]) -> list[Agreement]:
             if text not in case.texts:
                 continue
             if isinstance(case.method, KVzip):
-                case = replace(case, method=replace(kvzip(found), layerwise=case.method.layerwise))
+                case = replace(case, method=kvzip(found))
             for layer in range(len(found["keys"])):
                 ours = choose(case, found, layer, int(length * ratio))
                 theirs, scores = (found[f"{what}.{case.name}"][layer] for what in ("kept", "scores"))

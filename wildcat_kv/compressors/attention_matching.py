@@ -16,6 +16,8 @@ from wildcat_kv.observation import Observation
 
 # Against the squared norm of each regressor: with fewer queries than slots, a fit stays near the tokens' own values.
 _RIDGE = 1e-4
+# Against the largest norm of a regressor, and against 1, the mass of all tokens.
+_NEGLIGIBLE = 1e-6
 # Of power iteration for the step of the projected gradient; a step that is a little long does no harm.
 _POWER_STEPS = 8
 
@@ -130,7 +132,9 @@ def _least_squares(terms: Tensor, target: Tensor, prior: Tensor) -> Tensor:
     """x (..., r, k) with terms (..., q, r) x near target (..., q, k), near `prior` where the terms do not say."""
     # The normal equations square the condition number: double precision where the device has it.
     precision = torch.float32 if terms.device.type == "mps" else torch.float64
-    norms = torch.linalg.vector_norm(terms, dim=-2).clamp_min_(torch.finfo(torch.float32).tiny)
+    norms = torch.linalg.vector_norm(terms, dim=-2)
+    # What no query pays attention to says nothing, and must not be blown up.
+    norms = torch.maximum(norms, _NEGLIGIBLE * norms.amax(-1, keepdim=True)).clamp_min_(_NEGLIGIBLE)
     scaled = (terms / norms.unsqueeze(-2)).to(precision)
     rest = target.to(precision) - terms.to(precision) @ prior.to(precision)
     gram = scaled.mT @ scaled
