@@ -279,8 +279,8 @@ def by_observation(head, window, kernel):
 def by_range_of_the_next(head, sink, lag):
     n = head.n
     partitions = (n - sink) // lag
-    if partitions < 2:
-        return [float(entry) for entry in range(n)]
+    if partitions < 2:  # the sinks and the newest
+        return [math.inf if entry < sink else float(entry) for entry in range(n)]
     scores = [math.inf] * n
     for p in range(partitions - 1):
         here = range(sink + p * lag, sink + (p + 1) * lag)

@@ -365,5 +365,5 @@ def _encode(value: Any, name: str, prefix: str, tensors: dict[str, Tensor]) -> J
 def _describe(compressor: Any) -> JsonValue:
     """A method by its name and, where it is a dataclass, its parameters."""
     fields = dataclasses.fields(compressor) if dataclasses.is_dataclass(compressor) else ()
-    parameters = {field.name: plain(getattr(compressor, field.name)) for field in fields}
+    parameters = {field.name: plain(getattr(compressor, field.name)) for field in fields if field.compare}
     return {"name": type(compressor).__name__, "parameters": parameters}

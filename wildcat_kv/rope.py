@@ -18,6 +18,8 @@ from wildcat_kv.rotation import Rotation
 # Families whose full-attention layers have no positions: always, or where other layers have windows.
 _NO_POSITIONS = ("cohere2",)
 _NO_POSITIONS_BESIDE_WINDOWS = ("exaone4", "exaone_moe", "kolibri1")
+# Some of their full-attention layers have positions and some not, by a rule of their own.
+_UNKNOWN = ("cohere2_moe",)
 
 
 def rotation_of(config: Any, layer_idx: int) -> Rotation:
@@ -29,6 +31,8 @@ def rotation_of(config: Any, layer_idx: int) -> Rotation:
     if _skips_positions(config, layer_idx):
         return Rotation(None, None)
     try:
+        if config.model_type in _UNKNOWN:
+            raise NotImplementedError("layers differ by a rule of their own")
         module: Any = sys.modules[AutoModel._model_mapping[type(config)].__module__]
         names = [name for name in vars(module) if name.endswith("RotaryEmbedding") and "Vision" not in name]
         if not names:  # learned positions

@@ -28,7 +28,7 @@ class AdaKV(Compressor):
 
     Attributes:
         scorer: gives the scores, which must be comparable between heads.
-        safeguard: share of the budget that every head keeps for itself; 0.2 in the paper.
+        safeguard: share of the budget that every head keeps for itself; 0.2 as in the reference library.
 
     Source: Feng, Lv, Cao, Xie and Zhou, arXiv 2407.11550.
     """

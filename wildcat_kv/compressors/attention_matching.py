@@ -9,6 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from wildcat_kv.bins import take_columns
 from wildcat_kv.compress import Coreset, full_precision
 from wildcat_kv.compressors.base import Compressor, KVBlock
 from wildcat_kv.compressors.scorer import best_items, item_mask, take_items
@@ -42,7 +43,7 @@ class AttentionMatching(Compressor):
         iterations: of projected gradient, after the clamped least-squares solution; 2 in the authors' code.
         max_weight: bound of the weights and of their inverses; e^3 in the authors' code.
 
-    Source: Zweiger, Guo, Fu and Kim, arXiv 2602.16284, highest-attention keys. Differs: the value fit has a small
+    Source: Zweiger, Fu, Guo and Kim, arXiv 2602.16284, highest-attention keys. Differs: the value fit has a small
     ridge that pulls towards the tokens' own values, where the authors' fit is undetermined with few queries.
     """
 
@@ -71,20 +72,20 @@ class AttentionMatching(Compressor):
             queries, weight = self._reference(block)
             candidate = item_mask(block)
             keys, values = (block.items(tensor).to(torch.float32) for tensor in (block.keys, block.values))
-            mass = candidate.to(torch.float32) if block.weights is None else block.items(block.weights)
-            # Of every query, e^(score) of each item up to one factor, which drops out of all that follows.
-            scores = torch.matmul(queries, keys.mT).masked_fill_(~candidate.unsqueeze(2), -torch.inf)
-            terms = (scores - scores.amax(-1, keepdim=True)).exp_()
-            total = torch.matmul(terms, mass.clamp_min(0).unsqueeze(-1)).clamp_min_(torch.finfo(torch.float32).tiny)
-            output = torch.matmul(terms, values) / total
-            terms.div_(total)
-            importance = (weight.unsqueeze(-1) * (terms * mass.unsqueeze(2)).square()).sum(2).sqrt_()
+            mass = candidate.to(torch.float32)
+            if block.weights is not None:
+                mass = block.items(block.weights).clamp_min(0.0).masked_fill(~candidate, 0.0)
+            all_heads = (queries, weight, keys, values, mass, candidate)
+            heads = zip(*(tensor.split(1, dim=1) for tensor in all_heads), strict=True)
+            seen = [_attention(*head) for head in heads]  # one head at a time: O(q n) memory
+            log_total, output, importance = (torch.cat(parts, dim=1) for parts in zip(*seen, strict=True))
 
             index, valid = best_items(block, importance, budget)
             own = take_items(block, index, valid)
-            terms = terms.gather(-1, index.unsqueeze(2).expand(-1, -1, terms.shape[2], -1))
-            terms.mul_((weight.unsqueeze(-1) * valid.unsqueeze(2)).to(torch.float32))
-            largest = self.max_weight * mass.amax(-1, keepdim=True).clamp_min(1.0)
+            terms = (torch.matmul(queries, take_columns(keys, index).mT) - log_total.unsqueeze(-1)).exp_()
+            terms.masked_fill_(~(weight.unsqueeze(-1).bool() & valid.unsqueeze(2)), 0.0)
+            mean_mass = mass.sum(-1, keepdim=True) / candidate.sum(-1, keepdim=True).clamp_min(1)
+            largest = self.max_weight * mean_mass.clamp_min(1.0)
             weights = self._fit_weights(terms, weight, own.weights, largest).masked_fill_(~valid, 0.0)
             # What a query pays each slot, of what it pays all of them.
             terms.mul_(weights.unsqueeze(2))
@@ -126,6 +127,25 @@ class AttentionMatching(Compressor):
             weights = weights - torch.matmul(residual.unsqueeze(-2), terms).squeeze(-2) / steepest
             weights = torch.minimum(weights.clamp_min_(lowest), largest)
         return weights
+
+
+def _attention(
+    queries: Tensor, weight: Tensor, keys: Tensor, values: Tensor, mass: Tensor, candidate: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What one head's queries get from all items.
+
+    Returns:
+        The logarithm of the mass that each query sees (rows, 1, q), its output (rows, 1, q, d_v), and the
+        root-mean-square attention to each item (rows, 1, n), up to a factor.
+    """
+    scores = torch.matmul(queries, keys.mT).masked_fill_(~candidate.unsqueeze(2), -torch.inf)
+    largest = scores.amax(-1, keepdim=True).clamp_min_(torch.finfo(torch.float32).min)
+    terms = scores.sub_(largest).exp_()
+    total = torch.matmul(terms, mass.unsqueeze(-1)).clamp_min_(torch.finfo(torch.float32).tiny)
+    output = torch.matmul(terms, values).div_(total)
+    terms.div_(total)
+    importance = torch.matmul(weight.unsqueeze(2), terms.square_()).squeeze(2).sqrt_() * mass
+    return (largest + total.log()).squeeze(-1), output, importance
 
 
 def _least_squares(terms: Tensor, target: Tensor, prior: Tensor) -> Tensor:

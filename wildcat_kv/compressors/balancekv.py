@@ -37,8 +37,9 @@ class BalanceKV(Compressor):
         block: tokens of a walk; 128 in the authors' code.
         seed: of the walk.
 
-    Source: Kochetkova, Sheth, Han, Zandieh and Kapralov, arXiv 2502.07861, SoftmaxBalance. The authors' code has
-    become another method since (marked needles, queries); this is the paper's.
+    Source: Kochetkova, Sheth, Han, Zandieh and Kapralov, arXiv 2502.07861, SoftmaxBalance; as in the authors' first
+    code, one walk serves numerator and denominator. (Their code has become another method since.) Who changes over
+    where the halves are unequal is drawn at random here, and goes by position there, which favours old tokens.
     """
 
     paper: ClassVar[str] = "arXiv 2502.07861"
@@ -57,7 +58,10 @@ class BalanceKV(Compressor):
         """See `Compressor`."""
         keys, values, valid = block.items(block.keys), block.items(block.values), item_mask(block)
         old = valid.to(torch.float32) if block.weights is None else block.items(block.weights).masked_fill(~valid, 0.0)
-        levels = [Counter(weight for weight in row if weight) for row in old[:, 0].tolist()]  # alike in all heads
+        if block.weights is None:
+            levels: list[Counter[float]] = [Counter({1.0: length}) for length in block.lengths]
+        else:
+            levels = [Counter(weight for weight in row if weight) for row in old[:, 0].tolist()]  # alike in all heads
         index, weights = _by_weight(torch.arange(keys.shape[2], device=keys.device).expand(valid.shape), old)
         halving = 0
         with torch.no_grad(), full_precision(keys.device):
@@ -70,8 +74,9 @@ class BalanceKV(Compressor):
                     take_columns(values, tokens).to(torch.float32) * factor.unsqueeze(-1),
                     pairs.used.expand(tokens.shape),
                 )
-                signs = self._walk(kernel, self._noise(block, halving, tokens.shape))[..., : tokens.shape[-1]]
-                index, weights = _by_weight(*_keep_half(index, weights, pairs, signs))
+                walk, ties = (self._noise(block, 2 * halving + draw, tokens.shape) for draw in range(2))
+                sides = self._walk(kernel, walk)[..., : tokens.shape[-1]] + ties
+                index, weights = _by_weight(*_keep_half(index, weights, pairs, sides))
                 for level, span in zip(levels, spans, strict=True):
                     if span is not None:
                         level[span.weight] -= span.tokens
@@ -109,14 +114,14 @@ class BalanceKV(Compressor):
             signs[..., step] = torch.where(noise[..., step] < 0.5 - self.gamma * imbalance, 1.0, -1.0)
         return signs.flatten(2)
 
-    def _noise(self, block: KVBlock, halving: int, shape: torch.Size) -> Tensor:
+    def _noise(self, block: KVBlock, draw: int, shape: torch.Size) -> Tensor:
         """Uniform noise for the tokens of a halving, keyed by what a row is by itself."""
         device = block.keys.device
         return uniform_noise(
             self.seed,
             torch.full((1, 1, 1), block.layer_index, device=device),
             torch.tensor(block.seen).to(device, non_blocking=True).view(-1, 1, 1),
-            torch.full((1, 1, 1), halving, device=device),
+            torch.full((1, 1, 1), draw, device=device),
             torch.arange(shape[1], device=device).view(-1, 1),
             torch.arange(shape[2], device=device),
         ).expand(shape)
@@ -174,9 +179,12 @@ def _by_weight(index: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     return index.gather(-1, order), weights.gather(-1, order)
 
 
-def _keep_half(index: Tensor, weights: Tensor, pairs: _Pairs, signs: Tensor) -> tuple[Tensor, Tensor]:
-    """Double the weights of half of `pairs`, of those on the side of -1 first and the oldest of them; drop the rest."""
-    doubled = rank_descending(-torch.where(pairs.used, signs, 2.0)) < pairs.half
+def _keep_half(index: Tensor, weights: Tensor, pairs: _Pairs, sides: Tensor) -> tuple[Tensor, Tensor]:
+    """Double the weights of the half of `pairs` whose `sides`, -1 or 1 and noise in (0, 1), are lowest; drop the rest.
+
+    The sides are seldom quite equal in number: the noise decides who changes over.
+    """
+    doubled = rank_descending(-torch.where(pairs.used, sides, 3.0)) < pairs.half
     before = weights.gather(-1, pairs.place)
     change = torch.where(doubled, before, -before).masked_fill(~pairs.used, 0.0)
     return index, weights.scatter_add(-1, pairs.place, change)

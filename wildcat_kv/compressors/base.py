@@ -74,6 +74,12 @@ class KVBlock:
         index = stop.unsqueeze(-1) + torch.arange(max(self.lengths)) - max(self.lengths)
         return take_columns(entries, index.clamp_min(0).to(entries.device).unsqueeze(1))
 
+    def tokens(self, row: int) -> int:
+        """Tokens that the items of a row stand for, as if none had been dropped: the same in every layer."""
+        if self.lengths[row] <= self.exact[row] - self.window[row]:  # no slots among them
+            return self.lengths[row]
+        return self.seen[row] - (self.held[row] - self.lengths[row])
+
     def map_rows(self, function: Callable[[KVBlock], Tensor]) -> Tensor:
         """Apply `function` to rows that hold equally much, without the columns that are none of theirs.
 

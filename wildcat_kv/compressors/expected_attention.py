@@ -62,8 +62,8 @@ class ExpectedAttention(Scorer):
         keys = block.keys[:, :, sink:].to(torch.float32) * block.scale
         expected = torch.einsum("bhgd,bhnd->bhgn", mean.unflatten(1, (heads, -1)), keys)
         if covariance is not None:
-            spread = torch.matmul(keys.unsqueeze(2), covariance.unflatten(1, (heads, -1)))
-            expected = expected + (spread * keys.unsqueeze(2)).sum(-1) / 2
+            for member, spread in enumerate(covariance.unflatten(1, (heads, -1)).unbind(2)):
+                expected[:, :, member] += (torch.matmul(keys, spread) * keys).sum(-1) / 2
         valid = block.valid[:, :, sink:]
         scores = expected.masked_fill(~valid.unsqueeze(2), -torch.inf).softmax(-1).mean(2)
         if self.value_norm:

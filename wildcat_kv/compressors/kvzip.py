@@ -39,6 +39,7 @@ class KVzip(Compressor):
 
     scores: Tensor | None = field(default=None, repr=False, compare=False)
     layerwise: bool = False
+    _shares: dict[tuple[int, ...], Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @classmethod
     def of(cls, settings: WildCatConfig) -> Self:
@@ -59,25 +60,30 @@ class KVzip(Compressor):
             raise ValueError(
                 "KVzip has no scores; call wildcat_kv.compress_context(model, input_ids, compressor='kvzip', ...)"
             )
-        scores = self.scores.to(block.keys.device)
-        if scores.shape[3] != block.keys.shape[2] or scores.shape[1] != block.keys.shape[0]:
+        if self.scores.shape[1::2] != block.keys.shape[0:3:2]:
             raise ValueError(
-                f"KVzip has scores for {scores.shape[1]} rows of {scores.shape[3]} tokens, and the cache holds "
-                f"{block.keys.shape[0]} of {block.keys.shape[2]}; the scores are of another context"
+                f"KVzip has scores for {self.scores.shape[1]} rows of {self.scores.shape[3]} tokens, and the cache "
+                f"holds {block.keys.shape[0]} of {block.keys.shape[2]}; the scores are of another context"
             )
-        own = scores[block.layer_index]
-        if self.layerwise:
-            scores, place = own.unsqueeze(0), 0
-        else:
-            place = block.layer_index
-        candidate = item_mask(block)
-        items = torch.stack([block.items(layer).masked_fill(~candidate, -torch.inf) for layer in scores])
-        layers, rows, heads, length = items.shape
-        order = rank_descending(items.transpose(0, 1).flatten(1)).unflatten(1, (layers, heads, length))[:, place]
-        total = torch.tensor([layers * heads * rank for rank in budget], device=items.device).view(rows, 1, 1)
-        counts = ((order < total) & candidate).sum(-1)
-        columns = counts.amax(-1).tolist()
+        counts = self._slots(block, budget)[block.layer_index].to(block.keys.device)
+        own, columns = self.scores[block.layer_index].to(block.keys.device), counts.amax(-1).tolist()
         return replace(keep_best(block, own, budget, heads=counts, columns=max(columns)), columns=columns)
+
+    def _slots(self, block: KVBlock, budget: Sequence[int]) -> Tensor:
+        """int64 (layers, rows, heads), how many of its items each head keeps; the same for the blocks of all layers."""
+        asked = (*block.lengths, *block.window, *budget)
+        if asked not in self._shares:
+            assert self.scores is not None
+            inside = item_mask(replace(block, valid=torch.ones_like(block.valid[:, :1]))).to(self.scores.device)
+            items = torch.stack([block.items(layer) for layer in self.scores]).masked_fill(~inside, -torch.inf)
+            layers, rows, heads, length = items.shape
+            items = items.transpose(0, 1)  # rows first: each shares out its own slots
+            pools = items.flatten(2) if self.layerwise else items.flatten(1).unsqueeze(1)
+            share = torch.tensor(budget, device=items.device) * (heads if self.layerwise else heads * layers)
+            kept = rank_descending(pools) < share.view(rows, 1, 1)
+            kept = kept.view(rows, layers, heads, length) & inside.unsqueeze(1)
+            self._shares[asked] = kept.sum(-1).transpose(0, 1)
+        return self._shares[asked]
 
 
 def reconstruction_scores(queries: Tensor, keys: Tensor, *, sink: int, start: int, stop: int, scale: float) -> Tensor:
@@ -105,7 +111,7 @@ def reconstruction_scores(queries: Tensor, keys: Tensor, *, sink: int, start: in
     with torch.no_grad(), full_precision(keys.device):
         for first in range(0, total, _QUERIES_AT_ONCE):
             part = queries[:, :, first : first + _QUERIES_AT_ONCE].to(torch.float32).unflatten(1, (heads, -1)) * scale
-            scores = torch.matmul(part, seen.unsqueeze(2).mT)
+            scores = torch.matmul(part.flatten(2, 3), seen.mT).unflatten(2, part.shape[2:4])
             later = own > own[first : first + part.shape[3], None]
             scores[..., before:].masked_fill_(later, -torch.inf)
             chunk = scores.softmax(-1)[..., sink : sink + stop - start]

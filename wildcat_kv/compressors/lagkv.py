@@ -19,7 +19,7 @@ class LagKV(Scorer):
 
     Tokens whose keys and values vary most, measured in the range of the partition that comes after. Needs keys and
     values only, costs a few passes over them. Every partition keeps the same share of its tokens; the last one, and
-    what is left over behind it, are kept. A text too short for two partitions keeps its newest tokens.
+    what is left over behind it, are kept. A text too short for two partitions keeps its sinks and its newest tokens.
 
     Attributes:
         sink: first tokens to keep, before the partitions begin; 4 as in the reference library (the paper has 16).
@@ -44,8 +44,10 @@ class LagKV(Scorer):
         rows, heads, n, _ = block.keys.shape
         recency = torch.arange(n, device=block.keys.device) / n
         partitions = (n - self.sink) // self.lag
+        # What is always kept has equal scores: of these the newest go last, and then the first.
+        ends = torch.where(torch.arange(n, device=recency.device) < self.sink, 1.0, recency)
         if partitions < 2:
-            return recency.expand(rows, heads, n)
+            return ends.expand(rows, heads, n)
         stop = self.sink + partitions * self.lag
         parts = [
             self._variation(tensor[:, :, self.sink : stop].to(torch.float32).unflatten(2, (partitions, self.lag)))
@@ -53,8 +55,6 @@ class LagKV(Scorer):
         ]
         ranks = (parts[0] + parts[1]).argsort(dim=-1, stable=True).argsort(dim=-1).flatten(2) / self.lag
         scores = F.pad(ranks, (self.sink, n - self.sink - ranks.shape[-1]), value=1.0)
-        # What is always kept has equal scores: of these the first and the newest go last.
-        ends = torch.where(torch.arange(n, device=recency.device) < self.sink, 1.0, recency)
         return torch.where(scores == 1.0, 1.0 + ends, scores)
 
     @staticmethod

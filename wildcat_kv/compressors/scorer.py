@@ -78,6 +78,7 @@ def best_items(
         heads = torch.tensor(budget).to(device, non_blocking=True).unsqueeze(-1)
     kept = (place < heads.unsqueeze(-1)) & candidate
     width = max(budget) if columns is None else columns
+    assert width <= length, "a budget is below the number of items"
     index = kept.to(torch.int8).argsort(dim=-1, stable=True)[..., length - width :]
     return index, kept.gather(-1, index)
 
@@ -137,6 +138,8 @@ def attention_probabilities(block: KVBlock, latest: int | None = None) -> Iterat
         part = queries[:, :, start : start + step].to(torch.float32) * block.scale
         age = total - start - torch.arange(part.shape[2], device=device)
         hidden = (behind < age.unsqueeze(-1)) & (behind <= exact)
-        scores = torch.matmul(part.unflatten(1, (heads, -1)), keys.unsqueeze(2).mT)
+        grouped = part.unflatten(1, (heads, -1))
+        # Heads of a group as further queries: keys are never repeated.
+        scores = torch.matmul(grouped.flatten(2, 3), keys.mT).unflatten(2, grouped.shape[2:4])
         scores = scores.masked_fill_(hidden, -torch.inf).masked_fill_(~block.valid[:, :, None, None], -torch.inf)
         yield scores.softmax(-1)

@@ -50,15 +50,21 @@ class SnapKV(Scorer):
         n = block.keys.shape[2]
         assert block.queries is not None
         window = min(self.window, block.queries.shape[2], n)
-        seen: Tensor | None = None
-        for probabilities in attention_probabilities(block, latest=window):
-            part = probabilities[..., : n - window].sum(-2)
-            seen = part if seen is None else seen + part
-        if seen is None or window == n:
+        if not window:
             return torch.arange(n, device=block.keys.device).expand(block.valid.shape)
+        total: Tensor | float = 0.0
+        for probabilities in attention_probabilities(block, latest=window):
+            total = total + probabilities.sum(-2)
+        assert isinstance(total, Tensor)
+        # The window comes first; among its own tokens too attention decides, by the queries that can see each.
+        visible = torch.arange(window, 0, -1, device=total.device)
+        own = 2.0 + total[..., n - window :].mean(2) / visible  # above any probability
+        if window == n:
+            return own
+        seen = total[..., : n - window]
         rows, heads, group, length = seen.shape
         smooth = F.avg_pool1d(
             (seen / window).reshape(rows, heads * group, length), self.kernel, stride=1, padding=self.kernel // 2
         )
         scores = smooth.view(rows, heads, group, length).mean(2)
-        return torch.cat((scores, scores.new_full((rows, heads, window), 2.0)), dim=-1)  # above any probability
+        return torch.cat((scores, own), dim=-1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from wildcat_kv.compressors.base import KVBlock
@@ -32,6 +33,9 @@ class TOVA(Scorer):
 
     def score(self, block: KVBlock) -> Tensor:
         """See `Scorer`."""
+        n = block.keys.shape[2]
+        if block.queries is None or not block.queries.shape[2]:
+            return torch.arange(n, device=block.keys.device).expand(block.valid.shape)
         (probabilities,) = attention_probabilities(block, latest=1)
         scores = probabilities.mean(dim=(1, 2, 3))  # heads, groups, the one query
         scores[:, -1] = 1.0 + scores.amax(-1)
