@@ -67,9 +67,9 @@ class Reading:
         """A method's mean loss over the needles, its drift, and the entries it kept of the first context."""
         model, cache = self._model, compress(self._contexts[0])
         kept = entries_a_head(cache)
-        losses = [needle_loss(model, cache.clone(), question, answer) for question, answer in self._needles.asked]
+        loss = needle_loss(model, cache, self._needles.asked)
         moved = drift(self._expected, next_token(model, compress(self._contexts[1]), self._stretch))
-        return {"method": name, "seed": self._seed, "needle": float(np.mean(losses)), "drift": moved, "kept": kept}
+        return {"method": name, "seed": self._seed, "needle": loss, "drift": moved, "kept": kept}
 
 
 def results_table(records: list[dict[str, Any]], title: str) -> Table:

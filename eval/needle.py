@@ -43,8 +43,21 @@ def needle_sample(tokenizer: Any, seed: int) -> NeedleSample:
 
 
 @torch.no_grad()
-def needle_loss(model: Any, cache: Cache, question: Tensor, answer: Tensor) -> float:
-    """Mean negative log-likelihood of the answer's tokens after the question, in nats; the cache reads both."""
-    ids = torch.cat((question, answer), dim=-1).to(model.device)
-    predicted = model(ids, past_key_values=cache).logits[0, question.shape[-1] - 1 : -1]
-    return float(torch.nn.functional.cross_entropy(predicted.float(), answer[0].to(model.device)))
+def needle_loss(model: Any, cache: Cache, asked: list[tuple[Tensor, Tensor]]) -> float:
+    """Mean negative log-likelihood of the answers' tokens, each answer after its question alone, in nats a token.
+
+    Args:
+        model: that has read the context.
+        cache: with the context in one row; used up.
+        asked: questions and answers, int64 (1, n).
+    """
+    texts = [torch.cat(pair, dim=-1)[0] for pair in asked]
+    ids = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True).to(model.device)  # nothing sees what comes after it
+    cache.batch_repeat_interleave(len(asked))
+    logits = model(ids, past_key_values=cache).logits.float()
+    losses = []
+    for row, (question, answer) in enumerate(asked):
+        start = question.shape[-1] - 1
+        predicted = logits[row, start : start + answer.shape[-1]]
+        losses.append(torch.nn.functional.cross_entropy(predicted, answer[0].to(model.device)))
+    return float(torch.stack(losses).mean())

@@ -52,6 +52,7 @@ class Context:
         self.input_ids = input_ids
         self.attention_mask = attention_mask
         self._exact = CompressedCache(model.config, compressor=_Everything(), ratio=1.0)
+        self._repeated: Tensor | None = None  # KVzip's scores, once they were asked for
         self._read(self._exact, input_ids, attention_mask)
 
     @property
@@ -81,7 +82,8 @@ class Context:
             ValueError: as `CompressedCache`; or "kvzip" without a tokenizer, or with padding.
         """
         if compressor == "kvzip":
-            compressor = KVzip(self._reconstruct(tokenizer))
+            self._repeated = self._reconstruct(tokenizer) if self._repeated is None else self._repeated
+            compressor = KVzip(self._repeated)
         cache = CompressedCache(self.model.config, settings, compressor=compressor, **fields)
         mask = None if self.attention_mask is None else self.attention_mask.bool()
         announced = False

@@ -68,10 +68,12 @@ class KVBlock:
 
     def items(self, entries: Tensor) -> Tensor:
         """The items among entries (rows, heads, n, ...), right-aligned: (rows, heads, max(lengths), ...)."""
-        stop = entries.shape[2] - torch.tensor(self.window)
+        length = max(self.lengths)
         if len(set(self.window)) == 1:
-            return entries[:, :, int(stop[0]) - max(self.lengths) : int(stop[0])]
-        index = stop.unsqueeze(-1) + torch.arange(max(self.lengths)) - max(self.lengths)
+            stop = entries.shape[2] - self.window[0]
+            return entries[:, :, stop - length : stop]
+        stops = entries.shape[2] - torch.tensor(self.window)
+        index = stops.unsqueeze(-1) + torch.arange(length) - length
         return take_columns(entries, index.clamp_min(0).to(entries.device).unsqueeze(1))
 
     def tokens(self, row: int) -> int:
