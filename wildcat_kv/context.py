@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -81,6 +81,7 @@ class Context:
         Raises:
             ValueError: as `CompressedCache`; or "kvzip" without a tokenizer, or with padding.
         """
+        _check(self.model, self.attention_mask, settings, compressor, tokenizer, fields)
         if compressor == "kvzip":
             self._repeated = self._reconstruct(tokenizer) if self._repeated is None else self._repeated
             compressor = KVzip(self._repeated)
@@ -109,14 +110,6 @@ class Context:
 
     def _reconstruct(self, tokenizer: Any) -> Tensor:
         """KVzip's scores, float32 (layers, rows, heads, n): the context is read again, chunk by chunk."""
-        if tokenizer is None:
-            raise ValueError(
-                "tokenizer=None: compressor='kvzip' asks the model to repeat what it read; pass its tokenizer"
-            )
-        if self.attention_mask is not None and not bool(self.attention_mask.all()):
-            raise ValueError(
-                "attention_mask hides tokens, and compressor='kvzip' repeats all; give the rows one by one"
-            )
         n, parts = self.input_ids.shape[1], []
         for start in range(0, n, _CHUNK):
             stop = min(start + _CHUNK, n)
@@ -163,21 +156,37 @@ def compress_context(
     Example:
         cache = compress_context(model, input_ids, compressor="kvzip", tokenizer=tokenizer, ratio=0.25)
     """
+    _check(model, attention_mask, settings, compressor, tokenizer, fields)
     return Context(model, input_ids, attention_mask).compress(
         settings, compressor=compressor, tokenizer=tokenizer, **fields
     )
+
+
+def _check(
+    model: Any,
+    attention_mask: Tensor | None,
+    settings: WildCatConfig | None,
+    compressor: str | Compressor,
+    tokenizer: Any,
+    fields: dict[str, Any],
+) -> None:
+    """Refuse what cannot be compressed, before anything is read."""
+    again = compressor == "kvzip"
+    CompressedCache(model.config, settings, compressor=KVzip() if again else compressor, **fields)
+    if again and tokenizer is None:
+        raise ValueError("tokenizer=None: compressor='kvzip' asks the model to repeat what it read; pass its tokenizer")
+    if again and attention_mask is not None and not bool(attention_mask.all()):
+        raise ValueError("attention_mask hides tokens, and compressor='kvzip' repeats all; give the rows one by one")
 
 
 @dataclass(frozen=True)
 class _Everything(Compressor):
     """Keeps all that a context is, to be compressed by another method."""
 
-    observation_of_all: ClassVar[Observation] = Observation(latest=None, carried=0)
-
     @property
     def observation(self) -> Observation:
         """All queries."""
-        return self.observation_of_all
+        return Observation(latest=None, carried=0)
 
     def compress(self, block: KVBlock, budget: Sequence[int]) -> Coreset:
         """Never called: nothing is over a budget of everything."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -135,7 +135,7 @@ class QueryLog:
             with ordinary_tensors():
                 self._parts = [torch.cat(self._parts, dim=2)]
 
-    def _map(self, change) -> None:  # type: ignore[no-untyped-def]
+    def _map(self, change: Callable[[Tensor], Tensor]) -> None:
         with ordinary_tensors():
             self.carried = None if self.carried is None else change(self.carried)
             self._parts = [change(part) for part in self._parts]
