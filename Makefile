@@ -6,8 +6,8 @@ CONSTRAINTS ?= constraints.txt
 READY := $(VENV)/.ready
 OLDEST := 5.17.0
 REFERENCE := kvpress==0.5.5 transformers==5.2.0
-CACHE_TESTS := $(addprefix tests/test_,$(addsuffix .py,attention batches cache contract families fuzz numerics \
-	persistence placement rollback))
+CACHE_TESTS := $(addprefix tests/test_,$(addsuffix .py,attention batches cache compressors context contract families \
+	fuzz numerics persistence placement rollback rope))
 
 .PHONY: demo test lint compare bench test-oldest nightly test-upstream parity clean
 

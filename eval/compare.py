@@ -26,7 +26,7 @@ from rich.table import Table
 from eval.drift import drift, drift_sample, next_token
 from eval.needle import needle_loss, needle_sample
 from wildcat_kv import CompressedCache, Context
-from wildcat_kv.accounting import entries_a_head
+from wildcat_kv.accounting import stored_tokens
 from wildcat_kv.compressors import available
 from wildcat_kv.models import load_model
 
@@ -66,7 +66,7 @@ class Reading:
     def score(self, name: str, compress: Compress) -> dict[str, Any]:
         """A method's mean loss over the needles, its drift, and the entries it kept of the first context."""
         model, cache = self._model, compress(self._contexts[0])
-        kept = entries_a_head(cache)
+        kept = stored_tokens(cache)
         loss = needle_loss(model, cache, self._needles.asked)
         moved = drift(self._expected, next_token(model, compress(self._contexts[1]), self._stretch))
         return {"method": name, "seed": self._seed, "needle": loss, "drift": moved, "kept": kept}

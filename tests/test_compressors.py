@@ -17,7 +17,7 @@ from transformers import DynamicCache
 from tests.driver import EVEN, METHODS, assert_same, read, small_cache, state, tokens
 from tests.tiny import FAMILIES, SMALL, random_ids, tiny_model
 from wildcat_kv import CompressedCache, WildCatCache, WildCatConfig
-from wildcat_kv.accounting import entries_a_head
+from wildcat_kv.accounting import stored_tokens
 from wildcat_kv.budget import block_size, kept_tokens
 from wildcat_kv.compressors import H2O, AdaKV, Compressor, KVBlock, Scorer, SnapKV, available, registry, resolve
 
@@ -64,7 +64,7 @@ def test_generation_stays_within_its_budget(family, method, budget):
     out = model.generate(random_ids(2, 160), past_key_values=cache, max_new_tokens=60, do_sample=False)
     seen = out.shape[1] - 1
     limit = budget.get("max_tokens") or kept_tokens(seen, budget["ratio"]) + block_size(cache.settings)
-    assert 0.6 * kept_tokens(seen, 0.25) < entries_a_head(cache) <= limit
+    assert 0.6 * kept_tokens(seen, 0.25) < stored_tokens(cache) <= limit
     assert cache.get_seq_length(first_full(cache)) == seen
     if method in EVEN:
         assert cache.stored_length() <= limit
@@ -87,7 +87,7 @@ def test_a_prompt_is_brought_to_its_budget_exactly(method, budget):
     read(cache, keys, values, 0, 300)
     even = small_cache(method="uniform", **budget)
     read(even, keys, values, 0, 300)
-    assert entries_a_head(cache) == entries_a_head(even) == even.stored_length()
+    assert stored_tokens(cache) == stored_tokens(even) == even.stored_length()
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -98,6 +98,21 @@ def test_beams_and_returned_sequences_follow_their_rows(llama, method):
     assert torch.equal(within, llama.generate(ids, past_key_values=DynamicCache(config=llama.config), **options))
     beyond = llama.generate(ids, past_key_values=make(llama, method, ratio=0.25), num_return_sequences=3, **options)
     assert beyond.shape == (6, 130)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "options", [{"prompt_lookup_num_tokens": 6}, {"prefill_chunk_size": 50}], ids=lambda options: next(iter(options))
+)
+def test_drafts_and_prompts_in_chunks(llama, method, options):
+    """Within budget as the exact cache, beyond it within its share."""
+    ids = random_ids(1, 50).repeat(1, 4)
+    options = {**options, "max_new_tokens": 60, "do_sample": False, "eos_token_id": None}
+    exact = llama.generate(ids, past_key_values=DynamicCache(config=llama.config), **options)
+    assert torch.equal(llama.generate(ids, past_key_values=make(llama, method, ratio=1.0), **options), exact)
+    cache = make(llama, method, ratio=0.25)
+    assert llama.generate(ids, past_key_values=cache, **options).shape == exact.shape
+    assert 50 < stored_tokens(cache) <= kept_tokens(260, 0.25) + block_size(cache.settings)
 
 
 @pytest.mark.parametrize("method", METHODS)

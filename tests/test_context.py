@@ -7,7 +7,7 @@ from transformers import DynamicCache
 from tests.driver import METHODS, assert_same, state
 from tests.tiny import random_ids, tiny_model
 from wildcat_kv import CompressedCache, Context, compress_context
-from wildcat_kv.accounting import entries_a_head
+from wildcat_kv.accounting import stored_tokens
 from wildcat_kv.budget import kept_tokens
 from wildcat_kv.compressors import KVzip
 
@@ -110,7 +110,7 @@ def test_layers_and_heads_share_the_slots_of_a_context(llama, layerwise):
     scores = context.compress(compressor="kvzip", tokenizer=Letters(), ratio=0.5).compressor.scores
     cache = context.compress(compressor=KVzip(scores, layerwise=layerwise), ratio=0.5)
     held = torch.stack([layer.state.storage.entries.valid.sum(-1) for layer in cache.layers])
-    assert entries_a_head(cache) == kept_tokens(300, 0.5)
+    assert stored_tokens(cache) == kept_tokens(300, 0.5)
     assert (held.sum(-1) == 2 * 150).all() == layerwise
     assert cache.get_seq_length() == 300
     for number, (layer, own) in enumerate(zip(cache.layers, scores, strict=True)):

@@ -42,21 +42,16 @@ def stored_entries(layer: Any) -> int:
     return keys.shape[-2] if isinstance(keys, Tensor) and keys.numel() else 0
 
 
-def stored_tokens(cache: Any) -> int:
-    """Columns of keys that the fullest layer of a Transformers cache holds."""
-    return max(map(stored_entries, cache.layers), default=0)
-
-
-def entries_a_head(cache: Any) -> float:
+def stored_tokens(cache: Any) -> float:
     """Entries that a key head holds, on average over rows, heads and compressed layers; padding is none.
 
-    Of a cache that is not ours, columns of keys.
+    Of a cache that is not ours, columns of keys in the fullest layer.
     """
     states = [layer.state for layer in cache.layers if hasattr(layer, "state")]
     if not states:
-        return float(stored_tokens(cache))
-    shares = [state.storage.entries.valid.sum(-1).float().mean() for state in states if state.storage is not None]
-    return float(torch.stack([share.cpu() for share in shares]).mean()) if shares else 0.0
+        return max(map(stored_entries, cache.layers), default=0)
+    held = [state.storage.entries.valid.sum(-1).cpu().double().mean() for state in states if state.storage is not None]
+    return float(torch.stack(held).mean()) if held else 0.0
 
 
 @dataclass(frozen=True)

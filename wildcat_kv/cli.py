@@ -125,7 +125,7 @@ def generate(
     table = Table("tokens seen", "stored", "cache MiB", "first token s", "tokens/s", box=None)
     table.add_row(
         str(cache.get_seq_length()),
-        str(stored_tokens(cache)),
+        f"{stored_tokens(cache):.0f}",
         f"{cache_bytes(cache) / 2**20:.1f}",
         f"{timing.first_token_seconds:.1f}",
         f"{timing.tokens_per_second:.1f}",
@@ -151,10 +151,10 @@ def main() -> None:
 
 @dataclass(frozen=True)
 class _Run:
-    """Answers with one cache; the accounting is of the cache after the context."""
+    """Answers with one cache; the accounting is of the cache after the context, `stored` in entries a head."""
 
     answers: list[str]
-    stored: int
+    stored: float
     mebibytes: float
     prefill_seconds: float
     tokens_per_second: float
@@ -269,7 +269,7 @@ def _demo_table(questions: list[tuple[str, str]], runs: dict[str, _Run]) -> Tabl
     table = Table("", *runs, show_lines=True)
     for index, (question, _) in enumerate(questions):
         table.add_row(question, *(run.answers[index] for run in runs.values()))
-    table.add_row("tokens stored", *(str(run.stored) for run in runs.values()))
+    table.add_row("tokens stored", *(f"{run.stored:.0f}" for run in runs.values()))
     table.add_row("cache, MiB", *(f"{run.mebibytes:.1f}" for run in runs.values()))
     table.add_row("prefill, seconds", *(f"{run.prefill_seconds:.1f}" for run in runs.values()))
     table.add_row("tokens per second", *(f"{run.tokens_per_second:.1f}" for run in runs.values()))
