@@ -470,9 +470,10 @@ def test_gradients_and_inference_mode_do_not_get_in_the_way(llama):
 
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("budget", [{"ratio": 0.25}, {"max_tokens": 120}])
-def test_one_token_needs_no_host_synchronisation(llama, budget, masked):
+@pytest.mark.parametrize("method", ["wildcat", "snapkv", "h2o", "expected_attention", "adakv", "pyramidkv"])
+def test_one_token_needs_no_host_synchronisation(llama, method, budget, masked):
     """Fake tensors have no data: reading one on the host raises."""
-    cache = WildCatCache(llama.config, **budget)
+    cache = CompressedCache(llama.config, compressor=method, **budget)
     llama(random_ids(2, 200), past_key_values=cache, attention_mask=torch.ones(2, 200, dtype=torch.int64))
     storage = cache.layers[0].state.storage
     before = storage.memory.keys.shape, storage.length

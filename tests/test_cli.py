@@ -6,6 +6,7 @@ import sys
 import pytest
 
 from wildcat_kv import cli
+from wildcat_kv.compressors import available
 
 
 def run(monkeypatch, capsys, *arguments):
@@ -40,6 +41,8 @@ def damaged_gguf(tmp_path):
         (["--preset", "nowhere.yaml"], "nowhere.yaml"),
         (["--dtype", "int8"], "dtype='int8'"),
         (["--device", "abacus"], "device='abacus'"),
+        (["--method", "nosuch"], "compressor='nosuch': no such method; there are wildcat, streaming_llm"),
+        (["--method", "kvzip"], "call wildcat_kv.compress_context(model"),
         (["--model", "no/such/folder/at/all"], "no/such/folder/at/all"),
         (["--model", "missing.gguf"], "missing.gguf: no such file"),
     ],
@@ -48,6 +51,15 @@ def test_a_wrong_argument_is_one_line_and_a_failure(monkeypatch, capsys, prompt,
     status, out, err = run(monkeypatch, capsys, "generate", "--prompt-file", prompt, *arguments)
     assert status == 1 and not out
     assert err.startswith("wildcat-kv: ") and message in err and err.count("\n") == 1
+
+
+def test_all_methods_are_listed(monkeypatch, capsys):
+    status, out, err = run(monkeypatch, capsys, "methods")
+    assert status == 0 and not err
+    for method in available():
+        (line,) = [line for line in out.splitlines() if line.startswith(f"{method.name} ")]
+        assert method.paper.removeprefix("arXiv ") in line
+        assert line.split()[-2:] == ["yes" if has else "no" for has in (method.needs_queries, method.decodes)]
 
 
 def test_a_damaged_model_is_one_line(monkeypatch, capsys, prompt, damaged_gguf):

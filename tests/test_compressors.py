@@ -394,6 +394,37 @@ def test_a_method_that_only_compresses_prompts_bounds_no_generation(llama):
     assert cache.stored_length() == 150  # a quarter of the prompt, and all that came later
 
 
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (lambda coreset: dataclasses.replace(coreset, keys=coreset.keys[..., :3]), "its coreset has shapes"),
+        (lambda coreset: dataclasses.replace(coreset, values=coreset.values.double()), "its coreset has shapes"),
+        (lambda coreset: dataclasses.replace(coreset, columns=[1000, 1]), r"the 2 rows take \[1000, 1\]"),
+        (lambda coreset: dataclasses.replace(coreset, columns=[5]), r"the 2 rows take \[5\]"),
+    ],
+)
+def test_what_a_method_should_not_return_is_refused_and_nothing_is_lost(wrong, message):
+    class Wrong(LongestValues):
+        def compress(self, block, budget):
+            return wrong(super().compress(block, budget))
+
+    keys, values = tokens(2, 100)
+    cache = CompressedCache(tf.LlamaConfig(**{**SMALL, "num_hidden_layers": 2}), compressor=Wrong(), ratio=0.25)
+    with pytest.raises(ValueError, match=f"compressor=Wrong: .*{message}|{message}"):
+        read(cache, keys, values, 0, 100)
+    assert torch.equal(cache.layers[0].keys, keys[0]) and cache.layers[0].state.progress.folded_at == 0
+
+
+def test_scores_of_the_wrong_shape_are_refused(llama):
+    class Wrong(Scorer):
+        def score(self, block):
+            return block.values
+
+    cache = CompressedCache(llama.config, compressor=Wrong(), ratio=0.25)
+    with pytest.raises(ValueError, match=r"compressor=Wrong: its scores have shape \(1, 2, 100, 16\)"):
+        llama(random_ids(1, 100), past_key_values=cache)
+
+
 def test_compressors_must_say_how_they_compress():
     with pytest.raises(TypeError):
         Compressor()

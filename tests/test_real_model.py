@@ -9,9 +9,10 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from eval import needle
+from eval import compare, drift, needle
 from wildcat_kv import WildCatCache
 from wildcat_kv.compress import token_mass
+from wildcat_kv.compressors import available
 from wildcat_kv.haystack import build_context
 from wildcat_kv.models import default_model
 from wildcat_kv.prompts import encode_question
@@ -30,12 +31,44 @@ def essay_ids(default):
     return default[1](text, return_tensors="pt", add_special_tokens=False).input_ids
 
 
-def test_wildcat_keeps_more_of_the_needles_than_chance(default, monkeypatch):
-    monkeypatch.setattr(needle, "LENGTHS", (700, 800))
-    makers = {name: make for name, make in needle.methods(0.25).items() if name in ("exact", "uniform", "wildcat")}
-    scores = [needle.score_sample(*default, makers, seed) for seed in range(3)]
-    exact, uniform, wildcat = (np.mean([score[name][0] for score in scores]) for name in makers)
-    assert exact < 0.6 < wildcat < uniform - 0.3
+@pytest.fixture(scope="module")
+def scores(default):
+    """Mean needle loss and drift of each method, a quarter kept of 700 to 800 tokens."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(needle, "LENGTHS", (700, 800))
+        patch.setattr(drift, "LENGTHS", (700, 800))
+        records = []
+        for seed in range(3):
+            with torch.no_grad():
+                reading = compare.Reading(*default, seed)
+                methods = compare.methods(0.25, default[1])
+                records += [reading.score(name, compress) for name, compress in methods.items()]
+    names = {record["method"] for record in records}
+    assert {method.name for method in available()} < names
+    assert {record["kept"] for record in records if record["method"] != "exact" and record["seed"] == 0} == {
+        next(record["kept"] for record in records if record["method"] == "wildcat")
+    }
+    return {
+        name: {
+            measure: np.mean([record[measure] for record in records if record["method"] == name])
+            for measure in ("needle", "drift")
+        }
+        for name in names
+    }
+
+
+def test_wildcat_keeps_more_of_the_needles_than_chance(scores):
+    assert scores["exact"]["needle"] < 0.6 < scores["wildcat"]["needle"] < scores["uniform"]["needle"] - 0.3
+
+
+def test_methods_are_what_they_are_known_for(scores):
+    """Reading twice finds the needles; learning from queries drifts least; chance is worse than all of these."""
+    needles = {name: score["needle"] for name, score in scores.items()}
+    drifts = {name: score["drift"] for name, score in scores.items()}
+    assert needles["kvzip"] < 0.9 < min(needles["wildcat"], needles["keydiff"])
+    assert max(needles["keydiff"], needles["wildcat"]) < needles["uniform"]
+    assert max(drifts["h2o"], drifts["attention_matching"], drifts["expected_attention"]) < drifts["uniform"]
+    assert drifts["exact"] < 1e-6 < min(drift for name, drift in drifts.items() if name != "exact")
 
 
 def test_within_budget_the_answer_is_the_exact_one(default, essay_ids):

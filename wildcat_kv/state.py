@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from wildcat_kv.budget import Fold, Row, block_size, plan_fold, tokens_until_fold
+from wildcat_kv.compress import Coreset
 from wildcat_kv.compressors.base import Compressor, KVBlock
 from wildcat_kv.config import WildCatConfig
 from wildcat_kv.folding import align_right, column_mask, fold_entries
@@ -312,6 +313,7 @@ class LayerState:
             if any(columns):
                 coreset = self._compressor.compress(block, columns)
                 columns = list(coreset.columns or columns)
+                _check_coreset(coreset, columns, entries, type(self._compressor).__name__)
             self.storage = Storage([*fold_entries(entries, rows, folds, coreset, columns), later], room=self._held.room)
         self.folded_range = folded
         if self.log is not None:
@@ -353,6 +355,28 @@ class LayerState:
                 span = span.join(ValueRange.of(later.values, later.valid if self.progress.masked else None))
             # A row that has folded nothing is attended to exactly: nothing to clip.
             self.value_range = span.unbounded_where_empty(self.folded_range)
+
+
+def _check_coreset(coreset: Coreset, columns: Sequence[int], entries: Entries, method: str) -> None:
+    """Refuse what a method should not have returned, before it takes the place of anything.
+
+    Raises:
+        ValueError: names the method, and what its coreset must be.
+    """
+    (rows, heads, _, d), d_v, width = entries.keys.shape, entries.values.shape[-1], coreset.valid.shape[-1]
+    shapes = [tuple(tensor.shape) for tensor in (coreset.keys, coreset.values, coreset.weights, coreset.valid)]
+    wanted = [(rows, heads, width, d), (rows, heads, width, d_v), (rows, heads, width), (rows, heads, width)]
+    dtypes = [tensor.dtype for tensor in (coreset.keys, coreset.values, coreset.weights, coreset.valid)]
+    if shapes != wanted or dtypes != [entries.keys.dtype, entries.values.dtype, torch.float32, torch.bool]:
+        raise ValueError(
+            f"compressor={method}: its coreset has shapes {shapes} and dtypes {dtypes}; keys, values, weights, valid "
+            f"must be {wanted} in {entries.keys.dtype}, {entries.values.dtype}, float32 and bool"
+        )
+    if len(columns) != rows or not 0 <= min(columns) <= max(columns) <= width:
+        raise ValueError(
+            f"compressor={method}: its coreset has {width} columns, and the {rows} rows take {columns} of them; return "
+            "max(budget) columns, or say in `columns` how many each row takes"
+        )
 
 
 def _leaving(columns: int, row: Row, fold: Fold) -> tuple[int, int]:

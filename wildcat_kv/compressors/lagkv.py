@@ -19,7 +19,8 @@ class LagKV(Scorer):
 
     Tokens whose keys and values vary most, measured in the range of the partition that comes after. Needs keys and
     values only, costs a few passes over them. Every partition keeps the same share of its tokens; the last one, and
-    what is left over behind it, are kept. A text too short for two partitions keeps its sinks and its newest tokens.
+    what is left over behind it, are kept. So a text too short for two partitions, or a budget smaller than one, keeps
+    sinks and the newest tokens alone.
 
     Attributes:
         sink: first tokens to keep, before the partitions begin; 4 as in the reference library (the paper has 16).

@@ -37,8 +37,17 @@ class Scorer(Compressor):
     def scores(self, block: KVBlock) -> Tensor:
         """`score` for rows of any length: float32 (rows, heads, n), right-aligned; -inf for padding slots."""
         with torch.no_grad(), full_precision(block.keys.device):
-            scores = block.map_rows(lambda rows: self.score(rows).to(torch.float32))
+            scores = block.map_rows(self._score)
         return scores.masked_fill(~block.valid, -torch.inf)
+
+    def _score(self, block: KVBlock) -> Tensor:
+        scores, wanted = self.score(block), block.valid.shape
+        if scores.shape != wanted:
+            raise ValueError(
+                f"compressor={type(self).__name__}: its scores have shape {tuple(scores.shape)}; they must be (rows, "
+                f"heads, entries), here {tuple(wanted)}"
+            )
+        return scores.to(torch.float32)
 
     def compress(self, block: KVBlock, budget: Sequence[int]) -> Coreset:
         """See `Compressor`."""

@@ -32,10 +32,11 @@ class Uniform(Scorer):
         """See `Scorer`."""
         heads, n = block.keys.shape[1:3]
         device = block.keys.device
-        return gumbel_noise(
+        noise = gumbel_noise(
             self.seed,
             torch.full((1, 1, 1), block.layer_index, device=device),
             torch.tensor(block.seen).to(device, non_blocking=True).view(-1, 1, 1),
             torch.arange(heads, device=device).view(-1, 1),
             torch.arange(n, device=device),
         )
+        return noise.expand(block.valid.shape)
