@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 import transformers as tf
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from transformers import DynamicCache
 
 from tests.driver import EVEN, METHODS, assert_same, read, small_cache, state, tokens
@@ -144,7 +146,8 @@ def test_saved_and_cloned_caches_go_on_alike(method, budget, tmp_path):
     cache.save(path)
     config = tf.LlamaConfig(**{**SMALL, "num_hidden_layers": 2})
     compressor = cache.compressor if method == "wildcat" else METHODS[method]
-    loaded, fork = CompressedCache.load(path, config, compressor=compressor), cache.clone()
+    loaded, fork = CompressedCache.load(path, config), cache.clone()
+    assert loaded.compressor == compressor
     for at in range(141, 250):
         outputs = [read(kind, keys, values, at, 1) for kind in (cache, loaded, fork)]
         assert all(torch.equal(first, other) for first, *others in zip(*outputs, strict=True) for other in others)
@@ -292,7 +295,8 @@ def test_wildcat_by_name_is_the_wildcat_cache(llama):
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"compressor": "snap", "ratio": 0.25}, ValueError, "compressor='snap': no such method; there are wildcat"),
+        ({"compressor": "snap", "ratio": 0.25}, ValueError, "compressor='snap': no such method; did you mean 'snapkv'"),
+        ({"compressor": "nosuch", "ratio": 0.25}, ValueError, "compressor='nosuch': no such method; there are wildcat"),
         ({"compressor": SnapKV, "ratio": 0.25}, TypeError, "is no method; pass an instance"),
         ({"compressor": None, "ratio": 0.25}, TypeError, "compressor=None is no method"),
         ({"compressor": "kvzip", "ratio": 0.25}, ValueError, r"compress_context\(model, input_ids"),
@@ -376,11 +380,127 @@ def test_a_method_of_an_installed_package_is_found_by_its_name(tmp_path):
     assert json.loads(done.stdout.splitlines()[-1]) == expected
 
 
-def test_an_entry_point_that_is_no_method_is_named(monkeypatch):
-    point = importlib.metadata.EntryPoint("odd", "json:loads", registry.GROUP)
+@pytest.mark.parametrize("value", ["json:loads", "json:nothing", "no.such.package:Method"])
+def test_a_broken_package_is_named_and_breaks_no_other(monkeypatch, llama, value):
+    point = importlib.metadata.EntryPoint("odd", value, registry.GROUP)
     monkeypatch.setattr(registry, "entry_points", lambda group: [point])
-    with pytest.raises(TypeError, match="entry point odd = json:loads"):
-        available()
+    with pytest.warns(UserWarning, match=f"compressor='odd': the entry point {value}"):
+        assert [method.name for method in available()] == NAMES
+    with pytest.raises(ValueError, match=f"compressor='odd': the entry point {value}"):
+        CompressedCache(llama.config, compressor="odd", ratio=0.25)
+    assert CompressedCache(llama.config, compressor="snapkv", ratio=0.25).compressor == SnapKV()
+
+
+# Files
+
+
+@dataclass(frozen=True)
+class ByPlace(Scorer):
+    """Keep every so many tokens."""
+
+    step: int = 2
+
+    def score(self, block: KVBlock):
+        return (torch.arange(block.keys.shape[2]) % self.step == 0).expand(block.valid.shape)
+
+
+class Plain(Scorer):
+    """Not a dataclass."""
+
+    def __init__(self, power):
+        self.power = power
+
+    def score(self, block: KVBlock):
+        return block.values.float().norm(dim=-1) ** self.power
+
+
+@pytest.mark.parametrize(
+    ("saved", "same", "other"),
+    [
+        (ByPlace(3), ByPlace(3), ByPlace(4)),
+        (Plain(1), Plain(1), Plain(2)),
+        (AdaKV(ByPlace(3)), AdaKV(ByPlace(3)), AdaKV(ByPlace(4))),
+        (AdaKV(SnapKV(window=9)), "adakv", AdaKV(SnapKV(window=8))),
+    ],
+)
+def test_a_file_is_loaded_with_the_method_that_saved_it(llama, tmp_path, saved, same, other):
+    cache = CompressedCache(llama.config, compressor=saved, ratio=0.5)
+    llama(random_ids(1, 100), past_key_values=cache)
+    path = tmp_path / "context.safetensors"
+    cache.save(path)
+    assert_same(state(CompressedCache.load(path, llama.config, compressor=same)), state(cache))
+    with pytest.raises(ValueError, match="was compressed by"):
+        CompressedCache.load(path, llama.config, compressor=other)
+    with pytest.raises(ValueError, match="was compressed by"):
+        WildCatCache.load(path, llama.config)
+    if same == "adakv":
+        assert CompressedCache.load(path, llama.config).compressor == saved
+    else:
+        with pytest.raises(ValueError, match="is no method of this library; pass it as compressor"):
+            CompressedCache.load(path, llama.config)
+
+
+def test_parameters_that_cannot_be_written_are_named(llama, tmp_path):
+    cache = CompressedCache(llama.config, compressor=Plain(torch.ones(1)), ratio=0.5)
+    llama(random_ids(1, 100), past_key_values=cache)
+    with pytest.raises(ValueError, match="compressor=Plain: its parameter power is a Tensor"):
+        cache.save(tmp_path / "context.safetensors")
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("method", "change", "message"),
+    [
+        ("h2o", lambda own: own.update({"layers.0.memory": own["layers.0.memory"][..., :1]}), "remembers"),
+        ("h2o", lambda own: own.pop("layers.0.memory"), "remembers"),
+        ("snapkv", lambda own: own.update({"layers.0.memory": torch.zeros(1, 2, 25, 2)}), "remembers"),
+        ("knorm", lambda own: own.update({"layers.0.queries.recent": torch.zeros(1, 4, 5, 16)}), "queries"),
+        ("h2o", lambda own: own.pop("layers.1.queries.recent"), "queries are missing"),
+        ("snapkv", lambda own: own["layers.1.queries.carried"].fill_(float("nan")), "queries do not fit"),
+        ("snapkv", lambda own: own.update({"layers.0.queries.carried": torch.zeros(1, 3, 5, 16)}), "do not fit"),
+        ("snapkv", lambda own: own.pop("layers.0.queries.carried"), "do not fit"),
+    ],
+)
+def test_damage_to_what_a_method_needs_is_found(llama, method, change, message, tmp_path):
+    path = tmp_path / "context.safetensors"
+    cache = small_cache(method=method, ratio=0.25)
+    keys, values = tokens(1, 105)
+    read(cache, keys, values, 0, 100)
+    read(cache, keys, values, 100, 5)
+    cache.save(path)
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    own = load_file(path)
+    change(own)
+    save_file({name: tensor.contiguous() for name, tensor in own.items()}, path, metadata)
+    config = tf.LlamaConfig(**{**SMALL, "num_hidden_layers": 2})
+    with pytest.raises(ValueError, match=f"is damaged.*{message}"):
+        CompressedCache.load(path, config)
+
+
+# Unequal heads
+
+
+@pytest.mark.parametrize("method", ["adakv", "pyramidkv"])
+@pytest.mark.parametrize("seed", range(6))
+def test_rows_with_unequal_heads_move_with_all_that_is_theirs(method, seed):
+    """In some layers rows hold as much as each other, in others not."""
+    keys, values = tokens(2, 300, seed)
+    moved, fresh = (small_cache(method=method, ratio=0.25) for _ in range(2))
+    index = torch.tensor([1, 0, 1])
+    read(moved, keys, values, 0, 40)
+    moved.reorder_cache(index)
+    read(fresh, keys[:, index], values[:, index], 0, 40)
+    for at, count in ((40, 30), (70, 1), (71, 60)):
+        for cache in (moved, fresh):
+            read(cache, keys[:, index], values[:, index], at, count)
+        for ours, theirs in zip(moved.layers, fresh.layers, strict=True):
+            assert ours.state.progress.rows == theirs.state.progress.rows
+            for row in range(3):
+                first, second = (layer.state.storage.entries for layer in (ours, theirs))
+                for head in range(2):
+                    kept = [one.keys[row, head][one.valid[row, head]] for one in (first, second)]
+                    assert torch.equal(*kept)
 
 
 def test_a_method_that_only_compresses_prompts_bounds_no_generation(llama):

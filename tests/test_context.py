@@ -10,6 +10,7 @@ from wildcat_kv import CompressedCache, Context, compress_context
 from wildcat_kv.accounting import stored_tokens
 from wildcat_kv.budget import kept_tokens
 from wildcat_kv.compressors import KVzip
+from wildcat_kv.state import LayerState
 
 
 class Letters:
@@ -58,8 +59,25 @@ def test_padding_stays_padding(llama):
     mask[0, :60] = 0
     cache = compress_context(llama, ids, compressor="h2o", attention_mask=mask, ratio=0.25)
     direct = CompressedCache(llama.config, compressor="h2o", ratio=0.25)
-    llama(ids, attention_mask=mask, past_key_values=direct)
+    positions = (mask.cumsum(-1) - 1).clamp_min(0)
+    llama(ids, attention_mask=mask, position_ids=positions, past_key_values=direct)
     assert_same(state(cache), state(direct))
+
+
+@pytest.mark.parametrize("compressor", ["wildcat", "expected_attention"])
+def test_a_padded_context_goes_on_as_the_row_alone(llama, compressor):
+    """generate() counts positions from the first shown token, and so does a context."""
+    ids, mask = random_ids(2, 150), torch.ones(2, 150, dtype=torch.int64)
+    mask[0, :60] = 0
+    both = compress_context(llama, ids, compressor=compressor, attention_mask=mask, ratio=0.5)
+    alone = compress_context(llama, ids[:1, 60:], compressor=compressor, ratio=0.5)
+    question = random_ids(2, 6, seed=3)
+    options = {"max_new_tokens": 20, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    full = torch.cat((mask, torch.ones_like(question)), 1)
+    first = llama.generate(torch.cat((ids, question), 1), attention_mask=full, past_key_values=both, **options)
+    second = llama.generate(torch.cat((ids[:1, 60:], question[:1]), 1), past_key_values=alone, **options)
+    for padded, expected in zip(first.logits, second.logits, strict=True):
+        torch.testing.assert_close(padded[:1], expected, rtol=2e-3, atol=2e-3)
 
 
 def test_wildcat_is_the_method_unless_another_is_named(llama):
@@ -99,16 +117,17 @@ def repeated_attention(model, ids, chunk=2048):
 def test_the_context_is_scored_by_the_attention_of_its_repetition(llama, chunk, monkeypatch):
     monkeypatch.setattr("wildcat_kv.context._CHUNK", chunk)
     ids = random_ids(2, 150)
-    cache = compress_context(llama, ids, compressor="kvzip", tokenizer=Letters(), ratio=0.25)
-    torch.testing.assert_close(cache.compressor.scores, repeated_attention(llama, ids, chunk), rtol=1e-3, atol=1e-5)
+    scores = Context(llama, ids).repetition_scores(Letters())
+    torch.testing.assert_close(scores, repeated_attention(llama, ids, chunk), rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("layerwise", [False, True])
 def test_layers_and_heads_share_the_slots_of_a_context(llama, layerwise):
     ids = random_ids(2, 300)
     context = Context(llama, ids)
-    scores = context.compress(compressor="kvzip", tokenizer=Letters(), ratio=0.5).compressor.scores
-    cache = context.compress(compressor=KVzip(scores, layerwise=layerwise), ratio=0.5)
+    scores = context.repetition_scores(Letters())
+    cache = context.compress(compressor=KVzip(layerwise=layerwise), tokenizer=Letters(), ratio=0.5)
+    assert cache.compressor == KVzip(layerwise=layerwise) and cache.compressor.scores is None
     held = torch.stack([layer.state.storage.entries.valid.sum(-1) for layer in cache.layers])
     assert stored_tokens(cache) == kept_tokens(300, 0.5)
     assert (held.sum(-1) == 2 * 150).all() == layerwise
@@ -125,7 +144,7 @@ def test_a_zipped_context_generates_and_can_be_saved(llama, tmp_path):
     ids = random_ids(1, 200)
     cache = compress_context(llama, ids, compressor="kvzip", tokenizer=Letters(), ratio=0.25)
     cache.save(tmp_path / "zipped.safetensors")
-    loaded = CompressedCache.load(tmp_path / "zipped.safetensors", llama.config, compressor=KVzip())
+    loaded = CompressedCache.load(tmp_path / "zipped.safetensors", llama.config)
     prompt = torch.cat((ids, random_ids(1, 5, seed=4)), 1)
     options = {"max_new_tokens": 100, "do_sample": False, "eos_token_id": None}
     first, second = (llama.generate(prompt, past_key_values=kind, **options) for kind in (cache.clone(), loaded))
@@ -164,10 +183,22 @@ def test_ids_of_the_wrong_shape_are_refused(llama, ids):
         Context(llama, ids)
 
 
+def test_a_zipped_cache_compresses_no_other_text(llama):
+    cache = compress_context(llama, random_ids(1, 100), compressor="kvzip", tokenizer=Letters(), ratio=0.5)
+    cache.reset()
+    with pytest.raises(ValueError, match=r"KVzip has no scores; call wildcat_kv.compress_context"):
+        llama(random_ids(1, 100, seed=2), past_key_values=cache)
+
+
+def test_nothing_is_looked_at_again_where_nothing_will_fold(llama, monkeypatch):
+    cache = compress_context(llama, random_ids(1, 100), compressor="kvzip", tokenizer=Letters(), ratio=0.5)
+    monkeypatch.setattr(LayerState, "count_rows", lambda *_: pytest.fail("rows were counted"))
+    for token in range(100):
+        llama(random_ids(1, 1, seed=token), past_key_values=cache)
+
+
 def test_scores_of_another_context_are_refused(llama):
-    scores = compress_context(
-        llama, random_ids(1, 100), compressor="kvzip", tokenizer=Letters(), ratio=0.5
-    ).compressor.scores
+    scores = Context(llama, random_ids(1, 100)).repetition_scores(Letters())
     cache = CompressedCache(llama.config, compressor=KVzip(scores), ratio=0.25)
     with pytest.raises(ValueError, match=r"scores for 1 rows of 100 tokens.*holds 1 of 150"):
         llama(random_ids(1, 150), past_key_values=cache)

@@ -7,7 +7,7 @@ import operator
 import os
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from transformers import Cache
 from typing_extensions import Self
 
 from wildcat_kv import persistence
-from wildcat_kv.accounting import cache_bytes, layer_tensors, stored_entries
+from wildcat_kv.accounting import cache_bytes, layer_tensors, stored_entries, stored_tokens
 from wildcat_kv.attention import NAME, AttentionName
 from wildcat_kv.compressors import Compressor, resolve
 from wildcat_kv.config import WildCatConfig
@@ -51,6 +51,9 @@ class CompressedCache(Cache):
         cache = CompressedCache(model.config, compressor="snapkv", ratio=0.25)
         out = model.generate(**inputs, past_key_values=cache)
     """
+
+    # Of a class that has one.
+    _only_method: ClassVar[str | None] = None
 
     def __init__(
         self,
@@ -105,6 +108,12 @@ class CompressedCache(Cache):
     def model(self) -> ModelIdentity:
         """What the cache was built for."""
         return self._model
+
+    def replace_compressor(self, compressor: Compressor) -> None:
+        """Compress by another method from now on; it must learn from the same queries and remember as much."""
+        self._shared.compressor = compressor
+        for state in self._shared.states.values():
+            state.compressor = compressor
 
     def stored_length(self, layer_idx: int | None = None) -> int:
         """Entries held a row: slots and exact tokens, and the padding among them.
@@ -178,8 +187,8 @@ class CompressedCache(Cache):
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Row i becomes what row beam_idx[i] was; int64 (k,), rows may be left out or repeated."""
         self._shared.padded = self._shared.padded and None
-        # Read by the host once, and only where rows differ in what they hold: all layers are alike in that.
-        on_host = None if self._compressed_layers()[0].state.alike else beam_idx.tolist()
+        # Read by the host once, and only where rows differ in what they hold.
+        on_host = None if all(layer.state.alike for layer in self._compressed_layers()) else beam_idx.tolist()
         for layer in self.layers:
             if isinstance(layer, WildCatLayer):
                 layer.select_rows(beam_idx, on_host)
@@ -255,7 +264,8 @@ class CompressedCache(Cache):
             config: the config of the model that will go on, `model.config`.
             device: where to put the tensors. Full-attention layers follow the model from there by themselves;
                 layers that Transformers keeps (sliding windows, linear attention) stay, so give theirs.
-            **options: further arguments of the class, such as `compressor`; the settings are the file's.
+            **options: further arguments of the class. The settings are the file's, and so is the method, if it is one
+                of ours; another must be given as `compressor`.
 
         Raises:
             FileNotFoundError: there is no such file.
@@ -263,7 +273,11 @@ class CompressedCache(Cache):
                 Nothing is changed then.
         """
         saved = persistence.read(path, config, device)
-        saved.check_compressor(resolve(options.get("compressor", "wildcat"), saved.settings))
+        given = options.get("compressor") or cls._only_method
+        method = given if isinstance(given, Compressor) else saved.method(given)
+        saved.check_method(method)
+        if cls._only_method is None:
+            options["compressor"] = method
         cache = cls(config, saved.settings, **options)
         saved.restore(cache)
         return cache
@@ -293,14 +307,16 @@ class CompressedCache(Cache):
         return twin
 
     def __repr__(self) -> str:
-        layers = self._compressed_layers()
-        budget = {name: value for name, value in self.settings.model_dump().items() if value is not None}
-        mebibytes = self.memory_bytes() / 2**20
-        settings = ", ".join(f"{name}={value!r}" for name, value in budget.items())
+        layers, mebibytes = self._compressed_layers(), self.memory_bytes() / 2**20
         return (
-            f"{type(self).__name__}({settings}; {len(layers)} of {len(self.layers)} layers compressed; "
-            f"{layers[0].get_seq_length()} tokens seen, {layers[0].stored} stored, {mebibytes:.1f} MiB)"
+            f"{type(self).__name__}({self._chosen()}; {len(layers)} of {len(self.layers)} layers compressed; "
+            f"{layers[0].get_seq_length()} tokens seen, {stored_tokens(self):.0f} stored, {mebibytes:.1f} MiB)"
         )
+
+    def _chosen(self) -> str:
+        """The method and the settings that are not its own."""
+        budget = self.settings.model_dump(exclude_none=True, exclude={"temperature", "weights", "seed"})
+        return ", ".join([repr(self.compressor), *(f"{name}={value!r}" for name, value in budget.items())])
 
     def _synchronize(self) -> None:
         """Wait for copies to and from the device: the host is about to read them."""
@@ -338,6 +354,8 @@ class WildCatCache(CompressedCache):
         out = model.generate(**inputs, past_key_values=cache)
     """
 
+    _only_method = "wildcat"
+
     def __init__(
         self,
         config: Any,
@@ -351,10 +369,13 @@ class WildCatCache(CompressedCache):
         super().__init__(
             config,
             settings,
-            compressor="wildcat",
+            compressor=self._only_method,
             offloading=offloading,
             offload_only_non_sliding=offload_only_non_sliding,
         )
+
+    def _chosen(self) -> str:
+        return ", ".join(f"{name}={value!r}" for name, value in self.settings.model_dump(exclude_none=True).items())
 
 
 def _settings(settings: WildCatConfig | None, fields: dict[str, Any]) -> WildCatConfig:

@@ -96,7 +96,7 @@ def generate(
     model: ModelOption = None,
     method: MethodOption = "wildcat",
     ratio: RatioOption = None,
-    max_tokens: Annotated[int | None, typer.Option(help="Most tokens to store in a layer, instead of a ratio.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="Most tokens to store, instead of a ratio.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Length of the answer.", min=1)] = 128,
     preset: Annotated[Path | None, typer.Option(help="YAML file of settings, such as configs/published.yaml.")] = None,
     chat: Annotated[bool, typer.Option(help="Send the prompt as a chat message if the model has a template.")] = True,

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -74,7 +75,7 @@ class Context:
 
         Args:
             settings: the budget and the exact ends; or give its fields by name.
-            compressor: the method; "kvzip" reads the context a second time.
+            compressor: the method; "kvzip", or a `KVzip` without scores, reads the context a second time.
             tokenizer: of the model; needed by "kvzip" alone.
             **fields: of `WildCatConfig`.
 
@@ -82,9 +83,9 @@ class Context:
             ValueError: as `CompressedCache`; or "kvzip" without a tokenizer, or with padding.
         """
         _check(self.model, self.attention_mask, settings, compressor, tokenizer, fields)
-        if compressor == "kvzip":
-            self._repeated = self._reconstruct(tokenizer) if self._repeated is None else self._repeated
-            compressor = KVzip(self._repeated)
+        twice = _reads_twice(compressor)
+        if twice is not None:
+            compressor = replace(twice, scores=self.repetition_scores(tokenizer))
         cache = CompressedCache(self.model.config, settings, compressor=compressor, **fields)
         mask = None if self.attention_mask is None else self.attention_mask.bool()
         announced = False
@@ -102,11 +103,24 @@ class Context:
             queries = state.log.recent()
             assert queries is not None
             layer.after_attention(queries, state.progress.scale)
+        if twice is not None:
+            cache.replace_compressor(twice)  # the scores are of this context alone, and large
         return cache
 
+    def repetition_scores(self, tokenizer: Any) -> Tensor:
+        """KVzip's scores of the context, which is read a second time, once: float32 (layers, rows, heads, n)."""
+        if self._repeated is None:
+            self._repeated = self._reconstruct(tokenizer)
+        return self._repeated
+
     def _read(self, cache: CompressedCache, input_ids: Tensor, attention_mask: Tensor | None = None) -> None:
+        options: dict[str, Any] = {}
+        if attention_mask is not None:
+            options["attention_mask"] = attention_mask
+            if "position_ids" in inspect.signature(self.model.forward).parameters:  # as generate() counts them
+                options["position_ids"] = (attention_mask.long().cumsum(-1) - 1).clamp_min(0)
         with torch.no_grad():
-            self.model(input_ids, attention_mask=attention_mask, past_key_values=cache, logits_to_keep=1)
+            self.model(input_ids, past_key_values=cache, logits_to_keep=1, **options)
 
     def _reconstruct(self, tokenizer: Any) -> Tensor:
         """KVzip's scores, float32 (layers, rows, heads, n): the context is read again, chunk by chunk."""
@@ -162,6 +176,13 @@ def compress_context(
     )
 
 
+def _reads_twice(compressor: str | Compressor) -> KVzip | None:
+    """KVzip without the scores of a context, None for every other method."""
+    if compressor == "kvzip":
+        return KVzip()
+    return compressor if isinstance(compressor, KVzip) and compressor.scores is None else None
+
+
 def _check(
     model: Any,
     attention_mask: Tensor | None,
@@ -171,8 +192,8 @@ def _check(
     fields: dict[str, Any],
 ) -> None:
     """Refuse what cannot be compressed, before anything is read."""
-    again = compressor == "kvzip"
-    CompressedCache(model.config, settings, compressor=KVzip() if again else compressor, **fields)
+    again = _reads_twice(compressor)
+    CompressedCache(model.config, settings, compressor=again or compressor, **fields)
     if again and tokenizer is None:
         raise ValueError("tokenizer=None: compressor='kvzip' asks the model to repeat what it read; pass its tokenizer")
     if again and attention_mask is not None and not bool(attention_mask.all()):

@@ -216,6 +216,8 @@ class WildCatLayer(CacheLayerMixin):
                 f"tokens_to_remove={tokens_to_remove} must be negative: minus the number of tokens to take back"
             )
         exact, seen = self._state.croppable, self.get_seq_length()
+        if -tokens_to_remove == seen == self._state.progress.exact:  # of nothing, nothing need be at hand
+            return
         if -tokens_to_remove > seen:
             raise ValueError(
                 f"tokens_to_remove={tokens_to_remove}: the cache has read {seen} tokens; reset() forgets them all"
@@ -224,8 +226,9 @@ class WildCatLayer(CacheLayerMixin):
             window = self._shared.settings.window
             raise ValueError(
                 f"tokens_to_remove={tokens_to_remove}: the last {exact} tokens can be taken back, those before them "
-                f"are folded; call cache.activate_past_recording() before they are read, and enlarge the window, "
-                f"window={max(window, -tokens_to_remove)}, where several forward passes come before a crop"
+                "are folded, or queries that the method needs then are gone; call cache.activate_past_recording() "
+                f"before they are read, and enlarge the window, window={max(window, -tokens_to_remove)}, where several "
+                "forward passes come before a crop"
             )
 
     def reorder_cache(self, beam_idx: Tensor) -> None:

@@ -49,7 +49,10 @@ class QueryLog:
 
     def append(self, queries: Tensor) -> None:
         """Take queries (rows, heads, q, d) of the newest columns."""
-        self._parts.append(queries.detach())
+        queries = queries.detach()
+        if queries.untyped_storage().nbytes() > 2 * queries.numel() * queries.element_size():
+            queries = queries.clone()  # a view of all that the layer projected
+        self._parts.append(queries)
         if len(self._parts) > _PARTS:
             self._join()
 

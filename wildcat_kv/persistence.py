@@ -17,8 +17,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from wildcat_kv.compressors import Compressor, resolve
+from wildcat_kv.compressors.describe import describe, rebuild
+from wildcat_kv.compressors.registry import OURS
 from wildcat_kv.config import WildCatConfig
-from wildcat_kv.identity import ModelIdentity, plain
+from wildcat_kv.identity import ModelIdentity
 from wildcat_kv.layer import WildCatLayer
 from wildcat_kv.progress import Progress
 from wildcat_kv.storage import Entries
@@ -68,6 +71,19 @@ class _Ours:
     folded_range: ValueRange | None
     queries: tuple[Tensor | None, Tensor | None]
 
+    def unfit(self, compressor: Compressor) -> str | None:
+        """What `compressor` would have kept otherwise, None for nothing."""
+        observation, (carried, recent), exact = compressor.observation, self.queries, self.progress.exact
+        if self.entries.memory.shape[-1] != compressor.memory:
+            return "what its method remembers does not fit the method"
+        if observation is None:
+            return (
+                "it has queries, and its method learns from none" if carried is not None or recent is not None else None
+            )
+        columns = 0 if recent is None else recent.shape[2]
+        least = exact if observation.latest is None else min(exact, observation.latest)
+        return None if columns >= least else "queries are missing"
+
 
 class _DamageError(Exception):
     """What contradicts itself in a file."""
@@ -89,18 +105,35 @@ class SavedContext:
     layers: list[_Ours | dict[str, Any]]
     path: str
 
-    def check_compressor(self, compressor: Any) -> None:
-        """Refuse to go on with another method than the context was compressed with.
+    def method(self, name: str | None) -> Compressor:
+        """The method that compressed the context, if it is one of ours; that of `name` otherwise.
 
         Raises:
-            ValueError: names both.
+            ValueError: it is none of ours, and no name is given; or there is no such method.
         """
-        ours = _describe(compressor)
+        try:
+            found = rebuild(self.compressor)
+        except ValueError as error:
+            if name is None:
+                raise ValueError(f"path={self.path!r} was compressed by {error}") from None
+            return resolve(name, self.settings)
+        return found if name is None or OURS.get(name) is type(found) else resolve(name, self.settings)
+
+    def check_method(self, compressor: Compressor) -> None:
+        """Refuse to go on with another method than the context was compressed with, or with what it cannot go on from.
+
+        Raises:
+            ValueError: names both methods, or the damage.
+        """
+        ours = describe(compressor)
         if ours != self.compressor:
             raise ValueError(
                 f"path={self.path!r} was compressed by {self.compressor}, and the cache to load it into compresses by "
                 f"{ours}; load it with the class and the compressor that saved it"
             )
+        for index, layer in enumerate(self.layers):
+            if isinstance(layer, _Ours) and (fault := layer.unfit(compressor)):
+                raise ValueError(f"path={self.path!r} is damaged: layer {index}: {fault}; write it anew")
 
     def restore(self, cache: Any) -> None:
         """Fill a new cache of the same model and settings; nothing can go wrong any more."""
@@ -118,7 +151,7 @@ def write(cache: Any, path: str | os.PathLike[str]) -> None:
     cache.check_in_step()
     tensors: dict[str, Tensor] = {}
     layers = [_layer(layer, f"layers.{index}.", tensors) for index, layer in enumerate(cache.layers)]
-    header = _Header(model=cache.model, settings=cache.settings, compressor=_describe(cache.compressor), layers=layers)
+    header = _Header(model=cache.model, settings=cache.settings, compressor=describe(cache.compressor), layers=layers)
     metadata = {"format": FORMAT, "version": str(VERSION), "header": header.model_dump_json()}
     target = Path(path)
     # Written beside the target and moved into place, so that a file is complete or not there.
@@ -238,7 +271,15 @@ def _ours(progress: Progress, own: dict[str, Tensor]) -> _Ours:
     carried, recent = (own.get(name) for name in _QUERIES)
     counts = [row.carried for row in progress.rows]
     queries = [tensor for tensor in (carried, recent) if tensor is not None]
-    if any(tensor.dim() != 4 or tensor.shape[::3] != (keys.shape[0], keys.shape[3]) for tensor in queries):
+    if any(
+        tensor.dim() != 4
+        or tensor.shape[::3] != (keys.shape[0], keys.shape[3])
+        or tensor.shape[1] % keys.shape[1]
+        or tensor.shape[1] != queries[0].shape[1]
+        or tensor.dtype != keys.dtype
+        or not bool(torch.isfinite(tensor).all())
+        for tensor in queries
+    ):
         raise _DamageError("its queries do not fit")
     held = [0 if tensor is None else tensor.shape[2] for tensor in (carried, recent)]
     if max(counts) > held[0] or held[1] > progress.exact:
@@ -257,6 +298,7 @@ def _ours(progress: Progress, own: dict[str, Tensor]) -> _Ours:
         and ends == sorted(set(ends))
         and all(progress.settled < end <= progress.seen for end in ends)
         and 0 <= progress.scale < float("inf")
+        and abs(progress.spare) <= width + max(row.counted for row in progress.rows)
         and bool(bounds) == (progress.folded_at > 0)
     )
     if not sound:
@@ -360,10 +402,3 @@ def _encode(value: Any, name: str, prefix: str, tensors: dict[str, Tensor]) -> J
     if isinstance(value, dict) and all(isinstance(key, int) for key in value):
         return {"by_number": {str(key): _encode(item, f"{name}.{key}", prefix, tensors) for key, item in value.items()}}
     raise ValueError(f"{prefix}{name} is a {type(value).__name__}, which cannot be saved; this layer is not supported")
-
-
-def _describe(compressor: Any) -> JsonValue:
-    """A method by its name and, where it is a dataclass, its parameters."""
-    fields = dataclasses.fields(compressor) if dataclasses.is_dataclass(compressor) else ()
-    parameters = {field.name: plain(getattr(compressor, field.name)) for field in fields if field.compare}
-    return {"name": type(compressor).__name__, "parameters": parameters}

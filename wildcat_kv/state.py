@@ -39,6 +39,7 @@ class LayerState:
         rotation: how the layer rotates by position; None where the method does not ask.
 
     Attributes:
+        compressor: the method.
         storage: the tensors; None before the first tokens.
         log: the queries that the method learns from; None where it does not.
         progress: the numbers.
@@ -57,7 +58,7 @@ class LayerState:
         rotation: Rotation | None = None,
     ) -> None:
         self._settings = settings
-        self._compressor = compressor
+        self.compressor = compressor
         self._index = index
         self._place = place
         self._count = count
@@ -72,7 +73,7 @@ class LayerState:
 
     def allocate(self, keys: Tensor, values: Tensor) -> None:
         """Make room for keys (rows, kv_heads, n, d) and values (rows, kv_heads, n, d_v) and for some more."""
-        self.storage = Storage.empty(keys, values, self._room, self._compressor.memory)
+        self.storage = Storage.empty(keys, values, self._room, self.compressor.memory)
         self.progress.rows = [Row()] * keys.shape[0]
 
     def restore(
@@ -106,7 +107,7 @@ class LayerState:
 
     @property
     def croppable(self) -> int:
-        """Newest columns that can be taken back: those since the last fold whose queries are at hand."""
+        """Newest columns that can be taken back: those since the last fold, whose queries and earlier ones are held."""
         log, exact = self.log, self.progress.exact
         if log is None or log.columns >= exact:
             return exact
@@ -191,7 +192,8 @@ class LayerState:
         while (due := self._next_fold(until)) is not None:
             rows, folds, end = due
             self._decided(self._fold(rows, folds, end), end)
-        if self.log is not None and self.log.observation.latest is not None:
+        # Columns of padding are no queries: what is among them is known only at the fold.
+        if self.log is not None and self.log.observation.latest is not None and not self.progress.masked:
             undecided = self.progress.seen - self.progress.settled
             self.log.trim(undecided + self.log.observation.latest + self._settings.window)
 
@@ -244,7 +246,8 @@ class LayerState:
 
     def _decided(self, rows: Sequence[Row], end: int) -> None:
         """Note that the first end, `end`, is decided, and when to look again."""
-        waits = [wait for row in rows if (wait := tokens_until_fold(row, self._settings)) is not None]
+        again = [row for row in rows if self.compressor.decodes or not row.seen]
+        waits = [wait for row in again if (wait := tokens_until_fold(row, self._settings)) is not None]
         if self._settings.max_tokens is not None:  # columns of padding take room as well
             waits.append(max(1, self._settings.max_tokens + 1 - self._counted_at(end)))
         self.progress.settle(min(waits) if waits else None)
@@ -261,7 +264,7 @@ class LayerState:
         # A row's first tokens, several at once, are its prompt; with padding that may come in a later pass.
         prompts = [before.seen == 0 and row.seen > 1 for before, row in zip(self.count_rows(start), rows, strict=True)]
         plans = [
-            plan_fold(row, settings, prefill=prompt) if prompt or self._compressor.decodes else None
+            plan_fold(row, settings, prefill=prompt) if prompt or self.compressor.decodes else None
             for row, prompt in zip(rows, prompts, strict=True)
         ]
         too_wide = settings.max_tokens is not None and self._counted_at(end) > settings.max_tokens
@@ -302,18 +305,16 @@ class LayerState:
                 memory=entries.memory,
                 rotation=self._rotation,
             )
-            if self._compressor.memory:
+            if self.compressor.memory:
                 # Rows that do not fold go on as if nothing had happened, and keep their queries.
                 folding = torch.tensor([fold.items > 0 for fold in folds]).to(entries.keys.device)[:, None, None, None]
-                entries = replace(
-                    entries, memory=torch.where(folding, self._compressor.remember(block), entries.memory)
-                )
+                entries = replace(entries, memory=torch.where(folding, self.compressor.remember(block), entries.memory))
                 block = replace(block, memory=entries.memory)
             coreset, columns = None, [fold.rank for fold in folds]
             if any(columns):
-                coreset = self._compressor.compress(block, columns)
-                columns = list(coreset.columns or columns)
-                _check_coreset(coreset, columns, entries, type(self._compressor).__name__)
+                coreset = self.compressor.compress(block, columns)
+                columns = columns if coreset.columns is None else [int(taken) for taken in coreset.columns]
+                _check_coreset(coreset, columns, entries, type(self.compressor).__name__)
             self.storage = Storage([*fold_entries(entries, rows, folds, coreset, columns), later], room=self._held.room)
         self.folded_range = folded
         if self.log is not None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+import warnings
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
 
@@ -27,7 +29,7 @@ from wildcat_kv.config import WildCatConfig
 # An entry point in this group names a subclass of `Compressor`.
 GROUP = "wildcat_kv.compressors"
 
-_OURS: dict[str, type[Compressor]] = {
+OURS: dict[str, type[Compressor]] = {
     "wildcat": WildCat,
     "streaming_llm": StreamingLLM,
     "snapkv": SnapKV,
@@ -67,17 +69,19 @@ class Method:
 
 
 def available() -> list[Method]:
-    """All methods: ours, then those of installed packages by name.
-
-    Raises:
-        TypeError: an entry point that is no method.
+    """All methods: ours, then those of installed packages by name. One that is broken is left out with a warning.
 
     Example:
         >>> [method.name for method in available()][:3]
         ['wildcat', 'streaming_llm', 'snapkv']
     """
-    methods = {**_OURS, **{name: _load(point) for name, point in sorted(_theirs().items())}}
-    return [_describe(name, kind) for name, kind in methods.items()]
+    methods = [_about(name, kind) for name, kind in OURS.items()]
+    for name, point in sorted(_theirs().items()):
+        try:
+            methods.append(_about(name, _load(point)))
+        except Exception as error:  # whatever a package of somebody else's may do
+            warnings.warn(str(error), stacklevel=2)
+    return methods
 
 
 def resolve(compressor: str | Compressor, settings: WildCatConfig) -> Compressor:
@@ -88,7 +92,7 @@ def resolve(compressor: str | Compressor, settings: WildCatConfig) -> Compressor
         settings: give WildCat its parameters, and the others their seed.
 
     Raises:
-        ValueError: there is no such method.
+        ValueError: there is no such method, or it is an installed package's that cannot be loaded.
         TypeError: neither a name nor a method.
     """
     if isinstance(compressor, Compressor):
@@ -98,27 +102,34 @@ def resolve(compressor: str | Compressor, settings: WildCatConfig) -> Compressor
             f"compressor={compressor!r} is no method; pass an instance of a subclass of wildcat_kv.compressors."
             "Compressor, or a name such as 'snapkv'"
         )
-    if compressor in _OURS:
-        return _OURS[compressor].of(settings)
+    if compressor in OURS:
+        return OURS[compressor].of(settings)
     theirs = _theirs()
     if compressor in theirs:
         return _load(theirs[compressor]).of(settings)
-    raise ValueError(f"compressor={compressor!r}: no such method; there are {', '.join([*_OURS, *sorted(theirs)])}")
+    names = [*OURS, *sorted(theirs)]
+    near = difflib.get_close_matches(compressor.lower(), names, n=1)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    raise ValueError(f"compressor={compressor!r}: no such method; {hint}there are {', '.join(names)}")
 
 
 def _theirs() -> dict[str, EntryPoint]:
     """Methods of installed packages; one that takes a name of ours is left out."""
-    return {point.name: point for point in entry_points(group=GROUP) if point.name not in _OURS}
+    return {point.name: point for point in entry_points(group=GROUP) if point.name not in OURS}
 
 
 def _load(point: EntryPoint) -> type[Compressor]:
-    kind = point.load()
+    where = f"compressor={point.name!r}: the entry point {point.value} of an installed package"
+    try:
+        kind = point.load()
+    except Exception as error:  # whatever importing somebody else's package may raise
+        raise ValueError(f"{where} cannot be loaded ({type(error).__name__}: {error}); mend or remove it") from error
     if not (isinstance(kind, type) and issubclass(kind, Compressor)):
-        raise TypeError(f"the entry point {point.name} = {point.value} of {GROUP} is no subclass of Compressor")
+        raise ValueError(f"{where} is no subclass of wildcat_kv.compressors.Compressor")
     return kind
 
 
-def _describe(name: str, kind: type[Compressor]) -> Method:
+def _about(name: str, kind: type[Compressor]) -> Method:
     method = kind()
     summary = (kind.__doc__ or "").strip().split("\n", 1)[0]
     return Method(name, method.paper, method.needs_queries, method.decodes, summary)

@@ -31,7 +31,7 @@ class Scorer(Compressor):
             block: of rows that all hold n entries and, where queries are asked for, m queries.
 
         Returns:
-            (rows, heads, n), any float dtype; no NaN. Only the order within a row and head counts.
+            (rows, heads, n), any dtype. Only the order within a row and head counts; NaN is the lowest.
         """
 
     def scores(self, block: KVBlock) -> Tensor:
@@ -47,7 +47,8 @@ class Scorer(Compressor):
                 f"compressor={type(self).__name__}: its scores have shape {tuple(scores.shape)}; they must be (rows, "
                 f"heads, entries), here {tuple(wanted)}"
             )
-        return scores.to(torch.float32)
+        scores = scores.to(torch.float32)
+        return torch.where(scores.isnan(), -torch.inf, scores)  # else it would be the highest of all
 
     def compress(self, block: KVBlock, budget: Sequence[int]) -> Coreset:
         """See `Compressor`."""
