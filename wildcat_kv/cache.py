@@ -139,7 +139,8 @@ class CompressedCache(Cache):
     def crop(self, tokens_to_remove: int) -> None:
         """Take the newest tokens back, bit for bit as if they had never been read.
 
-        What can be taken back is what no fold has reached: everything since the last fold. After
+        What can be taken back is what no fold has reached: everything since the last fold, or, of methods that
+        learn from queries, as much of it as queries are held for, at least `window` tokens. After
         `activate_past_recording()` folds wait for `crop`, so that the last forward pass can be taken back,
         and of those since the crop before it at least `window` tokens. `crop(0)` takes nothing and folds what
         has waited.
