@@ -49,10 +49,8 @@ class QueryLog:
 
     def append(self, queries: Tensor) -> None:
         """Take queries (rows, heads, q, d) of the newest columns."""
-        queries = queries.detach()
-        if queries.untyped_storage().nbytes() > 2 * queries.numel() * queries.element_size():
-            queries = queries.clone()  # a view of all that the layer projected
-        self._parts.append(queries)
+        with ordinary_tensors():  # copied: the model may reuse the memory, or it may hold keys and values as well
+            self._parts.append(queries.detach().clone())
         if len(self._parts) > _PARTS:
             self._join()
 

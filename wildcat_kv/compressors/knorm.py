@@ -16,7 +16,8 @@ from wildcat_kv.compressors.scorer import Scorer
 class KNorm(Scorer):
     """Keep the keys with the smallest norms.
 
-    They tend to be attended to most. Needs keys only, costs one pass over them.
+    They tend to be attended to most. Needs keys only, costs one pass over them. Of equal norms the earlier token is
+    kept; the reference library leaves that to `topk`.
 
     Source: Devoto, Zhao, Scardapane and Minervini, arXiv 2406.11430.
     """

@@ -20,7 +20,8 @@ class LagKV(Scorer):
     Tokens whose keys and values vary most, measured in the range of the partition that comes after. Needs keys and
     values only, costs a few passes over them. Every partition keeps the same share of its tokens; the last one, and
     what is left over behind it, are kept. So a text too short for two partitions, or a budget smaller than one, keeps
-    sinks and the newest tokens alone.
+    sinks and the newest tokens alone. Scores are ranks within a partition, so many are equal: the earlier token is
+    kept, where the reference library leaves the choice to `topk`.
 
     Attributes:
         sink: first tokens to keep, before the partitions begin; 4 as in the reference library (the paper has 16).

@@ -21,8 +21,8 @@ class PyramidKV(SnapKV):
     They fall linearly from the first layer to the last.
 
     Needs what SnapKV needs. The layers' slots add up to what equal layers would have; sinks and window, which every
-    layer keeps, are not part of the pyramid. The reference library counts its window into the pyramid, and gives it
-    up for equal layers where the last one would get less than the window.
+    layer keeps, are not part of the pyramid. The reference library rounds every layer by itself, counts its window into
+    the pyramid, and gives it up for equal layers where the last one would get less than the window.
 
     Attributes:
         window: as in SnapKV.
