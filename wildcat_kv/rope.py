@@ -51,11 +51,19 @@ def _rotation(rotary: Any, apply: Any, config: Any, layer_idx: int) -> Rotation:
     """The rotation by a family's own `rotary` module and `apply` function."""
     by_type = [config.layer_types[layer_idx]] if "layer_type" in inspect.signature(rotary.forward).parameters else []
     pairs = "k" in inspect.signature(apply).parameters  # takes queries and keys at once
-    half = _angles_only(rotary, by_type)
+    grids = hasattr(rotary, "mrope_section")  # positions in time, height and width, which are one in text
+
+    def both(positions: Tensor) -> tuple[Tensor, Tensor]:
+        device = positions.device
+        positions = positions.expand(3, -1, -1) if grids else positions
+        return rotary.to(device)(torch.zeros(1, device=device), positions, *by_type)
+
+    # Some have one cosine for a pair of channels, instead of one for each.
+    frequencies = getattr(rotary, "_".join([*by_type, "inv_freq"]))
+    half = both(torch.tensor([[0]]))[0].shape[-1] == frequencies.shape[-1]
 
     def angles(positions: Tensor) -> tuple[Tensor, Tensor]:
-        device = positions.device
-        cos, sin = rotary.to(device)(torch.zeros(1, device=device), positions, *by_type)
+        cos, sin = both(positions)
         return (cos.repeat(1, 1, 2), sin.repeat(1, 1, 2)) if half else (cos, sin)
 
     def turn(vectors: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -67,12 +75,6 @@ def _rotation(rotary: Any, apply: Any, config: Any, layer_idx: int) -> Rotation:
     vectors = torch.linspace(1, 2, angles(position)[0].shape[-1]).view(1, 1, 1, -1)
     torch.testing.assert_close(rotation.average(rotation.back(vectors, position), position), vectors)
     return rotation
-
-
-def _angles_only(rotary: Any, by_type: list[str]) -> bool:
-    """Whether there is one cosine for a pair of channels, instead of one for each."""
-    frequencies = getattr(rotary, "_".join([*by_type, "inv_freq"]))
-    return bool(rotary(torch.zeros(1), torch.tensor([[0]]), *by_type)[0].shape[-1] == frequencies.shape[-1])
 
 
 def _skips_positions(config: Any, layer_idx: int) -> bool:
