@@ -2,7 +2,7 @@
 
     python -m eval.compare --samples 20 --ratio 0.25 --ratio 0.1
 
-needle: four needles in 1,200 to 1,500 tokens of essays, each asked for on a copy of the compressed cache; negative
+needle: four needles in 1,200 to 1,500 tokens of essays, each asked for in a row of its own after the context; negative
 log-likelihood of the answer's digits in nats a digit, lower is better, guessing gives ln 10 = 2.30. drift:
 Kullback-Leibler divergence of the next-token distribution from the exact cache's, over the 128 tokens after 1,000 to
 1,200 tokens of essays. Each context is read once and compressed by every method. Intervals are paired bootstrap
@@ -44,14 +44,20 @@ _WIDTH = 120  # columns of a table in a file
 Compress = Callable[[Context], CompressedCache]
 
 
+def options() -> dict[str, dict[str, Any]]:
+    """Every method and variant by name, as `Context.compress` takes them."""
+    return {method.name: {"compressor": method.name} for method in available()} | VARIANTS
+
+
 def methods(ratio: float, tokenizer: Any) -> dict[str, Compress]:
-    """Every method by name, at `ratio`."""
-    options = {method.name: {"compressor": method.name} for method in available()} | VARIANTS
+    """The exact cache, and every method at `ratio`, by name."""
 
     def compress(fields: dict[str, Any]) -> Compress:
         return lambda context: context.compress(ratio=ratio, tokenizer=tokenizer, **fields)
 
-    return {"exact": lambda context: context.exact.clone()} | {name: compress(given) for name, given in options.items()}
+    return {"exact": lambda context: context.exact.clone()} | {
+        name: compress(given) for name, given in options().items()
+    }
 
 
 class Reading:
@@ -115,11 +121,11 @@ def main(
 ) -> None:
     """Compare methods by what they still know of a text that was compressed before it was asked about."""
     ratios = ratio or [0.25, 0.1]
+    names = ["exact", *options()]
+    if unknown := sorted(set(only or ()) - set(names)):
+        raise typer.BadParameter(f"only={unknown[0]!r}: there are {', '.join(names)}")
     loaded, tokenizer = load_model(model)
     chosen = {share: methods(share, tokenizer) for share in ratios}
-    unknown = set(only or ()) - chosen[ratios[0]].keys()
-    if unknown:
-        raise typer.BadParameter(f"only={sorted(unknown)[0]!r}: there are {', '.join(chosen[ratios[0]])}")
     records: dict[float, list[dict[str, Any]]] = {share: [] for share in ratios}
     columns = ("samples", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True)) as progress:

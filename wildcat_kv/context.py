@@ -82,9 +82,9 @@ class Context:
         Raises:
             ValueError: as `CompressedCache`; or "kvzip" without a tokenizer, or with padding.
         """
-        _check(self.model, self.attention_mask, settings, compressor, tokenizer, fields)
         twice = _reads_twice(compressor)
         if twice is not None:
+            _check(self.model, self.attention_mask, settings, compressor, tokenizer, fields)
             compressor = replace(twice, scores=self.repetition_scores(tokenizer))
         cache = CompressedCache(self.model.config, settings, compressor=compressor, **fields)
         mask = None if self.attention_mask is None else self.attention_mask.bool()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from wildcat_kv.compress import Coreset
 from wildcat_kv.compressors.base import Compressor, KVBlock
-from wildcat_kv.compressors.scorer import Scorer, item_mask, keep_best, rank_descending
+from wildcat_kv.compressors.scorer import Scorer, item_mask, keep_best_by_head, rank_descending
 from wildcat_kv.compressors.snapkv import SnapKV
 from wildcat_kv.observation import Observation
 
@@ -95,6 +95,4 @@ def share_heads(block: KVBlock, scores: Tensor, budget: Sequence[int], safe: Seq
     place = rank_descending(items.flatten(1)).unflatten(1, items.shape[1:])
     total = torch.tensor([heads * rank for rank in budget]).to(device, non_blocking=True).view(-1, 1, 1)
     counts = ((place < total) & candidate).sum(-1)
-    columns = counts.amax(-1).tolist()
-    coreset = keep_best(block, scores, budget, heads=counts, columns=max(columns))
-    return replace(coreset, columns=columns)
+    return keep_best_by_head(block, scores, counts)

@@ -38,14 +38,15 @@ def rebuild(description: JsonValue) -> Compressor:
     if not isinstance(description, dict) or description.get("name") not in kinds:
         raise ValueError(f"{description} is no method of this library; pass it as compressor")
     parameters = description.get("parameters")
+    if not isinstance(parameters, dict):
+        raise ValueError(f"{description} has no parameters")
     try:
-        assert isinstance(parameters, dict)
         given = {
             name: rebuild(value) if isinstance(value, dict) and "name" in value else value
             for name, value in parameters.items()
         }
         return kinds[str(description["name"])](**given)
-    except (AssertionError, TypeError, ValueError) as error:
+    except (TypeError, ValueError) as error:
         raise ValueError(f"{description} does not fit this version: {error}") from None
 
 

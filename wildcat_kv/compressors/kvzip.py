@@ -12,7 +12,7 @@ from typing_extensions import Self
 
 from wildcat_kv.compress import Coreset, full_precision
 from wildcat_kv.compressors.base import Compressor, KVBlock
-from wildcat_kv.compressors.scorer import item_mask, keep_best, rank_descending
+from wildcat_kv.compressors.scorer import item_mask, keep_best_by_head, rank_descending
 from wildcat_kv.config import WildCatConfig
 
 # Queries whose probabilities are held at once, over one chunk.
@@ -67,8 +67,7 @@ class KVzip(Compressor):
                 f"holds {block.keys.shape[0]} of {block.keys.shape[2]}; the scores are of another context"
             )
         counts = self._slots(block, budget)[block.layer_index].to(block.keys.device)
-        own, columns = self.scores[block.layer_index].to(block.keys.device), counts.amax(-1).tolist()
-        return replace(keep_best(block, own, budget, heads=counts, columns=max(columns)), columns=columns)
+        return keep_best_by_head(block, self.scores[block.layer_index].to(block.keys.device), counts)
 
     def _slots(self, block: KVBlock, budget: Sequence[int]) -> Tensor:
         """int64 (layers, rows, heads), how many of its items each head keeps; the same for the blocks of all layers."""

@@ -44,8 +44,8 @@ class PyramidKV(SnapKV):
     def compress(self, block: KVBlock, budget: Sequence[int]) -> Coreset:
         """See `Compressor`."""
         columns = [
-            min(block.lengths[row], pyramid(rank, most, block.layer_count, self.beta)[block.layer_index])
-            for row, (rank, most) in enumerate(zip(budget, map(block.tokens, range(len(budget))), strict=True))
+            min(block.lengths[row], pyramid(rank, block.tokens(row), block.layer_count, self.beta)[block.layer_index])
+            for row, rank in enumerate(budget)
         ]
         return replace(keep_best(block, self.scores(block), columns), columns=columns)
 

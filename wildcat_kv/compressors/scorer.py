@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -55,39 +56,38 @@ class Scorer(Compressor):
         return keep_best(block, self.scores(block), budget)
 
 
-def keep_best(
-    block: KVBlock, scores: Tensor, budget: Sequence[int], heads: Tensor | None = None, columns: int | None = None
-) -> Coreset:
-    """The items with the highest scores, as they are; of equal ones the earlier.
-
-    Args:
-        block: the entries.
-        scores: (rows, heads, n).
-        budget: slots of each row.
-        heads: int64 (rows, heads), slots of each head instead.
-        columns: the largest number among `heads`.
+def keep_best(block: KVBlock, scores: Tensor, budget: Sequence[int]) -> Coreset:
+    """The `budget[row]` items of each head with the highest scores (rows, heads, n), as they are.
 
     Returns:
-        A Coreset of (rows, heads, max(budget) or `columns`, ...), right-aligned.
+        A Coreset of (rows, heads, max(budget), ...), right-aligned; of equal scores the earlier item is kept.
     """
-    return take_items(block, *best_items(block, block.items(scores), budget, heads, columns))
+    return take_items(block, *best_items(block, block.items(scores), budget))
 
 
-def best_items(
-    block: KVBlock, scores: Tensor, budget: Sequence[int], heads: Tensor | None = None, columns: int | None = None
-) -> tuple[Tensor, Tensor]:
+def keep_best_by_head(block: KVBlock, scores: Tensor, slots: Tensor) -> Coreset:
+    """`keep_best` with a number of slots for each head, int64 (rows, heads): as wide as the head with most."""
+    columns = slots.amax(-1).tolist()
+    coreset = take_items(block, *_best(block, block.items(scores), slots, max(columns)))
+    return replace(coreset, columns=columns)
+
+
+def best_items(block: KVBlock, scores: Tensor, budget: Sequence[int]) -> tuple[Tensor, Tensor]:
     """Which items `keep_best` keeps, by scores (rows, heads, max(lengths)) of the items.
 
     Returns:
-        int64 (rows, heads, c), in the order of their positions, right-aligned; and bool, False for padding slots.
+        int64 (rows, heads, max(budget)), in the order of their positions, right-aligned; and bool, False for
+        padding slots.
     """
-    device, length = scores.device, max(block.lengths)
-    candidate = item_mask(block)
+    slots = torch.tensor(budget).to(scores.device, non_blocking=True).unsqueeze(-1)
+    return _best(block, scores, slots, max(budget))
+
+
+def _best(block: KVBlock, scores: Tensor, slots: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """`best_items` for `slots`, int64 (rows, heads or 1), none of them above `width`."""
+    candidate, length = item_mask(block), max(block.lengths)
     place = rank_descending(scores.masked_fill(~candidate, -torch.inf))
-    if heads is None:
-        heads = torch.tensor(budget).to(device, non_blocking=True).unsqueeze(-1)
-    kept = (place < heads.unsqueeze(-1)) & candidate
-    width = max(budget) if columns is None else columns
+    kept = (place < slots.unsqueeze(-1)) & candidate
     assert width <= length, "a budget is below the number of items"
     index = kept.to(torch.int8).argsort(dim=-1, stable=True)[..., length - width :]
     return index, kept.gather(-1, index)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -52,10 +53,7 @@ class SnapKV(Scorer):
         window = min(self.window, block.queries.shape[2], n)
         if not window:
             return torch.arange(n, device=block.keys.device).expand(block.valid.shape)
-        total: Tensor | float = 0.0
-        for probabilities in attention_probabilities(block, latest=window):
-            total = total + probabilities.sum(-2)
-        assert isinstance(total, Tensor)
+        total = functools.reduce(torch.add, (part.sum(-2) for part in attention_probabilities(block, latest=window)))
         # The window comes first; among its own tokens too attention decides, by the queries that can see each.
         visible = torch.arange(window, 0, -1, device=total.device)
         own = 2.0 + total[..., n - window :].mean(2) / visible  # above any probability
