@@ -134,8 +134,13 @@ def generate(
 
 
 def main() -> None:
-    """Run the command; what a person can put right is one line on stderr and exit status 1."""
+    """The command's entry point."""
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries would bury the one line
+    run_app(app, "wildcat-kv")
+
+
+def run_app(app: typer.Typer, name: str) -> None:
+    """Run a command; what a person can put right is one line on stderr and exit status 1."""
     try:
         sys.exit(app(standalone_mode=False))
     except (typer.Abort, KeyboardInterrupt):
@@ -145,7 +150,7 @@ def main() -> None:
         if usage is None and not isinstance(error, (ValueError, RuntimeError, OSError)):
             raise
         message = usage() if usage is not None else str(error)
-        print(f"wildcat-kv: {' '.join(message.split())}", file=sys.stderr)
+        print(f"{name}: {' '.join(message.split())}", file=sys.stderr)
         sys.exit(1)
 
 

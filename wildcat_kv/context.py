@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,6 +18,7 @@ from wildcat_kv.config import WildCatConfig
 from wildcat_kv.layer import WildCatLayer
 from wildcat_kv.observation import Observation
 from wildcat_kv.prompts import repeat_request
+from wildcat_kv.reading import read
 
 # As in the paper: tokens that are repeated at once, and first tokens that are seen besides.
 _CHUNK = 2048
@@ -54,12 +54,17 @@ class Context:
         self.attention_mask = attention_mask
         self._exact = CompressedCache(model.config, compressor=_Everything(), ratio=1.0)
         self._repeated: Tensor | None = None  # KVzip's scores, once they were asked for
-        self._read(self._exact, input_ids, attention_mask)
+        self._next = read(model, self._exact, input_ids, attention_mask)[:, -1]
 
     @property
     def exact(self) -> CompressedCache:
         """The cache that holds all of it. Clone it to go on from it."""
         return self._exact
+
+    @property
+    def next_logits(self) -> Tensor:
+        """What the model expects after the context, read exactly: float32 (rows, vocabulary)."""
+        return self._next
 
     def compress(
         self,
@@ -113,15 +118,6 @@ class Context:
             self._repeated = self._reconstruct(tokenizer)
         return self._repeated
 
-    def _read(self, cache: CompressedCache, input_ids: Tensor, attention_mask: Tensor | None = None) -> None:
-        options: dict[str, Any] = {}
-        if attention_mask is not None:
-            options["attention_mask"] = attention_mask
-            if "position_ids" in inspect.signature(self.model.forward).parameters:  # as generate() counts them
-                options["position_ids"] = (attention_mask.long().cumsum(-1) - 1).clamp_min(0)
-        with torch.no_grad():
-            self.model(input_ids, past_key_values=cache, logits_to_keep=1, **options)
-
     def _reconstruct(self, tokenizer: Any) -> Tensor:
         """KVzip's scores, float32 (layers, rows, heads, n): the context is read again, chunk by chunk."""
         n, parts = self.input_ids.shape[1], []
@@ -134,7 +130,7 @@ class Context:
             lead = self.input_ids[:, max(0, start - _LEAD) : start]
             again = torch.cat((request, lead, answer, self.input_ids[:, start:stop]), dim=1)
             fork = self._exact.clone()  # not every layer could take the tokens back
-            self._read(fork, again)
+            read(self.model, fork, torch.cat((self.input_ids, again), dim=1))
             layers = [layer for layer in fork.layers if isinstance(layer, WildCatLayer)]
             parts.append(torch.stack([_attended(layer, again.shape[1], start, stop) for layer in layers]))
         return torch.cat(parts, dim=-1)

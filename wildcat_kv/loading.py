@@ -27,7 +27,7 @@ class ModelError(RuntimeError):
     """A model could not be loaded; the message is one line that names the source and the way out."""
 
 
-def load_folder(source: str, folder: Path, dtype: torch.dtype) -> tuple[Any, Any]:
+def load_folder(source: str, folder: Path, dtype: torch.dtype, device_map: str | None = None) -> tuple[Any, Any]:
     """The model and tokenizer of a folder written by save_pretrained; `source` names it in a ModelError."""
     if not (folder / "config.json").is_file():
         raise ModelError(
@@ -36,22 +36,22 @@ def load_folder(source: str, folder: Path, dtype: torch.dtype) -> tuple[Any, Any
         )
 
     def load() -> tuple[Any, Any]:
-        return load_weights(folder, dtype), AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        return load_weights(folder, dtype, device_map), AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
     with progress(f"Loading {source}"), quiet():
         return guarded(source, "check that its files are complete, or copy the folder again", load)
 
 
-def load_gguf_file(source: str, path: Path, dtype: torch.dtype) -> tuple[Any, Any]:
+def load_gguf_file(source: str, path: Path, dtype: torch.dtype, device_map: str | None = None) -> tuple[Any, Any]:
     """The model and tokenizer of a GGUF file, dequantised; `source` names it in a ModelError."""
     if not path.is_file():
         raise ModelError(f"{source}: no such file; check the path (current folder: {Path.cwd()})")
     advice = "the file may be cut short or of an unsupported kind; fetch it again or use another format"
     with progress(f"Loading {source} (dequantising)"), quiet():
-        return guarded(source, advice, lambda: from_gguf(path, dtype))
+        return guarded(source, advice, lambda: from_gguf(path, dtype, device_map))
 
 
-def load_hub(source: str, path: Path, dtype: torch.dtype) -> tuple[Any, Any]:
+def load_hub(source: str, path: Path, dtype: torch.dtype, device_map: str | None = None) -> tuple[Any, Any]:
     """The model and tokenizer of a hub id; `path` is `source` as a path, which must not exist."""
     if path.exists():
         raise ModelError(f"{source}: a file, but not a .gguf file; name a model folder or a .gguf file")
@@ -59,7 +59,7 @@ def load_hub(source: str, path: Path, dtype: torch.dtype) -> tuple[Any, Any]:
         raise ModelError(f"{source}: no such folder, and not a hub id (owner/name); check the path or the spelling")
     # The hub's own progress bars stay: a download can be large.
     try:
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, device_map=device_map)
         return model, AutoTokenizer.from_pretrained(source)
     except Exception as error:
         _raise_hub_error(source, error)
@@ -100,9 +100,9 @@ def first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
 
 
-def load_weights(folder: Path, dtype: torch.dtype) -> Any:
+def load_weights(folder: Path, dtype: torch.dtype, device_map: str | None = None) -> Any:
     """The model of a folder, without its tokenizer and without the network."""
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, device_map=device_map, local_files_only=True)
 
 
 @contextlib.contextmanager
@@ -120,7 +120,7 @@ def quiet() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def from_gguf(path: Path, dtype: torch.dtype) -> tuple[Any, Any]:
+def from_gguf(path: Path, dtype: torch.dtype, device_map: str | None = None) -> tuple[Any, Any]:
     """The dequantised model and the tokenizer of a GGUF file; raises whatever Transformers raises."""
     extra: dict[str, Any] = {}
     # Releases that know GgufConfig keep the weights packed unless told otherwise; older ones never do.
@@ -128,6 +128,7 @@ def from_gguf(path: Path, dtype: torch.dtype) -> tuple[Any, Any]:
         extra["quantization_config"] = transformers.GgufConfig(dequantize=True)
     # The GGUF reader has a progress bar that ignores Transformers' switch.
     with contextlib.redirect_stderr(io.StringIO()):
+        extra["device_map"] = device_map
         model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=dtype, **extra)
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     _align_special_tokens(tokenizer, model.config)

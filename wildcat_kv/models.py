@@ -23,12 +23,17 @@ from wildcat_kv.loading import (
 __all__ = ["ModelError", "default_model", "default_model_path", "load_model"]
 
 
-def default_model(dtype: torch.dtype = torch.float32, device: str | torch.device | None = None) -> tuple[Any, Any]:
+def default_model(
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device | None = None,
+    device_map: str | None = None,
+) -> tuple[Any, Any]:
     """Load SmolLM2-135M-Instruct, fetching and converting it on the first call.
 
     Args:
         dtype: the floating type of the weights.
         device: where the model goes; None leaves it on the CPU.
+        device_map: "auto" spreads it over all devices instead, as accelerate does.
 
     Returns:
         The model in evaluation mode and its tokenizer.
@@ -41,12 +46,12 @@ def default_model(dtype: torch.dtype = torch.float32, device: str | torch.device
         folder, tokenizer = smollm.ready()
         try:
             with progress(f"Loading {smollm.MODEL}"):
-                model = load_weights(folder, dtype)
+                model = load_weights(folder, dtype, device_map)
         except Exception as error:
             # The sizes were right, so the weights are damaged inside.
             tokenizer = smollm.convert_and_check(folder, first_line(error))
-            model = guarded(smollm.MODEL, smollm.cache_advice(), lambda: load_weights(folder, dtype))
-    return _placed(model, device), tokenizer
+            model = guarded(smollm.MODEL, smollm.cache_advice(), lambda: load_weights(folder, dtype, device_map))
+    return _placed(model, None if device_map else device), tokenizer
 
 
 def default_model_path() -> Path:
@@ -61,7 +66,10 @@ def default_model_path() -> Path:
 
 
 def load_model(
-    source: str | None, dtype: torch.dtype = torch.float32, device: str | torch.device | None = None
+    source: str | None,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device | None = None,
+    device_map: str | None = None,
 ) -> tuple[Any, Any]:
     """Load a causal language model and its tokenizer.
 
@@ -70,6 +78,7 @@ def load_model(
             weights are dequantised) or an id on the Hugging Face hub.
         dtype: the floating type of the weights.
         device: where the model goes; None leaves it on the CPU.
+        device_map: "auto" spreads it over all devices instead, as accelerate does.
 
     Returns:
         The model in evaluation mode and its tokenizer.
@@ -79,15 +88,15 @@ def load_model(
         DownloadError: the default model is not in the cache and could not be fetched.
     """
     if source is None:
-        return default_model(dtype, device)
+        return default_model(dtype, device, device_map)
     path = Path(source).expanduser()
     if path.is_dir():
-        model, tokenizer = load_folder(source, path, dtype)
+        model, tokenizer = load_folder(source, path, dtype, device_map)
     elif source.lower().endswith(".gguf"):
-        model, tokenizer = load_gguf_file(source, path, dtype)
+        model, tokenizer = load_gguf_file(source, path, dtype, device_map)
     else:
-        model, tokenizer = load_hub(source, path, dtype)
-    return _placed(model, device), tokenizer
+        model, tokenizer = load_hub(source, path, dtype, device_map)
+    return _placed(model, None if device_map else device), tokenizer
 
 
 def _placed(model: Any, device: str | torch.device | None) -> Any:

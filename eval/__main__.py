@@ -1,0 +1,100 @@
+"""The command `python -m eval`."""
+
+from __future__ import annotations
+
+import logging
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from wildcat_kv.cli import run_app
+
+app = typer.Typer(
+    help="Measure how much accuracy methods keep at which budget.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+@app.command()
+def run(
+    config: Annotated[Path, typer.Argument(help="YAML file of the run, such as configs/eval/smoke.yaml.")],
+    model: Annotated[str | None, typer.Option(help="Hub id, folder or GGUF file, instead of the file's.")] = None,
+    methods: Annotated[str | None, typer.Option(help="Names with commas between, or all.")] = None,
+    ratios: Annotated[str | None, typer.Option(help="Shares to keep, with commas between.")] = None,
+    tasks: Annotated[str | None, typer.Option(help="Names with commas between.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Most samples of a task and length.", min=1)] = None,
+    protocol: Annotated[str | None, typer.Option(help="context-only or full-prompt.")] = None,
+    data_dir: Annotated[Path | None, typer.Option(help="Local files of benchmarks.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, ... Default: cuda if there is one.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Folder of the results. Default: results/NAME.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")] = False,
+) -> None:
+    """Run an evaluation; records, tables, plots and a report go to the output folder."""
+    from eval.config import read_config  # lm-eval takes seconds to load, and --help needs none of it
+    from eval.run import run as measure
+
+    given = {
+        "model": model,
+        "methods": _names(methods),
+        "ratios": _numbers(ratios),
+        "tasks": _names(tasks),
+        "limit": limit,
+        "protocol": protocol,
+        "data_dir": data_dir,
+        "device": device,
+    }
+    changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    chosen = read_config(config, **changes)
+    folder = output or Path("results") / chosen.name
+    measure(chosen, folder, command=shlex.join(["python", "-m", "eval", *sys.argv[1:]]), resume=resume)
+    Console(stderr=True).print(f"\n{folder}/report.html")
+
+
+@app.command()
+def report(folder: Annotated[Path, typer.Argument(help="Folder of a run, finished or not.")]) -> None:
+    """Make tables, plots and report of a run anew."""
+    from eval.records import Folder
+    from eval.report import write_report
+
+    found = Folder(folder)
+    write_report(found.manifest, found.records(), folder)
+
+
+@app.command(name="tasks")
+def list_tasks(
+    contains: Annotated[str, typer.Argument(help="Only names that contain this.")] = "",
+) -> None:
+    """List the tasks: ours, and those of lm-eval with their groups."""
+    from eval.config import OURS
+    from eval.tasks.harness import known_tasks
+
+    for name in [*OURS, *known_tasks()]:
+        if contains in name:
+            print(name)
+
+
+def _names(text: str | None) -> list[str] | None:
+    return None if text is None else [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _numbers(text: str | None) -> list[float] | None:
+    try:
+        return None if text is None else [float(number) for number in text.split(",") if number.strip()]
+    except ValueError:
+        raise ValueError(f"ratios={text!r}: give numbers with commas between, such as 0.25,0.1") from None
+
+
+def main() -> None:
+    """Run the command; what a person can put right is one line on stderr and exit status 1."""
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    run_app(app, "python -m eval")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,127 @@
+"""The cells of an evaluation: every method at every budget, and the exact cache once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import Cache, DynamicCache
+
+from wildcat_kv import CompressedCache, Context
+from wildcat_kv.compressors import available
+from wildcat_kv.compressors.registry import Method
+from wildcat_kv.config import WildCatConfig
+
+EXACT = "exact"
+BASELINE = "wildcat"  # what every other method is compared with
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One method at one budget.
+
+    Attributes:
+        method: the row of a table: the compressor's name, or a name of its own for a variant.
+        compressor: the name of the compressor, None for the exact cache.
+        ratio: share of the tokens to keep, or None.
+        max_tokens: most tokens to store, or None.
+        settings: other fields of `WildCatConfig`.
+    """
+
+    method: str
+    compressor: str | None
+    ratio: float | None = None
+    max_tokens: int | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def exact(self) -> bool:
+        """Whether nothing is compressed."""
+        return self.compressor is None
+
+    @property
+    def key(self) -> tuple[str, float | None, int | None]:
+        """What tells this cell from all others of a run."""
+        return self.method, self.ratio, self.max_tokens
+
+    def compress(self, context: Context, tokenizer: Any) -> CompressedCache:
+        """A cache that has read the context and compressed it; the context stays as it is."""
+        if self.compressor is None:
+            return context.exact.clone()
+        return context.compress(self._config(), compressor=self.compressor, tokenizer=tokenizer)
+
+    def empty(self, model_config: Any) -> Cache:
+        """A cache that compresses what it is yet to read."""
+        if self.compressor is None:
+            return DynamicCache(config=model_config)
+        return CompressedCache(model_config, self._config(), compressor=self.compressor)
+
+    def check(self, model_config: Any, *, streams: bool) -> None:
+        """Refuse a cell that cannot be measured.
+
+        Args:
+            model_config: of the model.
+            streams: whether tasks are among those that compress while they read on.
+
+        Raises:
+            ValueError: no such method, a budget that it cannot reach, or it must read the text twice.
+        """
+        if self.compressor is None:
+            return
+        settings = self._config()
+        if not _methods()[self.compressor].decodes:
+            if streams or self.max_tokens is not None:
+                raise ValueError(
+                    f"methods={self.method!r} reads a text twice and compresses nothing later; leave it, max_tokens, and "
+                    "the tasks that compress while they read (perplexity, decoding, wikitext) apart"
+                )
+            return
+        CompressedCache(model_config, settings, compressor=self.compressor)
+
+    def _config(self) -> WildCatConfig:
+        return WildCatConfig(**{**self.settings, "ratio": self.ratio, "max_tokens": self.max_tokens})
+
+
+def make_cells(
+    methods: Sequence[str | Mapping[str, Any]],
+    ratios: Sequence[float],
+    max_tokens: Sequence[int],
+    settings: Mapping[str, Any],
+) -> list[Cell]:
+    """The exact cache, then every method at every budget, in the order given.
+
+    Args:
+        methods: names of compressors; or mappings with a "name" of their own, the "compressor", and fields of
+            `WildCatConfig`.
+        ratios: shares to keep.
+        max_tokens: budgets in tokens.
+        settings: fields of `WildCatConfig` for all methods.
+
+    Raises:
+        ValueError: an unknown method, two of one name, a wrong budget or none, or a wrong field.
+    """
+    if not ratios and not max_tokens:
+        raise ValueError("ratios=[] and max_tokens=[]: give at least one budget, for example ratios: [0.25]")
+    budgets = [{"ratio": ratio} for ratio in ratios] + [{"max_tokens": most} for most in max_tokens]
+    cells, seen = [Cell(EXACT, None)], {EXACT}
+    for entry in methods:
+        given = {"compressor": entry} if isinstance(entry, str) else dict(entry)
+        if given.get("compressor") == EXACT:
+            continue  # it is there already
+        name = given.pop("name", given.get("compressor"))
+        compressor = given.pop("compressor", name)
+        if compressor not in _methods():
+            raise ValueError(f"methods={compressor!r}: there are exact, {', '.join(_methods())}")
+        if name in seen:
+            raise ValueError(f"methods: {name!r} is there twice; give a variant a name of its own")
+        seen.add(name)
+        for budget in budgets:
+            cell = Cell(name, compressor, settings={**settings, **given}, **budget)  # type: ignore[arg-type]
+            cell._config()
+            cells.append(cell)
+    return cells
+
+
+def _methods() -> dict[str, Method]:
+    return {method.name: method for method in available()}

@@ -1,0 +1,159 @@
+"""What an evaluation run is: one YAML file, checked in one place."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from eval.cells import Cell, make_cells
+from eval.tasks.attention_error import AttentionError
+from eval.tasks.base import Protocol, Task
+from eval.tasks.drift import Drift
+from eval.tasks.harness import HarnessTask, members
+from eval.tasks.needle import Needle
+from eval.tasks.perplexity import Perplexity
+from wildcat_kv.compressors import available
+from wildcat_kv.config import WildCatConfig
+
+ALL = "all"
+OURS: dict[str, type[Task]] = {
+    "needle": Needle,
+    "drift": Drift,
+    "perplexity": Perplexity,
+    "decoding": Perplexity,
+    "attention_error": AttentionError,
+}
+
+
+class RunConfig(BaseModel):
+    """An evaluation: which tasks, which methods, which budgets.
+
+    Args:
+        name: of the run; the file's, by default.
+        model: hub id, folder or GGUF file; the default model if left out.
+        dtype: of the weights.
+        device: "cpu", "cuda", ...; a GPU if there is one.
+        device_map: "auto" spreads a model over several devices.
+        protocol: "context-only" compresses before the question is seen, "full-prompt" after.
+        methods: names, "all", or mappings of a name, a compressor and fields of `WildCatConfig`. The exact cache is
+            always there.
+        ratios: shares of the tokens to keep.
+        max_tokens: budgets in tokens.
+        settings: fields of `WildCatConfig` for all methods, beside the budget.
+        seed: of samples and pivots.
+        limit: most samples of a task, and of each of its lengths.
+        chat_template: whether benchmarks' prompts are sent as chat messages.
+        data_dir: local files of benchmarks.
+        tasks: names, or mappings of a task and its options.
+
+    Raises:
+        ValueError: one line that names the field, its value and what it takes.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str = "run"
+    model: str | None = None
+    dtype: Annotated[str, Field(pattern="^(float32|bfloat16|float16)$")] = "float32"
+    device: str | None = None
+    device_map: str | None = None
+    protocol: Protocol = "context-only"
+    methods: list[str | dict[str, Any]] = Field(default_factory=lambda: [ALL])
+    ratios: list[Annotated[float, Field(gt=0, le=1)]] = Field(default_factory=list)
+    max_tokens: list[Annotated[int, Field(gt=0)]] = Field(default_factory=list)
+    settings: dict[str, Any] = Field(default_factory=dict)
+    seed: int = Field(0, ge=0, lt=2**31)
+    limit: int | None = Field(None, ge=1)
+    chat_template: bool = False
+    data_dir: Path | None = None
+    tasks: list[str | dict[str, Any]] = Field(min_length=1)
+
+    @field_validator("methods")
+    @classmethod
+    def _all_methods(cls, methods: list[str | dict[str, Any]]) -> list[str | dict[str, Any]]:
+        named = [entry for entry in methods if entry != ALL]
+        if len(named) == len(methods):
+            return methods
+        everything: list[str | dict[str, Any]] = [method.name for method in available()]
+        return everything + [entry for entry in named if entry not in everything]
+
+    @field_validator("data_dir")
+    @classmethod
+    def _data_is_there(cls, folder: Path | None) -> Path | None:
+        if folder is not None and not folder.is_dir():
+            raise ValueError(f"data_dir={str(folder)!r} is no folder")
+        return folder
+
+    def cells(self) -> list[Cell]:
+        """Every method at every budget, the exact cache first.
+
+        Raises:
+            ValueError: an unknown method or a wrong budget.
+        """
+        unknown = set(self.settings) - (set(WildCatConfig.model_fields) - {"ratio", "max_tokens"})
+        if unknown:
+            raise ValueError(f"settings={sorted(unknown)[0]!r}: no such setting of a cache")
+        settings = {"seed": self.seed, **self.settings}
+        return make_cells(self.methods, self.ratios, self.max_tokens, settings)
+
+    def make_tasks(self) -> list[Task]:
+        """The tasks, groups of lm-eval resolved into their members.
+
+        Raises:
+            ValueError: an unknown task, a wrong option, or one task twice.
+        """
+        tasks = [task for entry in self.tasks for task in _make(entry)]
+        names = [task.name for task in tasks]
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice:
+            raise ValueError(f"tasks: {twice!r} is there twice")
+        return tasks
+
+
+def read_config(path: Path, **changes: Any) -> RunConfig:
+    """Read a run's YAML file; `changes` win over it, tasks named in them keep their options of the file.
+
+    Raises:
+        ValueError: the file cannot be read, or a field is wrong; names the file.
+    """
+    try:
+        fields = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"config={str(path)!r} is no readable YAML file: {' '.join(str(error).split())}") from None
+    if not isinstance(fields, dict):
+        raise ValueError(f"config={str(path)!r} must hold a mapping, such as 'tasks: [needle]'")
+    if "tasks" in changes:
+        changes["tasks"] = _chosen(changes["tasks"], fields.get("tasks"))
+    try:
+        return RunConfig(**{"name": path.stem, **fields, **changes})
+    except ValidationError as error:
+        raise ValueError(f"{path}: {_one_line(error)}") from None
+
+
+def _chosen(names: list[str], listed: Any) -> list[Any]:
+    """Entries of the file for these names; names that it does not list stand for themselves."""
+    entries = {entry["task"]: entry for entry in listed or [] if isinstance(entry, dict) and "task" in entry}
+    return [entries.get(name, name) for name in names]
+
+
+def _make(entry: str | dict[str, Any]) -> list[Task]:
+    fields = {"task": entry} if isinstance(entry, str) else dict(entry)
+    name = fields.get("task")
+    if not isinstance(name, str):
+        raise ValueError(f"tasks={entry!r} must be a name, or a mapping with a task and its options")
+    try:
+        if name in OURS:
+            return [OURS[name](**({"chunk": 1} if name == "decoding" else {}), **fields)]
+        return [HarnessTask(**{**fields, "task": member}) for member in members(name)]
+    except ValidationError as error:
+        raise ValueError(f"task={name!r}: {_one_line(error)}") from None
+
+
+def _one_line(error: ValidationError) -> str:
+    finding = error.errors(include_url=False)[0]
+    where = ".".join(str(part) for part in finding["loc"])
+    given = "" if finding["type"] == "missing" else f"={finding['input']!r}"
+    return f"{where}{given}: {finding['msg'].removeprefix('Value error, ')}"

@@ -1,0 +1,36 @@
+"""What a run was made with: versions and machine, for its record."""
+
+from __future__ import annotations
+
+import os
+import platform
+from importlib.metadata import version
+from typing import Any
+
+import psutil
+import torch
+
+_PACKAGES = ("wildcat-kv", "torch", "transformers", "accelerate", "datasets", "lm-eval", "numpy")
+
+
+def versions() -> dict[str, str]:
+    """Of Python and of all packages that a result depends on."""
+    return {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}}
+
+
+def machine() -> dict[str, Any]:
+    """Processor, cores, memory in GiB, and GPUs by name."""
+    return {
+        "processor": _processor(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
+        "devices": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
+    }
+
+
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as lines:
+            return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()

@@ -1,0 +1,147 @@
+"""The folder of a run: what it is (`run.json`) and one JSON line a measurement (`samples.jsonl`)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+MANIFEST = "run.json"
+SAMPLES = "samples.jsonl"
+# What may differ between the run that began and the one that resumes it.
+_FREE = ("command", "started", "finished", "machine")
+
+Key = tuple[str, int, str, float | None, int | None]
+
+
+class Folder:
+    """A run's folder; several processes write shards beside each other, which become one file at the end.
+
+    Args:
+        path: the folder.
+        rank: of this process.
+    """
+
+    def __init__(self, path: Path, rank: int = 0) -> None:
+        self.path, self._rank = path, rank
+
+    @property
+    def manifest(self) -> dict[str, Any]:
+        """What the run is.
+
+        Raises:
+            ValueError: there is no run in the folder, or its description is damaged.
+        """
+        try:
+            return json.loads((self.path / MANIFEST).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ValueError(f"output={str(self.path)!r} holds no run: {error}") from None
+
+    def check(self, *, resume: bool) -> None:
+        """Refuse a folder that holds something else, or a run although `resume` is off.
+
+        Raises:
+            ValueError: see above.
+        """
+        if (self.path / MANIFEST).exists():
+            if not resume:
+                raise ValueError(
+                    f"output={str(self.path)!r} holds a run already; go on with it (--resume) or choose another folder"
+                )
+        elif self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+            raise ValueError(f"output={str(self.path)!r} is there and holds no run; choose another folder")
+
+    def begin(self, manifest: dict[str, Any], *, resume: bool) -> None:
+        """Start a new run, or go on with an interrupted one.
+
+        Raises:
+            ValueError: as `check`, or the folder holds another run. Nothing has been written then.
+        """
+        self.check(resume=resume)
+        if (self.path / MANIFEST).exists():
+            earlier = self.manifest
+            changed = _difference(earlier, manifest)
+            if changed:
+                raise ValueError(f"output={str(self.path)!r} holds another run: {changed}; choose another folder")
+            manifest = {**earlier, "finished": None}
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._write(manifest)
+
+    def finish(self, when: str) -> dict[str, Any]:
+        """Note that all is measured; returns the manifest."""
+        manifest = {**self.manifest, "finished": when}
+        self._write(manifest)
+        return manifest
+
+    def records(self) -> list[dict[str, Any]]:
+        """All measurements of the folder, of every process; lines cut short by an interruption are left out."""
+        return [record for path in self._files() for record in _whole_lines(path)]
+
+    def mend(self) -> None:
+        """Cut off what an interruption left of a last line, so that the next one begins a line."""
+        for path in self._files():
+            text = path.read_bytes()
+            end = text.rfind(b"\n") + 1
+            if end < len(text):
+                with path.open("r+b") as file:
+                    file.truncate(end)
+
+    def append(self, record: dict[str, Any]) -> None:
+        """Write a measurement of this process, at once."""
+        with self._shard().open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+    def merge(self, order: Iterable[Key]) -> None:
+        """Make one file of all processes' in this order."""
+        shards = self._files()
+        if shards == [self.path / SAMPLES]:
+            return
+        by_key = {key_of(record): record for record in self.records()}
+        lines = [json.dumps(by_key[key], ensure_ascii=False) + "\n" for key in order if key in by_key]
+        whole = self.path / f"{SAMPLES}.new"
+        whole.write_text("".join(lines), encoding="utf-8")
+        whole.replace(self.path / SAMPLES)
+        for shard in shards:
+            if shard.name != SAMPLES:
+                shard.unlink()
+
+    def _shard(self) -> Path:
+        return self.path / (SAMPLES if self._rank == 0 else f"samples.{self._rank}.jsonl")
+
+    def _files(self) -> list[Path]:
+        return [path for path in sorted(self.path.glob("samples*.jsonl")) if path.is_file()]
+
+    def _write(self, manifest: dict[str, Any]) -> None:
+        new = self.path / f"{MANIFEST}.new"
+        new.write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        new.replace(self.path / MANIFEST)
+
+
+def key_of(record: dict[str, Any]) -> Key:
+    """What tells a measurement from all others of a run."""
+    return record["task"], record["sample"], record["method"], record["ratio"], record["max_tokens"]
+
+
+def _difference(earlier: dict[str, Any], now: dict[str, Any]) -> str:
+    """The first field in which two runs differ, in words; empty if they are one."""
+    same = json.loads(json.dumps(now))
+    for field in (*same, *earlier):
+        if field not in _FREE and earlier.get(field) != same.get(field):
+            old, new = earlier.get(field), same.get(field)
+            if isinstance(old, dict) and isinstance(new, dict):
+                field, old, new = next(
+                    (f"{field}.{name}", old.get(name), new.get(name))
+                    for name in (*old, *new)
+                    if old.get(name) != new.get(name)
+                )
+            return f"{field} was {old!r} and is {new!r}"
+    return ""
+
+
+def _whole_lines(path: Path) -> list[dict[str, Any]]:
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    try:
+        return [json.loads(line) for line in lines[:-1]]
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}; choose another folder") from None

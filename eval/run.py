@@ -1,0 +1,208 @@
+"""A run: every sample of every task, read once and measured for every cell, one line written at a time."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from eval.cells import Cell
+from eval.config import RunConfig
+from eval.machine import machine, versions
+from eval.records import Folder, Key, key_of
+from eval.tasks.base import Outcome, Sample, Setting, Task
+from wildcat_kv.models import load_model
+
+
+def run(config: RunConfig, output: Path, *, command: str, resume: bool) -> None:
+    """Measure, and write records, tables, plots and report into `output`.
+
+    Under `accelerate launch` the samples are shared out, and one process merges and reports.
+
+    Args:
+        config: what to measure.
+        output: the run's folder.
+        command: how the run was started, for its record.
+        resume: whether the folder may hold the beginning of this run.
+
+    Raises:
+        ValueError: something cannot be measured as asked; before anything long begins, with nothing written.
+    """
+    state = PartialState()
+    cells, tasks = config.cells(), config.make_tasks()
+    folder = Folder(output, state.process_index)
+    folder.check(resume=resume)
+    model, tokenizer = load_model(config.model, getattr(torch, config.dtype), _device(config, state), config.device_map)
+    for cell in cells:
+        cell.check(model.config, streams=any(task.streams for task in tasks))
+    planned = _samples(config, tasks, model, tokenizer, show=state.is_main_process)
+    manifest = _manifest(config, command, model, tasks, cells)
+    if state.is_main_process:
+        folder.begin(manifest, resume=resume)
+        folder.mend()
+    state.wait_for_everyone()
+    hashes = {key_of(record): record["prompt_hash"] for record in folder.records()}
+    _check_hashes(planned, hashes)
+    state.wait_for_everyone()
+    own = planned[state.process_index :: state.num_processes]
+    _measure(config, own, cells, model, tokenizer, folder, set(hashes), show=state.is_main_process)
+    state.wait_for_everyone()
+    if state.is_main_process:
+        folder.merge(_keys(planned, cells))
+        from eval.report import write_report
+        write_report(folder.finish(_now()), folder.records(), output)
+
+
+def _samples(
+    config: RunConfig, tasks: list[Task], model: Any, tokenizer: Any, *, show: bool
+) -> list[tuple[Task, Sample]]:
+    """All samples of all tasks, in the order of the records.
+
+    Raises:
+        ValueError: a task's data is missing, or a sample is longer than the model can read.
+    """
+    positions = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or sys.maxsize
+    setting = Setting(
+        tokenizer=tokenizer,
+        seed=config.seed,
+        protocol=config.protocol,
+        positions=positions,
+        limit=config.limit,
+        chat_template=config.chat_template,
+        data_dir=config.data_dir,
+    )
+    planned = []
+    with Progress(TextColumn("{task.description}"), console=Console(stderr=True), transient=True, disable=not show) as bar:
+        line = bar.add_task("")
+        for task in tasks:
+            bar.update(line, description=f"{task.name}: making the samples")
+            for sample in task.samples(setting):
+                if sample.tokens > positions:
+                    raise ValueError(
+                        f"task={task.name!r}, sample {sample.index}: it needs {sample.tokens} tokens and the model has "
+                        f"{positions} positions; choose shorter lengths, or truncate: middle where the task takes it"
+                    )
+                planned.append((task, sample))
+    return planned
+
+
+def _measure(
+    config: RunConfig,
+    planned: list[tuple[Task, Sample]],
+    cells: list[Cell],
+    model: Any,
+    tokenizer: Any,
+    folder: Folder,
+    done: set[Key],
+    *,
+    show: bool,
+) -> None:
+    with _progress(len(planned) * len(cells), show) as advance, torch.no_grad():
+        for task, sample in planned:
+            missing = [cell for cell in cells if _key(task, sample, cell) not in done]
+            advance(len(cells) - len(missing), task.name)
+            if not missing:
+                continue
+            measure = sample.open(model, tokenizer)
+            for cell in missing:
+                folder.append(_record(config, task, sample, cell, measure(cell)))
+                advance(1, task.name)
+
+
+def _record(config: RunConfig, task: Task, sample: Sample, cell: Cell, outcome: Outcome) -> dict[str, Any]:
+    return {
+        "task": task.name,
+        "sample": sample.index,
+        "method": cell.method,
+        "ratio": cell.ratio,
+        "max_tokens": cell.max_tokens,
+        "protocol": config.protocol,
+        "seed": config.seed,
+        "prompt_hash": sample.prompt_hash,
+        "prediction": outcome.prediction,
+        "reference": outcome.reference,
+        "scores": outcome.scores,
+        "seen_tokens": outcome.seen_tokens,
+        "stored_tokens": outcome.stored_tokens,
+        "facets": dict(sample.facets),
+        "layers": outcome.layers,
+        "seconds": dict(outcome.seconds),
+    }
+
+
+def _key(task: Task, sample: Sample, cell: Cell) -> Key:
+    return (task.name, sample.index, *cell.key)
+
+
+def _keys(planned: list[tuple[Task, Sample]], cells: list[Cell]) -> Iterator[Key]:
+    return (_key(task, sample, cell) for task, sample in planned for cell in cells)
+
+
+def _check_hashes(planned: list[tuple[Task, Sample]], found: dict[Key, str]) -> None:
+    """Refuse to go on with a run whose prompts were others."""
+    prompts = {(task.name, sample.index): sample.prompt_hash for task, sample in planned}
+    for key, prompt_hash in found.items():
+        if prompts.get(key[:2]) != prompt_hash:
+            raise ValueError(
+                f"task={key[0]!r}, sample {key[1]}: the folder has it with another prompt; the data, the tokenizer or "
+                "lm-eval has changed since, so choose another folder"
+            )
+
+
+def _manifest(config: RunConfig, command: str, model: Any, tasks: list[Task], cells: list[Cell]) -> dict[str, Any]:
+    return {
+        "name": config.name,
+        "command": command,
+        "started": _now(),
+        "finished": None,
+        "protocol": config.protocol,
+        "model": {
+            "name": config.model or "SmolLM2-135M-Instruct",
+            "parameters": model.num_parameters(),
+            "dtype": config.dtype,
+        },
+        "methods": list(dict.fromkeys(cell.method for cell in cells)),
+        "metrics": {task.name: {name: asdict(metric) for name, metric in task.metrics.items()} for task in tasks},
+        "versions": versions(),
+        "machine": machine(),
+        "config": config.model_dump(mode="json"),
+    }
+
+
+def _device(config: RunConfig, state: PartialState) -> torch.device | str:
+    if state.num_processes > 1:
+        return state.device
+    return config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
+@contextmanager
+def _progress(total: int, show: bool) -> Iterator[Any]:
+    """A bar on stderr, with an estimate; yields what advances it."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(elapsed_when_finished=True),
+    )
+    with Progress(*columns, console=Console(stderr=True)) if show else nullcontext() as bar:
+        line = bar.add_task("", total=total) if bar else None
+
+        def advance(count: int, name: str) -> None:
+            if bar is not None and line is not None:
+                bar.update(line, advance=count, description=name)
+
+        yield advance

@@ -1,0 +1,95 @@
+"""Questions about a context that is compressed before they are read, or after."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from eval.cells import Cell
+from eval.tasks.base import Protocol
+from wildcat_kv import CompressedCache, Context
+from wildcat_kv.accounting import stored_tokens
+from wildcat_kv.reading import Likelihood, generate, loglikelihood
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Token ids of a prompt, in two parts.
+
+    Attributes:
+        context: int64 (n,), read before the compression.
+        question: int64 (m,), read after it; empty if the compression comes after the whole prompt.
+    """
+
+    context: Tensor
+    question: Tensor
+
+    @classmethod
+    def of(cls, context: Tensor, question: Tensor, protocol: Protocol) -> Prompt:
+        """Where the protocol puts the compression."""
+        if protocol == "context-only":
+            return cls(context, question)
+        return cls(torch.cat((context, question)), question[:0])
+
+    def __len__(self) -> int:
+        return len(self.context) + len(self.question)
+
+
+class Clock(dict[str, float]):
+    """Seconds by what took them."""
+
+    @contextmanager
+    def __call__(self, what: str, device: torch.device) -> Any:
+        """Time what is done inside, a GPU's work included."""
+        start = time.perf_counter()
+        yield
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        self[what] = round(time.perf_counter() - start, 4)
+
+
+class Asked:
+    """A context that has been read, and the question about it."""
+
+    def __init__(self, model: Any, tokenizer: Any, prompt: Prompt) -> None:
+        self._model, self._tokenizer = model, tokenizer
+        self._ids = torch.cat((prompt.context, prompt.question))[None].to(model.device)
+        self.context = Context(model, self._ids[:, : len(prompt.context)])
+        self._next = None if len(prompt.question) else self.context.next_logits
+
+    @property
+    def seen_tokens(self) -> int:
+        """Of the context."""
+        return self.context.input_ids.shape[1]
+
+    def compress(self, cell: Cell, clock: Clock) -> tuple[CompressedCache, float]:
+        """The cell's cache of the context, and the tokens that it stores."""
+        with clock("compress", self._model.device):
+            cache = cell.compress(self.context, self._tokenizer)
+        return cache, round(stored_tokens(cache), 4)
+
+    def generate(self, cache: CompressedCache, max_new_tokens: int, until: Sequence[str]) -> str:
+        """The answer; uses the cache up."""
+        return generate(
+            self._model,
+            self._tokenizer,
+            cache,
+            self._ids,
+            max_new_tokens=max_new_tokens,
+            until=until,
+            next_logits=self._next,
+        )[0]
+
+    def likelihoods(self, cache: CompressedCache, answers: Sequence[Tensor]) -> list[Likelihood]:
+        """How likely each of several answers is; uses the cache up."""
+        if len(answers) > 1:
+            cache.batch_repeat_interleave(len(answers))
+        ids = self._ids.expand(len(answers), -1)
+        after = None if self._next is None else self._next.expand(len(answers), -1)
+        return loglikelihood(self._model, cache, ids, None, answers, after)

@@ -1,0 +1,134 @@
+"""The error of the attention's output, by layer and head, for queries that come after the compression."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from eval.cells import Cell
+from eval.tasks.asking import Clock
+from eval.tasks.base import Measure, Metric, Outcome, Sample, Setting, Task
+from eval.tasks.essays import essay
+from wildcat_kv import CompressedCache, Context, weighted_attention
+from wildcat_kv.accounting import stored_tokens
+from wildcat_kv.layer import WildCatLayer
+from wildcat_kv.reading import read
+
+
+class AttentionError(Task):
+    """Relative error of every head's output over a continuation, its own words exact and the context compressed.
+
+    Every layer gets the queries that the exact cache gives it: errors of earlier layers do not add up.
+
+    Args:
+        lengths: tokens that are read and compressed.
+        tokens: of the continuation.
+        repeats: texts for each length, instead of the run's limit.
+    """
+
+    task: Literal["attention_error"] = "attention_error"
+    lengths: list[int] = Field([1000], min_length=1)
+    tokens: int = Field(64, ge=1)
+    repeats: int = Field(4, ge=1)
+
+    @property
+    def name(self) -> str:
+        """As the option is called."""
+        return "attention_error"
+
+    @property
+    def metrics(self) -> dict[str, Metric]:
+        """Mean over layers and heads."""
+        return {"error": Metric(False, "of the output's norm", 3)}
+
+    def samples(self, setting: Setting) -> list[Sample]:
+        """Every length `repeats` times; nothing is asked, so both protocols are the same."""
+        repeats = min(self.repeats, self.limit or setting.limit or self.repeats)
+        samples: list[Sample] = []
+        for index, length in enumerate(length for length in self.lengths for _ in range(repeats)):
+            ids, text = essay(setting, index, length + self.tokens)
+            samples.append(
+                _Stretch(
+                    index=index,
+                    facets={"length": length},
+                    prompt=text,
+                    tokens=length + self.tokens,
+                    ids=ids,
+                    length=length,
+                )
+            )
+        return samples
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Stretch(Sample):
+    ids: Tensor
+    length: int
+
+    def open(self, model: Any, tokenizer: Any) -> Measure:
+        _check(model.config.get_text_config(decoder=True))
+        ids = self.ids.to(model.device)
+        context = Context(model, ids[:, : self.length])
+        whole = context.exact.clone()
+        read(model, whole, ids)
+
+        def measure(cell: Cell) -> Outcome:
+            clock = Clock()
+            with clock("compress", model.device):
+                cache = cell.compress(context, tokenizer)
+            stored = round(stored_tokens(cache), 4)
+            with clock("answer", model.device):
+                errors = attention_errors(whole, cache, ids.shape[1] - self.length)
+            mean = float(torch.tensor(errors).mean())
+            layers = {"error": [[round(error, 4) for error in layer] for layer in errors]}
+            return Outcome({"error": mean}, stored, self.length, layers=layers, seconds=clock)
+
+        return measure
+
+
+def attention_errors(whole: CompressedCache, compressed: CompressedCache, after: int) -> list[list[float]]:
+    """Relative error of the attention's output, ||o' - o|| / ||o|| over the newest tokens.
+
+    Args:
+        whole: the exact cache of one row of text, with its queries, as `Context` has it.
+        compressed: the cache of the same text without its newest tokens.
+        after: how many these are.
+
+    Returns:
+        For each compressed layer, an error for each query head.
+    """
+    errors = []
+    for exact, ours in zip(whole.layers, compressed.layers, strict=True):
+        if not isinstance(ours, WildCatLayer):
+            continue
+        state, entries = exact.state, ours.state.storage.entries
+        keys, values = state.storage.view()
+        queries, scale = state.log.recent()[:, :, -after:], state.progress.scale
+        expected = weighted_attention(queries, keys, values, scale=scale, causal=True)
+        new = torch.ones_like(keys[:, :, -after:, 0])
+        clip = (values.amin(-2, keepdim=True).float(), values.amax(-2, keepdim=True).float())
+        found = weighted_attention(
+            queries,
+            torch.cat((entries.keys, keys[:, :, -after:]), dim=-2),
+            torch.cat((entries.values, values[:, :, -after:]), dim=-2),
+            torch.cat((entries.weights, new.float()), dim=-1),
+            scale=scale,
+            valid=torch.cat((entries.valid, new.bool()), dim=-1),
+            causal=True,
+            value_range=clip,
+        )
+        difference = (found - expected).float().norm(dim=(-2, -1)) / expected.float().norm(dim=(-2, -1))
+        errors.append(difference[0].tolist())
+    return errors
+
+
+def _check(config: Any) -> None:
+    if getattr(config, "attn_logit_softcapping", None) or config.model_type == "gpt_oss":
+        raise ValueError(
+            f"task='attention_error' compares plain attention, and {config.model_type} caps its scores or has learned "
+            "sinks; leave the task out"
+        )

@@ -1,0 +1,141 @@
+"""What every task is: samples, each read once and then measured for every cell."""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from eval.cells import Cell
+
+Protocol = Literal["context-only", "full-prompt"]
+
+
+@dataclass(frozen=True)
+class Metric:
+    """How a score is to be read.
+
+    Attributes:
+        higher_is_better: whether it is.
+        unit: what it counts.
+        digits: to print after the point.
+    """
+
+    higher_is_better: bool
+    unit: str = ""
+    digits: int = 2
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What the samples of all tasks depend on.
+
+    Attributes:
+        tokenizer: of the model.
+        seed: chooses samples.
+        protocol: "context-only": compressed before the question is read. "full-prompt": after.
+        positions: most tokens that the model can read.
+        limit: most samples of a task, or of each of its lengths; None for a task's own number.
+        chat_template: whether prompts are sent as chat messages.
+        data_dir: where benchmarks lie that are not to come from the hub.
+    """
+
+    tokenizer: Any
+    seed: int
+    protocol: Protocol
+    positions: int
+    limit: int | None = None
+    chat_template: bool = False
+    data_dir: Path | None = None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one cell made of one sample.
+
+    Attributes:
+        scores: by the metric's name.
+        stored_tokens: entries that a key head held after the compression, on average.
+        seen_tokens: tokens that had been read then.
+        prediction: what the model wrote, if it wrote.
+        reference: what was expected, if there is such a thing.
+        layers: scores by layer and head, by name.
+        seconds: times, by what took them.
+    """
+
+    scores: dict[str, float]
+    stored_tokens: float
+    seen_tokens: int
+    prediction: str | None = None
+    reference: str | None = None
+    layers: dict[str, list[list[float]]] | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+Measure = Callable[[Cell], Outcome]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample(ABC):
+    """One text to measure all cells on.
+
+    Attributes:
+        index: its number in the task.
+        facets: what it is grouped by in tables and plots, such as its length.
+        prompt: all that is read, to be hashed.
+        tokens: the most positions that the model needs for it.
+    """
+
+    index: int
+    facets: Mapping[str, int | float | str]
+    prompt: str
+    tokens: int
+
+    @property
+    def prompt_hash(self) -> str:
+        """First 16 hexadecimal digits of the prompt's SHA-256."""
+        return hashlib.sha256(self.prompt.encode()).hexdigest()[:16]
+
+    @abstractmethod
+    def open(self, model: Any, tokenizer: Any) -> Measure:
+        """Do what is the same for all cells, such as reading the context, and return what measures one."""
+
+
+class Task(BaseModel, ABC):
+    """Something to measure. Its fields are its options in a configuration file.
+
+    Args:
+        limit: most samples, instead of the run's.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    streams: ClassVar[bool] = False  # whether it compresses while it reads on
+    limit: int | None = Field(None, ge=1)
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """As it is called in records and tables."""
+
+    @property
+    @abstractmethod
+    def metrics(self) -> dict[str, Metric]:
+        """The scores, the most telling one first; known at the latest when the samples are."""
+
+    @abstractmethod
+    def samples(self, setting: Setting) -> list[Sample]:
+        """All samples, the same ones for the same setting.
+
+        Raises:
+            ValueError: they cannot be made, or the data is not there; says what is missing.
+        """
+
+    def count(self, setting: Setting, default: int) -> int:
+        """How many samples to make."""
+        return next(limit for limit in (self.limit, setting.limit, default) if limit is not None)

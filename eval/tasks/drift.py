@@ -1,0 +1,96 @@
+"""Drift: how far the next-token distribution moves when the text before has been compressed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from eval.cells import Cell
+from eval.tasks.asking import Clock
+from eval.tasks.base import Measure, Metric, Outcome, Sample, Setting, Task
+from eval.tasks.essays import essay
+from wildcat_kv import Context
+from wildcat_kv.accounting import stored_tokens
+from wildcat_kv.reading import read
+
+
+class Drift(Task):
+    """Kullback-Leibler divergence from the exact cache's distribution, over a continuation in the true words.
+
+    Args:
+        lengths: tokens that are read and compressed.
+        tokens: of the continuation.
+        repeats: texts for each length, instead of the run's limit.
+    """
+
+    task: Literal["drift"] = "drift"
+    lengths: list[int] = Field([1000], min_length=1)
+    tokens: int = Field(128, ge=1)
+    repeats: int = Field(20, ge=1)
+
+    @property
+    def name(self) -> str:
+        """As the option is called."""
+        return "drift"
+
+    @property
+    def metrics(self) -> dict[str, Metric]:
+        """Divergence, what the true words cost, and how often the likeliest token stays the same."""
+        return {
+            "kl": Metric(False, "nats a token", 3),
+            "nll": Metric(False, "nats a token", 3),
+            "agreement": Metric(True, "share", 3),
+        }
+
+    def samples(self, setting: Setting) -> list[Sample]:
+        """Every length `repeats` times; nothing is asked, so both protocols are the same."""
+        repeats = min(self.repeats, self.limit or setting.limit or self.repeats)
+        samples: list[Sample] = []
+        for index, length in enumerate(length for length in self.lengths for _ in range(repeats)):
+            ids, text = essay(setting, index, length + self.tokens)
+            samples.append(
+                _DriftSample(
+                    index=index,
+                    facets={"length": length},
+                    prompt=text,
+                    tokens=length + self.tokens,
+                    ids=ids,
+                    length=length,
+                )
+            )
+        return samples
+
+
+@dataclass(frozen=True, kw_only=True)
+class _DriftSample(Sample):
+    ids: Tensor
+    length: int
+
+    def open(self, model: Any, tokenizer: Any) -> Measure:
+        ids, after = self.ids.to(model.device), self.ids.shape[1] - self.length
+        context = Context(model, ids[:, : self.length])
+        expected = read(model, context.exact.clone(), ids, last=after)[0].log_softmax(-1)
+
+        def measure(cell: Cell) -> Outcome:
+            clock = Clock()
+            with clock("compress", model.device):
+                cache = cell.compress(context, tokenizer)
+            stored = round(stored_tokens(cache), 4)
+            with clock("answer", model.device):
+                found = read(model, cache, ids, last=after)[0].log_softmax(-1)
+                scores = _scores(expected, found, ids[0, self.length :])
+            return Outcome(scores=scores, stored_tokens=stored, seen_tokens=self.length, seconds=clock)
+
+        return measure
+
+
+def _scores(expected: Tensor, found: Tensor, words: Tensor) -> dict[str, float]:
+    """Of log-probabilities (tokens, vocabulary): what follows each word of the continuation, int64 (tokens,)."""
+    kl = torch.nn.functional.kl_div(found, expected, log_target=True, reduction="batchmean")
+    nll = torch.nn.functional.nll_loss(found[:-1], words[1:])
+    agreement = (found.argmax(-1) == expected.argmax(-1)).float().mean()
+    return {"kl": float(kl), "nll": float(nll), "agreement": float(agreement)}

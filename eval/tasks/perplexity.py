@@ -1,0 +1,90 @@
+"""Perplexity of long documents that are compressed while they are read, or as if they were generated."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from pydantic import Field
+from torch import Tensor
+
+from eval.cells import Cell
+from eval.tasks.asking import Clock
+from eval.tasks.base import Measure, Metric, Outcome, Sample, Setting, Task
+from eval.tasks.essays import essay
+from wildcat_kv.accounting import stored_tokens
+from wildcat_kv.reading import token_losses
+
+
+class Perplexity(Task):
+    """Negative log-likelihood of a long document, read on in chunks over a cache that compresses what came before.
+
+    Args:
+        lengths: tokens of the documents.
+        chunk: tokens read at once. With 1, every token goes through the path of generation: long decoding under a
+            constant budget, but with words that are known to be right.
+        skip: first tokens that are not counted.
+        repeats: texts for each length, instead of the run's limit.
+    """
+
+    streams = True
+
+    task: Literal["perplexity", "decoding"] = "perplexity"
+    lengths: list[int] = Field([2000], min_length=1)
+    chunk: int = Field(64, ge=1)
+    skip: int = Field(256, ge=0)
+    repeats: int = Field(8, ge=1)
+
+    @property
+    def name(self) -> str:
+        """"decoding" where tokens come one by one."""
+        return "decoding" if self.chunk == 1 else "perplexity"
+
+    @property
+    def metrics(self) -> dict[str, Metric]:
+        """The logarithm of the perplexity; in the last quarter apart, where the budget has long been short."""
+        return {"nll": Metric(False, "nats a token", 3), "nll_end": Metric(False, "nats a token", 3)}
+
+    def samples(self, setting: Setting) -> list[Sample]:
+        """Every length `repeats` times; nothing is asked, so both protocols are the same."""
+        repeats = min(self.repeats, self.limit or setting.limit or self.repeats)
+        samples: list[Sample] = []
+        for index, length in enumerate(length for length in self.lengths for _ in range(repeats)):
+            if length <= self.skip + 4:
+                raise ValueError(f"task={self.name!r}: lengths={length} must be more than skip={self.skip} by 5 at least")
+            ids, text = essay(setting, index, length)
+            samples.append(
+                _Document(
+                    index=index,
+                    facets={"length": length},
+                    prompt=text,
+                    tokens=length,
+                    ids=ids,
+                    chunk=self.chunk,
+                    skip=self.skip,
+                )
+            )
+        return samples
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Document(Sample):
+    ids: Tensor
+    chunk: int
+    skip: int
+
+    def open(self, model: Any, tokenizer: Any) -> Measure:
+        ids = self.ids.to(model.device)
+
+        def measure(cell: Cell) -> Outcome:
+            clock, cache = Clock(), cell.empty(model.config)
+            with clock("read", model.device):
+                losses = token_losses(model, cache, ids, chunk=self.chunk)[self.skip :]
+            return Outcome(
+                scores={"nll": float(losses.mean()), "nll_end": float(losses[-max(1, len(losses) // 4) :].mean())},
+                stored_tokens=round(stored_tokens(cache), 4),
+                seen_tokens=cache.get_seq_length(),
+                seconds=clock,
+            )
+
+        return measure

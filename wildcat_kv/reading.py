@@ -1,0 +1,221 @@
+"""Reading and answering in rows: what stands between token ids and a cache, whatever the cache."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache
+
+
+@dataclass(frozen=True)
+class Likelihood:
+    """How likely a model finds an answer.
+
+    Attributes:
+        total: log-likelihood of all its tokens, in nats.
+        tokens: how many.
+        greedy: whether greedy decoding would have written it.
+    """
+
+    total: float
+    tokens: int
+    greedy: bool
+
+
+def pad_left(rows: Sequence[Tensor], pad: int = 0) -> tuple[Tensor, Tensor | None]:
+    """Rows of token ids, int64 (n_i,) each, as one block.
+
+    Returns:
+        ids int64 (rows, n), and the attention mask int64 (rows, n), 0 for padding; None where nothing is padded.
+    """
+    longest = max(row.shape[0] for row in rows)
+    if all(row.shape[0] == longest for row in rows):
+        return torch.stack(list(rows)), None
+    ids = torch.stack([torch.nn.functional.pad(row, (longest - row.shape[0], 0), value=pad) for row in rows])
+    lengths = torch.tensor([row.shape[0] for row in rows], device=ids.device)
+    mask = torch.arange(longest, device=ids.device) >= (longest - lengths)[:, None]
+    return ids, mask.long()
+
+
+def join(left: Tensor | None, right: Tensor | None, left_ids: Tensor, right_ids: Tensor) -> Tensor | None:
+    """The masks of two blocks of ids side by side; None is a mask of ones, and stays None if both are."""
+    if left is None and right is None:
+        return None
+    masks = (left, left_ids), (right, right_ids)
+    return torch.cat([torch.ones_like(ids) if mask is None else mask.to(ids) for mask, ids in masks], dim=1)
+
+
+@torch.no_grad()
+def read(
+    model: Any, cache: Cache, ids: Tensor, mask: Tensor | None = None, *, last: int = 1, chunk: int | None = None
+) -> Tensor:
+    """Let a model read on.
+
+    Args:
+        model: a Transformers decoder.
+        cache: what it has read before; it reads the rest.
+        ids: int64 (rows, n), all of the text, of which the cache holds the first tokens.
+        mask: (rows, n), 0 for padding.
+        last: of how many of the last tokens to return logits.
+        chunk: tokens to read at once; all of them by default.
+
+    Returns:
+        Logits float32 (rows, last, vocabulary).
+    """
+    start, stop = cache.get_seq_length(), ids.shape[1]
+    size = chunk or stop - start
+    parts = []
+    for first in range(start, stop, size):
+        end = min(first + size, stop)
+        wanted = end - max(first, stop - last)
+        options: dict[str, Any] = {"logits_to_keep": max(1, wanted)}
+        if mask is not None:
+            options["attention_mask"] = mask[:, :end]
+            if "position_ids" in inspect.signature(model.forward).parameters:  # as generate() counts them
+                options["position_ids"] = (mask[:, :end].long().cumsum(-1) - 1).clamp_min(0)[:, first:]
+        logits = model(ids[:, first:end], past_key_values=cache, **options).logits
+        if wanted > 0:
+            parts.append(logits[:, -wanted:].float())
+    return torch.cat(parts, dim=1)
+
+
+@torch.no_grad()
+def generate(
+    model: Any,
+    tokenizer: Any,
+    cache: Cache,
+    ids: Tensor,
+    mask: Tensor | None = None,
+    *,
+    max_new_tokens: int,
+    until: Sequence[str] = (),
+    next_logits: Tensor | None = None,
+    **options: Any,
+) -> list[str]:
+    """Answers to rows of prompts, by greedy decoding unless the options say otherwise.
+
+    Args:
+        model: a Transformers decoder.
+        tokenizer: of the model.
+        cache: what it has read of the prompts; used up.
+        ids: int64 (rows, n), the prompts.
+        mask: (rows, n), 0 for padding.
+        max_new_tokens: most tokens of an answer.
+        until: texts that end an answer; they are cut off.
+        next_logits: float (rows, vocabulary) after the prompts, where the cache holds all of them. The first
+            token is then the likeliest one.
+        **options: of `generate()`.
+
+    Returns:
+        An answer a row, without special tokens.
+    """
+    prompt = ids.shape[1]
+    if next_logits is not None:
+        first = next_logits.argmax(-1, keepdim=True).to(ids)
+        mask = join(mask, None, ids, first)
+        ids, max_new_tokens = torch.cat((ids, first), dim=1), max_new_tokens - 1
+    if max_new_tokens:
+        ids = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids) if mask is None else mask,
+            past_key_values=cache,
+            max_new_tokens=max_new_tokens,
+            pad_token_id=_pad(tokenizer),
+            stop_strings=list(until) or None,
+            tokenizer=tokenizer if until else None,
+            **{"do_sample": False, **options},
+        )
+    ends = _ends(model, tokenizer)
+    return [_text(tokenizer, row, ends, until) for row in ids[:, prompt:].tolist()]
+
+
+@torch.no_grad()
+def loglikelihood(
+    model: Any,
+    cache: Cache,
+    ids: Tensor,
+    mask: Tensor | None,
+    answers: Sequence[Tensor],
+    next_logits: Tensor | None = None,
+) -> list[Likelihood]:
+    """How likely each row's answer is after its prompt.
+
+    Args:
+        model: a Transformers decoder.
+        cache: what it has read of the prompts; used up.
+        ids: int64 (rows, n), the prompts.
+        mask: (rows, n), 0 for padding.
+        answers: int64 (m_i,) a row, at least one token each.
+        next_logits: float (rows, vocabulary) after the prompts, where the cache holds all of them.
+    """
+    left = ids.shape[1] - cache.get_seq_length()
+    tails = torch.nn.utils.rnn.pad_sequence(list(answers), batch_first=True).to(ids)  # nothing sees what comes after
+    longest = tails.shape[1]
+    text, shown = torch.cat((ids, tails), dim=1), join(mask, None, ids, tails)
+    if left:
+        logits = read(model, cache, text[:, :-1], None if shown is None else shown[:, :-1], last=longest)
+    else:
+        assert next_logits is not None, "the cache holds the prompts: what comes next is not known without logits"
+        logits = next_logits[:, None].float()
+        if longest > 1:
+            rest = read(model, cache, text[:, :-1], None if shown is None else shown[:, :-1], last=longest - 1)
+            logits = torch.cat((logits, rest), dim=1)
+    scores = logits.log_softmax(-1)
+    likelihoods = []
+    for row, answer in enumerate(answers):
+        own, expected = scores[row, : answer.shape[0]], answer.to(scores.device)
+        total = own.gather(-1, expected[:, None]).double().sum()
+        likelihoods.append(Likelihood(float(total), len(answer), bool((own.argmax(-1) == expected).all())))
+    return likelihoods
+
+
+@torch.no_grad()
+def token_losses(model: Any, cache: Cache, ids: Tensor, *, chunk: int) -> Tensor:
+    """Negative log-likelihood of each token of a text after those before it, in nats, float32 (n - 1,).
+
+    The text is read `chunk` tokens at a time, so that a cache that compresses has compressed all that comes before a
+    chunk. With 1 it is read as text is generated.
+
+    Args:
+        model: a Transformers decoder.
+        cache: an empty one; used up.
+        ids: int64 (1, n).
+        chunk: tokens.
+    """
+    losses = []
+    for logits, expected in _chunks(model, cache, ids, chunk):
+        losses.append(torch.nn.functional.cross_entropy(logits, expected, reduction="none"))
+    return torch.cat(losses)
+
+
+def _chunks(model: Any, cache: Cache, ids: Tensor, chunk: int) -> Iterator[tuple[Tensor, Tensor]]:
+    for start in range(0, ids.shape[1] - 1, chunk):
+        stop = min(start + chunk, ids.shape[1] - 1)
+        logits = model(ids[:, start:stop], past_key_values=cache).logits[0].float()
+        yield logits, ids[0, start + 1 : stop + 1]
+
+
+def _pad(tokenizer: Any) -> int:
+    return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+
+
+def _ends(model: Any, tokenizer: Any) -> set[int]:
+    """Tokens that end a text, of the model's generation config and the tokenizer."""
+    ends = model.generation_config.eos_token_id
+    return {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
+
+
+def _text(tokenizer: Any, tokens: list[int], ends: set[int], until: Sequence[str]) -> str:
+    for index, token in enumerate(tokens):
+        if token in ends:
+            tokens = tokens[:index]
+            break
+    text = tokenizer.decode(tokens, skip_special_tokens=True)
+    for stop in until:
+        text = text.split(stop)[0] if stop else text
+    return text

@@ -1,0 +1,82 @@
+"""Where the context of a benchmark's prompt ends and its question begins."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, cat
+
+# The field of a document that holds its context, by how the task's name in lm-eval begins.
+_FIELDS = {
+    "longbench": "context",
+    "infinitebench": "context",
+    "babilong": "input",
+    "scrolls": "text",
+}
+# RULER's documents hold one text, whose last paragraph asks.
+_RULER = ("niah_", "ruler_")
+_ASKS = ("\nQuestion:", "\nWhat ", "\n\nAnswer the question")
+
+
+def split_prompt(prompt: str, task: str, document: Mapping[str, Any]) -> tuple[str, str]:
+    """Split a prompt into the context, which is compressed, and the question, which is asked afterwards.
+
+    Args:
+        prompt: all that the model reads, with examples and chat template.
+        task: its name in lm-eval.
+        document: the sample as the task has it. Tasks that are not known here need a field "context".
+
+    Returns:
+        All up to the end of the context, and all after it: together the prompt.
+
+    Raises:
+        ValueError: the prompt has no context, or nothing comes after it.
+
+    Example:
+        >>> split_prompt("Read: a long story. Who did it?", "mystery", {"context": "a long story."})
+        ('Read: a long story.', ' Who did it?')
+    """
+    text = _context(task, document)
+    start = prompt.rfind(text) if text else -1
+    if start < 0:
+        raise ValueError(
+            f"task={task!r}: its documents have no context apart from the question, so nothing can be compressed "
+            "before the question is seen; use protocol='full-prompt'"
+        )
+    end = start + len(text)
+    if not prompt[end:].strip():
+        raise ValueError(f"task={task!r}: nothing comes after the context; use protocol='full-prompt'")
+    return prompt[:end], prompt[end:]
+
+
+def _context(task: str, document: Mapping[str, Any]) -> str:
+    if task.startswith(_RULER) and "input" in document:
+        text = str(document["input"]).rstrip()
+        return text[: max(text.rfind(asks) for asks in _ASKS)]
+    field = next((field for prefix, field in _FIELDS.items() if task.startswith(prefix)), "context")
+    return str(document.get(field) or "").strip()
+
+
+def cut_middle(context: Tensor, question: Tensor, limit: int) -> Tensor:
+    """LongBench's truncation: of a prompt that is too long, the first and the last half of the limit stay.
+
+    Args:
+        context: int64 (n,).
+        question: int64 (m,), what comes after it.
+        limit: most tokens of both together.
+
+    Returns:
+        The context, shortened.
+
+    Raises:
+        ValueError: the question alone is longer than half the limit.
+
+    Source: THUDM/LongBench, pred.py. There the tokens are decoded and encoded again.
+    """
+    if len(context) + len(question) <= limit:
+        return context
+    half = limit // 2
+    if len(question) > half:
+        raise ValueError(f"the question has {len(question)} tokens, and half of the {limit} that fit is {half}")
+    return cat((context[:half], context[len(context) - (half - len(question)) :]))
