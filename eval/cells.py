@@ -73,8 +73,8 @@ class Cell:
         if not _methods()[self.compressor].decodes:
             if streams or self.max_tokens is not None:
                 raise ValueError(
-                    f"methods={self.method!r} reads a text twice and compresses nothing later; leave it, max_tokens, and "
-                    "the tasks that compress while they read (perplexity, decoding, wikitext) apart"
+                    f"methods={self.method!r} reads a text twice and compresses nothing later; leave it out, or leave out "
+                    "max_tokens and the tasks that compress while they read (perplexity, decoding, wikitext)"
                 )
             return
         CompressedCache(model_config, settings, compressor=self.compressor)
@@ -109,8 +109,8 @@ def make_cells(
         given = {"compressor": entry} if isinstance(entry, str) else dict(entry)
         if given.get("compressor") == EXACT:
             continue  # it is there already
-        name = given.pop("name", given.get("compressor"))
-        compressor = given.pop("compressor", name)
+        name = str(given.pop("name", given.get("compressor")))
+        compressor = str(given.pop("compressor", name))
         if compressor not in _methods():
             raise ValueError(f"methods={compressor!r}: there are exact, {', '.join(_methods())}")
         if name in seen:

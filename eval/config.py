@@ -61,7 +61,7 @@ class RunConfig(BaseModel):
     device: str | None = None
     device_map: str | None = None
     protocol: Protocol = "context-only"
-    methods: list[str | dict[str, Any]] = Field(default_factory=lambda: [ALL])
+    methods: list[str | dict[str, Any]] = Field(default=[ALL])
     ratios: list[Annotated[float, Field(gt=0, le=1)]] = Field(default_factory=list)
     max_tokens: list[Annotated[int, Field(gt=0)]] = Field(default_factory=list)
     settings: dict[str, Any] = Field(default_factory=dict)
@@ -135,8 +135,11 @@ def read_config(path: Path, **changes: Any) -> RunConfig:
 
 def _chosen(names: list[str], listed: Any) -> list[Any]:
     """Entries of the file for these names; names that it does not list stand for themselves."""
-    entries = {entry["task"]: entry for entry in listed or [] if isinstance(entry, dict) and "task" in entry}
-    return [entries.get(name, name) for name in names]
+    entries: dict[str, list[Any]] = {}
+    for entry in listed or []:
+        if isinstance(entry, dict):
+            entries.setdefault(str(entry.get("task")), []).append(entry)
+    return [entry for name in names for entry in entries.get(name, [name])]
 
 
 def _make(entry: str | dict[str, Any]) -> list[Task]:

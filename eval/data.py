@@ -56,7 +56,11 @@ def _split(task: str) -> str:
 
 def _as_the_task_has_it(task: str, row: dict[str, Any]) -> dict[str, Any]:
     if task.startswith("longbench"):  # lm-eval's copy calls the authors' "input" a question
-        return {**row, "question": row.get("question", row.get("input", "")), "all_classes": row.get("all_classes") or []}
+        return {
+            **row,
+            "question": row.get("question", row.get("input", "")),
+            "all_classes": row.get("all_classes") or [],
+        }
     return row
 
 

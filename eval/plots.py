@@ -73,9 +73,14 @@ def save_plots(manifest: dict[str, Any], records: Sequence[dict[str, Any]], fold
         paths = []
         for name, figure in figures.items():
             if figure is not None:
-                paths.append(folder / f"{re.sub(r'[^A-Za-z0-9._-]+', '_', name)}.png")
-                figure.savefig(paths[-1], dpi=_DPI, metadata={"Software": None})
+                paths.append(folder / file_name(name))
+                figure.savefig(paths[-1], dpi=_DPI, bbox_inches="tight", metadata={"Software": None})
     return paths
+
+
+def file_name(name: str) -> str:
+    """Where a plot is written, such as accuracy-needle.png for accuracy-needle."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "_", name) + ".png"
 
 
 def accuracy_plot(part: pd.DataFrame, methods: Sequence[str], task: str, label: str) -> Figure | None:
@@ -229,11 +234,16 @@ def _draw_layers(axes: Axes, errors: dict[str, np.ndarray], methods: Sequence[st
     positive = np.concatenate([line[np.isfinite(line)] for line in lines.values()])
     if len(positive) and positive.min() > 0 and positive.max() > 20 * positive.min():
         axes.set_yscale("log")
-    ends = []
+    ends: list[tuple[str, float | None, float, dict[str, Any]]] = []
     for method, line in lines.items():
         style = _style(method, methods)
         layers = np.arange(len(line))
-        axes.plot(layers, line, **style | {"linewidth": 0.4 * style["linewidth"] + 0.5}, markevery=(len(ends) % 3, 3))
+        axes.plot(
+            layers,
+            line,
+            **style | {"linewidth": style["linewidth"] - 0.4, "markersize": 4},
+            markevery=(len(ends) % 3, 3),
+        )
         if method == BASELINE:
             low, high = (_over_heads(end, errors[method]) for end in (np.nanmin, np.nanmax))
             axes.fill_between(layers, low, high, color=style["color"], alpha=0.1, linewidth=0)

@@ -59,6 +59,7 @@ def run(config: RunConfig, output: Path, *, command: str, resume: bool) -> None:
     if state.is_main_process:
         folder.merge(_keys(planned, cells))
         from eval.report import write_report
+
         write_report(folder.finish(_now()), folder.records(), output)
 
 
@@ -81,7 +82,8 @@ def _samples(
         data_dir=config.data_dir,
     )
     planned = []
-    with Progress(TextColumn("{task.description}"), console=Console(stderr=True), transient=True, disable=not show) as bar:
+    console = Console(stderr=True)
+    with Progress(TextColumn("{task.description}"), console=console, transient=True, disable=not show) as bar:
         line = bar.add_task("")
         for task in tasks:
             bar.update(line, description=f"{task.name}: making the samples")

@@ -443,11 +443,13 @@ def _length_table(manifest: dict[str, Any], task: str, name: str, budget: Budget
     groups = [group for group in part["group"].unique() if group != EVERY]
     columns = [(group, part[part["group"] == group], metric) for group in groups]
     header, rows = _compared(manifest, part, columns)
-    counts = ", ".join(f"{_samples(entries)} at {group}" for group, entries, _ in columns)
+    counts = [_samples(entries) for _, entries, _ in columns]
+    same = len(set(counts)) == 1
+    samples = f"{counts[0]} at each length" if same else f"{', '.join(counts)} at the lengths in order"
     return Table(
         task,
         budget,
-        f"{task} by length, {_setting(manifest, budget)}, n = {counts}",
+        f"{task} by length: {name}, {_setting(manifest, budget)}, n = {samples}",
         f"{name}: {unit_and_direction(metric)}.",
         header,
         rows,

@@ -90,6 +90,23 @@ def methods() -> None:
     )
 
 
+@app.command(
+    name="lm-eval",
+    add_help_option=False,
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+)
+def lm_eval(context: typer.Context) -> None:
+    """Run lm-eval's own command line, with the model `wildcat` in it; all arguments are lm-eval's."""
+    try:
+        from lm_eval.__main__ import cli_evaluate
+
+        import wildcat_kv.lm_eval_model  # noqa: F401  # registers itself
+    except ImportError as error:
+        raise ValueError(f"{error}; install what evaluations need: pip install 'wildcat-kv[eval]'") from None
+    sys.argv = ["lm-eval", *context.args]
+    cli_evaluate()
+
+
 @app.command()
 def generate(
     prompt_file: Annotated[Path, typer.Option(help="Text file with the prompt; '-' for standard input.")],

@@ -105,6 +105,7 @@ def attention_errors(whole: CompressedCache, compressed: CompressedCache, after:
     for exact, ours in zip(whole.layers, compressed.layers, strict=True):
         if not isinstance(ours, WildCatLayer):
             continue
+        assert ours.state.storage is not None
         state, entries = exact.state, ours.state.storage.entries
         keys, values = state.storage.view()
         queries, scale = state.log.recent()[:, :, -after:], state.progress.scale

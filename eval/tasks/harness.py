@@ -28,8 +28,8 @@ from eval.cells import Cell
 from eval.data import expected_files, find_local
 from eval.tasks.asking import Asked, Clock, Prompt
 from eval.tasks.base import Measure, Metric, Outcome, Sample, Setting, Task
-from wildcat_kv.reading import token_losses
 from wildcat_kv.accounting import stored_tokens
+from wildcat_kv.reading import token_losses
 from wildcat_kv.splits import cut_middle, split_prompt
 
 RULER = ("niah_", "ruler_")
@@ -72,7 +72,8 @@ class HarnessTask(Task):
     def samples(self, setting: Setting) -> list[Sample]:
         """The first documents of every length, as lm-eval orders them."""
         samples: list[Sample] = []
-        for length in self.lengths or [None]:
+        lengths: list[int | str | None] = [*self.lengths] or [None]
+        for length in lengths:
             loaded = _load(self.task, length, setting)
             self._metrics.update(_metrics(loaded, self.task))
             documents = loaded.eval_docs
@@ -83,9 +84,7 @@ class HarnessTask(Task):
     def _sample(
         self, loaded: Any, document: dict[str, Any], number: int, index: int, length: int | str | None, setting: Setting
     ) -> Sample:
-        facets: dict[str, int | float | str] = {"document": number}
-        if length is not None or "length" in document:
-            facets["length"] = document.get("length", "") if length is None else length
+        facets: dict[str, int | float | str] = {"document": number, **_length(self.task, document, length)}
         [first, *_] = requests = _requests(loaded, document, self._chats(setting))
         fields: dict[str, Any] = {"index": index, "facets": facets, "loaded": loaded, "document": document}
         if loaded.OUTPUT_TYPE == "loglikelihood_rolling":
@@ -169,6 +168,7 @@ class _Generation(_Document):
                 prediction = asked.generate(cache, self.max_new_tokens, self.until)
             scores = _scores(self.loaded, self.document, [prediction])
             if fork is not None:
+                assert answer is not None
                 [likelihood] = asked.likelihoods(fork, [answer])
                 scores["nll"] = -likelihood.total / likelihood.tokens
             return Outcome(scores, stored, asked.seen_tokens, prediction, self.reference, seconds=clock)
@@ -341,6 +341,15 @@ def _scores(task: Any, document: dict[str, Any], results: Any) -> dict[str, floa
     if task.config.task.startswith(RULER):
         return {"score": float(found[str(document["max_length"])])}
     return {name: float(value) for name, value in found.items() if isinstance(value, (int, float, np.number))}
+
+
+def _length(task: str, document: Mapping[str, Any], chosen: int | str | None) -> dict[str, int | str]:
+    """The group of lengths that a document belongs to; LongBench-E has three, in words."""
+    if task.startswith("longbench") and task.endswith("_e"):
+        words = int(document["length"])
+        return {"length": "0-4k" if words < 4000 else "4-8k" if words < 8000 else "8k+"}
+    length = document.get("max_length") if chosen is None and task.startswith(RULER) else chosen
+    return {} if length is None else {"length": length}
 
 
 def _metrics(task: Any, name: str) -> dict[str, Metric]:

@@ -37,7 +37,7 @@ class Perplexity(Task):
 
     @property
     def name(self) -> str:
-        """"decoding" where tokens come one by one."""
+        """Decoding, where tokens come one by one."""
         return "decoding" if self.chunk == 1 else "perplexity"
 
     @property
@@ -51,7 +51,7 @@ class Perplexity(Task):
         samples: list[Sample] = []
         for index, length in enumerate(length for length in self.lengths for _ in range(repeats)):
             if length <= self.skip + 4:
-                raise ValueError(f"task={self.name!r}: lengths={length} must be more than skip={self.skip} by 5 at least")
+                raise ValueError(f"task={self.name!r}: lengths={length} must exceed skip={self.skip} by 5")
             ids, text = essay(setting, index, length)
             samples.append(
                 _Document(
