@@ -3,13 +3,14 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 CONSTRAINTS ?= constraints.txt
+EXTRAS ?= dev,eval
 READY := $(VENV)/.ready
 OLDEST := 5.17.0
 REFERENCE := kvpress==0.5.5 transformers==5.2.0
 CACHE_TESTS := $(addprefix tests/test_,$(addsuffix .py,attention batches cache compressors context contract families \
-	fuzz numerics persistence placement rollback rope))
+	fuzz numerics persistence placement reading rollback rope))
 
-.PHONY: demo test lint compare bench test-oldest nightly test-upstream parity clean
+.PHONY: demo test lint smoke ruler bench test-oldest nightly test-upstream parity clean
 
 demo: $(READY)
 	$(BIN)/wildcat-kv demo
@@ -22,8 +23,12 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-compare: $(READY)
-	$(BIN)/python -m eval.compare
+# What the README shows of accuracy: all methods on the default model.
+smoke: $(READY)
+	$(BIN)/python -m eval run configs/eval/smoke.yaml
+
+ruler: $(READY)
+	$(BIN)/python -m eval run configs/eval/ruler_offline.yaml
 
 bench: $(READY)
 	$(BIN)/python -m benchmarks.prefill --tokens 4096 --tokens 8000
@@ -35,12 +40,12 @@ $(READY): pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) torch
-	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[dev,eval]'
+	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[$(EXTRAS)]'
 	touch $(READY)
 
 # What depends on Transformers, with the oldest one supported, in an environment of its own.
 test-oldest: .constraints-oldest.txt
-	$(MAKE) test VENV=.venv-oldest CONSTRAINTS=.constraints-oldest.txt TESTS="$(CACHE_TESTS)"
+	$(MAKE) test VENV=.venv-oldest CONSTRAINTS=.constraints-oldest.txt EXTRAS=dev TESTS="$(CACHE_TESTS)"
 
 # Thousands of random sequences; too long for every change.
 nightly: $(READY)

@@ -73,8 +73,8 @@ class Cell:
         if not _methods()[self.compressor].decodes:
             if streams or self.max_tokens is not None:
                 raise ValueError(
-                    f"methods={self.method!r} reads a text twice and compresses nothing later; leave it out, or leave out "
-                    "max_tokens and the tasks that compress while they read (perplexity, decoding, wikitext)"
+                    f"methods={self.method!r} reads a text twice and compresses nothing later; leave it out, or leave "
+                    "out max_tokens and the tasks that compress while they read (perplexity, decoding, wikitext)"
                 )
             return
         CompressedCache(model_config, settings, compressor=self.compressor)

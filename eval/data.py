@@ -42,7 +42,8 @@ def expected_files(task: str, length: str | None = None) -> list[str]:
     """
     family, _, rest = task.partition("_")
     if family in ("longbench", "infinitebench"):
-        return [f"{family}/{rest}", f"{family}/data/{rest}"]
+        names = [rest, f"{rest}g"] if family == "infinitebench" and rest.endswith("_en") else [rest]
+        return [f"{family}/{folder}{name}" for name in names for folder in ("", "data/")]
     if family == "babilong":
         version = length or "0k"
         return [f"babilong/{version}/{rest}", f"babilong/data/{rest}/{version}"]
@@ -61,13 +62,18 @@ def _as_the_task_has_it(task: str, row: dict[str, Any]) -> dict[str, Any]:
             "question": row.get("question", row.get("input", "")),
             "all_classes": row.get("all_classes") or [],
         }
+    if task.startswith("infinitebench"):  # where answers may be numbers, and there may be one without a list
+        answers = row.get("answer", [])
+        return {**row, "answer": [str(answer) for answer in (answers if isinstance(answers, list) else [answers])]}
     return row
 
 
 def _read(path: Path) -> list[dict[str, Any]]:
     try:
         text = path.read_text(encoding="utf-8")
-        rows = json.loads(text) if path.suffix == ".json" else [json.loads(line) for line in text.splitlines() if line]
+        # Not splitlines(): texts hold other characters that it takes for ends of lines.
+        lines = text.split("\n")
+        rows = json.loads(text) if path.suffix == ".json" else [json.loads(line) for line in lines if line.strip()]
     except (OSError, ValueError) as error:
         raise ValueError(f"data_dir: {path} cannot be read: {error}") from None
     if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):

@@ -18,7 +18,8 @@ from matplotlib.ticker import MaxNLocator
 from scipy.optimize import isotonic_regression
 
 from eval.cells import BASELINE, EXACT
-from eval.tables import Budget, find_budgets, find_methods, score_frame, unit_and_direction
+from eval.summary import Budget, find_budgets, find_methods, score_frame
+from eval.tables import unit_and_direction
 
 # Told apart with every kind of colour vision (Okabe and Ito), and by dashes and markers without colour.
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#b8860b")

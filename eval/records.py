@@ -10,7 +10,7 @@ from typing import Any
 MANIFEST = "run.json"
 SAMPLES = "samples.jsonl"
 # What may differ between the run that began and the one that resumes it.
-_FREE = ("command", "started", "finished", "machine")
+_FREE = ("command", "started", "finished", "machine", "commit")
 
 Key = tuple[str, int, str, float | None, int | None]
 

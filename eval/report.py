@@ -14,17 +14,8 @@ import yaml
 
 from eval.cells import BASELINE, EXACT
 from eval.plots import file_name, save_plots
-from eval.tables import (
-    EVERY,
-    Budget,
-    Table,
-    escape_markdown,
-    find_budgets,
-    find_methods,
-    make_tables,
-    markdown,
-    summarise,
-)
+from eval.summary import EVERY, Budget, find_budgets, find_methods, summarise
+from eval.tables import Table, escape_markdown, make_tables, markdown
 
 SHOWN_SAMPLES = 3  # of a task, the first ones
 SHOWN_CHARACTERS = 400  # of a prediction
@@ -76,11 +67,7 @@ def write_report(manifest: dict[str, Any], records: Sequence[dict[str, Any]], fo
 
 
 def visible(text: str) -> str:
-    r"""Text with control characters as symbols or escapes; line ends and tabs stay.
-
-    >>> visible("a\x00b\u202ec")
-    'a␀b\\u202ec'
-    """
+    """Text with control characters as symbols or escapes; line ends and tabs stay."""
     return _INVISIBLE.sub(lambda found: _symbol(ord(found[0])), text)
 
 
@@ -104,6 +91,7 @@ def _facts(manifest: dict[str, Any]) -> list[tuple[str, str]]:
         ("model", ", ".join(parts)),
         ("protocol", manifest["protocol"]),
         ("command", manifest.get("command") or ""),
+        ("commit", manifest.get("commit") or ""),
         ("started", manifest.get("started") or ""),
         ("finished", manifest.get("finished") or "not yet"),
         ("machine", ", ".join(hardware)),

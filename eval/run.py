@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from eval.cells import Cell
 from eval.config import RunConfig
-from eval.machine import machine, versions
+from eval.machine import commit, machine, versions
 from eval.records import Folder, Key, key_of
 from eval.tasks.base import Outcome, Sample, Setting, Task
 from wildcat_kv.models import load_model
@@ -175,6 +175,7 @@ def _manifest(config: RunConfig, command: str, model: Any, tasks: list[Task], ce
         "methods": list(dict.fromkeys(cell.method for cell in cells)),
         "metrics": {task.name: {name: asdict(metric) for name, metric in task.metrics.items()} for task in tasks},
         "versions": versions(),
+        "commit": commit(),
         "machine": machine(),
         "config": config.model_dump(mode="json"),
     }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,8 +13,9 @@ import scipy.stats
 
 CONFIDENCE = 0.95
 FEWEST = 3  # pairs; with fewer there is nothing to resample
+_ROUNDING = 1e-12  # of the largest score: 0.1 + 0.2 and 0.3 are the same, and no finding
 
-Scores = Mapping[Hashable, float]  # a method's score of each sample
+Scores = Mapping[Any, float]  # a method's score of each sample
 
 
 @dataclass(frozen=True)
@@ -82,15 +83,16 @@ def average_difference(pairs: Sequence[tuple[Scores, Scores]]) -> Difference:
     """
     if not pairs:
         raise ValueError("pairs=[]: give the scores of at least one task")
-    tasks, left_out = [], 0
+    tasks, left_out, largest = [], 0, 0.0
     for scores, baseline in pairs:
-        differences = [scores[sample] - baseline[sample] for sample in scores.keys() & baseline.keys()]
-        finite = sorted(difference for difference in differences if math.isfinite(difference))
-        left_out += len(differences) - len(finite)
-        tasks.append(np.array(finite, dtype=np.float64))
+        both = [(scores[sample], baseline[sample]) for sample in scores.keys() & baseline.keys()]
+        finite = [pair for pair in both if all(map(math.isfinite, pair))]
+        left_out += len(both) - len(finite)
+        largest = max(largest, *(abs(score) for pair in finite for score in pair), 0.0)
+        tasks.append(np.array(sorted(score - base for score, base in finite), dtype=np.float64))
     sizes = [len(task) for task in tasks]
     mean = float(_mean(*tasks)) if min(sizes) else math.nan
-    low, high = _interval(tasks) if min(sizes) >= FEWEST else (None, None)
+    low, high = _interval(tasks, _ROUNDING * largest) if min(sizes) >= FEWEST else (None, None)
     return Difference(mean, low, high, sum(sizes), left_out)
 
 
@@ -98,8 +100,8 @@ def _mean(*tasks: np.ndarray, axis: int = -1) -> Any:
     return sum(task.mean(axis=axis) for task in tasks) / len(tasks)
 
 
-def _interval(tasks: list[np.ndarray]) -> tuple[float, float]:
-    """The ends of the bootstrap interval, from a generator of its own."""
+def _interval(tasks: list[np.ndarray], nothing: float) -> tuple[float, float]:
+    """The ends of the bootstrap interval, from a generator of its own; 0 where no further from it than `nothing`."""
     for method in ("BCa", "percentile"):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # where BCa is not defined, it says so and returns NaN
@@ -113,7 +115,5 @@ def _interval(tasks: list[np.ndarray]) -> tuple[float, float]:
             ).confidence_interval
         if math.isfinite(found.low) and math.isfinite(found.high):
             break
-    # Differences of shares that cancel can leave some 1e-17 where 0 is meant, and that must not make a finding.
-    nothing = 1e-12 * max(float(np.abs(task).max()) for task in tasks)
     low, high = (0.0 if abs(end) <= nothing else float(end) for end in (found.low, found.high))
     return low, high

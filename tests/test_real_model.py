@@ -9,10 +9,11 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from eval import compare, drift, needle
+from eval.config import RunConfig
+from eval.records import Folder
+from eval.run import run
 from wildcat_kv import WildCatCache
 from wildcat_kv.compress import token_mass
-from wildcat_kv.compressors import available
 from wildcat_kv.haystack import build_context
 from wildcat_kv.models import default_model
 from wildcat_kv.prompts import encode_question
@@ -32,43 +33,57 @@ def essay_ids(default):
 
 
 @pytest.fixture(scope="module")
-def scores(default):
-    """Mean needle loss and drift of each method, a quarter kept of 700 to 800 tokens."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(needle, "LENGTHS", (700, 800))
-        patch.setattr(drift, "LENGTHS", (700, 800))
-        records = []
-        for seed in range(3):
-            with torch.no_grad():
-                reading = compare.Reading(*default, seed)
-                methods = compare.methods(0.25, default[1])
-                records += [reading.score(name, compress) for name, compress in methods.items()]
-    names = {record["method"] for record in records}
-    assert {method.name for method in available()} < names
-    assert {record["kept"] for record in records if record["method"] != "exact" and record["seed"] == 0} == {
-        next(record["kept"] for record in records if record["method"] == "wildcat")
-    }
-    return {
-        name: {
-            measure: np.mean([record[measure] for record in records if record["method"] == name])
-            for measure in ("needle", "drift")
-        }
-        for name in names
-    }
+def run_folder(tmp_path_factory):
+    """A small evaluation run, from configuration to report."""
+    methods = ["wildcat", "uniform", "keydiff", "h2o", "expected_attention", "attention_matching", "kvzip"]
+    config = RunConfig(
+        methods=methods,
+        ratios=[0.25],
+        tasks=[
+            {"task": "needle", "lengths": [700], "depths": [0.2, 0.5, 0.8], "repeats": 2},
+            {"task": "drift", "lengths": [700], "repeats": 3},
+            {"task": "attention_error", "lengths": [500], "repeats": 1},
+        ],
+    )
+    folder = tmp_path_factory.mktemp("runs") / "real"
+    run(config, folder, command="pytest", resume=False)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def scores(run_folder):
+    """Mean of each task's first metric, by task and method."""
+    found = {}
+    for record in Folder(run_folder).records():
+        first = next(iter(record["scores"].values()))
+        found.setdefault(record["task"], {}).setdefault(record["method"], []).append(first)
+    return {task: {method: np.mean(values) for method, values in by.items()} for task, by in found.items()}
 
 
 def test_wildcat_keeps_more_of_the_needles_than_chance(scores):
-    assert scores["exact"]["needle"] < 0.6 < scores["wildcat"]["needle"] < scores["uniform"]["needle"] - 0.3
+    needle = scores["needle"]
+    assert needle["exact"] < 0.6 < needle["wildcat"] < needle["uniform"] - 0.3
 
 
 def test_methods_are_what_they_are_known_for(scores):
     """Reading twice finds the needles; learning from queries drifts least; chance is worse than all of these."""
-    needles = {name: score["needle"] for name, score in scores.items()}
-    drifts = {name: score["drift"] for name, score in scores.items()}
-    assert needles["kvzip"] < 0.9 < min(needles["wildcat"], needles["keydiff"])
-    assert max(needles["keydiff"], needles["wildcat"]) < needles["uniform"]
-    assert max(drifts["h2o"], drifts["attention_matching"], drifts["expected_attention"]) < drifts["uniform"]
-    assert drifts["exact"] < 1e-6 < min(drift for name, drift in drifts.items() if name != "exact")
+    needle, drift = scores["needle"], scores["drift"]
+    assert needle["kvzip"] < 0.9 < min(needle["wildcat"], needle["keydiff"])
+    assert max(needle["keydiff"], needle["wildcat"]) < needle["uniform"]
+    assert max(drift["h2o"], drift["attention_matching"], drift["expected_attention"]) < drift["uniform"]
+    assert drift["exact"] < 1e-6 < min(value for name, value in drift.items() if name != "exact")
+    assert scores["attention_error"]["exact"] == 0 < scores["attention_error"]["attention_matching"]
+
+
+def test_a_run_leaves_records_tables_plots_and_a_report(run_folder):
+    records = Folder(run_folder).records()
+    assert len(records) == 10 * 8
+    kept = {r["stored_tokens"] for r in records if r["task"] == "drift" and r["method"] != "exact"}
+    assert kept == {175.0}
+    report = (run_folder / "report.html").read_text(encoding="utf-8")
+    assert "context-only" in report and "data:image/png;base64," in report
+    assert "wildcat" in (run_folder / "summary.md").read_text(encoding="utf-8")
+    assert {"accuracy-needle.png", "needle-0.25.png"} <= {path.name for path in run_folder.glob("*.png")}
 
 
 def test_within_budget_the_answer_is_the_exact_one(default, essay_ids):

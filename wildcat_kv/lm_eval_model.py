@@ -29,6 +29,10 @@ from wildcat_kv.reading import generate, join, loglikelihood, pad_left, read, to
 from wildcat_kv.splits import cut_middle, split_prompt
 
 EXACT = "exact"
+# Options of `generate()` that say nothing where nothing is sampled.
+_OF_SAMPLING = ("temperature", "top_p", "top_k", "min_p")
+# Options of lm-eval's `hf` that change how it computes or what it answers, and that are not followed here.
+_REFUSED = ("think_end_token", "mixed_precision_dtype", "softmax_dtype", "truncation")
 
 
 @register_model("wildcat")
@@ -49,14 +53,14 @@ class WildCatLM(HFLM):
         weights: see `WildCatConfig`.
         seed: of the pivots.
         chunk: tokens that `loglikelihood_rolling` reads at once; what came before them is compressed.
-        batch_size: rows at once, a number.
+        batch_size: prompts at once, a number; the choices of one prompt stand beside each other.
         **options: of lm-eval's `hf`.
 
     Raises:
         ValueError: an unknown method or protocol, no budget, or a combination that cannot be measured.
 
     Example:
-        lm_eval --model wildcat --model_args pretrained=FOLDER,method=snapkv,ratio=0.25 --tasks niah_single_1
+        wildcat-kv lm-eval run --model wildcat --model_args pretrained=FOLDER,ratio=0.25 --tasks niah_single_1
     """
 
     def __init__(
@@ -91,9 +95,9 @@ class WildCatLM(HFLM):
         self._settings = _settings(method, given)
         self._method, self._protocol, self._chunk = method, protocol, chunk
         self._decodes = method == EXACT or next(known.decodes for known in available() if known.name == method)
-        _check(method, protocol, chunk, batch_size, self._decodes)
+        _check(method, protocol, chunk, batch_size, self._decodes, options)
         source = default_model_path().as_posix() if pretrained is None else pretrained
-        super().__init__(source, batch_size=batch_size or 1, **options)
+        super().__init__(source, batch_size=1 if batch_size is None else batch_size, **options)
         self._empty()  # refuses a model that cannot be compressed
 
     def get_model_info(self) -> dict[str, Any]:
@@ -133,8 +137,8 @@ class WildCatLM(HFLM):
         bar = self._bar(len(requests), "loglikelihood", disable_tqdm)
         for batch in self._batches(range(len(groups)), [pairs[group[0]][:2] for group in groups]):
             rows = [index for number in batch for index in groups[number]]
-            # Each continuation may move the end of its prompt, by the spaces before it.
-            same = all(len(pairs[i][1]) == len(pairs[groups[number][0]][1]) for number in batch for i in groups[number])
+            # Where a prompt is too long, a longer continuation leaves it less room.
+            same = all(len(pairs[i][0]) == len(pairs[groups[number][0]][0]) for number in batch for i in groups[number])
             for part in [rows] if same else [[index] for index in rows]:
                 for index, likelihood in zip(part, self._likelihoods([pairs[i] for i in part]), strict=True):
                     found[index] = likelihood
@@ -169,8 +173,10 @@ class WildCatLM(HFLM):
 
     def _split(self, text: str, request: Instance) -> tuple[Tensor, Tensor]:
         """Token ids of what is read before the compression and after it, int64 (n,) and (m,)."""
-        if self._protocol == "full-prompt" or not text:
-            return self._ids(text), self._ids("", begins=False)
+        if not text:
+            return self._first(), self._ids("")
+        if self._protocol == "full-prompt":
+            return self._ids(text), self._ids("")
         before, after = split_prompt(text, request.task_name or "", request.doc)
         return self._ids(before), self._ids(after, begins=False)
 
@@ -179,22 +185,33 @@ class WildCatLM(HFLM):
         bare = text.rstrip()
         continuation, text = text[len(bare) :] + continuation, bare
         if not text:
-            first = torch.tensor([self.prefix_token_id], device=self.device)
-            return first, first[:0], self._ids(continuation, begins=False)
+            first, answer = self._first(), self._ids(continuation, begins=False)
+            return first, first[:0], answer[1:] if answer[0] == first[0] else answer  # which is not said twice
         if self._protocol == "full-prompt":
             context, whole = self._ids(text), self._ids(text + continuation)
-            return context, context[:0], whole[len(context) :]
-        before, after = split_prompt(text, request.task_name or "", request.doc)
-        question, whole = self._ids(after, begins=False), self._ids(after + continuation, begins=False)
-        answer = whole[len(question) :]
-        return self._cut(self._ids(before), question, request, len(answer))[0], question, answer
+            question, answer = context[:0], whole[len(context) :]
+        else:
+            before, after = split_prompt(text, request.task_name or "", request.doc)
+            context, question = self._ids(before), self._ids(after, begins=False)
+            answer = self._ids(after + continuation, begins=False)[len(question) :]
+        # The model does not read the answer's last token.
+        return *self._cut(context, question, request, len(answer) - 1), answer
 
     def _cut(self, context: Tensor, question: Tensor, request: Instance, room: int) -> tuple[Tensor, Tensor]:
         """What fits into the model: LongBench's prompts lose their middle, others their beginning, as with `hf`."""
         limit = self.max_length - room
+        if limit <= len(question):
+            raise ValueError(
+                f"task={request.task_name!r}: the question has {len(question)} tokens, the answer {room}, and "
+                f"max_length={self.max_length}; raise max_length or lower max_gen_toks"
+            )
         if (request.task_name or "").startswith("longbench"):
             return cut_middle(context, question, limit), question
         return context[max(0, len(context) + len(question) - limit) :], question
+
+    def _first(self) -> Tensor:
+        """What an empty prompt is read as."""
+        return torch.tensor([self.prefix_token_id], device=self.device)
 
     def _ids(self, text: str, *, begins: bool = True) -> Tensor:
         ids = self.tok_encode(text, add_special_tokens=None if begins else False) if text else []
@@ -206,10 +223,12 @@ class WildCatLM(HFLM):
         eos = self.tok_decode(self.eot_token_id, skip_special_tokens=False)
         until = [stop for stop in handle_stop_sequences(options.pop("until", None), eos=eos) if stop and stop != eos]
         room = options.pop("max_gen_toks")
-        if not options.get("do_sample"):
-            return {"do_sample": False}, until, room
-        if not self._decodes:
-            raise ValueError(f"do_sample=True: method={self._method!r} is measured by greedy decoding only")
+        if not options["do_sample"]:
+            options = {name: value for name, value in options.items() if name not in _OF_SAMPLING}
+        more = {name: value for name, value in options.items() if value not in (None, False)}
+        if more and not self._decodes:
+            name, value = next(iter(more.items()))
+            raise ValueError(f"{name}={value!r}: method={self._method!r} is measured by greedy decoding only")
         return options, until, room
 
     # What is asked of the cache
@@ -268,7 +287,7 @@ class WildCatLM(HFLM):
         asked = bool(len(questions[0]))
         if asked:
             ids, mask = _beside(ids, mask, *pad_left(questions, self.tokenizer.pad_token_id))
-        index = torch.tensor(rows, device=ids.device)
+        index = torch.tensor(rows)  # on no device: the layers of a model may lie on several
         cache.batch_select_indices(index)
         mask = None if mask is None else mask[index]
         answers = [answer for _, _, answer in pairs]
@@ -276,10 +295,12 @@ class WildCatLM(HFLM):
         return [(likelihood.total, likelihood.greedy) for likelihood in found]
 
     def _batches(self, indices: Sequence[int], prompts: Sequence[tuple[Tensor, Tensor]]) -> Iterator[list[int]]:
-        """Prompts of like length together, the longest first."""
+        """Prompts of like length together, the longest first; empty ones, which have no question, by themselves."""
         order = sorted(indices, key=lambda index: -sum(map(len, prompts[index])))
         size = int(self.batch_size)
-        return (order[start : start + size] for start in range(0, len(order), size))
+        for asked in (True, False):
+            alike = [index for index in order if bool(len(prompts[index][1])) == asked]
+            yield from (alike[start : start + size] for start in range(0, len(alike), size))
 
     def _bar(self, total: int, name: str, disable: bool) -> Any:
         return tqdm(total=total, desc=f"{name} ({self._method}, {self._protocol})", disable=disable or self.rank != 0)
@@ -305,12 +326,20 @@ def _settings(method: str, given: dict[str, Any]) -> WildCatConfig | None:
     return None
 
 
-def _check(method: str, protocol: str, chunk: int, batch_size: int | str | None, decodes: bool) -> None:
+def _check(
+    method: str, protocol: str, chunk: int, batch_size: int | str | None, decodes: bool, options: dict[str, Any]
+) -> None:
     if protocol not in ("context-only", "full-prompt"):
         raise ValueError(f"protocol={protocol!r} must be context-only or full-prompt")
     if not isinstance(chunk, int) or chunk < 1:
         raise ValueError(f"chunk={chunk!r} must be a number of tokens, at least 1")
-    if not str(batch_size or 1).isdigit():
-        raise ValueError(f"batch_size={batch_size!r} must be a number; how much fits depends on what is compressed")
-    if not decodes and int(batch_size or 1) > 1:
+    rows = str(1 if batch_size is None else batch_size)
+    if not rows.isdigit() or not int(rows):
+        raise ValueError(
+            f"batch_size={batch_size!r} must be a number, at least 1; how much fits depends on what is compressed"
+        )
+    if not decodes and int(rows) > 1:
         raise ValueError(f"batch_size={batch_size}: method={method!r} repeats each text by itself; use batch_size=1")
+    refused = next((name for name in _REFUSED if options.get(name) not in (None, False)), None)
+    if refused:
+        raise ValueError(f"{refused}={options[refused]!r} is an option of lm-eval's hf that is not followed here")

@@ -7,12 +7,10 @@ from typing import Any
 
 from torch import Tensor, cat
 
-# The field of a document that holds its context, by how the task's name in lm-eval begins.
+# Fields of a document that may hold its context, by how the task's name in lm-eval begins.
 _FIELDS = {
-    "longbench": "context",
-    "infinitebench": "context",
-    "babilong": "input",
-    "scrolls": "text",
+    "babilong": ("input",),
+    "scrolls": ("text", "input"),
 }
 # RULER's documents hold one text, whose last paragraph asks.
 _RULER = ("niah_", "ruler_")
@@ -53,9 +51,9 @@ def split_prompt(prompt: str, task: str, document: Mapping[str, Any]) -> tuple[s
 def _context(task: str, document: Mapping[str, Any]) -> str:
     if task.startswith(_RULER) and "input" in document:
         text = str(document["input"]).rstrip()
-        return text[: max(text.rfind(asks) for asks in _ASKS)]
-    field = next((field for prefix, field in _FIELDS.items() if task.startswith(prefix)), "context")
-    return str(document.get(field) or "").strip()
+        return text[: max(0, *(text.rfind(asks) for asks in _ASKS))]
+    fields = next((fields for prefix, fields in _FIELDS.items() if task.startswith(prefix)), ("context",))
+    return str(next((document[field] for field in fields if document.get(field)), "")).strip()
 
 
 def cut_middle(context: Tensor, question: Tensor, limit: int) -> Tensor:

@@ -7,12 +7,11 @@ from typing import Any, Literal
 
 import torch
 from pydantic import Field
-from torch import Tensor
 
 from eval.cells import Cell
 from eval.tasks.asking import Clock
 from eval.tasks.base import Measure, Metric, Outcome, Sample, Setting, Task
-from eval.tasks.essays import essay
+from eval.tasks.essays import Stretch, stretches
 from wildcat_kv import CompressedCache, Context, weighted_attention
 from wildcat_kv.accounting import stored_tokens
 from wildcat_kv.layer import WildCatLayer
@@ -46,29 +45,13 @@ class AttentionError(Task):
         return {"error": Metric(False, "of the output's norm", 3)}
 
     def samples(self, setting: Setting) -> list[Sample]:
-        """Every length `repeats` times; nothing is asked, so both protocols are the same."""
-        repeats = min(self.repeats, self.limit or setting.limit or self.repeats)
-        samples: list[Sample] = []
-        for index, length in enumerate(length for length in self.lengths for _ in range(repeats)):
-            ids, text = essay(setting, index, length + self.tokens)
-            samples.append(
-                _Stretch(
-                    index=index,
-                    facets={"length": length},
-                    prompt=text,
-                    tokens=length + self.tokens,
-                    ids=ids,
-                    length=length,
-                )
-            )
-        return samples
+        """Every length `repeats` times."""
+        repeats = min(self.repeats, self.count(setting, self.repeats))
+        return [_Error(**fields) for fields in stretches(setting, self.lengths, repeats, self.tokens)]
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Stretch(Sample):
-    ids: Tensor
-    length: int
-
+class _Error(Stretch):
     def open(self, model: Any, tokenizer: Any) -> Measure:
         _check(model.config.get_text_config(decoder=True))
         ids = self.ids.to(model.device)

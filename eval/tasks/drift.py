@@ -12,7 +12,7 @@ from torch import Tensor
 from eval.cells import Cell
 from eval.tasks.asking import Clock
 from eval.tasks.base import Measure, Metric, Outcome, Sample, Setting, Task
-from eval.tasks.essays import essay
+from eval.tasks.essays import Stretch, stretches
 from wildcat_kv import Context
 from wildcat_kv.accounting import stored_tokens
 from wildcat_kv.reading import read
@@ -47,29 +47,13 @@ class Drift(Task):
         }
 
     def samples(self, setting: Setting) -> list[Sample]:
-        """Every length `repeats` times; nothing is asked, so both protocols are the same."""
-        repeats = min(self.repeats, self.limit or setting.limit or self.repeats)
-        samples: list[Sample] = []
-        for index, length in enumerate(length for length in self.lengths for _ in range(repeats)):
-            ids, text = essay(setting, index, length + self.tokens)
-            samples.append(
-                _DriftSample(
-                    index=index,
-                    facets={"length": length},
-                    prompt=text,
-                    tokens=length + self.tokens,
-                    ids=ids,
-                    length=length,
-                )
-            )
-        return samples
+        """Every length `repeats` times."""
+        repeats = min(self.repeats, self.count(setting, self.repeats))
+        return [_Drift(**fields) for fields in stretches(setting, self.lengths, repeats, self.tokens)]
 
 
 @dataclass(frozen=True, kw_only=True)
-class _DriftSample(Sample):
-    ids: Tensor
-    length: int
-
+class _Drift(Stretch):
     def open(self, model: Any, tokenizer: Any) -> Measure:
         ids, after = self.ids.to(model.device), self.ids.shape[1] - self.length
         context = Context(model, ids[:, : self.length])

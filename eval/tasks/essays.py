@@ -2,24 +2,43 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
 from torch import Tensor
 
-from eval.tasks.base import Setting
+from eval.tasks.base import Sample, Setting
 from wildcat_kv.haystack import build_context
 
 _SPARE = 20  # tokens to spare when a text is cut, for rounding
 
 
-def essay(setting: Setting, index: int, length: int) -> tuple[Tensor, str]:
-    """The stretch of this number and its text.
+@dataclass(frozen=True, kw_only=True)
+class Stretch(Sample):
+    """A stretch of essays. Nothing is asked about it, so that both protocols are the same.
+
+    Attributes:
+        ids: int64 (1, tokens), all of it.
+        length: of its beginning, in tokens.
+    """
+
+    ids: Tensor
+    length: int
+
+
+def stretches(setting: Setting, lengths: Sequence[int], repeats: int, after: int = 0) -> Iterator[dict[str, Any]]:
+    """The fields of a `Stretch` for every length, `repeats` times.
 
     Args:
         setting: of the run.
-        index: of the sample.
-        length: tokens.
-
-    Returns:
-        Token ids int64 (1, length), and the text that they were cut from.
+        lengths: tokens of the beginning.
+        repeats: different stretches of each length.
+        after: tokens that follow the beginning.
     """
-    text = build_context(setting.tokenizer, length + _SPARE, [], seed=setting.seed * 100_003 + index)
-    return setting.tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids[:, :length], text
+    for index, length in enumerate(length for length in lengths for _ in range(repeats)):
+        total = length + after
+        text = build_context(setting.tokenizer, total + _SPARE, [], seed=setting.seed * 100_003 + index)
+        ids = setting.tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids[:, :total]
+        facets = {"length": length}
+        yield {"index": index, "facets": facets, "prompt": text, "tokens": total, "ids": ids, "length": length}

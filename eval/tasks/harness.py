@@ -16,11 +16,12 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from jinja2 import TemplateError
 from lm_eval.api.instance import Instance
+from lm_eval.api.metrics import mean
 from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
+from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.tasks import TaskManager
-from lm_eval.tasks._index import Kind
-from lm_eval.tasks._yaml_loader import load_yaml
 from pydantic import Field, PrivateAttr
 from torch import Tensor
 
@@ -37,11 +38,15 @@ RULER = ("niah_", "ruler_")
 _PLAIN = ("trec", "triviaqa", "samsum", "lsht", "lcc", "repobench-p")
 _DEFAULT_LIMIT = 100
 _CHUNK = 64  # tokens read at once where a task asks for the likelihood of a whole text
+# Fields of a group's members that do not change what is asked.
+_DESCRIBES = {"task", "group", "task_alias", "group_alias", "aggregate_metric_list", "metadata"}
 _LOGGERS = ("lm_eval", "datasets", "huggingface_hub", "httpx")
 
 
 class HarnessTask(Task):
-    """A task by its name in lm-eval.
+    """A task by its name in lm-eval, answered greedily.
+
+    Scores are the task's metrics that are means over documents, after the first of its filters.
 
     Args:
         task: the name.
@@ -49,7 +54,8 @@ class HarnessTask(Task):
             "4k" of BABILong.
         max_gen_toks: most tokens of an answer, instead of the task's own number.
         truncate: "middle" cuts prompts that are too long as LongBench does, and is its default; "never" refuses them.
-        max_length: most tokens of prompt and answer, instead of the model's positions.
+        max_length: most tokens of prompt and answer, instead of the model's positions. Texts whose likelihood is
+            asked for are read up to there.
     """
 
     task: str
@@ -85,7 +91,7 @@ class HarnessTask(Task):
         self, loaded: Any, document: dict[str, Any], number: int, index: int, length: int | str | None, setting: Setting
     ) -> Sample:
         facets: dict[str, int | float | str] = {"document": number, **_length(self.task, document, length)}
-        [first, *_] = requests = _requests(loaded, document, self._chats(setting))
+        [first, *others] = requests = _requests(loaded, document, self._chats(setting))
         fields: dict[str, Any] = {"index": index, "facets": facets, "loaded": loaded, "document": document}
         if loaded.OUTPUT_TYPE == "loglikelihood_rolling":
             (text,) = first.args
@@ -93,21 +99,32 @@ class HarnessTask(Task):
             tokens = min(len(ids), self.max_length or setting.positions)
             return _Rolling(prompt=text, tokens=tokens, ids=ids[None, :tokens], **fields)
         text = first.args[0]
-        limit = (self.max_length or setting.positions) - self._room(loaded, requests, setting.tokenizer)
-        prompt = self._prompt(text, document, limit, index, setting)
+        if any(other.args[0] != text for other in others):
+            raise ValueError(
+                f"task={self.task!r}: each of its choices comes after another prompt, and one prompt a sample is read "
+                "here; use `wildcat-kv lm-eval`"
+            )
         if loaded.OUTPUT_TYPE == "generate_until":
-            room = self.max_gen_toks or first.args[1].get("max_gen_toks", 256)
-            until = first.args[1].get("until") or []
+            with _quiet():
+                options = normalize_gen_kwargs(first.args[1])
+            room = self.max_gen_toks or options["max_gen_toks"]
+            parts = self._split(text, document, setting)
+            prompt = self._prompt(parts, room, index, setting)
+            reference = _reference(loaded, document, self.task)
             return _Generation(
                 prompt=text,
                 tokens=len(prompt) + room,
                 asked=prompt,
                 max_new_tokens=room,
-                until=tuple([until] if isinstance(until, str) else until),
-                reference=_reference(loaded, document, self.task),
+                until=tuple(options["until"]),
+                reference=reference,
+                expected=_answer(setting.tokenizer, parts, f" {reference}") if reference.strip() else None,
                 **fields,
             )
-        answers = [_answer(setting.tokenizer, request.args[1]) for request in requests]
+        bare = text.rstrip()  # the spaces belong to what follows, as in lm-eval
+        parts = self._split(bare, document, setting)
+        answers = [_answer(setting.tokenizer, parts, text[len(bare) :] + request.args[1]) for request in requests]
+        prompt = self._prompt(parts, max(map(len, answers)), index, setting)
         return _Choice(
             prompt=text,
             tokens=len(prompt) + max(map(len, answers)),
@@ -117,24 +134,25 @@ class HarnessTask(Task):
             **fields,
         )
 
-    def _prompt(self, text: str, document: Mapping[str, Any], limit: int, index: int, setting: Setting) -> Prompt:
-        tokenizer = setting.tokenizer
-        if setting.protocol == "full-prompt":
-            context, question = _encode(tokenizer, text), torch.zeros(0, dtype=torch.int64)
-        else:
-            before, after = split_prompt(text, self.task, document)
-            context, question = _encode(tokenizer, before), _encode(tokenizer, after, begins=False)
-        if self.truncate == "middle" or (self.truncate is None and self.task.startswith("longbench")):
-            try:
-                context = cut_middle(context, question, limit)
-            except ValueError as error:
-                raise ValueError(f"task={self.task!r}, sample {index}: {error}") from None
-        return Prompt(context, question)
+    def _split(self, text: str, document: Mapping[str, Any], setting: Setting) -> tuple[str, str]:
+        """What is read before the compression, and after it."""
+        return (text, "") if setting.protocol == "full-prompt" else split_prompt(text, self.task, document)
 
-    def _room(self, loaded: Any, requests: list[Any], tokenizer: Any) -> int:
-        if loaded.OUTPUT_TYPE == "generate_until":
-            return self.max_gen_toks or requests[0].args[1].get("max_gen_toks", 256)
-        return max(len(_answer(tokenizer, request.args[1])) for request in requests)
+    def _prompt(self, parts: tuple[str, str], room: int, index: int, setting: Setting) -> Prompt:
+        context = _encode(setting.tokenizer, parts[0])
+        question = _encode(setting.tokenizer, parts[1], begins=False)
+        limit = (self.max_length or setting.positions) - room
+        try:
+            if self.truncate == "middle" or (self.truncate is None and self.task.startswith("longbench")):
+                context = cut_middle(context, question, limit)
+            elif self.max_length is not None and len(context) + len(question) > limit:
+                raise ValueError(
+                    f"it has {len(context) + len(question)} tokens beside {room} for the answer, and max_length="
+                    f"{self.max_length}; raise it, choose shorter lengths, or truncate: middle"
+                )
+        except ValueError as error:
+            raise ValueError(f"task={self.task!r}, sample {index}: {error}") from None
+        return Prompt(context, question)
 
     def _chats(self, setting: Setting) -> Any:
         """The tokenizer whose chat template is to be used, or None."""
@@ -155,22 +173,20 @@ class _Generation(_Document):
     max_new_tokens: int
     until: tuple[str, ...]
     reference: str
+    expected: Tensor | None
 
     def open(self, model: Any, tokenizer: Any) -> Measure:
-        asked = Asked(model, tokenizer, self.asked)
-        answer = _answer(tokenizer, f" {self.reference}") if self.reference.strip() else None
+        asked, expected = Asked(model, tokenizer, self.asked), self.expected
 
         def measure(cell: Cell) -> Outcome:
             clock = Clock()
             cache, stored = asked.compress(cell, clock)
-            fork = cache.clone() if answer is not None else None
+            found = asked.likelihoods(cache.clone(), [expected]) if expected is not None else []
             with clock("answer", model.device):
                 prediction = asked.generate(cache, self.max_new_tokens, self.until)
             scores = _scores(self.loaded, self.document, [prediction])
-            if fork is not None:
-                assert answer is not None
-                [likelihood] = asked.likelihoods(fork, [answer])
-                scores["nll"] = -likelihood.total / likelihood.tokens
+            if found:
+                scores["nll"] = -found[0].total / found[0].tokens
             return Outcome(scores, stored, asked.seen_tokens, prediction, self.reference, seconds=clock)
 
         return measure
@@ -191,7 +207,9 @@ class _Choice(_Document):
             with clock("answer", model.device):
                 found = asked.likelihoods(cache, self.answers)
             results = [(likelihood.total, likelihood.greedy) for likelihood in found]
-            scores = _scores(self.loaded, self.document, results if len(results) > 1 else results[0])
+            scores = _scores(self.loaded, self.document, results)
+            if self.loaded.OUTPUT_TYPE == "loglikelihood":
+                scores["nll"] = -found[0].total / found[0].tokens
             best = max(range(len(results)), key=lambda choice: results[choice][0])
             return Outcome(scores, stored, asked.seen_tokens, self.choices[best], seconds=clock)
 
@@ -237,13 +255,26 @@ def members(name: str) -> list[str]:
 
 def _members(manager: TaskManager, name: str) -> list[str]:
     entry = manager.task_index[name]
-    if entry.kind is Kind.TAG:
+    if name in manager.all_tags:
         return [task for tagged in sorted(entry.tags) for task in _members(manager, tagged)]
-    if entry.kind is not Kind.GROUP:
-        return [name]
-    listed = load_yaml(entry.yaml_path, resolve_func=False)["task"]
-    names = [item if isinstance(item, str) else item.get("group") or item["task"] for item in listed]
-    return [task for child in names for task in _members(manager, child)]
+    return _listed(manager, name, entry.cfg["task"]) if name in manager.all_groups else [name]
+
+
+def _listed(manager: TaskManager, group: str, entries: list[Any]) -> list[str]:
+    """Tasks of a group's list: names, or mappings of a name, or groups that are only there."""
+    tasks = []
+    for entry in entries:
+        fields: dict[str, Any] = {"task": entry} if isinstance(entry, str) else entry
+        name: Any = fields.get("group", fields.get("task"))
+        if name in manager.task_index and not set(fields) - _DESCRIBES:
+            tasks += _members(manager, name)
+        elif isinstance(fields.get("task"), list):
+            tasks += _listed(manager, group, fields["task"])
+        else:
+            raise ValueError(
+                f"tasks={group!r}: it changes fields of its member {name!r}; name the single tasks instead"
+            )
+    return tasks
 
 
 @lru_cache(maxsize=1)
@@ -265,6 +296,8 @@ def _load(task: str, length: int | str | None, setting: Setting) -> Any:
     Raises:
         ValueError: its documents cannot be had.
     """
+    if task.startswith(RULER) and isinstance(length, str):
+        raise ValueError(f"task={task!r}: lengths={length!r} must be a number of tokens, such as 4096")
     changes = find_local(task, setting.data_dir, str(length or "")) if setting.data_dir else None
     metadata: dict[str, Any] = {}
     if task.startswith(RULER):
@@ -278,22 +311,34 @@ def _load(task: str, length: int | str | None, setting: Setting) -> Any:
         try:
             loaded = _manager().load([spec])["tasks"]
         except Exception as error:  # whatever datasets and the hub's client may raise
-            raise ValueError(f"task={task!r}: {_missing(task, length, setting, error)}") from error
+            raise ValueError(f"task={task!r}: {_missing(task, length, setting, error, changes)}") from error
     [found] = loaded.values()
+    if length is not None and not _takes_lengths(task, found):
+        raise ValueError(f"task={task!r}: lengths={length!r} is nothing that it has; leave lengths out")
+    found.set_fewshot_seed(DEFAULT_OTHER_SEED + setting.seed)
     return found
+
+
+def _takes_lengths(task: str, loaded: Any) -> bool:
+    """Whether it makes or chooses its documents by length: those functions of lm-eval are told."""
+    family = task.partition("_")[0]
+    return family not in ("longbench", "infinitebench", "wikitext") and loaded.config.custom_dataset is not None
 
 
 def _seed(seed: int) -> None:
     """As lm-eval seeds itself; its generators draw from all of these."""
     random.seed(DEFAULT_RANDOM_SEED + seed)
     np.random.seed(DEFAULT_OTHER_SEED + seed)
-    words = sys.modules.get("lm_eval.tasks.ruler.cwe_utils")
-    if words is not None:
-        words.RNG.seed(seed)
+    # Has a source of its own, made as it is imported: without this its samples would depend on what was made before.
+    sys.modules.pop("lm_eval.tasks.ruler.cwe_utils", None)
 
 
-def _missing(task: str, length: int | str | None, setting: Setting, error: Exception) -> str:
-    reason = " ".join(str(error).split())[:300]
+def _missing(
+    task: str, length: int | str | None, setting: Setting, error: Exception, changes: dict[str, Any] | None
+) -> str:
+    reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    if changes is not None:
+        return f"its file in data_dir={str(setting.data_dir)!r} is not in the format of the authors: {reason}"
     files = expected_files(task, None if length is None else str(length))
     if not files:
         return f"its documents cannot be had: {reason}"
@@ -320,27 +365,33 @@ def _requests(task: Any, document: dict[str, Any], tokenizer: Any) -> list[Any]:
 
 
 def _render(tokenizer: Any, messages: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-    return tokenizer.apply_chat_template(
-        messages,
-        tokenize=False,
-        add_generation_prompt=add_generation_prompt,
-        continue_final_message=not add_generation_prompt,
-    )
+    """As lm-eval does it: templates that know no system role get the messages without it."""
+    options = {"add_generation_prompt": add_generation_prompt, "continue_final_message": not add_generation_prompt}
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, **options)
+    except TemplateError:
+        messages = [message for message in messages if message["role"] != "system"]
+        return tokenizer.apply_chat_template(messages, tokenize=False, **options)
 
 
 def _scores(task: Any, document: dict[str, Any], results: Any) -> dict[str, float]:
-    """What lm-eval's own filters and metrics say; RULER's score by length becomes one score."""
+    """What lm-eval's first filter and its metrics say; RULER's score by length becomes one score."""
     if task.OUTPUT_TYPE == "generate_until":
-        for ensemble in task._filters:
-            instance = Instance("generate_until", document, (), 0)
-            instance.resps = list(results)
-            ensemble.apply([instance])
-            results = [instance.filtered_resps[ensemble.name]]
-            break
+        instance = Instance("generate_until", document, (), 0)
+        instance.resps = list(results)
+        first = task._filters[0]
+        first.apply([instance])
+        results = [instance.filtered_resps[first.name]]
     found = task.process_results(document, results)
     if task.config.task.startswith(RULER):
         return {"score": float(found[str(document["max_length"])])}
-    return {name: float(value) for name, value in found.items() if isinstance(value, (int, float, np.number))}
+    return {name: float(found[name]) for name in _means(task) if name in found}
+
+
+def _means(task: Any) -> dict[str, bool]:
+    """Metrics that are means over documents, and whether higher is better. Others have no value a document."""
+    aggregations = task.aggregation()
+    return {name: bool(higher) for name, higher in task.higher_is_better().items() if aggregations.get(name) is mean}
 
 
 def _length(task: str, document: Mapping[str, Any], chosen: int | str | None) -> dict[str, int | str]:
@@ -355,9 +406,9 @@ def _length(task: str, document: Mapping[str, Any], chosen: int | str | None) ->
 def _metrics(task: Any, name: str) -> dict[str, Metric]:
     if task.OUTPUT_TYPE == "loglikelihood_rolling":
         return {"nll": Metric(False, "nats a token", 3)}
-    better = {"score": True} if name.startswith(RULER) else task.higher_is_better()
-    metrics = {metric: Metric(bool(higher), "share") for metric, higher in better.items()}
-    return metrics | ({"nll": Metric(False, "nats a token")} if task.OUTPUT_TYPE == "generate_until" else {})
+    better = {"score": True} if name.startswith(RULER) else _means(task)
+    metrics = {metric: Metric(higher, "share") for metric, higher in better.items()}
+    return metrics | ({} if task.OUTPUT_TYPE == "multiple_choice" else {"nll": Metric(False, "nats a token")})
 
 
 def _reference(task: Any, document: dict[str, Any], name: str) -> str:
@@ -374,8 +425,10 @@ def _encode(tokenizer: Any, text: str, *, begins: bool = True) -> Tensor:
     return torch.tensor(tokenizer(text, add_special_tokens=begins).input_ids, dtype=torch.int64)
 
 
-def _answer(tokenizer: Any, text: str) -> Tensor:
-    return _encode(tokenizer, text, begins=False)
+def _answer(tokenizer: Any, parts: tuple[str, str], text: str) -> Tensor:
+    """Token ids of what follows a prompt, as they come when it is encoded with what stands before it."""
+    before = parts[1] or parts[0]
+    return _encode(tokenizer, before + text, begins=False)[len(_encode(tokenizer, before, begins=False)) :]
 
 
 @contextlib.contextmanager

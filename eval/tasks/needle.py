@@ -44,7 +44,7 @@ class Needle(Task):
 
     def samples(self, setting: Setting) -> list[Sample]:
         """Every length and depth, `repeats` times; the limit counts these repeats."""
-        repeats = min(self.repeats, self.limit or setting.limit or self.repeats)
+        repeats = min(self.repeats, self.count(setting, self.repeats))
         places = [(length, depth) for length in self.lengths for depth in self.depths]
         return [
             self._sample(setting, index, *place)

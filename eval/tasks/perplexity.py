@@ -6,12 +6,11 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from pydantic import Field
-from torch import Tensor
 
 from eval.cells import Cell
 from eval.tasks.asking import Clock
 from eval.tasks.base import Measure, Metric, Outcome, Sample, Setting, Task
-from eval.tasks.essays import essay
+from eval.tasks.essays import Stretch, stretches
 from wildcat_kv.accounting import stored_tokens
 from wildcat_kv.reading import token_losses
 
@@ -46,30 +45,16 @@ class Perplexity(Task):
         return {"nll": Metric(False, "nats a token", 3), "nll_end": Metric(False, "nats a token", 3)}
 
     def samples(self, setting: Setting) -> list[Sample]:
-        """Every length `repeats` times; nothing is asked, so both protocols are the same."""
-        repeats = min(self.repeats, self.limit or setting.limit or self.repeats)
-        samples: list[Sample] = []
-        for index, length in enumerate(length for length in self.lengths for _ in range(repeats)):
-            if length <= self.skip + 4:
-                raise ValueError(f"task={self.name!r}: lengths={length} must exceed skip={self.skip} by 5")
-            ids, text = essay(setting, index, length)
-            samples.append(
-                _Document(
-                    index=index,
-                    facets={"length": length},
-                    prompt=text,
-                    tokens=length,
-                    ids=ids,
-                    chunk=self.chunk,
-                    skip=self.skip,
-                )
-            )
-        return samples
+        """Every length `repeats` times."""
+        if min(self.lengths) <= self.skip + 4:
+            raise ValueError(f"task={self.name!r}: lengths={min(self.lengths)} must exceed skip={self.skip} by 5")
+        repeats = min(self.repeats, self.count(setting, self.repeats))
+        fields = stretches(setting, self.lengths, repeats)
+        return [_Document(**of, chunk=self.chunk, skip=self.skip) for of in fields]
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Document(Sample):
-    ids: Tensor
+class _Document(Stretch):
     chunk: int
     skip: int
 
