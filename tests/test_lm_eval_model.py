@@ -6,6 +6,7 @@ import random
 import subprocess
 import sys
 from importlib.metadata import entry_points
+from pathlib import Path
 
 import lm_eval
 import pytest
@@ -20,7 +21,6 @@ from tests.tiny import tiny_config
 from wildcat_kv.lm_eval_model import WildCatLM
 from wildcat_kv.models import default_model_path
 
-RULER = {"task": "niah_multikey_2", "metadata": {}}
 COMPRESSED = ("wildcat", "snapkv", "tova")
 WORDS = "the cat sat on a mat and looked at 17 red birds, which sang: 'never, ever again!' Then it slept.".split()
 LENGTH = 1000
@@ -121,7 +121,7 @@ def test_exact_answers_are_those_of_lm_evals_own_model(make, theirs, rows):
     requests = [generation(text, options) for text, options in zip(texts, kinds, strict=True)]
     found = make("exact", batch_size=rows).generate_until(requests, disable_tqdm=True)
     expected = theirs.generate_until(requests, disable_tqdm=True)
-    assert found == expected and len(set(found)) == len(found)
+    assert found == expected and len(set(found)) > 4
     assert found[2] and free.startswith(found[2]) and len(found[2]) < len(free)
 
 
@@ -356,7 +356,7 @@ def test_a_task_of_ruler_runs_in_lm_eval(folder, method, ruler):
 @pytest.fixture(scope="module")
 def ruler(folder):
     """RULER's tasks alone, which are found sooner."""
-    path = f"{os.path.dirname(lm_eval.__file__)}/tasks/ruler"  # noqa: PTH120
+    path = Path(lm_eval.__file__).parent / "tasks" / "ruler"
     return TaskManager(
         include_path=path, include_defaults=False, metadata={"max_seq_lengths": [512], "pretrained": folder}
     )
@@ -366,7 +366,7 @@ def test_the_command_line_of_lm_eval_knows_the_model(folder, tmp_path):
     command = "run --model wildcat --tasks niah_multikey_2 --limit 1 --device cpu --batch_size 1 --log_samples"
     subprocess.run(
         [
-            *(sys.executable, "-m", "wildcat_kv", "lm-eval", *command.split()),
+            *(Path(sys.executable).with_name("wildcat-kv"), "lm-eval", *command.split()),
             *("--model_args", f"pretrained={folder},ratio=0.25,max_length=1024"),
             *("--metadata", json.dumps({"max_seq_lengths": [512]}), "--output_path", tmp_path.as_posix()),
         ],
