@@ -29,7 +29,12 @@ def find_local(task: str, folder: Path, length: str | None = None) -> dict[str, 
             path = folder / f"{name}{suffix}"
             if path.is_file():
                 rows = [_as_the_task_has_it(task, row) for row in _read(path)]
-                return {"custom_dataset": partial(_dataset, _split(task), rows), "dataset_kwargs": None}
+                return {
+                    "custom_dataset": partial(_dataset, _split(task), rows),
+                    "dataset_kwargs": None,
+                    "training_split": None,
+                    "validation_split": None,
+                }
     return None
 
 

@@ -66,7 +66,9 @@ def test_samples_are_numbered_length_by_length(task, setting):
 
 
 @each_task
-@pytest.mark.parametrize(("own", "run", "count"), [(None, 1, 2), (1, None, 2), (1, 2, 2), (None, 9, 4), (None, None, 4)])
+@pytest.mark.parametrize(
+    ("own", "run", "count"), [(None, 1, 2), (1, None, 2), (1, 2, 2), (None, 9, 4), (None, None, 4)]
+)
 def test_a_limit_counts_repeats_and_the_task_s_own_wins(task, setting, own, run, count):
     limited = task.model_copy(update={"limit": own})
     assert len(limited.samples(setting(limit=run))) == count
@@ -138,7 +140,9 @@ def test_the_needle_that_is_asked_for_lies_at_its_depth(setting, tokenizer, dept
     assert text != sample.prompt and sample.reference == asked.value
     place, length = text.index(asked.sentence), len(text)
     if depth == 0:
-        assert place == 0 or all(other.sentence in text[:place] for other in others if text.index(other.sentence) < place)
+        assert place == 0 or all(
+            other.sentence in text[:place] for other in others if text.index(other.sentence) < place
+        )
         assert place < 200
     elif depth == 1:
         assert place > 0.85 * length
@@ -326,7 +330,9 @@ def test_attention_errors_are_those_of_a_plain_softmax(method, tokens, model, ti
     cache = CompressedCache(model.config, compressor=method, ratio=0.5)
     model(sample.ids[:, :200], past_key_values=cache)
     errors = outcome.layers["error"]
-    for (queries, keys, values), layer, head in zip(recorded(tiny_folder, sample.ids), (0, 1, 2), (3, 0, 2), strict=False):
+    for (queries, keys, values), layer, head in zip(
+        recorded(tiny_folder, sample.ids), (0, 1, 2), (3, 0, 2), strict=False
+    ):
         entries, group = cache.layers[layer].state.storage.entries, head // 2
         kept = entries.valid[0, group]
         slots = [part[0, group][kept].double() for part in (entries.keys, entries.values, entries.weights)]

@@ -22,12 +22,12 @@ from wildcat_kv.lm_eval_model import WildCatLM
 from wildcat_kv.models import default_model_path
 
 COMPRESSED = ("wildcat", "snapkv", "tova")
-WORDS = "the cat sat on a mat and looked at 17 red birds, which sang: 'never, ever again!' Then it slept.".split()
-LENGTH = 1000
+TEXT = "the cat sat on a mat and looked at 17 red birds, which sang: 'never, ever again!' Then it slept."
+LENGTH = 500
 
 
 def prose(words, seed=0):
-    return " ".join(random.Random(seed).choices(WORDS, k=words))
+    return " ".join(random.Random(seed).choices(TEXT.split(), k=words))
 
 
 @pytest.fixture(scope="session")
@@ -139,10 +139,9 @@ def test_exact_likelihoods_are_those_of_lm_evals_own_model(make, theirs, rows):
     assert found[-1][1] and not found[0][1]
 
 
-@pytest.mark.parametrize("rows", [1, 3])
-def test_exact_likelihoods_of_whole_texts_are_those_of_lm_evals_own_model(make, theirs, rows):
+def test_exact_likelihoods_of_whole_texts_are_those_of_lm_evals_own_model(make, theirs):
     requests = [rolling(prose(words, words)) for words in (40, 1, 3 * LENGTH)]
-    found = make("exact", batch_size=rows, chunk=50).loglikelihood_rolling(requests, disable_tqdm=True)
+    found = make("exact", batch_size=3, chunk=50).loglikelihood_rolling(requests, disable_tqdm=True)
     expected = theirs.loglikelihood_rolling(requests, disable_tqdm=True)
     assert found == pytest.approx(expected, rel=1e-5)
 
@@ -252,13 +251,17 @@ def test_prompts_of_longbench_lose_their_middle_and_others_their_beginning(make)
             [answer] = model.generate_until([generation(text, {"max_gen_toks": 20, "until": []}, doc, task)], True)
             short = model.tok_decode(expected)
             assert model.tok_encode(short) == expected
-            assert [answer] == make("exact").generate_until([generation(short, {"max_gen_toks": 20, "until": []})], True)
+            assert [answer] == make("exact").generate_until(
+                [generation(short, {"max_gen_toks": 20, "until": []})], True
+            )
 
 
 @pytest.mark.parametrize(("protocol", "room"), [("full-prompt", LENGTH), ("context-only", LENGTH - 3)])
 def test_a_question_that_leaves_no_room_for_a_context_is_refused(make, protocol, room):
     text, doc = asked(30, 0, "Who did it, and why?")
-    with pytest.raises(ValueError, match=rf"task='mine': .*max_length={LENGTH}; raise max_length or lower max_gen_toks"):
+    with pytest.raises(
+        ValueError, match=rf"task='mine': .*max_length={LENGTH}; raise max_length or lower max_gen_toks"
+    ):
         make("wildcat", protocol).generate_until([generation(text, {"max_gen_toks": room}, doc)], True)
 
 
@@ -301,6 +304,11 @@ def test_answers_can_be_sampled(make):
     torch.manual_seed(1)
     second, again = make("wildcat").generate_until(requests, disable_tqdm=True)
     assert greedy == again and len({first, second, greedy}) == 3
+
+
+def test_a_continuation_without_a_token_is_refused(make):
+    with pytest.raises(ValueError, match="task='mine': the continuation '' adds no token to its prompt"):
+        make("exact").loglikelihood([choice("Who?", "")], disable_tqdm=True)
 
 
 def test_a_task_without_a_context_needs_the_other_protocol(make):

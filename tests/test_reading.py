@@ -148,9 +148,7 @@ def test_questions_of_unequal_length_are_answered_as_each_alone(model, plain, to
     cache = empty(model)
     read(model, cache, ids, mask)
     text, shown = torch.cat((ids, after), 1), join(mask, after_mask, ids, after)
-    expected = [
-        tokenizer.decode(greedy(plain, torch.cat(pair), 10)) for pair in zip(contexts, questions, strict=True)
-    ]
+    expected = [tokenizer.decode(greedy(plain, torch.cat(pair), 10)) for pair in zip(contexts, questions, strict=True)]
     assert answer(model, tokenizer, cache, text, shown, known=known, max_new_tokens=10) == expected
 
 

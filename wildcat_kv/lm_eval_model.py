@@ -194,6 +194,10 @@ class WildCatLM(HFLM):
             before, after = split_prompt(text, request.task_name or "", request.doc)
             context, question = self._ids(before), self._ids(after, begins=False)
             answer = self._ids(after + continuation, begins=False)[len(question) :]
+        if not len(answer):
+            raise ValueError(
+                f"task={request.task_name!r}: the continuation {continuation!r} adds no token to its prompt"
+            )
         # The model does not read the answer's last token.
         return *self._cut(context, question, request, len(answer) - 1), answer
 
