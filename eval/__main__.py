@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 from wildcat_kv.cli import run_app
 
@@ -53,7 +52,6 @@ def run(
     chosen = read_config(config, **changes)
     folder = output or Path("results") / chosen.name
     measure(chosen, folder, command=shlex.join(["python", "-m", "eval", *sys.argv[1:]]), resume=resume)
-    Console(stderr=True).print(f"\n{folder}/report.html")
 
 
 @app.command()
@@ -72,7 +70,7 @@ def list_tasks(
 ) -> None:
     """List the tasks: ours, and those of lm-eval with their groups."""
     from eval.config import OURS
-    from eval.tasks.harness import known_tasks
+    from eval.lm_eval_tasks import known_tasks
 
     for name in [*OURS, *known_tasks()]:
         if contains in name:

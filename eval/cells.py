@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -57,27 +58,31 @@ class Cell:
             return DynamicCache(config=model_config)
         return CompressedCache(model_config, self._config(), compressor=self.compressor)
 
-    def check(self, model_config: Any, *, streams: bool) -> None:
-        """Refuse a cell that cannot be measured.
+    def check_tasks(self, *, streams: bool) -> None:
+        """Refuse a method that cannot be measured on the tasks of a run.
 
         Args:
-            model_config: of the model.
-            streams: whether tasks are among those that compress while they read on.
+            streams: whether tasks are among them that compress while they read on.
 
         Raises:
-            ValueError: no such method, a budget that it cannot reach, or it must read the text twice.
+            ValueError: the method must read a text twice.
         """
-        if self.compressor is None:
+        if self.compressor is None or _methods()[self.compressor].decodes:
             return
-        settings = self._config()
-        if not _methods()[self.compressor].decodes:
-            if streams or self.max_tokens is not None:
-                raise ValueError(
-                    f"methods={self.method!r} reads a text twice and compresses nothing later; leave it out, or leave "
-                    "out max_tokens and the tasks that compress while they read (perplexity, decoding, wikitext)"
-                )
-            return
-        CompressedCache(model_config, settings, compressor=self.compressor)
+        if streams or self.max_tokens is not None:
+            raise ValueError(
+                f"methods={self.method!r} reads a text twice and compresses nothing later; leave it out, or leave "
+                "out max_tokens and the tasks that compress while they read (perplexity, decoding, wikitext)"
+            )
+
+    def check_model(self, model_config: Any) -> None:
+        """Refuse a model that cannot be compressed, or a budget that the method cannot reach.
+
+        Raises:
+            ValueError: as `CompressedCache`.
+        """
+        if self.compressor is not None and _methods()[self.compressor].decodes:
+            CompressedCache(model_config, self._config(), compressor=self.compressor)
 
     def _config(self) -> WildCatConfig:
         return WildCatConfig(**{**self.settings, "ratio": self.ratio, "max_tokens": self.max_tokens})
@@ -103,7 +108,12 @@ def make_cells(
     """
     if not ratios and not max_tokens:
         raise ValueError("ratios=[] and max_tokens=[]: give at least one budget, for example ratios: [0.25]")
-    budgets = [{"ratio": ratio} for ratio in ratios] + [{"max_tokens": most} for most in max_tokens]
+    budgets: list[dict[str, Any]] = [{"ratio": ratio} for ratio in ratios]
+    budgets += [{"max_tokens": most} for most in max_tokens]
+    twice = next((budget for budget in budgets if budgets.count(budget) > 1), None)
+    if twice:
+        [(name, value)] = twice.items()
+        raise ValueError(f"{'ratios' if name == 'ratio' else name}={value!r} is there twice")
     cells, seen = [Cell(EXACT, None)], {EXACT}
     for entry in methods:
         given = {"compressor": entry} if isinstance(entry, str) else dict(entry)
@@ -112,12 +122,16 @@ def make_cells(
         name = str(given.pop("name", given.get("compressor")))
         compressor = str(given.pop("compressor", name))
         if compressor not in _methods():
-            raise ValueError(f"methods={compressor!r}: there are exact, {', '.join(_methods())}")
+            near = difflib.get_close_matches(compressor, _methods(), n=1)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            raise ValueError(f"methods={compressor!r}: no such method; {hint}there are exact, {', '.join(_methods())}")
+        if given.keys() & {"ratio", "max_tokens"}:
+            raise ValueError(f"methods={name!r}: its budgets are those of all methods; leave ratio and max_tokens out")
         if name in seen:
             raise ValueError(f"methods: {name!r} is there twice; give a variant a name of its own")
         seen.add(name)
         for budget in budgets:
-            cell = Cell(name, compressor, settings={**settings, **given}, **budget)  # type: ignore[arg-type]
+            cell = Cell(name, compressor, settings={**settings, **given}, **budget)
             cell._config()
             cells.append(cell)
     return cells

@@ -9,10 +9,11 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from eval.cells import Cell, make_cells
+from eval.lm_eval_tasks import members
 from eval.tasks.attention_error import AttentionError
 from eval.tasks.base import Protocol, Task
 from eval.tasks.drift import Drift
-from eval.tasks.harness import HarnessTask, members
+from eval.tasks.harness import HarnessTask
 from eval.tasks.needle import Needle
 from eval.tasks.perplexity import Perplexity
 from wildcat_kv.compressors import available
@@ -61,7 +62,7 @@ class RunConfig(BaseModel):
     device: str | None = None
     device_map: str | None = None
     protocol: Protocol = "context-only"
-    methods: list[str | dict[str, Any]] = Field(default=[ALL])
+    methods: list[str | dict[str, Any]] = Field(default=[ALL], validate_default=True)
     ratios: list[Annotated[float, Field(gt=0, le=1)]] = Field(default_factory=list)
     max_tokens: list[Annotated[int, Field(gt=0)]] = Field(default_factory=list)
     settings: dict[str, Any] = Field(default_factory=dict)
@@ -125,6 +126,9 @@ def read_config(path: Path, **changes: Any) -> RunConfig:
         raise ValueError(f"config={str(path)!r} is no readable YAML file: {' '.join(str(error).split())}") from None
     if not isinstance(fields, dict):
         raise ValueError(f"config={str(path)!r} must hold a mapping, such as 'tasks: [needle]'")
+    strange = next((key for key in fields if not isinstance(key, str)), None)
+    if strange is not None:
+        raise ValueError(f"config={str(path)!r}: {strange!r} is no name of a field")
     if "tasks" in changes:
         changes["tasks"] = _chosen(changes["tasks"], fields.get("tasks"))
     try:
@@ -136,7 +140,7 @@ def read_config(path: Path, **changes: Any) -> RunConfig:
 def _chosen(names: list[str], listed: Any) -> list[Any]:
     """Entries of the file for these names; names that it does not list stand for themselves."""
     entries: dict[str, list[Any]] = {}
-    for entry in listed or []:
+    for entry in listed if isinstance(listed, list) else []:
         if isinstance(entry, dict):
             entries.setdefault(str(entry.get("task")), []).append(entry)
     return [entry for name in names for entry in entries.get(name, [name])]
@@ -150,7 +154,7 @@ def _make(entry: str | dict[str, Any]) -> list[Task]:
     try:
         if name in OURS:
             return [OURS[name](**({"chunk": 1} if name == "decoding" else {}), **fields)]
-        return [HarnessTask(**{**fields, "task": member}) for member in members(name)]
+        return [HarnessTask(**{**fields, "task": member}) for member in members(name, OURS)]
     except ValidationError as error:
         raise ValueError(f"task={name!r}: {_one_line(error)}") from None
 

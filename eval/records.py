@@ -42,7 +42,7 @@ class Folder:
         """Refuse a folder that holds something else, or a run although `resume` is off.
 
         Raises:
-            ValueError: see above.
+            ValueError: see above, or the folder cannot be.
         """
         if (self.path / MANIFEST).exists():
             if not resume:
@@ -51,22 +51,31 @@ class Folder:
                 )
         elif self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
             raise ValueError(f"output={str(self.path)!r} is there and holds no run; choose another folder")
+        above = next(parent for parent in self.path.absolute().parents if parent.exists())
+        if not above.is_dir():
+            raise ValueError(f"output={str(self.path)!r}: {above} is no folder; choose another")
 
-    def begin(self, manifest: dict[str, Any], *, resume: bool) -> None:
-        """Start a new run, or go on with an interrupted one.
+    def compare(self, manifest: dict[str, Any]) -> None:
+        """Refuse to go on with another run than this.
 
         Raises:
-            ValueError: as `check`, or the folder holds another run. Nothing has been written then.
+            ValueError: names what differs.
         """
-        self.check(resume=resume)
-        if (self.path / MANIFEST).exists():
-            earlier = self.manifest
-            changed = _difference(earlier, manifest)
-            if changed:
-                raise ValueError(f"output={str(self.path)!r} holds another run: {changed}; choose another folder")
-            manifest = {**earlier, "finished": None}
+        changed = _difference(self.manifest, manifest) if (self.path / MANIFEST).exists() else ""
+        if changed:
+            raise ValueError(f"output={str(self.path)!r} holds another run: {changed}; choose another folder")
+
+    def begin(self, manifest: dict[str, Any]) -> None:
+        """Start a new run, or go on with an interrupted one, whose last line may have been cut short."""
+        earlier = self.manifest if (self.path / MANIFEST).exists() else manifest
         self.path.mkdir(parents=True, exist_ok=True)
-        self._write(manifest)
+        self._write({**earlier, "finished": None})
+        for path in self._files():
+            text = path.read_bytes()
+            end = text.rfind(b"\n") + 1
+            if end < len(text):  # the next one is to begin a line
+                with path.open("r+b") as file:
+                    file.truncate(end)
 
     def finish(self, when: str) -> dict[str, Any]:
         """Note that all is measured; returns the manifest."""
@@ -78,27 +87,19 @@ class Folder:
         """All measurements of the folder, of every process; lines cut short by an interruption are left out."""
         return [record for path in self._files() for record in _whole_lines(path)]
 
-    def mend(self) -> None:
-        """Cut off what an interruption left of a last line, so that the next one begins a line."""
-        for path in self._files():
-            text = path.read_bytes()
-            end = text.rfind(b"\n") + 1
-            if end < len(text):
-                with path.open("r+b") as file:
-                    file.truncate(end)
-
     def append(self, record: dict[str, Any]) -> None:
         """Write a measurement of this process, at once."""
         with self._shard().open("a", encoding="utf-8") as file:
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
     def merge(self, order: Iterable[Key]) -> None:
-        """Make one file of all processes' in this order."""
-        shards = self._files()
-        if shards == [self.path / SAMPLES]:
+        """Make one file of all processes' in this order, unless it is that already."""
+        shards, records, keys = self._files(), self.records(), list(order)
+        by_key = {key_of(record): record for record in records}
+        wanted = [by_key[key] for key in keys if key in by_key]
+        if shards == [self.path / SAMPLES] and records == wanted:
             return
-        by_key = {key_of(record): record for record in self.records()}
-        lines = [json.dumps(by_key[key], ensure_ascii=False) + "\n" for key in order if key in by_key]
+        lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in wanted]
         whole = self.path / f"{SAMPLES}.new"
         whole.write_text("".join(lines), encoding="utf-8")
         whole.replace(self.path / SAMPLES)

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
-from datetime import datetime, timezone
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,11 @@ from eval.cells import Cell
 from eval.config import RunConfig
 from eval.machine import commit, machine, versions
 from eval.records import Folder, Key, key_of
+from eval.report import write_report
 from eval.tasks.base import Outcome, Sample, Setting, Task
 from wildcat_kv.models import load_model
+
+_PATIENCE = timedelta(weeks=1)  # one process may have long been done when another is not
 
 
 def run(config: RunConfig, output: Path, *, command: str, resume: bool) -> None:
@@ -37,30 +40,35 @@ def run(config: RunConfig, output: Path, *, command: str, resume: bool) -> None:
     Raises:
         ValueError: something cannot be measured as asked; before anything long begins, with nothing written.
     """
-    state = PartialState()
+    state = PartialState(cpu=config.device == "cpu" or not torch.cuda.is_available(), timeout=_PATIENCE)
     cells, tasks = config.cells(), config.make_tasks()
+    for cell in cells:
+        cell.check_tasks(streams=any(task.streams for task in tasks))
     folder = Folder(output, state.process_index)
     folder.check(resume=resume)
     model, tokenizer = load_model(config.model, getattr(torch, config.dtype), _device(config, state), config.device_map)
     for cell in cells:
-        cell.check(model.config, streams=any(task.streams for task in tasks))
+        cell.check_model(model.config)
+    for task in tasks:
+        task.check_model(model.config)
     planned = _samples(config, tasks, model, tokenizer, show=state.is_main_process)
+    for cell in cells:
+        cell.check_tasks(streams=any(task.streams for task in tasks))
     manifest = _manifest(config, command, model, tasks, cells)
-    if state.is_main_process:
-        folder.begin(manifest, resume=resume)
-        folder.mend()
-    state.wait_for_everyone()
+    folder.compare(manifest)
     hashes = {key_of(record): record["prompt_hash"] for record in folder.records()}
     _check_hashes(planned, hashes)
+    state.wait_for_everyone()
+    if state.is_main_process:
+        folder.begin(manifest)
     state.wait_for_everyone()
     own = planned[state.process_index :: state.num_processes]
     _measure(config, own, cells, model, tokenizer, folder, set(hashes), show=state.is_main_process)
     state.wait_for_everyone()
     if state.is_main_process:
         folder.merge(_keys(planned, cells))
-        from eval.report import write_report
-
         write_report(folder.finish(_now()), folder.records(), output)
+        Console(stderr=True).print(f"\n{output}/report.html", soft_wrap=True, highlight=False)
 
 
 def _samples(
@@ -83,6 +91,7 @@ def _samples(
     )
     planned = []
     console = Console(stderr=True)
+    show = show and console.is_terminal  # elsewhere it would leave an empty line
     with Progress(TextColumn("{task.description}"), console=console, transient=True, disable=not show) as bar:
         line = bar.add_task("")
         for task in tasks:

@@ -14,12 +14,13 @@ from lm_eval.tasks import TaskManager
 from lm_eval.tasks.longbench import metrics as theirs
 from transformers import AutoTokenizer, LlamaForCausalLM
 
+from eval import lm_eval_tasks
 from eval.cells import Cell
 from eval.config import RunConfig
 from eval.data import expected_files, find_local
-from eval.tasks import harness
+from eval.lm_eval_tasks import known_tasks, members, scores_of
 from eval.tasks.base import Setting
-from eval.tasks.harness import HarnessTask, known_tasks, members
+from eval.tasks.harness import HarnessTask
 from tests.tiny import tiny_config
 from wildcat_kv.models import default_model_path
 
@@ -154,7 +155,7 @@ def test_longbench_scores_are_those_of_its_own_functions(name, longbench, settin
     _, answers, classes, kind, predictions = LONGBENCH[name]
     task = HarnessTask(task=f"longbench_{name}_e", limit=1)
     [sample] = task.samples(setting(data_dir=longbench))
-    found = [harness._scores(sample.loaded, sample.document, [prediction]) for prediction in predictions]
+    found = [scores_of(sample.loaded, sample.document, [prediction]) for prediction in predictions]
     direct = getattr(theirs, f"{kind}_score")
     strip = str if kind == "code_sim" else str.strip
     for scores, prediction in zip(found, predictions, strict=True):
@@ -260,7 +261,7 @@ def test_infinitebench_is_read_in_its_authors_format(task, file, row, right, wro
     context = row.get("context", "It is said. " * 20).strip()
     assert tokenizer.decode(sample.asked.context).endswith(context)
     assert text(sample.asked, tokenizer) == sample.prompt and sample.prompt.count(context) == 1
-    scores = [harness._scores(sample.loaded, sample.document, [answer]) for answer in (right, wrong)]
+    scores = [scores_of(sample.loaded, sample.document, [answer]) for answer in (right, wrong)]
     assert scores == [{"score": 1.0}, {"score": 0.0}]
     assert sample.reference == str(row["answer"][0] if isinstance(row["answer"], list) else row["answer"])
 
@@ -285,7 +286,7 @@ def test_babilong_is_read_by_its_versions(tmp_path, setting, tokenizer):
         before, after = (tokenizer.decode(ids) for ids in (sample.asked.context, sample.asked.question))
         assert before + after == sample.prompt and after == "\nWhere is Mary?"
         assert before.endswith(facts) and "Where is Charlie?" in before  # of its two examples
-        assert harness._scores(sample.loaded, sample.document, ["In the Office"]) == {"acc": 1.0}
+        assert scores_of(sample.loaded, sample.document, ["In the Office"]) == {"acc": 1.0}
 
 
 def test_whole_texts_are_read_on_over_the_cache(tmp_path, setting, model, tokenizer):
@@ -396,12 +397,12 @@ import json, sys
 from transformers import AutoTokenizer
 from eval.tasks.base import Setting
 from eval.tasks.harness import HarnessTask
-from eval.tasks import harness
+from eval import lm_eval_tasks
 from lm_eval.tasks import TaskManager
 from wildcat_kv.models import default_model_path
 
 manager = TaskManager(include_path=sys.argv[2], include_defaults=False)
-harness._manager = lambda: manager  # found sooner than all tasks
+lm_eval_tasks._manager = lambda: manager  # found sooner than all tasks
 setting = Setting(AutoTokenizer.from_pretrained(default_model_path()), 0, "context-only", 4096, limit=2)
 hashes = {}
 for name, length in json.loads(sys.argv[1]):
@@ -449,7 +450,7 @@ def test_rulers_documents_are_those_of_lm_eval(task, ruler, tokenizer, model, mo
     for sample, logged in zip(ruler[task], found["samples"][task], strict=True):
         assert sample.document == logged["doc"]
         assert sample.prompt == logged["arguments"][0][0]
-        scores = harness._scores(sample.loaded, sample.document, [logged["resps"][0][0]])
+        scores = scores_of(sample.loaded, sample.document, [logged["resps"][0][0]])
         assert scores == {"score": logged[str(RULER[task])]}
         assert sample.max_new_tokens == logged["arguments"][0][1]["max_gen_toks"]
 
@@ -480,7 +481,7 @@ def harness_chat(samples, setting):
 def test_rulers_score_is_the_share_of_what_was_found(right, ruler):
     sample = ruler["ruler_fwe"][0]
     answer = " ".join(sample.document["outputs"][:right]).upper() or "none"
-    assert harness._scores(sample.loaded, sample.document, [answer]) == {"score": pytest.approx(right / 3)}
+    assert scores_of(sample.loaded, sample.document, [answer]) == {"score": pytest.approx(right / 3)}
     assert sample.reference == ", ".join(sample.document["outputs"])
 
 
@@ -565,7 +566,7 @@ def mine(tmp_path_factory):
 
 @pytest.fixture
 def own_tasks(mine, monkeypatch):
-    monkeypatch.setattr(harness, "_manager", lambda: mine)
+    monkeypatch.setattr(lm_eval_tasks, "_manager", lambda: mine)
 
 
 @pytest.mark.parametrize("chat", [False, True])

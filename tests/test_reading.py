@@ -195,7 +195,6 @@ def test_a_stop_text_ends_each_row_for_itself(model, plain, tokenizer, known):
     assert answer(model, tokenizer, empty(model), ids, mask, known=known, max_new_tokens=12, until=[stop]) == expected
 
 
-# DEFECT: with the prompt unread, generate() stops where a stop text begins in the prompt and ends in the answer.
 @both_ways
 def test_a_stop_text_is_looked_for_in_the_answer_alone(model, plain, tokenizer, known):
     """Not where it begins in the prompt: lm-eval cuts what the model wrote."""

@@ -26,7 +26,7 @@ from wildcat_kv.config import WildCatConfig
 from wildcat_kv.context import Context
 from wildcat_kv.models import default_model_path
 from wildcat_kv.reading import generate, join, loglikelihood, pad_left, read, token_losses
-from wildcat_kv.splits import cut_middle, split_prompt
+from wildcat_kv.splits import cut_middle, encode_parts, split_prompt
 
 EXACT = "exact"
 # Options of `generate()` that say nothing where nothing is sampled.
@@ -177,8 +177,7 @@ class WildCatLM(HFLM):
             return self._first(), self._ids("")
         if self._protocol == "full-prompt":
             return self._ids(text), self._ids("")
-        before, after = split_prompt(text, request.task_name or "", request.doc)
-        return self._ids(before), self._ids(after, begins=False)
+        return self._parts(*split_prompt(text, request.task_name or "", request.doc))
 
     def _pair(self, text: str, continuation: str, request: Instance) -> tuple[Tensor, Tensor, Tensor]:
         """The same with the continuation, which takes the spaces before it."""
@@ -192,8 +191,8 @@ class WildCatLM(HFLM):
             question, answer = context[:0], whole[len(context) :]
         else:
             before, after = split_prompt(text, request.task_name or "", request.doc)
-            context, question = self._ids(before), self._ids(after, begins=False)
-            answer = self._ids(after + continuation, begins=False)[len(question) :]
+            context, question = self._parts(before, after)
+            answer = self._ids(after + continuation, begins=False)[len(self._ids(after, begins=False)) :]
         if not len(answer):
             raise ValueError(
                 f"task={request.task_name!r}: the continuation {continuation!r} adds no token to its prompt"
@@ -217,8 +216,17 @@ class WildCatLM(HFLM):
         """What an empty prompt is read as."""
         return torch.tensor([self.prefix_token_id], device=self.device)
 
+    def _parts(self, before: str, after: str) -> tuple[Tensor, Tensor]:
+        first, second = encode_parts(self._encode, before, after)
+        return self._tensor(first), self._tensor(second)
+
     def _ids(self, text: str, *, begins: bool = True) -> Tensor:
-        ids = self.tok_encode(text, add_special_tokens=None if begins else False) if text else []
+        return self._tensor(self._encode(text, begins))
+
+    def _encode(self, text: str, begins: bool) -> list[int]:
+        return self.tok_encode(text, add_special_tokens=None if begins else False) if text else []
+
+    def _tensor(self, ids: list[int]) -> Tensor:
         return torch.tensor(ids, dtype=torch.int64, device=self.device)
 
     def _generation(self, given: dict[str, Any]) -> tuple[dict[str, Any], list[str], int]:

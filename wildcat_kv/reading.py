@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Cache
+from transformers import Cache, RepetitionPenaltyLogitsProcessor, StoppingCriteria
 
 
 @dataclass(frozen=True)
@@ -114,11 +114,13 @@ def generate(
     Returns:
         An answer a row, without special tokens.
     """
-    prompt = ids.shape[1]
+    prompt, ends = ids.shape[1], _ends(model, tokenizer)
     if next_logits is not None:
-        first = next_logits.argmax(-1, keepdim=True).to(ids)
+        first = _likeliest(model, ids, next_logits, options)
         mask = join(mask, None, ids, first)
         ids, max_new_tokens = torch.cat((ids, first), dim=1), max_new_tokens - 1
+        if all(token in ends for token in first.flatten().tolist()):
+            max_new_tokens = 0
     if max_new_tokens:
         ids = model.generate(
             ids,
@@ -126,11 +128,10 @@ def generate(
             past_key_values=cache,
             max_new_tokens=max_new_tokens,
             pad_token_id=_pad(tokenizer),
-            stop_strings=list(until) or None,
-            tokenizer=tokenizer if until else None,
+            eos_token_id=sorted(ends) or None,
+            stopping_criteria=[_Until(tokenizer, until, prompt)] if any(until) else None,
             **{"do_sample": False, **options},
         )
-    ends = _ends(model, tokenizer)
     return [_text(tokenizer, row, ends, until) for row in ids[:, prompt:].tolist()]
 
 
@@ -198,6 +199,28 @@ def _chunks(model: Any, cache: Cache, ids: Tensor, chunk: int) -> Iterator[tuple
         stop = min(start + chunk, ids.shape[1] - 1)
         logits = model(ids[:, start:stop], past_key_values=cache).logits[0].float()
         yield logits, ids[0, start + 1 : stop + 1]
+
+
+class _Until(StoppingCriteria):
+    """Ends an answer that holds one of some texts. Transformers' own looks at the prompt's end as well."""
+
+    def __init__(self, tokenizer: Any, until: Sequence[str], prompt: int) -> None:
+        self._tokenizer, self._until, self._prompt = tokenizer, [stop for stop in until if stop], prompt
+        self._tokens = 8 + max(len(stop.encode()) for stop in self._until)  # no token is less than a byte
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
+        start = max(self._prompt, input_ids.shape[1] - self._tokens)
+        texts = self._tokenizer.batch_decode(input_ids[:, start:])
+        ended = [any(stop in text for stop in self._until) for text in texts]
+        return torch.tensor(ended, device=input_ids.device)
+
+
+def _likeliest(model: Any, ids: Tensor, logits: Tensor, options: dict[str, Any]) -> Tensor:
+    """The token that greedy decoding writes after prompts (rows, n), int64 (rows, 1); penalties as in `generate()`."""
+    penalty = options.get("repetition_penalty") or getattr(model.generation_config, "repetition_penalty", None)
+    if penalty and penalty != 1.0:
+        logits = RepetitionPenaltyLogitsProcessor(penalty)(ids, logits)
+    return logits.argmax(-1, keepdim=True).to(ids)
 
 
 def _pad(tokenizer: Any) -> int:

@@ -10,7 +10,7 @@ from pydantic import Field
 
 from eval.cells import Cell
 from eval.tasks.asking import Clock
-from eval.tasks.base import Measure, Metric, Outcome, Sample, Setting, Task
+from eval.tasks.base import Lengths, Measure, Metric, Outcome, Sample, Setting, Task
 from eval.tasks.essays import Stretch, stretches
 from wildcat_kv import CompressedCache, Context, weighted_attention
 from wildcat_kv.accounting import stored_tokens
@@ -30,7 +30,7 @@ class AttentionError(Task):
     """
 
     task: Literal["attention_error"] = "attention_error"
-    lengths: list[int] = Field([1000], min_length=1)
+    lengths: Lengths = Field([1000])
     tokens: int = Field(64, ge=1)
     repeats: int = Field(4, ge=1)
 
@@ -44,6 +44,15 @@ class AttentionError(Task):
         """Mean over layers and heads."""
         return {"error": Metric(False, "of the output's norm", 3)}
 
+    def check_model(self, model_config: Any) -> None:
+        """Refuse models whose attention is more than keys, values and a scale."""
+        config = model_config.get_text_config(decoder=True)
+        if getattr(config, "attn_logit_softcapping", None) or config.model_type == "gpt_oss":
+            raise ValueError(
+                f"task='attention_error' compares plain attention, and {config.model_type} caps its scores or has "
+                "learned sinks; leave the task out"
+            )
+
     def samples(self, setting: Setting) -> list[Sample]:
         """Every length `repeats` times."""
         repeats = min(self.repeats, self.count(setting, self.repeats))
@@ -53,7 +62,6 @@ class AttentionError(Task):
 @dataclass(frozen=True, kw_only=True)
 class _Error(Stretch):
     def open(self, model: Any, tokenizer: Any) -> Measure:
-        _check(model.config.get_text_config(decoder=True))
         ids = self.ids.to(model.device)
         context = Context(model, ids[:, : self.length])
         whole = context.exact.clone()
@@ -108,11 +116,3 @@ def attention_errors(whole: CompressedCache, compressed: CompressedCache, after:
         difference = (found - expected).float().norm(dim=(-2, -1)) / expected.float().norm(dim=(-2, -1))
         errors.append(difference[0].tolist())
     return errors
-
-
-def _check(config: Any) -> None:
-    if getattr(config, "attn_logit_softcapping", None) or config.model_type == "gpt_oss":
-        raise ValueError(
-            f"task='attention_error' compares plain attention, and {config.model_type} caps its scores or has learned "
-            "sinks; leave the task out"
-        )

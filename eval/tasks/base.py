@@ -7,13 +7,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from eval.cells import Cell
 
 Protocol = Literal["context-only", "full-prompt"]
+Lengths = Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=1)]  # tokens
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,6 @@ class Task(BaseModel, ABC):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    streams: ClassVar[bool] = False  # whether it compresses while it reads on
     limit: int | None = Field(None, ge=1)
 
     @property
@@ -127,6 +127,18 @@ class Task(BaseModel, ABC):
     @abstractmethod
     def metrics(self) -> dict[str, Metric]:
         """The scores, the most telling one first; known at the latest when the samples are."""
+
+    @property
+    def streams(self) -> bool:
+        """Whether it compresses while it reads on; known at the latest when the samples are."""
+        return False
+
+    def check_model(self, model_config: Any) -> None:
+        """Refuse a model that the task cannot be measured on.
+
+        Raises:
+            ValueError: says why.
+        """
 
     @abstractmethod
     def samples(self, setting: Setting) -> list[Sample]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from eval.cells import Cell
 from eval.tasks.asking import Clock
-from eval.tasks.base import Measure, Metric, Outcome, Sample, Setting, Task
+from eval.tasks.base import Lengths, Measure, Metric, Outcome, Sample, Setting, Task
 from eval.tasks.essays import Stretch, stretches
 from wildcat_kv import Context
 from wildcat_kv.accounting import stored_tokens
@@ -28,8 +28,8 @@ class Drift(Task):
     """
 
     task: Literal["drift"] = "drift"
-    lengths: list[int] = Field([1000], min_length=1)
-    tokens: int = Field(128, ge=1)
+    lengths: Lengths = Field([1000])
+    tokens: int = Field(128, ge=2)
     repeats: int = Field(20, ge=1)
 
     @property

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 from torch import Tensor
 
 from eval.cells import Cell
 from eval.tasks.asking import Asked, Clock, Prompt
-from eval.tasks.base import Measure, Metric, Outcome, Sample, Setting, Task
+from eval.tasks.base import Lengths, Measure, Metric, Outcome, Sample, Setting, Task
 from wildcat_kv.haystack import build_context, make_needles
 from wildcat_kv.prompts import encode_question
 
@@ -27,8 +27,8 @@ class Needle(Task):
     """
 
     task: Literal["needle"] = "needle"
-    lengths: list[int] = Field([1000, 2000, 4000], min_length=1)
-    depths: list[float] = Field([0.1, 0.3, 0.5, 0.7, 0.9], min_length=1)
+    lengths: Lengths = Field([1000, 2000, 4000])
+    depths: list[Annotated[float, Field(ge=0, le=1)]] = Field([0.1, 0.3, 0.5, 0.7, 0.9], min_length=1)
     needles: int = Field(1, ge=1, le=8)
     repeats: int = Field(2, ge=1)
 

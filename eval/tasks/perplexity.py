@@ -9,7 +9,7 @@ from pydantic import Field
 
 from eval.cells import Cell
 from eval.tasks.asking import Clock
-from eval.tasks.base import Measure, Metric, Outcome, Sample, Setting, Task
+from eval.tasks.base import Lengths, Measure, Metric, Outcome, Sample, Setting, Task
 from eval.tasks.essays import Stretch, stretches
 from wildcat_kv.accounting import stored_tokens
 from wildcat_kv.reading import token_losses
@@ -26,10 +26,8 @@ class Perplexity(Task):
         repeats: texts for each length, instead of the run's limit.
     """
 
-    streams = True
-
     task: Literal["perplexity", "decoding"] = "perplexity"
-    lengths: list[int] = Field([2000], min_length=1)
+    lengths: Lengths = Field([2000])
     chunk: int = Field(64, ge=1)
     skip: int = Field(256, ge=0)
     repeats: int = Field(8, ge=1)
@@ -38,6 +36,11 @@ class Perplexity(Task):
     def name(self) -> str:
         """Decoding, where tokens come one by one."""
         return "decoding" if self.chunk == 1 else "perplexity"
+
+    @property
+    def streams(self) -> bool:
+        """It does."""
+        return True
 
     @property
     def metrics(self) -> dict[str, Metric]:
