@@ -622,3 +622,30 @@ def test_attention_that_cannot_be_compared_is_refused_before_anything_is_written
     with pytest.raises(ValueError, match="task='attention_error' compares plain attention"):
         measure(tmp_path / "config.yaml", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+# The files that come with the project
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs/eval").glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_projects_own_files_can_be_run(path):
+    config = read_config(path)
+    tasks = config.make_tasks()
+    for cell in config.cells():
+        cell.check_tasks(streams=any(task.streams for task in tasks))
+
+
+def test_the_papers_table_is_longbench_e():
+    names = {task.name for task in read_config(ROOT / "configs/eval/paper_longbench_e.yaml").make_tasks()}
+    assert len(names) == 13 and all(re.fullmatch(r"longbench_.*_e", name) for name in names)
+
+
+@pytest.mark.parametrize("folder", sorted((ROOT / "eval/results").glob("*/")), ids=lambda folder: folder.name)
+def test_committed_results_are_those_of_the_files(folder):
+    manifest = json.loads((folder / "run.json").read_text())
+    config = read_config(ROOT / f"configs/eval/{folder.name}.yaml")
+    assert manifest["finished"] and manifest["config"] == config.model_dump(mode="json")
+    samples = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+    per_task = {task: sum(sample["task"] == task for sample in samples) for task in manifest["metrics"]}
+    cells = len(config.cells())
+    assert all(count and count % cells == 0 for count in per_task.values())
