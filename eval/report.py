@@ -86,6 +86,7 @@ def _facts(manifest: dict[str, Any]) -> list[tuple[str, str]]:
     hardware = [str(machine["processor"])] if machine.get("processor") else []
     hardware += [f"{machine['cores']} cores"] if machine.get("cores") else []
     hardware += [f"{machine['memory_gib']:g} GiB of memory"] if machine.get("memory_gib") else []
+    hardware += [f"{machine['processes']} processes"] if machine.get("processes", 1) > 1 else []
     hardware += [str(device) for device in machine.get("devices") or []] or ["no accelerator"]
     return [
         ("model", ", ".join(parts)),

@@ -54,7 +54,7 @@ def run(config: RunConfig, output: Path, *, command: str, resume: bool) -> None:
     planned = _samples(config, tasks, model, tokenizer, show=state.is_main_process)
     for cell in cells:
         cell.check_tasks(streams=any(task.streams for task in tasks))
-    manifest = _manifest(config, command, model, tasks, cells)
+    manifest = _manifest(config, command, model, tasks, cells, state.num_processes)
     folder.compare(manifest)
     hashes = {key_of(record): record["prompt_hash"] for record in folder.records()}
     _check_hashes(planned, hashes)
@@ -127,6 +127,7 @@ def _measure(
             for cell in missing:
                 folder.append(_record(config, task, sample, cell, measure(cell)))
                 advance(1, task.name)
+            del measure  # two contexts at once may be more than a device holds
 
 
 def _record(config: RunConfig, task: Task, sample: Sample, cell: Cell, outcome: Outcome) -> dict[str, Any]:
@@ -169,7 +170,9 @@ def _check_hashes(planned: list[tuple[Task, Sample]], found: dict[Key, str]) -> 
             )
 
 
-def _manifest(config: RunConfig, command: str, model: Any, tasks: list[Task], cells: list[Cell]) -> dict[str, Any]:
+def _manifest(
+    config: RunConfig, command: str, model: Any, tasks: list[Task], cells: list[Cell], processes: int
+) -> dict[str, Any]:
     return {
         "name": config.name,
         "command": command,
@@ -185,7 +188,7 @@ def _manifest(config: RunConfig, command: str, model: Any, tasks: list[Task], ce
         "metrics": {task.name: {name: asdict(metric) for name, metric in task.metrics.items()} for task in tasks},
         "versions": versions(),
         "commit": commit(),
-        "machine": machine(),
+        "machine": {**machine(), "processes": processes},
         "config": config.model_dump(mode="json"),
     }
 
