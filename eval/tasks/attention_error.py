@@ -26,7 +26,7 @@ class AttentionError(Task):
     Args:
         lengths: tokens that are read and compressed.
         tokens: of the continuation.
-        repeats: texts for each length, instead of the run's limit.
+        repeats: texts for each length; the run's limit may lower it.
     """
 
     task: Literal["attention_error"] = "attention_error"

@@ -24,7 +24,7 @@ class Drift(Task):
     Args:
         lengths: tokens that are read and compressed.
         tokens: of the continuation.
-        repeats: texts for each length, instead of the run's limit.
+        repeats: texts for each length; the run's limit may lower it.
     """
 
     task: Literal["drift"] = "drift"

@@ -23,7 +23,7 @@ class Needle(Task):
         lengths: tokens of the essays.
         depths: of the needle that is asked for, 0 for the beginning and 1 for the end of the text.
         needles: in one text, 1 to 8.
-        repeats: texts for each length and depth, instead of the run's limit.
+        repeats: texts for each length and depth; the run's limit may lower it.
     """
 
     task: Literal["needle"] = "needle"

@@ -23,7 +23,7 @@ class Perplexity(Task):
         chunk: tokens read at once. With 1, every token goes through the path of generation: long decoding under a
             constant budget, but with words that are known to be right.
         skip: first tokens that are not counted.
-        repeats: texts for each length, instead of the run's limit.
+        repeats: texts for each length; the run's limit may lower it.
     """
 
     task: Literal["perplexity", "decoding"] = "perplexity"
