@@ -58,42 +58,37 @@ def test_the_masks_of_two_blocks_stand_side_by_side():
 # Reading
 
 
-@pytest.mark.parametrize("chunk", [None, 1, 7, 20, 39, 1000])
 @pytest.mark.parametrize("last", [1, 6, 40])
-def test_a_text_read_in_chunks_is_the_text_read_at_once(model, plain, chunk, last):
+def test_the_logits_of_the_last_tokens_are_those_of_a_plain_forward_pass(model, plain, last):
     ids, cache = words(2, 40), empty(model)
-    logits = read(model, cache, ids, last=last, chunk=chunk)
+    logits = read(model, cache, ids, last=last)
     assert logits.shape == (2, last, 49152) and logits.dtype == torch.float32
     torch.testing.assert_close(logits, plain(ids).logits[:, -last:], **CLOSE)
     assert cache.get_seq_length() == 40
 
 
-@pytest.mark.parametrize("chunk", [None, 4, 9])
-def test_reading_goes_on_where_the_cache_ends(model, plain, chunk):
+def test_reading_goes_on_where_the_cache_ends(model, plain):
     ids, cache = words(2, 40), empty(model)
     read(model, cache, ids[:, :23])
-    logits = read(model, cache, ids, last=12, chunk=chunk)
+    logits = read(model, cache, ids, last=12)
     torch.testing.assert_close(logits, plain(ids).logits[:, -12:], **CLOSE)
 
 
 def test_no_more_logits_than_tokens_are_read(model, plain):
     ids, cache = words(1, 30), empty(model)
     read(model, cache, ids[:, :25])
-    torch.testing.assert_close(read(model, cache, ids, last=100, chunk=2), plain(ids).logits[:, -5:], **CLOSE)
+    torch.testing.assert_close(read(model, cache, ids, last=100), plain(ids).logits[:, -5:], **CLOSE)
 
 
-@pytest.mark.parametrize("chunk", [None, 1, 6, 13])
-def test_padded_rows_are_read_as_each_alone(model, plain, chunk):
-    """Also where a first chunk holds nothing but padding of a row."""
+def test_padded_rows_are_read_as_each_alone(model, plain):
     rows = [row(31, 1), row(9, 2), row(20, 3)]
     ids, mask = pad_left(rows, 2)
-    logits = read(model, empty(model), ids, mask, last=8, chunk=chunk)
+    logits = read(model, empty(model), ids, mask, last=8)
     for found, alone in zip(logits, rows, strict=True):
         torch.testing.assert_close(found, plain(alone[None]).logits[0, -8:], **CLOSE)
 
 
-@pytest.mark.parametrize("chunk", [None, 1, 5])
-def test_padding_may_come_again_after_the_cache(model, plain, chunk):
+def test_padding_may_come_again_after_the_cache(model, plain):
     """Contexts of unequal length, then questions of unequal length."""
     contexts, questions = [row(31, 1), row(9, 2)], [row(4, 3), row(11, 4)]
     ids, mask = pad_left(contexts, 2)
@@ -101,7 +96,7 @@ def test_padding_may_come_again_after_the_cache(model, plain, chunk):
     cache = empty(model)
     read(model, cache, ids, mask)
     text, shown = torch.cat((ids, after), 1), join(mask, after_mask, ids, after)
-    logits = read(model, cache, text, shown, last=4, chunk=chunk)
+    logits = read(model, cache, text, shown, last=4)
     for found, context, question in zip(logits, contexts, questions, strict=True):
         torch.testing.assert_close(found, plain(torch.cat((context, question))[None]).logits[0, -4:], **CLOSE)
 

@@ -51,9 +51,7 @@ def join(left: Tensor | None, right: Tensor | None, left_ids: Tensor, right_ids:
 
 
 @torch.no_grad()
-def read(
-    model: Any, cache: Cache, ids: Tensor, mask: Tensor | None = None, *, last: int = 1, chunk: int | None = None
-) -> Tensor:
+def read(model: Any, cache: Cache, ids: Tensor, mask: Tensor | None = None, *, last: int = 1) -> Tensor:
     """Let a model read on.
 
     Args:
@@ -61,27 +59,18 @@ def read(
         cache: what it has read before; it reads the rest.
         ids: int64 (rows, n), all of the text, of which the cache holds the first tokens.
         mask: (rows, n), 0 for padding.
-        last: of how many of the last tokens to return logits.
-        chunk: tokens to read at once; all of them by default.
+        last: of how many of the last tokens to return logits; no more than are read.
 
     Returns:
         Logits float32 (rows, last, vocabulary).
     """
-    start, stop = cache.get_seq_length(), ids.shape[1]
-    size = chunk or stop - start
-    parts = []
-    for first in range(start, stop, size):
-        end = min(first + size, stop)
-        wanted = end - max(first, stop - last)
-        options: dict[str, Any] = {"logits_to_keep": max(1, wanted)}
-        if mask is not None:
-            options["attention_mask"] = mask[:, :end]
-            if "position_ids" in inspect.signature(model.forward).parameters:  # as generate() counts them
-                options["position_ids"] = (mask[:, :end].long().cumsum(-1) - 1).clamp_min(0)[:, first:]
-        logits = model(ids[:, first:end], past_key_values=cache, **options).logits
-        if wanted > 0:
-            parts.append(logits[:, -wanted:].float())
-    return torch.cat(parts, dim=1)
+    start = cache.get_seq_length()
+    options: dict[str, Any] = {"logits_to_keep": min(last, ids.shape[1] - start)}
+    if mask is not None:
+        options["attention_mask"] = mask
+        if "position_ids" in inspect.signature(model.forward).parameters:  # as generate() counts them
+            options["position_ids"] = (mask.long().cumsum(-1) - 1).clamp_min(0)[:, start:]
+    return model(ids[:, start:], past_key_values=cache, **options).logits.float()
 
 
 @torch.no_grad()

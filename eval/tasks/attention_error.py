@@ -10,15 +10,15 @@ from pydantic import Field
 
 from eval.cells import Cell
 from eval.tasks.asking import Clock
-from eval.tasks.base import Lengths, Measure, Metric, Outcome, Sample, Setting, Task
-from eval.tasks.essays import Stretch, stretches
+from eval.tasks.base import Measure, Metric, Outcome, Sample, Setting
+from eval.tasks.essays import EssayTask, Stretch
 from wildcat_kv import CompressedCache, Context, weighted_attention
 from wildcat_kv.accounting import stored_tokens
 from wildcat_kv.layer import WildCatLayer
 from wildcat_kv.reading import read
 
 
-class AttentionError(Task):
+class AttentionError(EssayTask):
     """Relative error of every head's output over a continuation, its own words exact and the context compressed.
 
     Every layer gets the queries that the exact cache gives it: errors of earlier layers do not add up.
@@ -30,7 +30,6 @@ class AttentionError(Task):
     """
 
     task: Literal["attention_error"] = "attention_error"
-    lengths: Lengths = Field([1000])
     tokens: int = Field(64, ge=1)
     repeats: int = Field(4, ge=1)
 
@@ -55,8 +54,7 @@ class AttentionError(Task):
 
     def samples(self, setting: Setting) -> list[Sample]:
         """Every length `repeats` times."""
-        repeats = min(self.repeats, self.count(setting, self.repeats))
-        return [_Error(**fields) for fields in stretches(setting, self.lengths, repeats, self.tokens)]
+        return [_Error(**fields) for fields in self.stretches(setting, self.tokens)]
 
 
 @dataclass(frozen=True, kw_only=True)

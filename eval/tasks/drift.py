@@ -11,14 +11,14 @@ from torch import Tensor
 
 from eval.cells import Cell
 from eval.tasks.asking import Clock
-from eval.tasks.base import Lengths, Measure, Metric, Outcome, Sample, Setting, Task
-from eval.tasks.essays import Stretch, stretches
+from eval.tasks.base import Measure, Metric, Outcome, Sample, Setting
+from eval.tasks.essays import EssayTask, Stretch
 from wildcat_kv import Context
 from wildcat_kv.accounting import stored_tokens
 from wildcat_kv.reading import read
 
 
-class Drift(Task):
+class Drift(EssayTask):
     """Kullback-Leibler divergence from the exact cache's distribution, over a continuation in the true words.
 
     Args:
@@ -28,7 +28,6 @@ class Drift(Task):
     """
 
     task: Literal["drift"] = "drift"
-    lengths: Lengths = Field([1000])
     tokens: int = Field(128, ge=2)
     repeats: int = Field(20, ge=1)
 
@@ -48,8 +47,7 @@ class Drift(Task):
 
     def samples(self, setting: Setting) -> list[Sample]:
         """Every length `repeats` times."""
-        repeats = min(self.repeats, self.count(setting, self.repeats))
-        return [_Drift(**fields) for fields in stretches(setting, self.lengths, repeats, self.tokens)]
+        return [_Drift(**fields) for fields in self.stretches(setting, self.tokens)]
 
 
 @dataclass(frozen=True, kw_only=True)

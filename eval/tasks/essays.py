@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from pydantic import Field
 from torch import Tensor
 
-from eval.tasks.base import Sample, Setting
+from eval.tasks.base import Lengths, Sample, Setting, Task
 from wildcat_kv.haystack import build_context
 
 _SPARE = 20  # tokens to spare when a text is cut, for rounding
@@ -27,18 +28,28 @@ class Stretch(Sample):
     length: int
 
 
-def stretches(setting: Setting, lengths: Sequence[int], repeats: int, after: int = 0) -> Iterator[dict[str, Any]]:
-    """The fields of a `Stretch` for every length, `repeats` times.
+class EssayTask(Task):
+    """A task on stretches of essays.
 
     Args:
-        setting: of the run.
-        lengths: tokens of the beginning.
-        repeats: different stretches of each length.
-        after: tokens that follow the beginning.
+        lengths: tokens of the beginning, which is compressed.
+        repeats: texts for each length; the run's limit may lower it.
     """
-    for index, length in enumerate(length for length in lengths for _ in range(repeats)):
-        total = length + after
-        text = build_context(setting.tokenizer, total + _SPARE, [], seed=setting.seed * 100_003 + index)
-        ids = setting.tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids[:, :total]
-        facets = {"length": length}
-        yield {"index": index, "facets": facets, "prompt": text, "tokens": total, "ids": ids, "length": length}
+
+    lengths: Lengths = Field([1000])
+    repeats: int = Field(8, ge=1)
+
+    def stretches(self, setting: Setting, after: int = 0) -> Iterator[dict[str, Any]]:
+        """The fields of a `Stretch` for every length, `repeats` times.
+
+        Args:
+            setting: of the run.
+            after: tokens that follow the beginning.
+        """
+        repeats = min(self.repeats, self.count(setting, self.repeats))
+        for index, length in enumerate(length for length in self.lengths for _ in range(repeats)):
+            total = length + after
+            text = build_context(setting.tokenizer, total + _SPARE, [], seed=setting.seed * 100_003 + index)
+            ids = setting.tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids[:, :total]
+            facets = {"length": length}
+            yield {"index": index, "facets": facets, "prompt": text, "tokens": total, "ids": ids, "length": length}

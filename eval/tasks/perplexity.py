@@ -9,13 +9,13 @@ from pydantic import Field
 
 from eval.cells import Cell
 from eval.tasks.asking import Clock
-from eval.tasks.base import Lengths, Measure, Metric, Outcome, Sample, Setting, Task
-from eval.tasks.essays import Stretch, stretches
+from eval.tasks.base import Lengths, Measure, Metric, Outcome, Sample, Setting
+from eval.tasks.essays import EssayTask, Stretch
 from wildcat_kv.accounting import stored_tokens
 from wildcat_kv.reading import token_losses
 
 
-class Perplexity(Task):
+class Perplexity(EssayTask):
     """Negative log-likelihood of a long document, read on in chunks over a cache that compresses what came before.
 
     Args:
@@ -30,7 +30,6 @@ class Perplexity(Task):
     lengths: Lengths = Field([2000])
     chunk: int = Field(64, ge=1)
     skip: int = Field(256, ge=0)
-    repeats: int = Field(8, ge=1)
 
     @property
     def name(self) -> str:
@@ -51,9 +50,7 @@ class Perplexity(Task):
         """Every length `repeats` times."""
         if min(self.lengths) <= self.skip + 4:
             raise ValueError(f"task={self.name!r}: lengths={min(self.lengths)} must exceed skip={self.skip} by 5")
-        repeats = min(self.repeats, self.count(setting, self.repeats))
-        fields = stretches(setting, self.lengths, repeats)
-        return [_Document(**of, chunk=self.chunk, skip=self.skip) for of in fields]
+        return [_Document(**fields, chunk=self.chunk, skip=self.skip) for fields in self.stretches(setting)]
 
 
 @dataclass(frozen=True, kw_only=True)
