@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from wildcat_kv import attention, weighted_attention
+from wildcat_kv import weighted, weighted_attention
 
 
 def reference(query, keys, values, weights, scale, valid=None, causal=False, softcap=None, sinks=None):
@@ -151,7 +151,7 @@ def test_accumulates_in_float32(dtype):
 def test_long_prompts_are_attended_in_blocks(monkeypatch):
     query, keys, values, weights = inputs(own=9)
     whole = weighted_attention(query, keys, values, weights, causal=True)
-    monkeypatch.setattr(attention, "_SCORES_AT_ONCE", 200)
+    monkeypatch.setattr(weighted, "_SCORES_AT_ONCE", 200)
     torch.testing.assert_close(weighted_attention(query, keys, values, weights, causal=True), whole)
 
 

@@ -106,8 +106,8 @@ def test_slots_compressed_again_and_again_keep_all_mass():
     layer, values = cache.layers[0], torch.randn(1, 2, 600, 16)
     for token in range(600):
         layer.announce(1, 1, None)
-        cache.update(torch.full((1, 2, 1, 16), 0.3), values[:, :, token : token + 1], 0)
-        output = layer.attend(torch.randn(1, 4, 1, 16), 0.25, {})
+        held = cache.update(torch.full((1, 2, 1, 16), 0.3), values[:, :, token : token + 1], 0)
+        output = layer.attend(torch.randn(1, 4, 1, 16), *held, 0.25, {})
         layer.after_attention(torch.zeros(1, 4, 1, 16), 0.25)
     assert cache.stored_length(0) <= 80
     expected = values.mean(2, keepdim=True).repeat_interleave(2, 1)

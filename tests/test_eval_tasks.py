@@ -332,7 +332,7 @@ def test_attention_errors_are_those_of_a_plain_softmax(method, tokens, model, ti
     ):
         entries, group = cache.layers[layer].state.storage.entries, head // 2
         kept = entries.valid[0, group]
-        slots = [part[0, group][kept].double() for part in (entries.keys, entries.values, entries.weights)]
+        slots = [part[0, group][kept].double() for part in (entries.keys, entries.numerators(), entries.weights)]
         query, key, value = queries[head].double(), keys[group].double(), values[group].double()
         difference = size = 0.0
         for place in range(200, 200 + tokens):

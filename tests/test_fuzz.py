@@ -91,7 +91,7 @@ class Caches(RuleBasedStateMachine):
                 continue
             queries = new[0][index].repeat_interleave(2, 1)
             if not announced.exact:
-                assert torch.isfinite(layer.attend(queries, SCALE, {})).all()
+                assert torch.isfinite(layer.attend(queries, *layer.state.storage.view(), SCALE, {})).all()
             layer.after_attention(queries, SCALE)
 
     @rule(count=st.integers(1, 12))

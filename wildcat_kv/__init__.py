@@ -1,10 +1,11 @@
 """Compress the KV cache of a Transformers model into a small weighted coreset (WildCat, arXiv 2602.10056)."""
 
-from wildcat_kv.attention import weighted_attention
 from wildcat_kv.cache import CompressedCache, WildCatCache
 from wildcat_kv.compress import Coreset, compress_kv
 from wildcat_kv.config import WildCatConfig
 from wildcat_kv.context import Context, compress_context
+from wildcat_kv.static import compile_decoding
+from wildcat_kv.weighted import weighted_attention
 
 __all__ = [
     "CompressedCache",
@@ -12,6 +13,7 @@ __all__ = [
     "Coreset",
     "WildCatCache",
     "WildCatConfig",
+    "compile_decoding",
     "compress_context",
     "compress_kv",
     "weighted_attention",

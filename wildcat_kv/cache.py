@@ -22,6 +22,7 @@ from wildcat_kv.config import WildCatConfig
 from wildcat_kv.identity import ModelIdentity
 from wildcat_kv.layer import Shared, WildCatLayer
 from wildcat_kv.rope import rotation_of
+from wildcat_kv.static import StaticShared, StaticWildCatLayer
 from wildcat_kv.support import cache_layers, decoder_config, dropped_from
 
 
@@ -40,6 +41,9 @@ class CompressedCache(Cache):
         offloading: keep keys and values on the CPU while other layers work, as Transformers' own offloaded
             cache does; needs CUDA.
         offload_only_non_sliding: leave sliding-window layers on their device.
+        static: with `max_tokens`: keep all shapes and addresses fixed, so that decoding can be compiled, see
+            `compile_decoding`; not for models with other than full-attention layers, nor methods that learn from
+            queries.
         **fields: of `WildCatConfig`: `ratio` or `max_tokens`, `sink`, `window` and so on.
 
     Raises:
@@ -63,6 +67,7 @@ class CompressedCache(Cache):
         compressor: str | Compressor,
         offloading: bool = False,
         offload_only_non_sliding: bool = False,
+        static: bool = False,
         **fields: Any,
     ) -> None:
         settings = _settings(settings, fields)
@@ -76,10 +81,15 @@ class CompressedCache(Cache):
             raise ValueError("offloading=True needs a CUDA device to offload from; leave it out on this machine")
         decoder = decoder_config(config)
         layers, full = cache_layers(decoder)
-        self._shared = Shared(settings, compressor, getattr(decoder, "max_position_embeddings", None))
+        if static:
+            _check_static(settings, compressor, offloading, len(full) == len(layers))
+        self._static = static
+        positions = getattr(decoder, "max_position_embeddings", None)
+        self._shared = (StaticShared if static else Shared)(settings, compressor, positions)
         rotations = {index: rotation_of(decoder, index) for index in full} if compressor.needs_rotation else {}
         for place, index in enumerate(full):
-            layers[index] = WildCatLayer(self._shared, index, place, len(full), rotations.get(index))
+            kind = StaticWildCatLayer if static else WildCatLayer
+            layers[index] = kind(self._shared, index, place, len(full), rotations.get(index))
         super().__init__(layers=layers, offloading=offloading, offload_only_non_sliding=offload_only_non_sliding)
         # To start anew from: not every layer of Transformers' can be reset in every version.
         self._beside = {index: copy.deepcopy(layer) for index, layer in enumerate(layers) if index not in full}
@@ -103,6 +113,11 @@ class CompressedCache(Cache):
     def compressor(self) -> Compressor:
         """The method."""
         return self._shared.compressor
+
+    @property
+    def static(self) -> bool:
+        """Whether shapes and addresses are fixed."""
+        return self._static
 
     @property
     def model(self) -> ModelIdentity:
@@ -174,6 +189,20 @@ class CompressedCache(Cache):
         """
         self.check_in_step()
         return super().get_mask_sizes(query_length, layer_idx)
+
+    def announce_step(self, rows: int) -> Tensor:
+        """Prepare a forward pass of one new token, all rows unpadded, that may be traced; of a static cache.
+
+        Args:
+            rows: of the batch.
+
+        Returns:
+            The 4D mask to pass to the model as `attention_mask`.
+        """
+        self.check_in_step()
+        layer = self._compressed_layers()[0]
+        layer.announce(rows, 1, None)
+        return torch.ones(1, 1, 1, 1, dtype=torch.bool, device=layer.device)
 
     def update_conv_state(self, conv_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
         """Of a linear-attention layer; see Transformers. Its state alone does not tell what it has read."""
@@ -320,8 +349,10 @@ class CompressedCache(Cache):
         return ", ".join([repr(self.compressor), *(f"{name}={value!r}" for name, value in budget.items())])
 
     def _synchronize(self) -> None:
-        """Wait for copies to and from the device: the host is about to read them."""
+        """Wait for copies to and from the device, and for compiled steps: the host is about to read them."""
         layers = [layer for layer in self._compressed_layers() if layer.is_initialized] if self.offloading else []
+        for layer in self._compressed_layers():
+            layer.state  # noqa: B018  # a static layer catches up
         for layer in layers:
             layer.wait()
             if layer.device.type == "cuda":
@@ -343,6 +374,7 @@ class WildCatCache(CompressedCache):
         settings: a `WildCatConfig`; or give its fields by name.
         offloading: keep keys and values on the CPU while other layers work; needs CUDA.
         offload_only_non_sliding: leave sliding-window layers on their device.
+        static: with `max_tokens`: fixed shapes, so that decoding can be compiled, see `compile_decoding`.
         **fields: `ratio=0.25` to keep a quarter of the tokens, or `max_tokens=1024` to bound them, and
             further fields of `WildCatConfig`.
 
@@ -364,6 +396,7 @@ class WildCatCache(CompressedCache):
         *,
         offloading: bool = False,
         offload_only_non_sliding: bool = False,
+        static: bool = False,
         **fields: Any,
     ) -> None:
         settings = _settings(settings, fields)
@@ -373,6 +406,7 @@ class WildCatCache(CompressedCache):
             compressor=self._only_method,
             offloading=offloading,
             offload_only_non_sliding=offload_only_non_sliding,
+            static=static,
         )
 
     def _chosen(self) -> str:
@@ -387,6 +421,24 @@ def _settings(settings: WildCatConfig | None, fields: dict[str, Any]) -> WildCat
     if fields:
         raise ValueError(f"{', '.join(fields)} given beside settings; put them into the WildCatConfig")
     return settings
+
+
+def _check_static(settings: WildCatConfig, compressor: Compressor, offloading: bool, only_full: bool) -> None:
+    """Refuse what has no fixed shapes, or would need more of a traced step than keys and values."""
+    method = type(compressor).__name__
+    if settings.max_tokens is None:
+        raise ValueError(f"static=True with ratio={settings.ratio}: what is stored grows; give max_tokens instead")
+    if compressor.needs_queries or compressor.memory:
+        raise ValueError(
+            f"static=True: {method} learns from the queries of every token; take a method that needs keys and values "
+            "only, such as wildcat"
+        )
+    if offloading:
+        raise ValueError("static=True with offloading=True: addresses change when layers move; choose one of them")
+    if not only_full:
+        raise ValueError(
+            "static=True: the model has layers with windows or of other kinds; leave it out for this model"
+        )
 
 
 def _check_crop(layer: Any, tokens_to_remove: int) -> None:

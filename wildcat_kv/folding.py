@@ -14,7 +14,7 @@ from wildcat_kv.storage import Entries
 
 def fold_entries(
     entries: Entries, rows: Sequence[Row], folds: Sequence[Fold], coreset: Coreset | None, columns: Sequence[int]
-) -> list[Entries]:
+) -> tuple[int, list[Entries]]:
     """Carry out `folds`, one a row.
 
     Args:
@@ -25,23 +25,24 @@ def fold_entries(
         columns: columns of the coreset that each row takes.
 
     Returns:
-        Parts that, side by side, are the new right-aligned rows. Views of `entries` where possible.
+        How many of the first columns stay as they are, and the parts that come behind them, side by side, to give
+        the new right-aligned rows. Views of `entries` where possible.
     """
     stored = entries.keys.shape[2]
     if coreset is None:  # nothing but padding goes
-        return [entries.slice(stored - max(row.stored for row in rows), stored)]
+        return 0, [entries.slice(stored - max(row.stored for row in rows), stored)]
     width = coreset.valid.shape[-1]
-    slots = Entries(coreset.keys, coreset.values, coreset.weights, coreset.valid, _memory(coreset, entries))
+    slots = Entries.of(coreset, entries)
     if len(set(zip(rows, folds, columns, strict=True))) == 1 and rows[0].stored == stored:
-        start, stop = folds[0].head, stored - folds[0].window
-        return [entries.slice(0, start), slots.slice(width - columns[0], width), entries.slice(stop, stored)]
+        stop = stored - folds[0].window
+        return folds[0].head, [slots.slice(width - columns[0], width), entries.slice(stop, stored)]
 
     index, used = _assembly(rows, folds, columns, stored, width)
     device = entries.keys.device
     both = [torch.cat(pair, dim=2) for pair in zip(entries.tensors(), slots.tensors(), strict=True)]
     joined = Entries(*both).columns(index.to(device))
     used = used.to(device)[:, None, :]
-    return [
+    return 0, [
         Entries(
             joined.keys.masked_fill_(~used.unsqueeze(-1), 0.0),
             joined.values.masked_fill_(~used.unsqueeze(-1), 0.0),
@@ -95,10 +96,3 @@ def _assembly(
         torch.where(place < head + taken, stored + slots - taken + place - head, stored + place - length),
     )
     return index.clamp_min_(0), place >= 0
-
-
-def _memory(coreset: Coreset, entries: Entries) -> Tensor:
-    """The coreset's memory; nothing remembered, where the method gave none."""
-    if coreset.memory is not None:
-        return coreset.memory
-    return entries.memory.new_zeros(*coreset.valid.shape, entries.memory.shape[-1])

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-from wildcat_kv.attention import NAME, Forward, MarkedLength, mark, weighted_attention
+from wildcat_kv.attention import NAME, Forward, MarkedLength, mark
 from wildcat_kv.compressors import Compressor
 from wildcat_kv.config import WildCatConfig
 from wildcat_kv.progress import Progress
@@ -19,6 +19,7 @@ from wildcat_kv.rotation import Rotation
 from wildcat_kv.state import LayerState
 from wildcat_kv.storage import Entries
 from wildcat_kv.value_range import ValueRange
+from wildcat_kv.weighted import coreset_attention
 
 
 @dataclass
@@ -63,6 +64,7 @@ class WildCatLayer(CacheLayerMixin):
     is_compileable = False
     is_croppable = True
     supports_early_init = True
+    fixed = False
 
     def __init__(self, shared: Shared, index: int, place: int, count: int, rotation: Rotation | None = None) -> None:
         super().__init__()
@@ -77,7 +79,13 @@ class WildCatLayer(CacheLayerMixin):
         self.is_initialized = False
         shared = self._shared
         self._state = LayerState(
-            shared.settings, shared.compressor, self._index, self._place, self._count, self._rotation
+            shared.settings,
+            shared.compressor,
+            self._index,
+            self._place,
+            self._count,
+            self._rotation,
+            fixed=self.fixed,
         )
         self._shared.states[self._index] = self._state
         self._offloading = False
@@ -94,7 +102,8 @@ class WildCatLayer(CacheLayerMixin):
     @property
     def keys(self) -> Tensor | None:
         """What is stored, (rows, kv_heads, stored, d): pivots, then exact tokens; None when empty."""
-        return None if self._state.storage is None else self._state.storage.entries.keys
+        storage = self.state.storage
+        return None if storage is None else storage.entries.keys
 
     @keys.setter
     def keys(self, keys: None) -> None:
@@ -103,7 +112,8 @@ class WildCatLayer(CacheLayerMixin):
     @property
     def values(self) -> Tensor | None:
         """What is stored, (rows, kv_heads, stored, d_v): numerators U, then exact values; None when empty."""
-        return None if self._state.storage is None else self._state.storage.entries.values
+        storage = self.state.storage
+        return None if storage is None else storage.entries.values
 
     @values.setter
     def values(self, values: None) -> None:
@@ -297,6 +307,9 @@ class WildCatLayer(CacheLayerMixin):
             shared.warned = True
         if self.record_past and self._state.will_fold(self._beyond_rollback()):
             shared.compressed = True  # every layer folds in its `update`, too late to change the mask
+        before = shared.forward  # generate() may ask for the mask of a forward pass twice
+        if before is not None and before is not self._forward and before.seen == seen:
+            relabelled = relabelled or before.relabelled
         shared.forward = Forward(seen, queries, mask, exact=not shared.compressed, relabelled=relabelled)
         return shared.forward
 
@@ -306,26 +319,30 @@ class WildCatLayer(CacheLayerMixin):
         assert self._forward is not None
         return self._forward.exact
 
-    def attend(self, query: Tensor, scale: float, options: dict[str, Any]) -> Tensor:
+    def attend(self, query: Tensor, keys: Tensor, values: Tensor, scale: float, options: dict[str, Any]) -> Tensor:
         """Weighted attention of the newest tokens' queries.
 
         Args:
             query: (rows, heads, q, d).
+            keys: (rows, kv_heads, stored, d), as `update` returned them; so are the values.
+            values: (rows, kv_heads, stored, d_v).
             scale: b.
             options: of the attention call; `softcap` and `s_aux` are honoured.
 
         Returns:
             (rows, heads, q, d_v).
         """
-        assert self._state.storage is not None
-        entries, value_range = self._state.storage.entries, self._state.value_range
-        return weighted_attention(
+        storage, value_range = self._state.storage, self._state.value_range
+        assert storage is not None
+        weights, valid = storage.weights()
+        return coreset_attention(
             query,
-            entries.keys,
-            entries.values,
-            entries.weights,
+            keys,
+            values,
+            weights,
+            weighting=storage.weighting,
             scale=scale,
-            valid=entries.valid,
+            valid=valid,
             causal=True,
             value_range=None if value_range is None else value_range.tensors(),
             softcap=options.get("softcap"),
@@ -406,7 +423,7 @@ class WildCatLayer(CacheLayerMixin):
                 f"(rows, kv_heads, {forward.queries} new tokens, channels), alike but for the channels"
             )
         if self._state.storage is not None:
-            held = self._state.storage.entries
+            held = self._state.storage.memory
             for name, new, old in (("key_states", keys, held.keys), ("value_states", values, held.values)):
                 if (*new.shape[:2], new.shape[3], new.dtype) != (*old.shape[:2], old.shape[3], old.dtype):
                     raise ValueError(

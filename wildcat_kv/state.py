@@ -12,7 +12,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from wildcat_kv.budget import Fold, Row, block_size, plan_fold, tokens_until_fold
+from wildcat_kv.budget import Fold, Row, plan_fold, tokens_until_fold
 from wildcat_kv.compress import Coreset
 from wildcat_kv.compressors.base import Compressor, KVBlock
 from wildcat_kv.config import WildCatConfig
@@ -22,9 +22,6 @@ from wildcat_kv.progress import Progress
 from wildcat_kv.rotation import Rotation
 from wildcat_kv.storage import Entries, Storage, ordinary_tensors
 from wildcat_kv.value_range import ValueRange
-
-# Most free columns behind what is stored, where a block is larger or nothing is ever folded.
-_ROOM = 64
 
 
 class LayerState:
@@ -37,6 +34,7 @@ class LayerState:
         place: of the layer among those that are compressed.
         count: layers that are compressed.
         rotation: how the layer rotates by position; None where the method does not ask.
+        fixed: whether to hold the same memory for good, of the columns that the budget allows.
 
     Attributes:
         compressor: the method.
@@ -56,7 +54,10 @@ class LayerState:
         place: int,
         count: int,
         rotation: Rotation | None = None,
+        *,
+        fixed: bool = False,
     ) -> None:
+        self._fixed = fixed
         self._settings = settings
         self.compressor = compressor
         self._index = index
@@ -73,7 +74,7 @@ class LayerState:
 
     def allocate(self, keys: Tensor, values: Tensor) -> None:
         """Make room for keys (rows, kv_heads, n, d) and values (rows, kv_heads, n, d_v) and for some more."""
-        self.storage = Storage.empty(keys, values, self._room, self.compressor.memory)
+        self.storage = Storage.empty(keys, values, self.compressor.memory, self._limit, fixed=self._fixed)
         self.progress.rows = [Row()] * keys.shape[0]
 
     def restore(
@@ -85,7 +86,7 @@ class LayerState:
         recent: Tensor | None = None,
     ) -> None:
         """Hold what another state held; the last two are queries, of its log."""
-        self.storage = Storage([entries], self._room)
+        self.storage = Storage([entries], self._limit, fixed=self._fixed)
         if self.log is not None:
             self.log.restore(carried, recent)
         self.progress, self.folded_range = progress, folded_range
@@ -97,8 +98,16 @@ class LayerState:
         self.progress.read(keys.shape[2], masked=valid is not None)
         if self.value_range is not None:
             with ordinary_tensors():
-                new = ValueRange.of(values, None if valid is None else valid.unsqueeze(1))
-                self.value_range = self.value_range.join(new)
+                self.value_range = self.value_range.extend(values, None if valid is None else valid.unsqueeze(1))
+
+    def take_in(self, tokens: int) -> None:
+        """Note exact tokens that were written behind the others, one a forward pass, none of them padding."""
+        held = self._held
+        held.length += tokens
+        for _ in range(tokens):
+            self.progress.read(1, masked=False)
+            self.progress.end_forward(self.progress.scale)
+        self.span()
 
     def observe(self, queries: Tensor) -> None:
         """Take the queries (rows, query_heads, q, d) of the newest columns, where the method learns from them."""
@@ -126,6 +135,7 @@ class LayerState:
         tail = self._held.entries.slice(self.stored - self.progress.exact, self.stored)
         tail.valid.copy_(valid.unsqueeze(1))
         tail.weights.copy_(valid.unsqueeze(1))
+        self._held.hide()
         self.progress.relabel()
 
     @property
@@ -215,9 +225,9 @@ class LayerState:
             )
 
     @property
-    def _room(self) -> int:
-        """Free columns behind what is stored."""
-        return _ROOM if self._settings.ratio == 1 else min(block_size(self._settings), _ROOM)
+    def _limit(self) -> int | None:
+        """Columns that are enough for good, the newest token's among them, where the budget is a number."""
+        return None if self._settings.max_tokens is None else self._settings.max_tokens + 1
 
     @property
     def _held(self) -> Storage:
@@ -276,7 +286,8 @@ class LayerState:
     def _fold(self, rows: list[Row], folds: list[Fold], end: int) -> list[Row]:
         """Fold as of column `end`; what came after stays as it is. Returns what the rows hold then."""
         held, cut, appended = self.progress.rows, self._stored_at(end), end - self.progress.folded_at
-        entries, later = self._held.entries.slice(0, cut), self._held.entries.slice(cut, self.stored)
+        entries = held_entries = self._held.entries.slice(0, cut)
+        later = self._held.entries.slice(cut, self.stored)
         self.check_finite(entries.keys[:, :, cut - appended :])
         queries, queried = self._queries_until(end, entries.valid[:, 0, cut - appended :])
         if any(row.counted - old.counted != appended for row, old in zip(rows, held, strict=True)):
@@ -286,9 +297,10 @@ class LayerState:
             if self.folded_range is not None:
                 folded = folded.join(self.folded_range)
             seen = folded.join(_exact_range(entries, rows))
+            weighted = any(map(_takes_slots, rows, folds))
             block = KVBlock(
                 keys=entries.keys,
-                values=entries.values,
+                values=entries.numerators() if weighted else entries.values,
                 valid=entries.valid,
                 held=[row.stored for row in rows],
                 lengths=[fold.items for fold in folds],
@@ -298,7 +310,7 @@ class LayerState:
                 scale=self.progress.scale,
                 layer_index=self._place,
                 layer_count=self._count,
-                weights=entries.weights if any(map(_takes_slots, rows, folds)) else None,
+                weights=entries.weights if weighted else None,
                 value_bound=seen.squared_norm(),
                 queries=queries,
                 queried=queried,
@@ -314,8 +326,11 @@ class LayerState:
             if any(columns):
                 coreset = self.compressor.compress(block, columns)
                 columns = columns if coreset.columns is None else [int(taken) for taken in coreset.columns]
-                _check_coreset(coreset, columns, entries, type(self.compressor).__name__)
-            self.storage = Storage([*fold_entries(entries, rows, folds, coreset, columns), later], room=self._held.room)
+                _check_coreset(coreset, columns, block, type(self.compressor).__name__)
+            start, parts = fold_entries(entries, rows, folds, coreset, columns)
+            if entries is not held_entries:  # what is held before `start` is no longer what it should be
+                start, parts = 0, [entries.slice(0, start), *parts]
+            self._held.rewrite(start, [*parts, later])
         self.folded_range = folded
         if self.log is not None:
             kept = [
@@ -358,20 +373,20 @@ class LayerState:
             self.value_range = span.unbounded_where_empty(self.folded_range)
 
 
-def _check_coreset(coreset: Coreset, columns: Sequence[int], entries: Entries, method: str) -> None:
+def _check_coreset(coreset: Coreset, columns: Sequence[int], block: KVBlock, method: str) -> None:
     """Refuse what a method should not have returned, before it takes the place of anything.
 
     Raises:
         ValueError: names the method, and what its coreset must be.
     """
-    (rows, heads, _, d), d_v, width = entries.keys.shape, entries.values.shape[-1], coreset.valid.shape[-1]
+    (rows, heads, _, d), d_v, width = block.keys.shape, block.values.shape[-1], coreset.valid.shape[-1]
     shapes = [tuple(tensor.shape) for tensor in (coreset.keys, coreset.values, coreset.weights, coreset.valid)]
     wanted = [(rows, heads, width, d), (rows, heads, width, d_v), (rows, heads, width), (rows, heads, width)]
     dtypes = [tensor.dtype for tensor in (coreset.keys, coreset.values, coreset.weights, coreset.valid)]
-    if shapes != wanted or dtypes != [entries.keys.dtype, entries.values.dtype, torch.float32, torch.bool]:
+    if shapes != wanted or dtypes != [block.keys.dtype, block.values.dtype, torch.float32, torch.bool]:
         raise ValueError(
             f"compressor={method}: its coreset has shapes {shapes} and dtypes {dtypes}; keys, values, weights, valid "
-            f"must be {wanted} in {entries.keys.dtype}, {entries.values.dtype}, float32 and bool"
+            f"must be {wanted} in {block.keys.dtype}, {block.values.dtype}, float32 and bool"
         )
     if len(columns) != rows or not 0 <= min(columns) <= max(columns) <= width:
         raise ValueError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -10,6 +10,14 @@ import torch
 from torch import Tensor
 
 from wildcat_kv.bins import take_columns
+from wildcat_kv.compress import Coreset
+from wildcat_kv.weighted import Weighting, mass_of
+
+# Free columns where more are allocated than needed: this many, or this part of what is in use if that is more.
+_LEAST_ROOM = 32
+_ROOM_PART = 64
+# Free columns that a fold may leave, in rooms: those that it frees are filled again before the next one.
+_MOST_ROOMS = 4
 
 
 @contextmanager
@@ -25,8 +33,8 @@ class Entries:
 
     Attributes:
         keys: (rows, heads, n, d).
-        values: (rows, heads, n, d_v).
-        weights: float32 (rows, heads, n), 1 for exact tokens.
+        values: (rows, heads, n, d_v), numerators U over the mass of their weights: an exact token's value as it is.
+        weights: float32 (rows, heads, n), 1 for exact tokens, 0 for padding.
         valid: bool (rows, heads, n), False for padding.
         memory: float32 (rows, heads, n, m), what the method remembers of an entry from fold to fold; m is 0 for
             most methods, and 0 is what it remembers of a new token.
@@ -37,6 +45,26 @@ class Entries:
     weights: Tensor
     valid: Tensor
     memory: Tensor
+
+    @staticmethod
+    def of(coreset: Coreset, like: Entries) -> Entries:
+        """The slots of a coreset as entries beside `like`, in its dtypes."""
+        limit = torch.finfo(like.values.dtype).max
+        values = coreset.values.to(torch.float32) / mass_of(coreset.weights).unsqueeze(-1)
+        memory = coreset.memory
+        if memory is None:
+            memory = like.memory.new_zeros(*coreset.valid.shape, like.memory.shape[-1])
+        return Entries(
+            coreset.keys,
+            values.clamp_(-limit, limit).to(like.values.dtype),
+            coreset.weights.masked_fill(~coreset.valid, 0.0),
+            coreset.valid,
+            memory,
+        )
+
+    def numerators(self) -> Tensor:
+        """float32 (rows, heads, n, d_v), U."""
+        return self.values.to(torch.float32) * mass_of(self.weights).unsqueeze(-1)
 
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """The tensors, in the order of the attributes."""
@@ -56,37 +84,51 @@ class Entries:
 
 
 class Storage:
-    """Entries with free room behind them.
+    """Entries with free room behind them, in which weights and memory are 0 and nothing is valid.
+
+    Args:
+        parts: what to store, one after the other; copied.
+        limit: columns that are enough for good; None where there is no such number.
+        weighting: what is known of the weights; read from them by default.
+        extra: columns to come at once.
+        fixed: allocate `limit` columns now, and come back to this very memory whenever they are enough.
 
     Attributes:
         length: columns in use.
-        room: columns to allocate beyond what is needed, whenever more are needed.
+        weighting: what is known of the weights of the entries.
     """
 
-    def __init__(self, parts: list[Entries], room: int, extra: int = 0) -> None:
-        """Copy `parts` one after the other into new memory, with `room + extra` free columns behind them."""
-        self.room = room
-        self.length = 0
-        first = parts[0]
-        capacity = sum(part.keys.shape[2] for part in parts) + room + extra
-        shape, device = (*first.keys.shape[:2], capacity), first.keys.device
+    def __init__(
+        self,
+        parts: Sequence[Entries],
+        limit: int | None = None,
+        weighting: Weighting | None = None,
+        extra: int = 0,
+        fixed: bool = False,
+    ) -> None:
+        self._limit, self._fixed = limit, fixed
+        first, needed = parts[0], sum(part.keys.shape[2] for part in parts)
+        shape, device = (*first.keys.shape[:2], self._capacity(needed + extra)), first.keys.device
+        # A traced step attends to free columns as well, with weight 0: they must hold numbers.
+        allocate = torch.zeros if fixed else torch.empty
         with ordinary_tensors():
             self._memory = Entries(
-                torch.empty(*shape, first.keys.shape[-1], dtype=first.keys.dtype, device=device),
-                torch.empty(*shape, first.values.shape[-1], dtype=first.values.dtype, device=device),
-                torch.ones(shape, device=device),
-                torch.ones(shape, dtype=torch.bool, device=device),
+                allocate(*shape, first.keys.shape[-1], dtype=first.keys.dtype, device=device),
+                allocate(*shape, first.values.shape[-1], dtype=first.values.dtype, device=device),
+                torch.zeros(shape, device=device),
+                torch.zeros(shape, dtype=torch.bool, device=device),
                 torch.zeros(*shape, first.memory.shape[-1], device=device),
             )
-            for part in parts:
-                end = self.length + part.keys.shape[2]
-                for target, source in zip(self._memory.slice(self.length, end).tensors(), part.tensors(), strict=True):
-                    target.copy_(source)
-                self.length = end
+            self.length = self._write(0, parts)
+        # Where a fixed storage comes back to; it leaves it only for more tokens at once than the limit.
+        self._home = self._memory if fixed and shape[2] == limit else None
+        self.weighting = Weighting.of(self.entries.weights, self.entries.valid) if weighting is None else weighting
 
     @staticmethod
-    def empty(keys: Tensor, values: Tensor, room: int, memory: int = 0) -> Storage:
-        """Nothing stored, with free columns for these keys and values and `room` more."""
+    def empty(
+        keys: Tensor, values: Tensor, memory: int = 0, limit: int | None = None, *, fixed: bool = False
+    ) -> Storage:
+        """Nothing stored, with free columns for these keys and values."""
         none = Entries(
             keys[:, :, :0],
             values[:, :, :0],
@@ -94,7 +136,54 @@ class Storage:
             keys.new_ones(*keys.shape[:2], 0, dtype=torch.bool),
             keys.new_zeros(*keys.shape[:2], 0, memory, dtype=torch.float32),
         )
-        return Storage([none], room, extra=keys.shape[2])
+        return Storage([none], limit, Weighting.NONE, extra=keys.shape[2], fixed=fixed)
+
+    def rewrite(self, start: int, parts: Sequence[Entries]) -> None:
+        """Put `parts`, one after the other, in the place of the columns from `start` on.
+
+        In place, unless that would leave much room unused for good.
+
+        Args:
+            start: first column to replace.
+            parts: what comes there; may be views of the columns in use.
+        """
+        needed, held = start + sum(part.keys.shape[2] for part in parts), self._memory.keys.shape[2]
+        with ordinary_tensors():
+            if self._memory is self._home or (
+                self._home is None and needed <= held <= needed + _MOST_ROOMS * (self._capacity(needed) - needed)
+            ):
+                # Joined before any is written: they may lie where others are to come.
+                tensors = zip(*(part.tensors() for part in parts), strict=True)
+                end = self._write(start, [Entries(*(torch.cat(pieces, dim=2) for pieces in tensors))])
+                self._free(end, max(end, self.length))
+            elif self._home is not None and needed <= self._home.keys.shape[2]:
+                parts, self._memory = [self._memory.slice(0, start), *parts], self._home
+                self._free(self._write(0, parts), self._home.keys.shape[2])
+            else:
+                self._reallocate([self._memory.slice(0, start), *parts])
+        self.length = needed
+        self.weighting = Weighting.of(self.entries.weights, self.entries.valid)
+
+    def _reallocate(self, parts: Sequence[Entries], extra: int = 0) -> None:
+        """Copy `parts` to new memory."""
+        new = Storage(parts, self._limit, self.weighting, extra, self._fixed)
+        self._memory, self._home = new._memory, self._home or new._home
+
+    def _capacity(self, length: int) -> int:
+        """Columns to allocate for `length` of them."""
+        capacity = length + max(_LEAST_ROOM, length // _ROOM_PART)
+        if self._limit is None:
+            return capacity
+        return max(length, self._limit if self._fixed else min(capacity, self._limit))
+
+    def _write(self, start: int, parts: Sequence[Entries]) -> int:
+        """Copy `parts` one after the other to the columns from `start` on; returns the column after them."""
+        for part in parts:
+            end = start + part.keys.shape[2]
+            for target, source in zip(self._memory.slice(start, end).tensors(), part.tensors(), strict=True):
+                target.copy_(source)
+            start = end
+        return start
 
     @property
     def entries(self) -> Entries:
@@ -105,6 +194,10 @@ class Storage:
         """New views of the keys and values in use, (rows, heads, length, channels)."""
         return self._memory.keys[:, :, : self.length], self._memory.values[:, :, : self.length]
 
+    def weights(self) -> tuple[Tensor, Tensor]:
+        """Views of the weights in use and of which of them are valid, (rows, heads, length)."""
+        return self._memory.weights[:, :, : self.length], self._memory.valid[:, :, : self.length]
+
     @property
     def memory(self) -> Entries:
         """All of the memory, free room included."""
@@ -113,22 +206,36 @@ class Storage:
     def select_rows(self, index: Tensor) -> None:
         """Keep the rows at `index`, int64 (k,), in that order."""
         with ordinary_tensors():
-            self._memory = self._memory.rows(index)
+            chosen = self._memory.rows(index)
+            if self._memory is self._home and len(index) == self._home.keys.shape[0]:
+                for target, source in zip(self._home.tensors(), chosen.tensors(), strict=True):
+                    target.copy_(source)
+            else:
+                self._settle_in(chosen)
+
+    def _settle_in(self, memory: Entries) -> None:
+        """Hold `memory` from now on, of other rows or elsewhere than before."""
+        self._home = memory if self._memory is self._home else None
+        self._memory = memory
 
     def truncate(self, length: int) -> None:
         """Give the columns from `length` on back to the free room."""
-        freed = self._memory.slice(length, self.length)
-        freed.valid.fill_(True)
-        freed.weights.fill_(1.0)
-        freed.memory.zero_()
+        self._free(length, self.length)
         self.length = length
+
+    def _free(self, start: int, stop: int) -> None:
+        freed = self._memory.slice(start, stop)
+        freed.valid.fill_(False)
+        freed.weights.zero_()
+        freed.memory.zero_()
 
     def to(self, device: torch.device) -> None:
         """Take everything to `device`; nothing happens where it is there already."""
         if all(tensor.device == device for tensor in self._memory.tensors()):
             return
         with ordinary_tensors():
-            self._memory = Entries(*(tensor.to(device, non_blocking=True) for tensor in self._memory.tensors()))
+            moved = Entries(*(tensor.to(device, non_blocking=True) for tensor in self._memory.tensors()))
+        self._settle_in(moved)
 
     def offload(self) -> None:
         """Take keys and values to the CPU. Weights and validity are small and stay: the host may ask for them."""
@@ -142,11 +249,18 @@ class Storage:
         """Append exact tokens (rows, heads, k, ...); `valid` is bool (rows, k), all by default."""
         end = self.length + keys.shape[2]
         if end > self._memory.keys.shape[2]:
-            self._memory = Storage([self.entries], self.room, extra=keys.shape[2])._memory
-        new = self._memory.slice(self.length, end)
-        new.keys.copy_(keys)
-        new.values.copy_(values)
+            self._reallocate([self.entries], extra=keys.shape[2])
+        free, new = self._memory, slice(self.length, end)  # not through `slice`: this is done for every token
+        free.keys[:, :, new] = keys
+        free.values[:, :, new] = values
+        shown: Tensor | float = 1.0 if valid is None else valid.unsqueeze(1)
+        free.valid[:, :, new] = shown
+        free.weights[:, :, new] = shown
         if valid is not None:
-            new.valid.copy_(valid.unsqueeze(1))
-            new.weights.copy_(valid.unsqueeze(1))
+            self.hide()
         self.length = end
+
+    def hide(self) -> None:
+        """Take note that entries may be hidden: a mask came that the host has not read."""
+        if self.weighting is Weighting.NONE:
+            self.weighting = Weighting.POSITIVE

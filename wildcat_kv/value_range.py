@@ -41,6 +41,17 @@ class ValueRange:
         """The box around both."""
         return ValueRange(torch.minimum(self.lowest, other.lowest), torch.maximum(self.highest, other.highest))
 
+    def extend(self, values: Tensor, valid: Tensor | None = None) -> ValueRange:
+        """The box around this one and new values; arguments as of `of`."""
+        if values.shape[-2] > 1:
+            return self.join(ValueRange.of(values, valid))
+        if valid is None:
+            return ValueRange(torch.minimum(self.lowest, values), torch.maximum(self.highest, values))
+        # One token after another: no pass over an axis of length 1, and a hidden one is no news.
+        lowest = torch.where(valid.unsqueeze(-1), values, self.lowest)
+        highest = torch.where(valid.unsqueeze(-1), values, self.highest)
+        return ValueRange(torch.minimum(self.lowest, lowest), torch.maximum(self.highest, highest))
+
     def unbounded_where_empty(self, other: ValueRange) -> ValueRange:
         """This box, but without any bound where `other` is empty."""
         limit, empty = torch.finfo(self.lowest.dtype), other.lowest > other.highest

@@ -104,7 +104,7 @@ def attention_errors(whole: CompressedCache, compressed: CompressedCache, after:
         found = weighted_attention(
             queries,
             torch.cat((entries.keys, keys[:, :, -after:]), dim=-2),
-            torch.cat((entries.values, values[:, :, -after:]), dim=-2),
+            torch.cat((entries.numerators(), values[:, :, -after:].float()), dim=-2),
             torch.cat((entries.weights, new.float()), dim=-1),
             scale=scale,
             valid=torch.cat((entries.valid, new.bool()), dim=-1),
