@@ -1,6 +1,6 @@
 """How a full coreset should be merged with the tokens that expire, under `max_tokens`.
 
-    python -m benchmarks.merging --max-tokens 256 --max-tokens 1024 --output merging.json
+    python -m benchmarks merging --max-tokens 256 --max-tokens 1024 --output merging.json
 
 Decoding is replayed on keys, values and queries of the default model. Every strategy stores at most `max_tokens`
 entries of a layer between two tokens: the sink, its coreset, and the newest tokens. The error of a query is

@@ -1,117 +1,145 @@
 """What compressing costs while a prompt is read, as a share of reading it.
 
-    python -m benchmarks.prefill --tokens 4096 --runs 5
-
-Exact and compressed prefills take turns on the same prompt. The share is the time inside the folds over the
-rest of the same prefill; the ratio of the whole times is printed beside it, with what noise there is.
+The share is of one and the same prefill: the seconds inside its folds over the rest of its seconds. So neither the
+noise between two prefills nor the choice of a reference enters it. Exact prefills take turns with the others all the
+same, and the ratio of the whole times stands beside the share.
 """
 
 from __future__ import annotations
 
-import statistics
-import time
-from collections.abc import Sequence
-from typing import Annotated, Any
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
-import typer
-from rich.console import Console
-from rich.progress import track
-from rich.table import Table
-from transformers import Cache, DynamicCache
+from torch import Tensor
+from transformers import DynamicCache
 
-from wildcat_kv import WildCatCache, WildCatConfig
+from benchmarks import rates
+from benchmarks.caches import DYNAMIC, WILDCAT
+from benchmarks.options import Options, Subject
+from benchmarks.records import Label, Record
+from benchmarks.turns import Stopwatch, take_turns
+from wildcat_kv import CompressedCache, Context, WildCatCache, WildCatConfig
+from wildcat_kv.budget import exact_ends, kept_tokens
 from wildcat_kv.cache import WildCatLayer
-from wildcat_kv.haystack import build_context
-from wildcat_kv.models import load_model
+from wildcat_kv.compressors import available
+
+TOKENS = (4096, 8000)
+ONE_BIN = "wildcat, one bin"
 
 
-class FoldClock:
-    """Adds up the seconds that layers spend folding, while it is entered."""
+class FoldClock(Stopwatch):
+    """Adds up the seconds that layers spend folding, while `watching`."""
 
-    def __init__(self, device: torch.device) -> None:
-        self.seconds = 0.0
-        self._device = device
+    def watching(self, run: Callable[[], object]) -> None:
+        """Run something with the clock around every fold in it."""
+        fold = WildCatLayer.after_attention
 
-    def __enter__(self) -> FoldClock:
-        """Put the clock around every fold."""
-        self._fold = WildCatLayer.after_attention
+        def timed(layer: WildCatLayer, query: Tensor, scale: float) -> None:
+            with self:
+                fold(layer, query, scale)
 
-        def timed(layer: WildCatLayer, query: torch.Tensor, scale: float) -> None:
-            start = now(self._device)
-            self._fold(layer, query, scale)
-            self.seconds += now(self._device) - start
-
-        setattr(WildCatLayer, "after_attention", timed)  # noqa: B010
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Take it away."""
-        setattr(WildCatLayer, "after_attention", self._fold)  # noqa: B010
+        try:
+            setattr(WildCatLayer, "after_attention", timed)  # noqa: B010
+            run()
+        finally:
+            setattr(WildCatLayer, "after_attention", fold)  # noqa: B010
 
 
-def now(device: torch.device) -> float:
-    """Seconds, once the device has done what was asked of it."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
+def measure(options: Options) -> Iterator[Record]:
+    """Prefills of every length by WildCat; of the shortest also in one bin, and by all other methods.
+
+    The other methods in the first dtype alone, half the turns: some are slow.
+    """
+    yield from rates.measure(torch.device(options.device))
+    for dtype in options.dtypes:
+        subject = Subject.load(options, dtype)
+        lengths = options.lengths(*TOKENS)
+        for tokens in lengths:
+            ids = subject.prompt(tokens)
+            labels: dict[str, Label] = {"dtype": dtype, "tokens": tokens}
+            contenders = _protocols(subject.model, ids, options)
+            if tokens == min(lengths):
+                contenders[ONE_BIN] = _ours(subject.model, ids, _one_bin(tokens, options.settings))
+            title = f"prefill, {dtype}, {tokens} tokens"
+            yield from _records(take_turns(contenders, options.turns, title=title), labels)
+            if ONE_BIN in contenders:
+                yield from _counts(subject.model, tokens, options.settings, labels)
+            if tokens == min(lengths) and dtype == options.dtypes[0] and options.others:
+                others = {name: _method(subject, ids, name, options.settings) for name in options.others}
+                turns = take_turns(others, -(-options.turns // 2), warm_ups=0, title=f"{title}, other methods")
+                yield from _records(turns, labels | {"group": "methods"})
+
+
+def _protocols(model: Any, ids: Tensor, options: Options) -> dict[str, Callable[[], dict[str, float]]]:
+    """The exact cache and WildCat's published protocol."""
+    return {
+        DYNAMIC: lambda: _prefill(model, ids, DynamicCache(config=model.config)),
+        WILDCAT: _ours(model, ids, options.settings),
+    }
+
+
+def _ours(model: Any, ids: Tensor, settings: WildCatConfig) -> Callable[[], dict[str, float]]:
+    return lambda: _prefill(model, ids, WildCatCache(model.config, settings))
+
+
+def _method(subject: Subject, ids: Tensor, name: str, settings: WildCatConfig) -> Callable[[], dict[str, float]]:
+    """Another method; one that cannot work while a prompt is read (KVzip) compresses it afterwards."""
+    model = subject.model
+    if next(method for method in available() if method.name == name).decodes:
+        return lambda: _prefill(model, ids, CompressedCache(model.config, settings, compressor=name))
+    return lambda: _read_twice(subject, ids, name, settings)
 
 
 @torch.no_grad()
-def prefill_seconds(model: Any, ids: torch.Tensor, cache: Cache) -> float:
-    """Seconds to read `ids` (1, n) into an empty cache."""
-    start = now(model.device)
-    model(ids, past_key_values=cache, logits_to_keep=1)
-    return now(model.device) - start
+def _prefill(model: Any, ids: Tensor, cache: Any) -> dict[str, float]:
+    """Read `ids` (1, n) into an empty cache."""
+    whole, folds = Stopwatch(model.device), FoldClock(model.device)
+    with whole:
+        folds.watching(lambda: model(ids, past_key_values=cache, logits_to_keep=1))
+    return {"seconds": whole.seconds, "fold_seconds": folds.seconds}
 
 
-def measure(model: Any, ids: torch.Tensor, settings: WildCatConfig, runs: int) -> list[tuple[float, float, float]]:
-    """Seconds of the exact prefill, of the compressed one, and of the folds in it, `runs` times in turn."""
-    figures = []
-    for run in track(range(runs + 1), description="prefill", console=Console(stderr=True)):
-        clock = FoldClock(model.device)
-        with clock:
-            exact = prefill_seconds(model, ids, DynamicCache(config=model.config))
-            ours = prefill_seconds(model, ids, WildCatCache(model.config, settings))
-        if run:  # the first one warms up
-            figures.append((exact, ours, clock.seconds))
-    return figures
+@torch.no_grad()
+def _read_twice(subject: Subject, ids: Tensor, name: str, settings: WildCatConfig) -> dict[str, float]:
+    """Read `ids` (1, n), then compress; all that comes after the first reading counts as folding."""
+    whole, folds = Stopwatch(subject.device), Stopwatch(subject.device)
+    with whole:
+        context = Context(subject.model, ids)
+        with folds:
+            context.compress(settings, compressor=name, tokenizer=subject.tokenizer)
+    return {"seconds": whole.seconds, "fold_seconds": folds.seconds}
 
 
-def spread(values: Sequence[float], unit: str = "") -> str:
-    """Median, and the smallest and largest in brackets."""
-    return f"{statistics.median(values):.3g}{unit} ({min(values):.3g} to {max(values):.3g})"
+def _one_bin(tokens: int, settings: WildCatConfig) -> WildCatConfig:
+    """The same budget and ends, with one bin for all tokens between them."""
+    assert settings.ratio is not None
+    rank = kept_tokens(tokens, settings.ratio) - settings.sink - settings.window
+    return settings.model_copy(update={"bin_rank": max(settings.bin_rank, rank)})
 
 
-def main(
-    tokens: Annotated[list[int] | None, typer.Option(help="prompt length, repeatable")] = None,
-    runs: Annotated[int, typer.Option(min=1, help="turns to count")] = 5,
-    ratio: Annotated[float, typer.Option(help="share of the tokens to keep")] = 0.25,
-    dtype: Annotated[str, typer.Option(help="float32 or bfloat16")] = "float32",
-    model: Annotated[
-        str | None, typer.Option(help="hub id, folder or GGUF file; the default model if left out")
-    ] = None,
-) -> None:
-    """Print compression time as a share of prefill time."""
-    loaded, tokenizer = load_model(model, getattr(torch, dtype), "cuda" if torch.cuda.is_available() else None)
-    settings = WildCatConfig(ratio=ratio)
-    table = Table(title=f"Prefill, {dtype}, {ratio:.0%} kept, {runs} runs: median (least to most)")
-    for column in ("tokens", "exact, s", "WildCat, s", "WildCat / exact", "folding, s", "folding / rest"):
-        table.add_column(column, justify="right")
-    for count in tokens or [4096]:
-        text = build_context(tokenizer, count, [], seed=0)
-        ids = tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids.to(loaded.device)
-        exact, ours, folding = zip(*measure(loaded, ids, settings, runs), strict=True)
-        table.add_row(
-            str(ids.shape[1]),
-            spread(exact),
-            spread(ours),
-            spread([b / a for a, b in zip(exact, ours, strict=True)]),
-            spread(folding),
-            spread([100 * fold / (all_ - fold) for all_, fold in zip(ours, folding, strict=True)], " %"),
-        )
-    Console().print(table)
+def _counts(model: Any, tokens: int, settings: WildCatConfig, labels: dict[str, Label]) -> Iterator[Record]:
+    """Operations that one bin needs in all heads and layers: what randomly pivoted Cholesky is limited by."""
+    decoder = model.config.get_text_config(decoder=True)
+    assert settings.ratio is not None
+    budget = kept_tokens(tokens, settings.ratio)
+    ends = sum(exact_ends(budget, _one_bin(tokens, settings)))
+    rank, points = budget - ends, tokens - ends
+    heads = decoder.num_hidden_layers * decoder.num_key_value_heads
+    dim = getattr(decoder, "head_dim", None) or decoder.hidden_size // decoder.num_attention_heads
+    counts = {
+        "kernel_flops": heads * 2 * points * rank * dim,  # inner products of all points with the pivots
+        # Row i of the factor takes i products a point, each a multiplication and an addition.
+        "factor_flops": heads * points * rank**2,
+        "weight_flops": heads * points * rank**2,  # one triangular solve
+        "value_flops": heads * 2 * points * rank * dim,
+    }
+    for quantity, count in counts.items():
+        place: dict[str, Label] = {"contender": ONE_BIN, "points": points, "rank": rank, "heads": heads}
+        yield Record(quantity=quantity, unit="flop", labels=labels | place, samples=(count,))
 
 
-if __name__ == "__main__":
-    typer.run(main)
+def _records(turns: dict[str, dict[str, list[float]]], labels: dict[str, Label]) -> Iterator[Record]:
+    for contender, quantities in turns.items():
+        for quantity, samples in quantities.items():
+            yield Record(quantity=quantity, unit="s", labels=labels | {"contender": contender}, samples=tuple(samples))

@@ -1,0 +1,100 @@
+"""The command `python -m benchmarks`."""
+
+from __future__ import annotations
+
+import logging
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+
+from benchmarks import merging
+from benchmarks.options import NAMES, Options, split_names
+from wildcat_kv.cli import run_app
+
+app = typer.Typer(
+    help="Measure the speed and memory of compressed caches.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+_HELP = {
+    "prefill": "What compressing costs while a prompt is read.",
+    "decode": "Tokens per second after a long context, from every cache.",
+    "memory": "Bytes held, and the peak of a prefill.",
+    "scaling": "Compression by tokens and by rank, on synthetic heads; its error on smooth data.",
+    "generation": "A long generation under a constant budget.",
+    "all": "All of them, one after the other; half an hour to an hour.",
+}
+
+
+def _command(*names: str) -> Callable[..., None]:
+    """A command that runs these benchmarks; all take the same options."""
+
+    def run(
+        output: Annotated[Path, typer.Option(help="Folder of the results; those of the same benchmark are replaced.")],
+        dtype: Annotated[list[str] | None, typer.Option(help="Repeatable. Default: float32 and bfloat16.")] = None,
+        tokens: Annotated[
+            list[int] | None,
+            typer.Option(help="Length of prompt, synthetic data or generation, repeatable. Default: by benchmark."),
+        ] = None,
+        turns: Annotated[int, typer.Option(help="Turns to count.", min=1)] = 3,
+        methods: Annotated[str | None, typer.Option(help="Names with commas between. Default: all.")] = None,
+        model: Annotated[str | None, typer.Option(help="Hub id, folder or GGUF file.")] = None,
+        device: Annotated[str | None, typer.Option(help="cpu, cuda, ... Default: cuda if there is one.")] = None,
+        threads: Annotated[int | None, typer.Option(help="Of torch.", min=1)] = None,
+        ratio: Annotated[float, typer.Option(help="Share of the tokens to keep.")] = 0.25,
+        rows: Annotated[list[int] | None, typer.Option(help="Of decode: batch, repeatable. Default: 1 and 4.")] = None,
+        steps: Annotated[int | None, typer.Option(help="Of decode: tokens a turn. Default: one fold.", min=1)] = None,
+        max_tokens: Annotated[int, typer.Option(help="Of generation: most tokens to store in a layer.")] = 1024,
+        prompt_tokens: Annotated[int, typer.Option(help="Of generation: tokens to start from.", min=1)] = 1000,
+    ) -> None:
+        options = Options(
+            dtypes=tuple(dtype or Options.dtypes),
+            tokens=tuple(tokens) if tokens else None,
+            turns=turns,
+            methods=tuple(split_names(methods)),
+            model=model,
+            device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
+            threads=threads,
+            ratio=ratio,
+            max_tokens=max_tokens,
+            prompt_tokens=prompt_tokens,
+            rows=tuple(rows or Options.rows),
+            steps=steps,
+        )
+        from benchmarks.run import run as measure  # matplotlib and pandas take seconds to load
+
+        measure(names, options, output, command=shlex.join(["python", "-m", "benchmarks", *sys.argv[1:]]))
+
+    return run
+
+
+for _name in NAMES:
+    app.command(_name, help=_HELP[_name])(_command(_name))
+app.command("all", help=_HELP["all"])(_command(*NAMES))
+app.command("merging")(merging.main)
+
+
+@app.command()
+def report(folder: Annotated[Path, typer.Argument(help="Folder of results.")]) -> None:
+    """Make the Markdown and the plots of a folder anew, from its JSON."""
+    from benchmarks.report import write_report
+    from benchmarks.run import print_targets
+
+    print_targets(write_report(folder))
+
+
+def main() -> None:
+    """Run the command; what a person can put right is one line on stderr and exit status 1."""
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    run_app(app, "python -m benchmarks")
+
+
+if __name__ == "__main__":
+    main()

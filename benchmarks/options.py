@@ -1,0 +1,132 @@
+"""What can be chosen of a benchmark, checked before any work."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from wildcat_kv import WildCatConfig
+from wildcat_kv.compressors import available
+from wildcat_kv.haystack import build_context
+from wildcat_kv.models import load_model
+
+NAMES = ("prefill", "decode", "memory", "scaling", "generation")  # of the benchmarks
+DTYPES = ("float32", "bfloat16", "float16")
+LEAST_TOKENS = 256  # below it sink and window are most of the budget
+
+
+@dataclass(frozen=True)
+class Options:
+    """Of all benchmarks; each uses what concerns it.
+
+    Attributes:
+        dtypes: of model and cache.
+        tokens: lengths; None for the benchmark's own.
+        turns: to count.
+        methods: to compare with WildCat, by name.
+        model: hub id, folder or GGUF file; None for the default model.
+        device: where to measure.
+        threads: of torch; None for torch's own choice.
+        ratio: share of the tokens to keep.
+        max_tokens: most tokens to store in a layer, in generation.
+        prompt_tokens: to start generation from.
+        rows: batch sizes of decoding.
+        steps: of decoding a turn; None for one fold's block.
+    """
+
+    dtypes: tuple[str, ...] = ("float32", "bfloat16")
+    tokens: tuple[int, ...] | None = None
+    turns: int = 3
+    methods: tuple[str, ...] = ()
+    model: str | None = None
+    device: str = "cpu"
+    threads: int | None = None
+    ratio: float = 0.25
+    max_tokens: int = 1024
+    prompt_tokens: int = 1000
+    rows: tuple[int, ...] = (1, 4)
+    steps: int | None = None
+
+    def __post_init__(self) -> None:
+        for dtype in self.dtypes:
+            if dtype not in DTYPES:
+                raise ValueError(f"dtype={dtype!r} must be {', '.join(DTYPES[:-1])} or {DTYPES[-1]}")
+        for tokens in self.tokens or ():
+            if tokens < LEAST_TOKENS:
+                raise ValueError(f"tokens={tokens} must be at least {LEAST_TOKENS}")
+        for rows in self.rows:
+            if rows < 1:
+                raise ValueError(f"rows={rows} must be at least 1")
+        names = [method.name for method in available()]
+        for method in self.methods:
+            if method not in names:
+                raise ValueError(f"methods={method!r}: no such method; there are {', '.join(names)}")
+        if (
+            self.model is not None
+            and self.model.startswith((".", "/", "~"))
+            and not Path(self.model).expanduser().exists()
+        ):
+            raise ValueError(f"model={self.model!r}: no such folder or file")
+        try:
+            torch.empty(0, device=self.device)
+        except (RuntimeError, AssertionError) as error:
+            raise ValueError(f"device={self.device!r} cannot be used: {str(error).splitlines()[0]}") from None
+        WildCatConfig(ratio=self.ratio)
+        WildCatConfig(max_tokens=self.max_tokens)
+
+    @property
+    def settings(self) -> WildCatConfig:
+        """The published protocol at `ratio`."""
+        return WildCatConfig(ratio=self.ratio)
+
+    @property
+    def others(self) -> tuple[str, ...]:
+        """The methods without WildCat, which is always measured."""
+        return tuple(name for name in self.methods if name != "wildcat")
+
+    def lengths(self, *default: int) -> tuple[int, ...]:
+        """`tokens`, or the benchmark's own."""
+        return self.tokens or default
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model that is measured.
+
+    Attributes:
+        model: of Transformers, in evaluation mode.
+        tokenizer: of it.
+        dtype: of its weights, by name.
+    """
+
+    model: Any
+    tokenizer: Any
+    dtype: str
+
+    @staticmethod
+    def load(options: Options, dtype: str) -> Subject:
+        """The chosen model in one of the chosen dtypes."""
+        model, tokenizer = load_model(options.model, getattr(torch, dtype), options.device)
+        return Subject(model, tokenizer, dtype)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self.model.device
+
+    def prompt(self, tokens: int) -> torch.Tensor:
+        """Essays, int64 (1, tokens)."""
+        text = build_context(self.tokenizer, tokens + 32, [], seed=0)  # it may end a word early
+        ids = self.tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids[:, :tokens]
+        return ids.to(self.device)
+
+
+def split_names(text: str | None) -> Sequence[str]:
+    """Names with commas between; all methods for None or "all"."""
+    if text is None or text == "all":
+        return [method.name for method in available()]
+    return [name.strip() for name in text.split(",") if name.strip()]
