@@ -31,9 +31,8 @@ ruler: $(READY)
 	$(BIN)/python -m eval run configs/eval/ruler_offline.yaml
 
 bench: $(READY)
-	$(BIN)/python -m benchmarks.prefill --tokens 4096 --tokens 8000
-	$(BIN)/python -m benchmarks.bounded
-	$(BIN)/python -m benchmarks.merging
+	$(BIN)/python -m benchmarks all --output results/benchmarks
+	$(BIN)/python -m benchmarks merging
 
 # torch goes first and alone: the pinned build may be one that only plain pip finds.
 $(READY): pyproject.toml $(CONSTRAINTS)

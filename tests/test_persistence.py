@@ -50,6 +50,21 @@ def test_a_loaded_context_answers_as_the_saved_one(family, settings, tmp_path):
     assert_same(state(loaded), state(cache), ignore=("fold_from",))
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+def test_a_file_is_mapped_and_neither_copied_nor_written_to(llama, tmp_path):
+    _, path = context(llama, tmp_path)
+    content = path.read_bytes()
+    loaded = WildCatCache.load(path, llama.config)
+    with open("/proc/self/maps", encoding="utf-8") as maps:
+        spans = [line.split()[0].split("-") for line in maps if line.rstrip().endswith(str(path))]
+    places = [tensor.data_ptr() for tensor in loaded.layers[1].state.storage.memory.tensors()[:4]]
+    for place in places:
+        assert any(int(start, 16) <= place < int(stop, 16) for start, stop in spans)
+    llama(random_ids(1, 9, 5), past_key_values=loaded)  # there is room for them
+    assert places == [tensor.data_ptr() for tensor in loaded.layers[1].state.storage.memory.tensors()[:4]]
+    assert path.read_bytes() == content
+
+
 def test_padded_rows_and_half_precision_survive(tmp_path):
     model = tiny_model("llama").to(torch.bfloat16)
     mask = torch.ones(2, 151, dtype=torch.int64)
@@ -205,6 +220,8 @@ def header_change(change):
         (header_change(lambda header: header["layers"][1]["progress"].update(seen=9)), "have not read the same tokens"),
         (header_change(lambda header: header["layers"][1]["progress"]["rows"].clear()), "not read the same tokens"),
         (header_change(lambda header: header["layers"][0]["progress"].update(folded_at=-400)), "numbers do not fit"),
+        (header_change(lambda header: header["layers"][0].update(length=9999)), "numbers do not fit"),
+        (header_change(lambda header: header["layers"][0].update(length=None)), "numbers do not fit"),
         (lambda metadata, tensors: tensors.pop("layers.2.values"), "layer 2: values is missing"),
         (lambda metadata, tensors: tensors.update({"layers.0.keys": torch.zeros(1, 2, 3, 16)}), "layer 0: the shapes"),
         (lambda metadata, tensors: tensors.update({"layers.0.weights": torch.zeros(2)}), "layer 0: the shapes"),

@@ -21,6 +21,7 @@ from tests.tiny import random_ids, tiny_model
 from wildcat_kv import WildCatCache
 from wildcat_kv.bins import BinLayout
 from wildcat_kv.state import LayerState
+from wildcat_kv.weighted import Weighting
 
 DEVICES = ("toy:0", "toy:1")
 # Methods that read numbers from the device, which fake tensors do not have: how unequal heads are, weights, whether
@@ -38,10 +39,11 @@ def toy_backend():
     torch.toy.get_amp_supported_dtype = lambda: [torch.bfloat16]
 
 
-@pytest.fixture
-def fake(monkeypatch, toy_backend):
-    # The one thing that a fold looks at on the host; fake tensors have nothing to look at.
+@pytest.fixture(params=[Weighting.POSITIVE, Weighting.SIGNED], ids=lambda weighting: weighting.name.lower())
+def fake(monkeypatch, toy_backend, request):
+    # What a fold looks at on the host; fake tensors have nothing to look at.
     monkeypatch.setattr(LayerState, "check_finite", lambda self, keys: None)
+    monkeypatch.setattr(Weighting, "of", staticmethod(lambda weights, valid: request.param))
     # Small constants would be computed with after all, and there is nothing to compute with.
     monkeypatch.setattr(FakeTensorMode, "may_turn_const", lambda self, tensor: False)
     build = BinLayout.build

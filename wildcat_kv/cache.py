@@ -289,6 +289,9 @@ class CompressedCache(Cache):
     ) -> Self:
         """Read what `save` wrote.
 
+        On the CPU the file is mapped into memory, not copied: processes that load one file share it, and pages are
+        copied as they are written to. Do not write to the file itself while a cache uses it; `save` replaces it.
+
         Args:
             path: of the file.
             config: the config of the model that will go on, `model.config`.

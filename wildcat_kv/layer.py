@@ -371,14 +371,15 @@ class WildCatLayer(CacheLayerMixin):
     def restore(
         self,
         progress: Progress,
-        entries: Entries,
+        memory: Entries,
+        length: int,
         folded_range: ValueRange | None,
         carried: Tensor | None = None,
         recent: Tensor | None = None,
     ) -> None:
-        """Become the layer that had these; it must be new. The last two are the queries of its log."""
-        self._state.restore(progress, entries, folded_range, carried, recent)
-        self.dtype, self.device, self.is_initialized = entries.keys.dtype, entries.keys.device, True
+        """Become the layer that had these; it must be new. See `LayerState.restore`."""
+        self._state.restore(progress, memory, length, folded_range, carried, recent)
+        self.dtype, self.device, self.is_initialized = memory.keys.dtype, memory.keys.device, True
         self._shared.compressed = self._shared.compressed or folded_range is not None
         self._shared.padded = None
 

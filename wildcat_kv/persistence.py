@@ -29,7 +29,7 @@ from wildcat_kv.support import cache_layers, decoder_config
 from wildcat_kv.value_range import ValueRange
 
 FORMAT = "wildcat_kv context"
-VERSION = 1
+VERSION = 2
 
 # Tensors of a layer of ours: its entries, and the box around folded values, where there is one.
 _NAMES = ("keys", "values", "weights", "valid")
@@ -42,12 +42,13 @@ _LEARNT = ("cumulative_length", "conv_kernel_size")
 
 
 class _Layer(BaseModel):
-    """One layer: of ours with its progress, of Transformers' with its attributes."""
+    """One layer: of ours with its progress and the columns in use, of Transformers' with its attributes."""
 
     model_config = ConfigDict(extra="forbid")
 
     kind: str
     progress: Progress | None = None
+    length: int | None = None
     attributes: dict[str, JsonValue] | None = None
 
 
@@ -67,14 +68,15 @@ class _Ours:
     """A layer of ours, as read."""
 
     progress: Progress
-    entries: Entries
+    memory: Entries
+    length: int
     folded_range: ValueRange | None
     queries: tuple[Tensor | None, Tensor | None]
 
     def unfit(self, compressor: Compressor) -> str | None:
         """What `compressor` would have kept otherwise, None for nothing."""
         observation, (carried, recent), exact = compressor.observation, self.queries, self.progress.exact
-        if self.entries.memory.shape[-1] != compressor.memory:
+        if self.memory.memory.shape[-1] != compressor.memory:
             return "what its method remembers does not fit the method"
         if observation is None:
             return (
@@ -139,7 +141,7 @@ class SavedContext:
         """Fill a new cache of the same model and settings; nothing can go wrong any more."""
         for layer, saved in zip(cache.layers, self.layers, strict=True):
             if isinstance(saved, _Ours):
-                layer.restore(saved.progress, saved.entries, saved.folded_range, *saved.queries)
+                layer.restore(saved.progress, saved.memory, saved.length, saved.folded_range, *saved.queries)
             else:
                 vars(layer).update(saved)
 
@@ -241,7 +243,7 @@ def _check(
         try:
             if saved.kind == WildCatLayer.__name__:
                 assert saved.progress is not None
-                layers.append(_ours(saved.progress, own))
+                layers.append(_ours(saved.progress, saved.length or 0, own))
             else:
                 layers.append(_theirs(saved.attributes or {}, new, own, seen, rows, device))
         except _DamageError as fault:
@@ -251,8 +253,8 @@ def _check(
     return layers
 
 
-def _ours(progress: Progress, own: dict[str, Tensor]) -> _Ours:
-    """A layer of ours; `own` has its tensors by name."""
+def _ours(progress: Progress, length: int, own: dict[str, Tensor]) -> _Ours:
+    """A layer of ours with `length` columns in use; `own` has its tensors by name."""
     if missing := [name for name in _NAMES if name not in own]:
         raise _DamageError(f"{missing[0]} is missing")
     keys, values, weights, valid = (own[name] for name in _NAMES)
@@ -286,9 +288,10 @@ def _ours(progress: Progress, own: dict[str, Tensor]) -> _Ours:
         raise _DamageError("its queries do not fit its numbers")
     if set(own) - {*_NAMES, *_BOUNDS, _MEMORY, *_QUERIES}:
         raise _DamageError("it has tensors of another layer")
-    ends, width = progress.ends, keys.shape[2]
+    ends, width = progress.ends, length
     sound = (
-        len(progress.rows) == keys.shape[0]
+        0 <= length <= keys.shape[2]
+        and len(progress.rows) == keys.shape[0]
         and all(
             min(row.seen, row.sink, row.slots, row.slots + row.spare, row.exact, row.seen_at_fold, row.carried) >= 0
             for row in progress.rows
@@ -306,7 +309,7 @@ def _ours(progress: Progress, own: dict[str, Tensor]) -> _Ours:
     # When to look again is reckoned anew.
     progress = dataclasses.replace(progress, fold_from=0)
     entries = Entries(keys, values, weights, valid, memory)
-    return _Ours(progress, entries, ValueRange(*bounds) if bounds else None, (carried, recent))
+    return _Ours(progress, entries, length, ValueRange(*bounds) if bounds else None, (carried, recent))
 
 
 def _theirs(
@@ -375,7 +378,8 @@ def _layer(layer: Any, prefix: str, tensors: dict[str, Tensor]) -> _Layer:
         return _Layer(kind=type(layer).__name__, attributes=attributes)
     state = layer.state
     assert state.storage is not None
-    *held, memory = state.storage.entries.tensors()
+    # With the free room: a file is mapped into memory as it is, and then has room for the first new tokens.
+    *held, memory = state.storage.snapshot().tensors()
     named = dict(zip(_NAMES, held, strict=True))
     if memory.shape[-1]:
         named[_MEMORY] = memory
@@ -385,7 +389,7 @@ def _layer(layer: Any, prefix: str, tensors: dict[str, Tensor]) -> _Layer:
     if state.folded_range is not None:
         named |= zip(_BOUNDS, state.folded_range.tensors(), strict=True)
     tensors.update({prefix + name: tensor for name, tensor in named.items()})
-    return _Layer(kind=type(layer).__name__, progress=state.progress)
+    return _Layer(kind=WildCatLayer.__name__, progress=state.progress, length=state.storage.length)
 
 
 def _encode(value: Any, name: str, prefix: str, tensors: dict[str, Tensor]) -> JsonValue:

@@ -80,13 +80,26 @@ class LayerState:
     def restore(
         self,
         progress: Progress,
-        entries: Entries,
+        memory: Entries,
+        length: int,
         folded_range: ValueRange | None,
         carried: Tensor | None = None,
         recent: Tensor | None = None,
     ) -> None:
-        """Hold what another state held; the last two are queries, of its log."""
-        self.storage = Storage([entries], self._limit, fixed=self._fixed)
+        """Hold what another state held.
+
+        Args:
+            progress: the numbers.
+            memory: entries, and free room behind them; not copied, unless the memory is to be fixed.
+            length: columns in use.
+            folded_range: box around the values of tokens that are exact no longer.
+            carried: queries of the log; so are the recent ones.
+            recent: likewise.
+        """
+        if self._fixed:
+            self.storage = Storage([memory.slice(0, length)], self._limit, fixed=True)
+        else:
+            self.storage = Storage.adopt(memory, length, self._limit)
         if self.log is not None:
             self.log.restore(carried, recent)
         self.progress, self.folded_range = progress, folded_range

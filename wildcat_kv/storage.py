@@ -138,6 +138,27 @@ class Storage:
         )
         return Storage([none], limit, Weighting.NONE, extra=keys.shape[2], fixed=fixed)
 
+    @staticmethod
+    def adopt(memory: Entries, length: int, limit: int | None = None) -> Storage:
+        """Hold `memory`, of which the first `length` columns are in use, without a copy."""
+        storage = Storage([memory.slice(0, 0)], 0, Weighting.NONE)
+        storage._limit, storage._memory, storage.length = limit, memory, length
+        storage.weighting = Weighting.of(storage.entries.weights, storage.entries.valid)
+        return storage
+
+    def snapshot(self) -> Entries:
+        """A copy of what is in use, and of a little free room."""
+        with ordinary_tensors():
+            room = Entries(
+                *(
+                    tensor[:, :, :1].new_zeros(*tensor.shape[:2], _LEAST_ROOM, *tensor.shape[3:])
+                    for tensor in self._memory.tensors()
+                )
+            )
+            return Entries(
+                *(torch.cat(pieces, dim=2) for pieces in zip(self.entries.tensors(), room.tensors(), strict=True))
+            )
+
     def rewrite(self, start: int, parts: Sequence[Entries]) -> None:
         """Put `parts`, one after the other, in the place of the columns from `start` on.
 
