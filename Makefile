@@ -7,8 +7,8 @@ EXTRAS ?= dev,eval
 READY := $(VENV)/.ready
 OLDEST := 5.17.0
 REFERENCE := kvpress==0.5.5 transformers==5.2.0
-CACHE_TESTS := $(addprefix tests/test_,$(addsuffix .py,attention batches cache compressors context contract families \
-	fuzz numerics persistence placement reading rollback rope))
+CACHE_TESTS := $(addprefix tests/test_,$(addsuffix .py,batches cache compressors context contract families \
+	fuzz numerics persistence placement reading rollback rope static storage weighted))
 
 .PHONY: demo test lint smoke ruler bench test-oldest nightly test-upstream parity clean
 

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -55,8 +56,8 @@ def test_a_file_is_mapped_and_neither_copied_nor_written_to(llama, tmp_path):
     _, path = context(llama, tmp_path)
     content = path.read_bytes()
     loaded = WildCatCache.load(path, llama.config)
-    with open("/proc/self/maps", encoding="utf-8") as maps:
-        spans = [line.split()[0].split("-") for line in maps if line.rstrip().endswith(str(path))]
+    maps = Path("/proc/self/maps").read_text(encoding="utf-8").splitlines()
+    spans = [line.split()[0].split("-") for line in maps if line.endswith(str(path))]
     places = [tensor.data_ptr() for tensor in loaded.layers[1].state.storage.memory.tensors()[:4]]
     for place in places:
         assert any(int(start, 16) <= place < int(stop, 16) for start, stop in spans)

@@ -8,11 +8,51 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from wildcat_kv.budget import split_evenly
+
+
+class Split(NamedTuple):
+    """A line of items cut into consecutive parts as equal as can be: the first `longer` parts have one more.
+
+    Attributes:
+        total: items, the last ones of a line.
+        parts: into which they are cut.
+    """
+
+    total: int
+    parts: int
+
+    def rectangle(self, line: Tensor, parts: range, dtype: torch.dtype) -> Tensor:
+        """Some parts of a line (rows, heads, n, ...): (rows, heads, parts, longest, ...), 0 where unused."""
+        start, stop = parts.start, parts.stop
+        size, longer = divmod(self.total, self.parts)
+        shape = (*line.shape[:2], stop - start, size + (longer > 0), *line.shape[3:])
+        rectangle = torch.empty(shape, dtype=dtype, device=line.device)
+        line = line[:, :, line.shape[2] - self.total :]
+        cut = min(max(longer, start), stop)
+        if cut > start:  # strided copies, the conversion to `dtype` among them
+            rectangle[:, :, : cut - start] = line[:, :, start * (size + 1) : cut * (size + 1)].unflatten(
+                2, (cut - start, size + 1)
+            )
+        if stop > cut:
+            rectangle[:, :, cut - start :, :size] = line[:, :, longer + cut * size : longer + stop * size].unflatten(
+                2, (stop - cut, size)
+            )
+            rectangle[:, :, cut - start :, size:] = 0
+        return rectangle
+
+    def line(self, rectangle: Tensor) -> Tensor:
+        """The used places of a rectangle (rows, heads, parts, longest, ...), side by side."""
+        size, longer = divmod(self.total, self.parts)
+        if not longer:
+            return rectangle.flatten(2, 3)
+        first, second = rectangle[:, :, :longer], rectangle[:, :, longer:, :size]
+        return torch.cat((first.flatten(2, 3), second.flatten(2, 3)), dim=2)
 
 
 @dataclass(frozen=True)
@@ -31,6 +71,11 @@ class BinLayout:
         slot_used: bool (rows, c).
         bin_rank: the largest rank of a bin, r.
         lossless: whether no bin has more tokens than slots.
+        mixed: whether some bins have more tokens than slots, and some not.
+        uneven: whether ranks differ.
+        ragged: whether some places are unused.
+        tokens: how tokens are cut into bins, None where rows differ.
+        slots: likewise for slots.
     """
 
     column: Tensor
@@ -41,6 +86,11 @@ class BinLayout:
     slot_used: Tensor
     bin_rank: int
     lossless: bool
+    mixed: bool
+    uneven: bool
+    ragged: bool
+    tokens: Split | None
+    slots: Split | None
 
     @staticmethod
     def build(
@@ -65,30 +115,87 @@ class BinLayout:
         used = offset < size.unsqueeze(-1)
         column = torch.where(used, start.unsqueeze(-1) + offset, columns - 1)
 
+        ragged = not bool(used.all())
+
         # Close up the slots of ragged bins, and push them to the right.
         filled = (torch.arange(bin_rank) < rank.unsqueeze(-1)).flatten(1)
-        slot = filled.to(torch.int8).argsort(dim=-1, stable=True)[:, -int(total.max()) :]
+        if len(rows) == 1:
+            slot = filled[0].nonzero().T
+        else:
+            slot = filled.to(torch.int8).argsort(dim=-1, stable=True)[:, -int(total.max()) :]
         slot_used = filled.gather(-1, slot)
 
         column, used, size_d, rank_d, slot, slot_used = (
             tensor.to(device, non_blocking=True)
             for tensor in (column, used, size, rank, torch.where(slot_used, slot, 0), slot_used)
         )
-        return BinLayout(column, used, size_d, rank_d, slot, slot_used, bin_rank, lossless=bool((size <= rank).all()))
+        unchanged = size <= rank
+        lossless = bool(unchanged.all())
+        alike = len(rows) == 1
+        return BinLayout(
+            column,
+            used,
+            size_d,
+            rank_d,
+            slot,
+            slot_used,
+            bin_rank,
+            lossless=lossless,
+            mixed=not lossless and bool((unchanged & (size > 0)).any()),
+            uneven=not bool((rank == bin_rank).all()),
+            ragged=ragged,
+            tokens=Split(rows[0][0], rows[0][2]) if alike else None,
+            slots=Split(rows[0][1], rows[0][2]) if alike else None,
+        )
 
-    def gather(self, tokens: Tensor) -> Tensor:
-        """Tokens (rows, heads, n, ...) into bins (rows, heads, bins, t, ...), copied."""
-        return take_columns(tokens, self.column.flatten(1).unsqueeze(1)).unflatten(2, self.column.shape[1:])
+    @property
+    def bins(self) -> int:
+        """The most bins of a row."""
+        return self.column.shape[1]
+
+    @property
+    def longest(self) -> int:
+        """The most tokens of a bin, t."""
+        return self.column.shape[2]
+
+    def gather(self, tokens: Tensor, bins: range | None = None, dtype: torch.dtype | None = None) -> Tensor:
+        """Tokens (rows, heads, n, ...) into bins (rows, heads, bins, t, ...), copied; unused places are arbitrary.
+
+        Args:
+            tokens: finite, for numbers that stay finite.
+            bins: which, all by default.
+            dtype: of the result, that of the tokens by default.
+        """
+        bins = range(self.bins) if bins is None else bins
+        dtype = tokens.dtype if dtype is None else dtype
+        if self.tokens is not None:
+            return self.tokens.rectangle(tokens, bins, dtype)
+        column = self.column[:, bins.start : bins.stop]
+        return take_columns(tokens, column.flatten(1).unsqueeze(1)).unflatten(2, column.shape[1:]).to(dtype)
+
+    def columns(self, places: Tensor) -> Tensor:
+        """The columns of places within the bins, int64 (rows, heads, bins, r)."""
+        return self.column.unsqueeze(1).expand(*places.shape[:-1], -1).gather(-1, places)
 
     def collect(self, slots: Tensor) -> Tensor:
         """Slots of the bins (rows, heads, bins, r, ...) into one line (rows, heads, c, ...)."""
+        if self.slots is not None:
+            return self.slots.line(slots)
         return take_columns(slots.flatten(2, 3), self.slot.unsqueeze(1))
 
 
 def take_columns(tensor: Tensor, index: Tensor) -> Tensor:
     """Entries `index` int64 (rows or 1, heads or 1, k) of a tensor (rows, heads, n, ...), copied."""
-    rows, heads = (torch.arange(size, device=tensor.device) for size in tensor.shape[:2])
-    return tensor[rows[:, None, None], heads[:, None], index]
+    rows, heads = tensor.shape[:2]
+    if tensor.device.type == "cpu":  # whole runs of memory at a time: several times as fast
+        taken = tensor.new_empty(rows, heads, index.shape[-1], *tensor.shape[3:])
+        index = index.expand(rows, heads, -1)
+        for row in range(rows):
+            for head in range(heads):
+                torch.index_select(tensor[row, head], 0, index[row, head], out=taken[row, head])
+        return taken
+    every_row, every_head = (torch.arange(size, device=tensor.device) for size in (rows, heads))
+    return tensor[every_row[:, None, None], every_head[:, None], index]
 
 
 def _rectangle(rows: list[list[int]]) -> Tensor:

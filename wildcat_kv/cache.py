@@ -82,7 +82,8 @@ class CompressedCache(Cache):
         decoder = decoder_config(config)
         layers, full = cache_layers(decoder)
         if static:
-            _check_static(settings, compressor, offloading, len(full) == len(layers))
+            window = getattr(decoder, "sliding_window", None) if getattr(decoder, "use_sliding_window", True) else None
+            _check_static(settings, compressor, offloading, len(full) < len(layers) or window is not None)
         self._static = static
         positions = getattr(decoder, "max_position_embeddings", None)
         self._shared = (StaticShared if static else Shared)(settings, compressor, positions)
@@ -426,7 +427,7 @@ def _settings(settings: WildCatConfig | None, fields: dict[str, Any]) -> WildCat
     return settings
 
 
-def _check_static(settings: WildCatConfig, compressor: Compressor, offloading: bool, only_full: bool) -> None:
+def _check_static(settings: WildCatConfig, compressor: Compressor, offloading: bool, windows: bool) -> None:
     """Refuse what has no fixed shapes, or would need more of a traced step than keys and values."""
     method = type(compressor).__name__
     if settings.max_tokens is None:
@@ -438,7 +439,7 @@ def _check_static(settings: WildCatConfig, compressor: Compressor, offloading: b
         )
     if offloading:
         raise ValueError("static=True with offloading=True: addresses change when layers move; choose one of them")
-    if not only_full:
+    if windows:  # one that is wider than the positions too: the model would ask for its mask
         raise ValueError(
             "static=True: the model has layers with windows or of other kinds; leave it out for this model"
         )

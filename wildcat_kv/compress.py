@@ -7,16 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import get_args
 
 import torch
 from torch import Tensor
 
+from wildcat_kv.accelerated import BLOCK
 from wildcat_kv.bins import BinLayout, take_columns
+from wildcat_kv.binwise import BLOCKED_RANK, BinwiseFold, Draws, position_order, take_all
 from wildcat_kv.config import Temperature, Weights
-from wildcat_kv.nystrom import nystrom_weights, pivoted_cholesky
-from wildcat_kv.temperature import squared_temperature
 
 
 @dataclass(frozen=True)
@@ -74,8 +74,8 @@ def compress_kv(
         value_bound: (...), s^2, the sum over channels of the largest squared value seen; with `weights`,
             slots with a U that is large against it are drawn more often.
         bins: bins of consecutive tokens, each compressed on its own.
-        noise: (..., s, n), standard Gumbel noise, s at least the largest rank of a bin; drawn from torch's
-            global generator by default.
+        noise: (..., s, n), standard Gumbel noise, s at least the largest rank of a bin: draws pivots one at a
+            time. By default from torch's global generator, and large ranks in blocks; the law is the same.
 
     Returns:
         A Coreset of `rank` slots.
@@ -93,14 +93,15 @@ def compress_kv(
     _check(keys, values, weights, valid, query_norm, scale, rank, bins, temperature, weighting)
     batch, (n, d) = keys.shape[:-2], keys.shape[-2:]
     layout = BinLayout.build(n, [n], [rank], [bins], keys.device)
-    if noise is None:
-        noise = -torch.empty(*batch, layout.bin_rank, n, device=keys.device).exponential_().log()
-    if noise.shape[:-2] != batch or noise.shape[-1] != n or noise.shape[-2] < layout.bin_rank:
-        raise ValueError(
-            f"noise has shape {tuple(noise.shape)}; it must be {(*batch, layout.bin_rank, n)}, "
-            "one row for every step of a bin"
-        )
-    binned_noise = layout.gather(noise[..., : layout.bin_rank, :].mT.reshape(1, -1, n, layout.bin_rank)).mT
+    draws: Draws = _Drawn(layout, keys.device)
+    if noise is not None:
+        if noise.shape[:-2] != batch or noise.shape[-1] != n or noise.shape[-2] < layout.bin_rank:
+            raise ValueError(
+                f"noise has shape {tuple(noise.shape)}; it must be {(*batch, layout.bin_rank, n)}, "
+                "one row for every step of a bin"
+            )
+        steps = noise[..., : layout.bin_rank, :].reshape(1, -1, layout.bin_rank, n)
+        draws = _Given(layout.gather(steps.mT, dtype=torch.float32).mT)
     if valid is not None:  # what takes part in nothing may be NaN
         valid = valid.expand(*batch, n)
         keys, values = (tensor.masked_fill(~valid.unsqueeze(-1), 0.0) for tensor in (keys, values))
@@ -110,7 +111,8 @@ def compress_kv(
         keys.reshape(1, -1, n, d),
         values.reshape(1, -1, n, values.shape[-1]),
         layout,
-        binned_noise,
+        draws,
+        blocked=noise is None and layout.bin_rank >= BLOCKED_RANK,
         scale=d**-0.5 if scale is None else scale,
         weights=None if weights is None else weights.expand(*batch, n).reshape(1, -1, n),
         valid=None if valid is None else valid.reshape(1, -1, n),
@@ -132,8 +134,9 @@ def compress_bins(
     keys: Tensor,
     values: Tensor,
     layout: BinLayout,
-    noise: Tensor,
+    draws: Draws,
     *,
+    blocked: bool,
     scale: float,
     weights: Tensor | None = None,
     valid: Tensor | None = None,
@@ -148,7 +151,8 @@ def compress_bins(
         keys: (rows, heads, n, d), finite, also where they take part in nothing.
         values: (rows, heads, n, d_v), likewise.
         layout: of the rows' bins.
-        noise: (rows, heads, bins, bin_rank, t), standard Gumbel noise in the layout's order.
+        draws: the randomness.
+        blocked: whether pivots are drawn in blocks, see `accelerated.py`; else one at a time.
         scale: as in `compress_kv`; so are the arguments below.
         weights: float32 (rows, heads, n).
         valid: bool (rows, heads, n).
@@ -161,47 +165,30 @@ def compress_bins(
         A Coreset of (rows, heads, c, ...), c the largest rank of a row.
     """
     weights = None if weights is None else weights.to(torch.float32)
-    used = layout.used.unsqueeze(1).expand(keys.shape[0], keys.shape[1], -1, -1)
-    if valid is not None:
-        used = used & layout.gather(valid)
+    fold = BinwiseFold(
+        keys, values, layout, draws, blocked, scale, weights, valid, query_norm, value_bound, temperature, weighting
+    )
     if layout.lossless:
-        pivots, found = _take_all(used, layout.bin_rank)
-        return take_pivots(keys, values, weights, layout, pivots, found)
-
+        used = fold.used(range(keys.shape[1]), range(layout.bins))
+        return take_pivots(keys, values, weights, layout, *take_all(used, layout.bin_rank))
     with full_precision(keys.device):
-        points = _scaled_keys(keys, layout, used, scale, query_norm, temperature)
-        summed = layout.gather(values).to(torch.float32)
-        mass = used.to(torch.float32) if weights is None else layout.gather(weights)
-        factor = pivoted_cholesky(
-            points,
-            noise,
-            valid=used,
-            log_importance=None if weights is None else _log_importance(mass, summed, value_bound),
-            ranks=layout.rank.unsqueeze(1).expand(used.shape[:-1]),
-        )
-        matrix = nystrom_weights(points, factor, valid=used)
-        if weighting == "clipped":
-            matrix = matrix.clamp_min_(0.0)
-        summed = torch.matmul(matrix, summed)
-        mass = torch.matmul(matrix, mass.unsqueeze(-1)).squeeze(-1)
+        slots = fold.slots()
 
-    # Bins that need no compression keep their tokens as they are; the others take the sums of their pivots.
-    everything, present = _take_all(used, layout.bin_rank)
-    lossless = (used.sum(-1) <= layout.rank.unsqueeze(1)).unsqueeze(-1)
-    pivots, found = torch.where(lossless, everything, factor.pivots), torch.where(lossless, present, factor.valid)
-    tokens = take_pivots(keys, values, weights, layout, pivots, found)
-    order = _position_order(pivots, found)
-    computed = layout.collect(found.gather(-1, order) & ~lossless) & layout.slot_used.unsqueeze(1)
-    limit = min(torch.finfo(values.dtype).max, torch.finfo(torch.float32).max)
-    first = torch.arange(order.shape[2], device=order.device).unsqueeze(-1) * layout.bin_rank
-    place = layout.collect(first + order)
-    summed = take_columns(summed.flatten(2, 3), place).clamp_(-limit, limit)
-    mass = take_columns(mass.flatten(2, 3), place)
-    return Coreset(
-        keys=tokens.keys,
-        values=torch.where(computed.unsqueeze(-1), summed.to(values.dtype), tokens.values),
-        weights=torch.where(computed, mass, tokens.weights),
-        valid=tokens.valid,
+    if slots.computed is None:  # all are
+        valid = layout.collect(slots.found) & layout.slot_used.unsqueeze(1)
+        kept = take_columns(keys, layout.collect(layout.columns(slots.pivots)))
+        return Coreset(
+            keys=kept.mul_(valid.unsqueeze(-1).to(keys.dtype)),
+            values=layout.collect(slots.values) * valid.unsqueeze(-1).to(values.dtype),
+            weights=layout.collect(slots.weights) * valid.to(torch.float32),
+            valid=valid,
+        )
+    tokens = take_pivots(keys, values, weights, layout, slots.pivots, slots.found)
+    computed = layout.collect(slots.computed) & layout.slot_used.unsqueeze(1)
+    return replace(
+        tokens,
+        values=torch.where(computed.unsqueeze(-1), layout.collect(slots.values), tokens.values),
+        weights=torch.where(computed, layout.collect(slots.weights), tokens.weights),
     )
 
 
@@ -243,7 +230,12 @@ def token_mass(
 
 
 def take_pivots(
-    keys: Tensor, values: Tensor, weights: Tensor | None, layout: BinLayout, pivots: Tensor, found: Tensor
+    keys: Tensor,
+    values: Tensor,
+    weights: Tensor | None,
+    layout: BinLayout,
+    pivots: Tensor,
+    found: Tensor,
 ) -> Coreset:
     """A Coreset of pivots as they came: keys, values and weights unchanged, padding slots zero.
 
@@ -258,9 +250,8 @@ def take_pivots(
     Returns:
         A Coreset of (rows, heads, c, ...).
     """
-    order = _position_order(pivots, found)
-    columns = layout.column.unsqueeze(1).expand(*pivots.shape[:-1], -1).gather(-1, pivots)
-    columns = layout.collect(columns.gather(-1, order))
+    order = position_order(pivots, found)
+    columns = layout.collect(layout.columns(pivots.gather(-1, order)))
     valid = layout.collect(found.gather(-1, order)) & layout.slot_used.unsqueeze(1)
 
     empty = ~valid
@@ -289,47 +280,31 @@ def full_precision(device: torch.device) -> Iterator[None]:
             backend.fp32_precision = precision
 
 
-def _scaled_keys(
-    keys: Tensor,
-    layout: BinLayout,
-    used: Tensor,
-    scale: float,
-    query_norm: Tensor | None,
-    temperature: Temperature,
-) -> Tensor:
-    """z: keys recentred by the mean of the head's, over tau / sqrt(b) of their bin; arbitrary where unused."""
-    points = layout.gather(keys).to(torch.float32)
-    mean = used / used.sum((-2, -1), keepdim=True).clamp_min(1)
-    points = points.sub_(torch.einsum("rhpt,rhptd->rhd", mean, points)[:, :, None, None])
-    key_norm = torch.linalg.vector_norm(points, dim=-1).masked_fill_(~used, 0.0).amax(-1)
-    if query_norm is not None:
-        query_norm = query_norm.unsqueeze(-1).expand_as(key_norm)
-    tau2 = squared_temperature(key_norm, query_norm, used.sum(-1), scale, temperature)
-    return points.mul_((scale / tau2).sqrt()[..., None, None])
+class _Given:
+    """Noise that the caller gave, (rows, heads, bins, bin_rank, t)."""
+
+    def __init__(self, noise: Tensor) -> None:
+        self._noise = noise
+
+    def gumbel(self, heads: range, bins: range) -> Tensor:
+        return self._noise[:, heads.start : heads.stop, bins.start : bins.stop]
+
+    def uniform(self, heads: range, bins: range, turn: int) -> Tensor:
+        raise NotImplementedError("noise that is given is for one step after the other")
 
 
-def _log_importance(weights: Tensor, values: Tensor, value_bound: Tensor | None) -> Tensor:
-    """0 for an exact token, more for slots whose weight or numerator is large."""
-    importance = 2 * weights.abs().log()
-    if value_bound is not None:
-        tiny = torch.finfo(torch.float32).tiny
-        by_value = values.square().sum(-1).log() - value_bound.clamp_min(tiny).log()[:, :, None, None]
-        importance = torch.maximum(importance, by_value)
-    # A slot of weight 0 that is nonetheless valid must stay drawable.
-    return importance.clamp_min(-80.0)
+class _Drawn:
+    """Noise from torch's global generator."""
 
+    def __init__(self, layout: BinLayout, device: torch.device) -> None:
+        self._layout, self._device = layout, device
 
-def _position_order(pivots: Tensor, found: Tensor) -> Tensor:
-    """Slots (..., r) of each bin in the order of their positions, empty ones last."""
-    return pivots.masked_fill(~found, torch.iinfo(torch.int64).max).argsort(dim=-1, stable=True)
+    def gumbel(self, heads: range, bins: range) -> Tensor:
+        shape = (1, len(heads), len(bins), self._layout.bin_rank, self._layout.longest)
+        return torch.empty(shape, device=self._device).exponential_().log_().neg_()
 
-
-def _take_all(used: Tensor, slots: int) -> tuple[Tensor, Tensor]:
-    """Pivots and validity when every token of a bin becomes a slot, in order."""
-    places = (~used).to(torch.int8).argsort(dim=-1, stable=True)[..., :slots]
-    places = torch.nn.functional.pad(places, (0, slots - places.shape[-1]))
-    fits = torch.arange(slots, device=used.device) < used.sum(-1, keepdim=True)
-    return places, fits
+    def uniform(self, heads: range, bins: range, turn: int) -> Tensor:
+        return torch.rand(1, len(heads), len(bins), 3, BLOCK, device=self._device)
 
 
 def _check(

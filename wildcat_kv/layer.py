@@ -111,7 +111,7 @@ class WildCatLayer(CacheLayerMixin):
 
     @property
     def values(self) -> Tensor | None:
-        """What is stored, (rows, kv_heads, stored, d_v): numerators U, then exact values; None when empty."""
+        """What is stored, (rows, kv_heads, stored, d_v): numerators over masses, then exact values; None when empty."""
         storage = self.state.storage
         return None if storage is None else storage.entries.values
 
@@ -288,7 +288,7 @@ class WildCatLayer(CacheLayerMixin):
             raise ValueError(f"attention_mask has {mask.shape[0]} rows and the batch {rows}; pass a row for each")
         relabelled = False
         if mask is None:
-            self._check_unpadded()
+            self._check_unpadded(queries)
         elif queries > 1:  # reading the mask would stall the path of one token
             relabelled = self._check_mask(queries, mask)
             shared.padded = not bool(mask.all())
@@ -436,7 +436,7 @@ class WildCatLayer(CacheLayerMixin):
             self._state.check_finite(keys)
         return forward
 
-    def _check_unpadded(self) -> None:
+    def _check_unpadded(self, queries: int) -> None:
         """Refuse to do without a mask where padding is held: an exact forward pass would attend to it."""
         shared, storage = self._shared, self._state.storage
         if storage is None:

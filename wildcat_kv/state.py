@@ -396,7 +396,9 @@ def _check_coreset(coreset: Coreset, columns: Sequence[int], block: KVBlock, met
     shapes = [tuple(tensor.shape) for tensor in (coreset.keys, coreset.values, coreset.weights, coreset.valid)]
     wanted = [(rows, heads, width, d), (rows, heads, width, d_v), (rows, heads, width), (rows, heads, width)]
     dtypes = [tensor.dtype for tensor in (coreset.keys, coreset.values, coreset.weights, coreset.valid)]
-    if shapes != wanted or dtypes != [block.keys.dtype, block.values.dtype, torch.float32, torch.bool]:
+    # Slots that are folded again come in float32; in the dtype of the cache they are as welcome.
+    fit = dtypes[1] in (block.keys.dtype, block.values.dtype)
+    if shapes != wanted or not fit or dtypes[::2] + dtypes[3:] != [block.keys.dtype, torch.float32, torch.bool]:
         raise ValueError(
             f"compressor={method}: its coreset has shapes {shapes} and dtypes {dtypes}; keys, values, weights, valid "
             f"must be {wanted} in {block.keys.dtype}, {block.values.dtype}, float32 and bool"

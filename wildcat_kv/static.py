@@ -84,6 +84,7 @@ class DecodeBuffers:
                 self.highest.copy_(box.highest)
         self.signed = state.storage.weighting is Weighting.SIGNED
 
+    @torch.no_grad()
     def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Write one token's keys and values (rows, kv_heads, 1, channels); returns views of all columns."""
         self.keys.index_copy_(2, self.length, keys)
@@ -132,6 +133,13 @@ class StaticShared(Shared):
         """Back to before the first forward pass."""
         super().reset()
         self.stale, self.announced, self.untold = True, False, 0
+        self.buffers.clear()  # they hold the memory of the text before
+
+    @property
+    def due(self) -> bool:
+        """Whether any layer may have to fold before the next token."""
+        numbers = (state.progress for state in self.states.values())
+        return any(one.fold_from is not None and one.seen + self.untold >= one.fold_from for one in numbers)
 
     def note_step(self) -> None:
         """Count the forward pass that was announced, unless the host took part in it."""
@@ -150,16 +158,38 @@ class StaticShared(Shared):
         self.untold, self.stale = 0, True
         for index, state in self.states.items():
             state.take_in(int(self.buffers[index].seen) - state.progress.seen)
+        self.settle()
+
+    def settle(self) -> None:
+        """Fold what is due.
+
+        Raises:
+            ValueError: NaN or infinity among the keys to fold.
+        """
         for state in self.states.values():
-            state.settle(state.progress.seen)
-            self.compressed = self.compressed or state.folded_range is not None
+            before = state.folded_range
+            try:
+                state.settle(state.progress.seen)
+            finally:  # an earlier one of several folds may have been done
+                self.stale = self.stale or state.folded_range is not before
+                self.compressed = self.compressed or state.folded_range is not None
 
     def load(self) -> None:
-        """Tell the buffers what the host knows."""
+        """Tell the buffers what the host knows.
+
+        Raises:
+            ValueError: a layer holds more than it has room for.
+        """
         if not self.stale:
             return
         for index, state in self.states.items():
             assert state.storage is not None
+            if state.progress.spare > 0:
+                raise ValueError(
+                    f"static=True: layer {index} holds {state.stored} columns, more than its share of "
+                    f"max_tokens={self.settings.max_tokens}: {type(self.compressor).__name__} deals the budget out "
+                    "unequally; leave static out for it"
+                )
             if index not in self.buffers or self.buffers[index].keys is not state.storage.memory.keys:
                 self.buffers[index] = DecodeBuffers.of(state)
             self.buffers[index].load(state)
@@ -182,7 +212,9 @@ class StaticWildCatLayer(WildCatLayer):
         if torch.compiler.is_compiling():
             keys, values = self._shared.buffers[self._index].append(key_states, value_states)
             return mark(keys, self), mark(values, self)
-        self._shared.announced, self._shared.stale = False, True
+        self._shared.announced = False
+        self._shared.catch_up()  # what traced steps have read comes before it
+        self._shared.stale = True
         return super().update(key_states, value_states, *args, **kwargs)
 
     @property
@@ -213,16 +245,20 @@ class StaticWildCatLayer(WildCatLayer):
         """See `WildCatLayer`. The pass of a single token may be traced: all that the host has to do is done here."""
         shared = self._shared
         shared.note_step()
-        progress = self._state.progress
-        due = progress.fold_from is not None and progress.seen + shared.untold >= progress.fold_from
-        if queries > 1 or due:
+        if queries > 1 or shared.due:
             shared.catch_up()
+            shared.settle()  # again, where it has failed before
         forward = super().announce(rows, queries, mask)
         if queries == 1 and self.is_initialized:
             forward.exact = False
             shared.load()
             shared.announced = True
         return forward
+
+    def _check_unpadded(self, queries: int) -> None:
+        """Not where a single token is read, which attends to what is valid, compressed or not."""
+        if queries > 1 or not self.is_initialized:
+            super()._check_unpadded(queries)
 
     @property
     def state(self) -> LayerState:
@@ -234,6 +270,12 @@ class StaticWildCatLayer(WildCatLayer):
     def stored(self) -> int:
         """Entries held a row."""
         return self.state.stored
+
+    def tensors(self) -> list[Tensor]:
+        """See `WildCatLayer`."""
+        buffers = self._shared.buffers.get(self._index)
+        of_steps = [] if buffers is None else [value for value in vars(buffers).values() if isinstance(value, Tensor)]
+        return [*super().tensors(), *of_steps]
 
     def select_rows(self, index: Tensor, on_host: list[int] | None) -> None:
         """See `WildCatLayer`."""
@@ -288,9 +330,19 @@ def compile_decoding(model: nn.Module, cache: Any, **options: Any) -> Callable[[
         raise ValueError(f"cache={cache!r} is empty: read a prompt with the model before compiled steps")
     compiled = torch.compile(model.forward, **{"fullgraph": True, "dynamic": False, **options})
 
+    shared: StaticShared = cache._shared
+
     @torch.no_grad()
     def step(ids: Tensor) -> Tensor:
         mask = cache.announce_step(ids.shape[0])
-        return compiled(input_ids=ids, attention_mask=mask, past_key_values=cache).logits
+        shared.announced = False  # not read yet: where torch does not compile, the model asks for the length
+        try:
+            logits = compiled(input_ids=ids, attention_mask=mask, past_key_values=cache).logits
+        except BaseException:
+            shared.announced = not shared.stale
+            shared.catch_up()  # the device knows which layers have read the token, if any
+            raise
+        shared.announced = not shared.stale  # stale where the host took part
+        return logits
 
     return step

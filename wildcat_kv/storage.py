@@ -23,6 +23,9 @@ _MOST_ROOMS = 4
 @contextmanager
 def ordinary_tensors() -> Iterator[None]:
     """Make tensors that outlive the forward pass: without a graph, and, under inference_mode too, writable later."""
+    if not torch.is_grad_enabled() and not torch.is_inference_mode_enabled():  # usual, and entering costs time
+        yield
+        return
     with torch.inference_mode(False), torch.no_grad():
         yield
 
@@ -141,6 +144,9 @@ class Storage:
     @staticmethod
     def adopt(memory: Entries, length: int, limit: int | None = None) -> Storage:
         """Hold `memory`, of which the first `length` columns are in use, without a copy."""
+        if memory.keys.is_inference():  # which could not be written to later
+            with ordinary_tensors():
+                memory = Entries(*(tensor.clone() for tensor in memory.tensors()))
         storage = Storage([memory.slice(0, 0)], 0, Weighting.NONE)
         storage._limit, storage._memory, storage.length = limit, memory, length
         storage.weighting = Weighting.of(storage.entries.weights, storage.entries.valid)
@@ -170,20 +176,22 @@ class Storage:
         """
         needed, held = start + sum(part.keys.shape[2] for part in parts), self._memory.keys.shape[2]
         with ordinary_tensors():
-            if self._memory is self._home or (
-                self._home is None and needed <= held <= needed + _MOST_ROOMS * (self._capacity(needed) - needed)
-            ):
+            whole = [self._memory.slice(0, start), *parts]
+            # Before anything is written: what fails here leaves everything as it was.
+            weighting = Weighting.of(
+                torch.cat([part.weights for part in whole], dim=2), torch.cat([part.valid for part in whole], dim=2)
+            )
+            if needed <= held and (self._memory is self._home if self._fixed else held <= self._most(needed)):
                 # Joined before any is written: they may lie where others are to come.
                 tensors = zip(*(part.tensors() for part in parts), strict=True)
                 end = self._write(start, [Entries(*(torch.cat(pieces, dim=2) for pieces in tensors))])
                 self._free(end, max(end, self.length))
             elif self._home is not None and needed <= self._home.keys.shape[2]:
-                parts, self._memory = [self._memory.slice(0, start), *parts], self._home
-                self._free(self._write(0, parts), self._home.keys.shape[2])
+                self._memory = self._home
+                self._free(self._write(0, whole), self._home.keys.shape[2])
             else:
-                self._reallocate([self._memory.slice(0, start), *parts])
-        self.length = needed
-        self.weighting = Weighting.of(self.entries.weights, self.entries.valid)
+                self._reallocate(whole)
+        self.length, self.weighting = needed, weighting
 
     def _reallocate(self, parts: Sequence[Entries], extra: int = 0) -> None:
         """Copy `parts` to new memory."""
@@ -195,7 +203,15 @@ class Storage:
         capacity = length + max(_LEAST_ROOM, length // _ROOM_PART)
         if self._limit is None:
             return capacity
-        return max(length, self._limit if self._fixed else min(capacity, self._limit))
+        if length > self._limit:  # of an uneven method, or of tokens that may be taken back: there may be more
+            return length if self._fixed else capacity
+        return self._limit if self._fixed else min(capacity, self._limit)
+
+    def _most(self, length: int) -> int:
+        """Columns to keep, at most, where `length` are left."""
+        if self._limit is not None and length <= self._limit:
+            return self._limit
+        return length + _MOST_ROOMS * max(_LEAST_ROOM, length // _ROOM_PART)
 
     def _write(self, start: int, parts: Sequence[Entries]) -> int:
         """Copy `parts` one after the other to the columns from `start` on; returns the column after them."""

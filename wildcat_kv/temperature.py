@@ -17,6 +17,11 @@ _RELEASED = 3.94582
 _RHO_0 = 3.19160  # sqrt(1 + exp(W0(2 / e^2) + 2))
 
 
+def constant_temperature(rule: Temperature) -> float | None:
+    """tau^2 where the rule knows it without looking at the keys, if R_Q is left at its default; else None."""
+    return _RELEASED if rule == "released" else None
+
+
 def squared_temperature(
     key_norm: Tensor, query_norm: Tensor | None, tokens: Tensor, scale: float, rule: Temperature
 ) -> Tensor:

@@ -297,7 +297,8 @@ def _attend(
     kv_heads, n = keys.shape[-3:-1]
     # Query heads of a group become further queries of their key head: keys are never repeated.
     grouped = (query.to(torch.float32) * scale).reshape(*batch, kv_heads, -1, d)
-    scores = torch.cat([torch.matmul(grouped, part.mT) for part in _float32_blocks(keys)], dim=-1)
+    parts = [torch.matmul(grouped, part.mT) for part in _float32_blocks(keys)]
+    scores = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
     if softcap is not None:
         scores = (scores / softcap).tanh_().mul_(softcap)
     if valid is not None:
@@ -318,20 +319,21 @@ def _attend(
     denominator, magnitude = torch.matmul(terms, columns).split(1, dim=-1)
     if masses is not None:
         terms.mul_(masses.unsqueeze(-2))
-    pieces = zip(terms.split(_CONVERTED_AT_ONCE, dim=-1), _float32_blocks(values), strict=False)
-    numerator = torch.matmul(terms, values) if values.dtype == torch.float32 else sum(t @ v for t, v in pieces)
+    blocks = _float32_blocks(values)
+    pieces = [terms] if len(blocks) == 1 else terms.split(_CONVERTED_AT_ONCE, dim=-1)
+    numerator = sum(piece @ block for piece, block in zip(pieces, blocks, strict=True))
     if sinks is not None:
         extra = (sinks - largest).exp()
         denominator, magnitude = denominator + extra, magnitude + extra
     cancelled = denominator <= _DENOMINATOR_FLOOR * magnitude  # false for NaN, which must not be hidden
-    output = torch.where(cancelled, 0.0, numerator / denominator)
+    output = torch.where(cancelled, 0.0, numerator / denominator).to(query.dtype)
     if value_range is not None:
-        output = output.clamp(value_range[0].to(torch.float32), value_range[1].to(torch.float32))
-    return output.reshape(*batch, heads, length, -1).to(query.dtype)
+        output = output.clamp(*(bound.to(query.dtype) for bound in value_range))
+    return output.reshape(*batch, heads, length, -1)
 
 
 def _float32_blocks(tensor: Tensor) -> list[Tensor]:
     """float32 pieces (..., k, channels) of a tensor (..., n, channels); half precision is never copied whole."""
-    if tensor.dtype == torch.float32:
-        return [tensor]
+    if tensor.shape[-2] <= _CONVERTED_AT_ONCE or tensor.dtype == torch.float32:
+        return [tensor.to(torch.float32)]
     return [part.to(torch.float32) for part in tensor.split(_CONVERTED_AT_ONCE, dim=-2)]

@@ -7,13 +7,16 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from torch import Tensor
 from typing_extensions import Self
 
+from wildcat_kv.accelerated import BLOCK
 from wildcat_kv.bins import BinLayout
+from wildcat_kv.binwise import BLOCKED_RANK
 from wildcat_kv.compress import Coreset, compress_bins
 from wildcat_kv.compressors.base import Compressor, KVBlock
 from wildcat_kv.config import Temperature, Weights, WildCatConfig
-from wildcat_kv.noise import gumbel_noise
+from wildcat_kv.noise import gumbel_rows, uniform_rows
 
 
 @dataclass(frozen=True)
@@ -22,7 +25,8 @@ class WildCat(Compressor):
 
     Randomly pivoted Cholesky draws them, Nystrom weights spread the values and weights of all tokens over them.
 
-    Needs keys and values only. Costs bin_rank sequential steps a fold, all bins, heads and rows at once.
+    Needs keys and values only. Costs bin_rank sequential steps a fold, all bins, heads and rows at once; large ranks
+    are drawn in blocks.
 
     Attributes:
         bin_rank: slots of a bin; the published protocol has 12.
@@ -52,26 +56,41 @@ class WildCat(Compressor):
         keys, values, valid = (block.items(tensor) for tensor in (block.keys, block.values, block.valid))
         layout = BinLayout.build(keys.shape[2], block.lengths, budget, bins, device)
 
-        # Keyed by what a row is by itself, so that padding and the rest of the batch change nothing.
-        places = layout.used.shape[-1]
-        noise = gumbel_noise(
-            self.seed,
-            torch.full((1, 1, 1, 1, 1), block.layer_index, device=device),
-            torch.tensor(block.seen).to(device, non_blocking=True).view(-1, 1, 1, 1, 1),
-            torch.arange(keys.shape[1], device=device).view(-1, 1, 1, 1),
-            torch.arange(layout.used.shape[1], device=device).view(-1, 1, 1),
-            torch.arange(layout.bin_rank, device=device).view(-1, 1),
-            torch.arange(places, device=device),
-        )
         return compress_bins(
             keys,
             values,
             layout,
-            noise,
+            _Draws(block, layout, self.seed),
+            blocked=self.bin_rank >= BLOCKED_RANK,
             scale=block.scale,
             weights=None if block.weights is None else block.items(block.weights),
-            valid=valid,
+            valid=None if block.weights is None else valid,  # exact tokens are never padding
             value_bound=block.value_bound,
             temperature=self.temperature,
             weighting=self.weights,
         )
+
+
+class _Draws:
+    """Noise keyed by what a row is by itself, so that padding and the rest of the batch change nothing."""
+
+    def __init__(self, block: KVBlock, layout: BinLayout, seed: int) -> None:
+        self._layout, self._seed, self._device = layout, seed, block.keys.device
+        layer = torch.full((1, 1, 1, 1), block.layer_index, device=self._device)
+        seen = torch.tensor(block.seen).to(self._device, non_blocking=True).view(-1, 1, 1, 1)
+        self._fold = layer, seen
+
+    def gumbel(self, heads: range, bins: range) -> Tensor:
+        """See `Draws`."""
+        steps = torch.arange(self._layout.bin_rank, device=self._device)
+        return gumbel_rows(self._seed, *self._counters(heads, bins), steps, columns=self._layout.longest)
+
+    def uniform(self, heads: range, bins: range, turn: int) -> Tensor:
+        """See `Draws`."""
+        words = torch.arange(3 * turn, 3 * turn + 3, device=self._device)
+        return uniform_rows(self._seed, *self._counters(heads, bins), words, columns=BLOCK)
+
+    def _counters(self, heads: range, bins: range) -> tuple[Tensor, ...]:
+        head = torch.arange(heads.start, heads.stop, device=self._device).view(-1, 1, 1)
+        place = torch.arange(bins.start, bins.stop, device=self._device).view(-1, 1)
+        return *self._fold, head, place

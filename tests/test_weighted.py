@@ -1,4 +1,6 @@
-"""Weighted attention against its definition in float64."""
+"""Attention to weighted entries, whichever way it is computed, against its definition in float64."""
+
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -6,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from wildcat_kv import weighted, weighted_attention
+from wildcat_kv.weighted import Weighting, coreset_attention, mass_of
 
 
 def reference(query, keys, values, weights, scale, valid=None, causal=False, softcap=None, sinks=None):
@@ -180,3 +183,165 @@ def test_nan_is_not_hidden():
     keys[0, 0, 3, 0] = float("nan")
     output = weighted_attention(query, keys, values, weights)
     assert output[0, :2].isnan().all() and torch.isfinite(output[1]).all()
+
+
+# As a cache stores them: numerators over their masses, and what is known of the weights
+
+KINDS = list(Weighting)
+
+
+def as_stored(kind, heads, own, n, seed, dtype=torch.float32):
+    """Query, keys, values, weights and validity of which `kind` is true; the first entry is always valid."""
+    query, keys, values, weights = inputs(*heads, own=own, n=n, seed=seed)
+    valid = torch.ones(weights.shape, dtype=torch.bool)
+    if kind is Weighting.NONE:
+        weights = torch.ones_like(weights)
+    else:
+        generator = torch.Generator().manual_seed(seed)
+        valid = torch.rand(weights.shape, generator=generator) < 0.7
+        valid[..., 0] = True
+        if kind is Weighting.POSITIVE:
+            weights = weights.abs().clamp_min(2**-7)
+        else:  # little that is negative: a denominator that cancels is another test's
+            weights[..., ::4] *= 0.1
+            weights[..., 1::4] *= 1e-4
+            weights[..., 0] = 4
+        weights = weights * valid
+    values = (values / mass_of(weights).unsqueeze(-1)).to(dtype)
+    return query.to(dtype), keys.to(dtype), values, weights, valid
+
+
+@given(
+    st.sampled_from(KINDS),
+    st.sampled_from([(4, 2), (6, 1), (3, 3)]),
+    st.integers(1, 6),
+    st.integers(6, 30),
+    st.booleans(),
+    st.sampled_from([None, 5.0]),
+    st.booleans(),
+    st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    st.sampled_from([2**26, 150]),
+    st.integers(0, 999),
+)
+def test_attention_to_stored_entries_is_the_definition(
+    kind, heads, own, n, causal, softcap, with_sinks, dtype, at_once, seed
+):
+    query, keys, values, weights, valid = as_stored(kind, heads, own, n, seed, dtype)
+    sinks = torch.randn(heads[0]) if with_sinks else None
+    with patch.object(weighted, "_SCORES_AT_ONCE", at_once):
+        ours = coreset_attention(
+            query,
+            keys,
+            values,
+            weights,
+            weighting=kind,
+            scale=0.4,
+            valid=valid,
+            causal=causal,
+            softcap=softcap,
+            sink_logits=sinks,
+        )
+    numerators = values.double() * mass_of(weights).unsqueeze(-1)
+    expected = reference(query, keys, numerators, weights, 0.4, valid, causal, softcap, sinks)
+    assert ours.dtype == dtype and ours.shape == expected.shape
+    tolerance = 1e-5 if dtype == torch.float32 else torch.finfo(dtype).eps
+    # The fused kernel rounds the terms of an average: the error is one of the largest value.
+    largest = float(values.abs().max())
+    torch.testing.assert_close(ours.double(), expected, rtol=10 * tolerance, atol=2 * tolerance * largest)
+
+
+@pytest.mark.parametrize("own", [1, 5])
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("kind", [Weighting.POSITIVE, Weighting.SIGNED])
+def test_a_query_that_sees_nothing_gives_finite_numbers(kind, dtype, softcap, own):
+    query, keys, values, weights, valid = as_stored(kind, (4, 2), own, 9, 0, dtype)
+    valid[0], weights[0] = False, 0
+    keys[0] *= 100  # loud padding
+    output = coreset_attention(
+        query, keys, values, weights, weighting=kind, scale=0.4, valid=valid, causal=True, softcap=softcap
+    )
+    assert torch.isfinite(output).all()
+    alone = coreset_attention(
+        query[1:],
+        keys[1:],
+        values[1:],
+        weights[1:],
+        weighting=kind,
+        scale=0.4,
+        valid=valid[1:],
+        causal=True,
+        softcap=softcap,
+    )
+    torch.testing.assert_close(output[1:], alone)
+
+
+@given(st.integers(1, 5), st.integers(6, 30), st.booleans(), st.integers(0, 999))
+def test_both_ways_agree_where_no_weight_is_negative(own, n, causal, seed):
+    query, keys, values, weights, valid = as_stored(Weighting.POSITIVE, (4, 2), own, n, seed)
+    box = (values.amin(-2, keepdim=True) / 3, values.amax(-2, keepdim=True) / 3)  # narrow: some outputs are clipped
+    fused, general = (
+        coreset_attention(
+            query, keys, values, weights, weighting=kind, scale=0.4, valid=valid, causal=causal, value_range=box
+        )
+        for kind in (Weighting.POSITIVE, Weighting.SIGNED)
+    )
+    torch.testing.assert_close(fused, general, rtol=1e-4, atol=1e-5)
+    lowest, highest = (bound.repeat_interleave(2, 1) for bound in box)
+    assert ((fused >= lowest) & (fused <= highest)).all()
+
+
+def test_a_large_key_of_padding_outweighs_nothing():
+    for dtype in (torch.float32, torch.float16):
+        query, keys, values, weights, valid = as_stored(Weighting.POSITIVE, (4, 2), 1, 12, 3, dtype)
+        valid[..., 5], weights[..., 5] = False, 0
+        keys[..., 5, :] = 300.0
+        query = query.abs()
+        kept = torch.arange(12) != 5
+        torch.testing.assert_close(
+            coreset_attention(query, keys, values, weights, weighting=Weighting.POSITIVE, scale=0.4, valid=valid),
+            coreset_attention(
+                query,
+                keys[..., kept, :],
+                values[..., kept, :],
+                weights[..., kept],
+                weighting=Weighting.POSITIVE,
+                scale=0.4,
+                valid=valid[..., kept],
+            ),
+        )
+
+
+def test_keys_and_values_of_another_dtype_than_the_query_are_attended_to():
+    query, keys, values, weights, valid = as_stored(Weighting.POSITIVE, (4, 2), 1, 12, 0)
+    same = coreset_attention(query, keys, values, weights, weighting=Weighting.POSITIVE, scale=0.4, valid=valid)
+    mixed = coreset_attention(
+        query, keys.bfloat16(), values.bfloat16(), weights, weighting=Weighting.POSITIVE, scale=0.4, valid=valid
+    )
+    torch.testing.assert_close(mixed, same, rtol=0.05, atol=0.05)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        under = coreset_attention(query, keys, values, weights, weighting=Weighting.POSITIVE, scale=0.4, valid=valid)
+    torch.testing.assert_close(under, same)
+
+
+@pytest.mark.parametrize(
+    ("weights", "valid", "expected"),
+    [
+        ([1, 1, 1], [1, 1, 1], Weighting.NONE),
+        ([1, 0, 1], [1, 0, 1], Weighting.POSITIVE),
+        ([1, 5, 2**-7], [1, 1, 1], Weighting.POSITIVE),
+        ([1, 0, 1], [1, 1, 1], Weighting.SIGNED),
+        ([1, 2**-8, 1], [1, 1, 1], Weighting.SIGNED),
+        ([1, -3, 1], [1, 1, 1], Weighting.SIGNED),
+        ([1, -3, 1], [1, 0, 1], Weighting.POSITIVE),
+        ([1, float("nan"), 1], [1, 1, 1], Weighting.SIGNED),
+        ([], [], Weighting.NONE),
+    ],
+)
+def test_what_is_known_of_weights(weights, valid, expected):
+    assert Weighting.of(torch.tensor(weights, dtype=torch.float32), torch.tensor(valid, dtype=torch.bool)) is expected
+
+
+def test_masses_are_weights_that_can_be_divided_by():
+    weights = torch.tensor([1.0, 3.5, 2**-7, 2**-8, 0.0, -2.0, 1e30])
+    assert torch.equal(mass_of(weights), torch.tensor([1.0, 3.5, 2**-7, 1.0, 1.0, 1.0, 1e30]))
