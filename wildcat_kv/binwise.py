@@ -15,7 +15,14 @@ from torch import Tensor
 from wildcat_kv.accelerated import accelerated_cholesky
 from wildcat_kv.bins import BinLayout
 from wildcat_kv.config import Temperature, Weights
-from wildcat_kv.nystrom import Factor, half_squares, nystrom_sums, nystrom_weights, pivoted_cholesky
+from wildcat_kv.nystrom import (
+    WHOLE_KERNEL,
+    Factor,
+    half_squares,
+    nystrom_sums,
+    nystrom_weights,
+    pivoted_cholesky,
+)
 from wildcat_kv.temperature import constant_temperature, squared_temperature
 
 # From this rank of a bin on, rejection sampling in blocks is faster than one step a pivot.
@@ -130,12 +137,15 @@ class BinwiseFold:
         size = self.keys.numel() * self.keys.element_size() + self.values.numel() * self.values.element_size()
         least, most = _WORKSPACE
         numbers = (most if self.blocked else min(max(size // 4, least), most)) // 4
-        buffers = 1 if self.blocked else _FACTOR_BUFFERS
-        columns = self.keys.shape[-1] + 2 * self.values.shape[-1] + buffers * self.layout.bin_rank
-        bins = numbers // (rows * self.layout.longest * columns)  # of a single head
+        layout = self.layout
+        # Numbers for each token: the factor once, or more and a row of G where that is computed whole.
+        factor = layout.bin_rank if self.blocked else _FACTOR_BUFFERS * layout.bin_rank
+        kernel = 0 if self.blocked else min(layout.longest, WHOLE_KERNEL * layout.bin_rank)
+        columns = self.keys.shape[-1] + 2 * self.values.shape[-1] + factor + kernel
+        bins = numbers // (rows * layout.longest * columns)  # of a single head
         if bins >= heads:
-            return [range(heads)], _chunks(self.layout.bins, bins // heads)
-        return _chunks(heads, max(1, bins)), _chunks(self.layout.bins, 1)
+            return [range(heads)], _chunks(layout.bins, bins // heads)
+        return _chunks(heads, max(1, bins)), _chunks(layout.bins, 1)
 
     def _head_slots(self, heads: range, spans: list[range]) -> Slots:
         """The slots of some heads, whose bins are taken by `spans`."""

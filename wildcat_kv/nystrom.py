@@ -36,7 +36,7 @@ _TINY = 1e-30
 _SLOTS_AT_ONCE = 64
 
 # Up to so many points for each step it is faster to compute all of G, in one product, than a row at every step.
-_WHOLE_KERNEL = 6
+WHOLE_KERNEL = 6
 
 # Products with fewer terms take a slow path of torch's on CPU; rows of zeros cost less.
 _FEWEST_TERMS = 8
@@ -91,7 +91,7 @@ def pivoted_cholesky(
     z = points.reshape(-1, n, points.shape[-1])
     entries = torch.arange(z.shape[0], device=z.device)
     half_square = half_squares(z)
-    kernel_row = _kernel_rows(z, half_square, whole=n <= _WHOLE_KERNEL * rank)
+    kernel_row = _kernel_rows(z, half_square, whole=n <= WHOLE_KERNEL * rank)
     floor = residual_floor(half_square, tolerance, valid)
     importance = 2 * half_square if log_scale is None else log_scale.reshape(-1, n)
     if log_importance is not None:
