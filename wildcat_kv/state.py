@@ -67,6 +67,7 @@ class LayerState:
         self.storage: Storage | None = None
         self.log = None if compressor.observation is None else QueryLog(compressor.observation)
         self.progress = Progress()
+        self._checked = 0  # columns whose keys are known to be finite
         self.folded_range: ValueRange | None = None
         self.value_range: ValueRange | None = None
 
@@ -108,6 +109,8 @@ class LayerState:
     def append(self, keys: Tensor, values: Tensor, valid: Tensor | None) -> None:
         """Read exact tokens (rows, kv_heads, q, channels); `valid` is bool (rows, q), False for padding."""
         self._held.append(keys, values, valid)
+        if keys.shape[2] > 1 and self._checked == self.progress.seen:  # the layer has looked at them
+            self._checked += keys.shape[2]
         self.progress.read(keys.shape[2], masked=valid is not None)
         if self.value_range is not None:
             with ordinary_tensors():
@@ -141,6 +144,7 @@ class LayerState:
             self.log.take_back(columns)
         self._held.truncate(self._held.length - columns)
         self.progress.take_back(columns)
+        self._checked = min(self._checked, self.progress.seen)
         self.span()
 
     def show(self, valid: Tensor) -> None:
@@ -301,7 +305,9 @@ class LayerState:
         held, cut, appended = self.progress.rows, self._stored_at(end), end - self.progress.folded_at
         entries = held_entries = self._held.entries.slice(0, cut)
         later = self._held.entries.slice(cut, self.stored)
-        self.check_finite(entries.keys[:, :, cut - appended :])
+        if unchecked := end - max(self._checked, self.progress.folded_at):
+            self.check_finite(entries.keys[:, :, cut - unchecked :])
+            self._checked = end
         queries, queried = self._queries_until(end, entries.valid[:, 0, cut - appended :])
         if any(row.counted - old.counted != appended for row, old in zip(rows, held, strict=True)):
             entries = align_right(entries, held, appended)
