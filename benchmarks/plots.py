@@ -55,7 +55,7 @@ def prefill_plots(run: Run) -> dict[str, Canvas]:
     if ours:
         canvas, axes = _panel(len(ours), 0.42)
         _draw_dots(axes, names, ours)
-        axes.set_xlim(0)
+        _log(axes, "x", ours)  # the bins of the paper and one bin are two orders of magnitude apart
         axes.set_xlabel("folding, % of the rest of the same prefill (lower is better)")
         canvases["share"] = canvas
     others = [figure for figure in shares if "group" in figure.labels]

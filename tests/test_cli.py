@@ -105,7 +105,7 @@ def test_a_preset_keeps_its_seed_unless_told_otherwise(tmp_path):
 
 @pytest.mark.real
 def test_generate_streams_the_answer_and_accounts_for_it(monkeypatch, capsys, prompt):
-    status, out, err = run(monkeypatch, capsys, "generate", "--prompt-file", prompt, "--ratio", "0.9")
+    status, out, err = run(monkeypatch, capsys, "generate", "--prompt-file", prompt, "--ratio", "1")
     assert status == 0 and "Paris" in out
     assert "tokens seen" in err and "stored" in err and "MiB" in err
 
