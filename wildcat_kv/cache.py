@@ -84,7 +84,6 @@ class CompressedCache(Cache):
         if static:
             window = getattr(decoder, "sliding_window", None) if getattr(decoder, "use_sliding_window", True) else None
             _check_static(settings, compressor, offloading, len(full) < len(layers) or window is not None)
-        self._static = static
         positions = getattr(decoder, "max_position_embeddings", None)
         self._shared = (StaticShared if static else Shared)(settings, compressor, positions)
         rotations = {index: rotation_of(decoder, index) for index in full} if compressor.needs_rotation else {}
@@ -118,7 +117,7 @@ class CompressedCache(Cache):
     @property
     def static(self) -> bool:
         """Whether shapes and addresses are fixed."""
-        return self._static
+        return isinstance(self._shared, StaticShared)
 
     @property
     def model(self) -> ModelIdentity:

@@ -319,9 +319,10 @@ def _attend(
     denominator, magnitude = torch.matmul(terms, columns).split(1, dim=-1)
     if masses is not None:
         terms.mul_(masses.unsqueeze(-2))
-    blocks = _float32_blocks(values)
-    pieces = [terms] if len(blocks) == 1 else terms.split(_CONVERTED_AT_ONCE, dim=-1)
-    numerator = sum(piece @ block for piece, block in zip(pieces, blocks, strict=True))
+    first, *others = _float32_blocks(values)
+    numerator = terms[..., : first.shape[-2]] @ first
+    for piece, block in zip(terms[..., first.shape[-2] :].split(_CONVERTED_AT_ONCE, dim=-1), others, strict=False):
+        numerator += piece @ block
     if sinks is not None:
         extra = (sinks - largest).exp()
         denominator, magnitude = denominator + extra, magnitude + extra
@@ -333,7 +334,7 @@ def _attend(
 
 
 def _float32_blocks(tensor: Tensor) -> list[Tensor]:
-    """float32 pieces (..., k, channels) of a tensor (..., n, channels); half precision is never copied whole."""
+    """float32 pieces (..., k, channels) of a tensor (..., n, channels); of long half-precision ones few at once."""
     if tensor.shape[-2] <= _CONVERTED_AT_ONCE or tensor.dtype == torch.float32:
         return [tensor.to(torch.float32)]
     return [part.to(torch.float32) for part in tensor.split(_CONVERTED_AT_ONCE, dim=-2)]
