@@ -84,8 +84,11 @@ class CompressedCache(Cache):
         if static:
             window = getattr(decoder, "sliding_window", None) if getattr(decoder, "use_sliding_window", True) else None
             _check_static(settings, compressor, offloading, len(full) < len(layers) or window is not None)
+        exact = _exact_layers(settings, layers, full)
         positions = getattr(decoder, "max_position_embeddings", None)
-        self._shared = (StaticShared if static else Shared)(settings, compressor, positions)
+        self._shared = (StaticShared if static else Shared)(
+            settings, compressor, positions, exact_layers=exact
+        )
         rotations = {index: rotation_of(decoder, index) for index in full} if compressor.needs_rotation else {}
         for place, index in enumerate(full):
             kind = StaticWildCatLayer if static else WildCatLayer
@@ -127,17 +130,18 @@ class CompressedCache(Cache):
     def replace_compressor(self, compressor: Compressor) -> None:
         """Compress by another method from now on; it must learn from the same queries and remember as much."""
         self._shared.compressor = compressor
-        for state in self._shared.states.values():
-            state.compressor = compressor
+        for index, state in self._shared.states.items():
+            if index not in self._shared.exact_layers:
+                state.compressor = compressor
 
     def stored_length(self, layer_idx: int | None = None) -> int:
         """Entries held a row: slots and exact tokens, and the padding among them.
 
         Args:
-            layer_idx: the layer; by default the first that is compressed. The others hold as many, unless the
+            layer_idx: the layer; by default the first that has a budget. The others hold as many, unless the
                 method deals its budget out unequally between layers.
         """
-        return stored_entries(self._compressed_layers()[0] if layer_idx is None else self.layers[layer_idx])
+        return stored_entries(self.layers[self._shared.leading if layer_idx is None else layer_idx])
 
     def memory_bytes(self) -> int:
         """Bytes of all tensors that the cache holds, free room included."""
@@ -424,6 +428,23 @@ def _settings(settings: WildCatConfig | None, fields: dict[str, Any]) -> WildCat
     if fields:
         raise ValueError(f"{', '.join(fields)} given beside settings; put them into the WildCatConfig")
     return settings
+
+
+def _exact_layers(settings: WildCatConfig, layers: Sequence[Any], full: Sequence[int]) -> frozenset[int]:
+    """The layers to leave uncompressed, by index.
+
+    Raises:
+        ValueError: an index that is no full-attention layer's, or nothing left to compress.
+    """
+    named = f"exact_layers={list(settings.exact_layers)}"
+    found = {index + len(layers) if index < 0 else index for index in settings.exact_layers}
+    if strangers := sorted(found - set(full)):
+        raise ValueError(
+            f"{named}: layer {strangers[0]} is none of those that can be compressed, {list(full)}; name some of these"
+        )
+    if len(found) == len(full):
+        raise ValueError(f"{named}: nothing is left to compress; leave some of {list(full)} out")
+    return frozenset(found)
 
 
 def _check_static(settings: WildCatConfig, compressor: Compressor, offloading: bool, windows: bool) -> None:

@@ -18,6 +18,7 @@ _WINDOW_HELP = "window is how many of the last tokens stay exact, an integer of 
 _BIN_RANK_HELP = "bin_rank is how many slots one bin is compressed into, an integer of at least 1, for example 12"
 _TEMPERATURE_HELP = "temperature is 'released' (the authors' code) or 'theory' (the paper's formula)"
 _WEIGHTS_HELP = "weights is 'nystrom' (signed, the paper's) or 'clipped' (negative ones set to 0)"
+_EXACT_LAYERS_HELP = "exact_layers are the layers to leave uncompressed, a list of integers, for example [0, -1]"
 _SEED_HELP = "seed is an integer in [0, 2**63)"
 
 
@@ -34,6 +35,8 @@ class WildCatConfig(BaseModel):
         temperature: "released" for the constant of the authors' code, "theory" for the paper's
             formula (Lambert W).
         weights: "nystrom" for the signed Nystrom weights, "clipped" for their non-negative part.
+        exact_layers: layers to leave uncompressed, by their index in the model; -1 is the last. The budget is
+            that of the others. Only with `ratio`.
         seed: of the pivots' randomness. The same seed, model and text give the same cache.
 
     Raises:
@@ -57,6 +60,7 @@ class WildCatConfig(BaseModel):
     bin_rank: int = Field(12, ge=1, strict=True, description=_BIN_RANK_HELP)
     temperature: Temperature = Field("released", description=_TEMPERATURE_HELP)
     weights: Weights = Field("nystrom", description=_WEIGHTS_HELP)
+    exact_layers: tuple[Annotated[int, Field(strict=True)], ...] = Field((), description=_EXACT_LAYERS_HELP)
     seed: int = Field(0, ge=0, lt=2**63, strict=True, description=_SEED_HELP)
 
     def __init__(self, **fields: Any) -> None:
@@ -72,6 +76,11 @@ class WildCatConfig(BaseModel):
             raise ValueError(
                 f"ratio={self.ratio} and max_tokens={self.max_tokens}: {given} of them given; "
                 "pass exactly one, for example ratio=0.25 or max_tokens=1024"
+            )
+        if self.max_tokens is not None and self.exact_layers:
+            raise ValueError(
+                f"exact_layers={list(self.exact_layers)} with max_tokens={self.max_tokens}: a layer left exact has no "
+                "limit; give a ratio, or leave exact_layers out"
             )
         least = self.sink + self.window + self.bin_rank
         if self.max_tokens is not None and self.max_tokens < least:

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from wildcat_kv.attention import NAME, Forward, MarkedLength, mark
-from wildcat_kv.compressors import Compressor
+from wildcat_kv.compressors import Compressor, Everything
 from wildcat_kv.config import WildCatConfig
 from wildcat_kv.progress import Progress
 from wildcat_kv.rotation import Rotation
@@ -37,6 +37,7 @@ class Shared:
         padded: whether any token held is padding; None for unknown.
         begun: whether layers of Transformers' have read tokens that ours have not come to yet.
         states: what each layer holds, by its index.
+        exact_layers: indices of layers that never fold.
         warned: whether the user knows that the text is longer than the model's positions.
     """
 
@@ -50,6 +51,17 @@ class Shared:
     warned: bool = False
     begun: bool = False
     states: dict[int, LayerState] = field(default_factory=dict)
+    exact_layers: frozenset[int] = frozenset()
+
+    @property
+    def leading(self) -> int:
+        """The first layer that folds: all that do, do so at the same time."""
+        return next(index for index in self.states if index not in self.exact_layers)
+
+    @property
+    def leader(self) -> LayerState:
+        """What it holds."""
+        return self.states[self.leading]
 
     def reset(self) -> None:
         """Back to before the first forward pass."""
@@ -77,10 +89,12 @@ class WildCatLayer(CacheLayerMixin):
 
     def _clear(self) -> None:
         self.is_initialized = False
-        shared = self._shared
+        shared, settings, compressor = self._shared, self._shared.settings, self._shared.compressor
+        if self._index in shared.exact_layers:
+            settings, compressor = settings.model_copy(update={"ratio": 1.0}), Everything()
         self._state = LayerState(
-            shared.settings,
-            shared.compressor,
+            settings,
+            compressor,
             self._index,
             self._place,
             self._count,
@@ -278,7 +292,7 @@ class WildCatLayer(CacheLayerMixin):
             ValueError: another batch size than before, or a mask that contradicts what is folded. Nothing has
                 changed then.
         """
-        shared, seen = self._shared, self.get_seq_length()
+        shared, leader, seen = self._shared, self._shared.leader, self.get_seq_length()
         if self.batch_rows not in (0, rows):
             raise ValueError(
                 f"the batch has {rows} rows and the cache holds {self.batch_rows}; call "
@@ -293,9 +307,8 @@ class WildCatLayer(CacheLayerMixin):
             relabelled = self._check_mask(queries, mask)
             shared.padded = not bool(mask.all())
             if relabelled:  # all layers at once, before any of them decides what to fold
-                start = self._state.progress.folded_at
                 for state in shared.states.values():
-                    state.show(mask[:, start:seen])
+                    state.show(mask[:, state.progress.folded_at : seen])
         else:
             shared.padded = shared.padded or None
         if shared.positions is not None and seen + queries > shared.positions and not shared.warned:
@@ -305,7 +318,7 @@ class WildCatLayer(CacheLayerMixin):
                 stacklevel=2,
             )
             shared.warned = True
-        if self.record_past and self._state.will_fold(self._beyond_rollback()):
+        if self.record_past and leader.will_fold(self._beyond_rollback()):
             shared.compressed = True  # every layer folds in its `update`, too late to change the mask
         before = shared.forward  # generate() may ask for the mask of a forward pass twice
         if before is not None and before is not self._forward and before.seen == seen:
@@ -454,7 +467,7 @@ class WildCatLayer(CacheLayerMixin):
         Returns:
             Whether it differs from what was shown of the tokens since, which are still as they came.
         """
-        progress, storage = self._state.progress, self._state.storage
+        progress, storage = self._shared.leader.progress, self._shared.leader.storage
         if storage is None:
             return False
         earlier = mask[:, : mask.shape[-1] - queries]

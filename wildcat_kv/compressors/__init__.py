@@ -5,6 +5,7 @@ from wildcat_kv.compressors.attention_matching import AttentionMatching
 from wildcat_kv.compressors.balancekv import BalanceKV
 from wildcat_kv.compressors.base import Compressor, KVBlock
 from wildcat_kv.compressors.cur import CUR
+from wildcat_kv.compressors.everything import Everything
 from wildcat_kv.compressors.expected_attention import ExpectedAttention
 from wildcat_kv.compressors.h2o import H2O
 from wildcat_kv.compressors.keydiff import KeyDiff
@@ -28,6 +29,7 @@ __all__ = [
     "AttentionMatching",
     "BalanceKV",
     "Compressor",
+    "Everything",
     "ExpectedAttention",
     "KNorm",
     "KVBlock",

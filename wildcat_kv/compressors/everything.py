@@ -1,0 +1,30 @@
+"""Keeps all: for layers that are left exact, and for contexts to be compressed later."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from wildcat_kv.compress import Coreset
+from wildcat_kv.compressors.base import Compressor, KVBlock
+from wildcat_kv.observation import Observation
+
+
+@dataclass(frozen=True)
+class Everything(Compressor):
+    """Fold nothing; only with ratio 1.
+
+    Args:
+        queries: whether to keep all queries as well.
+    """
+
+    queries: bool = False
+
+    @property
+    def observation(self) -> Observation | None:
+        """All queries, if any."""
+        return Observation(latest=None, carried=0) if self.queries else None
+
+    def compress(self, block: KVBlock, budget: Sequence[int]) -> Coreset:
+        """Never called: nothing is over a budget of everything."""
+        raise AssertionError("a ratio of 1 never folds")
