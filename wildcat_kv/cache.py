@@ -86,9 +86,7 @@ class CompressedCache(Cache):
             _check_static(settings, compressor, offloading, len(full) < len(layers) or window is not None)
         exact = _exact_layers(settings, layers, full)
         positions = getattr(decoder, "max_position_embeddings", None)
-        self._shared = (StaticShared if static else Shared)(
-            settings, compressor, positions, exact_layers=exact
-        )
+        self._shared = (StaticShared if static else Shared)(settings, compressor, positions, exact_layers=exact)
         rotations = {index: rotation_of(decoder, index) for index in full} if compressor.needs_rotation else {}
         for place, index in enumerate(full):
             kind = StaticWildCatLayer if static else WildCatLayer
@@ -264,6 +262,17 @@ class CompressedCache(Cache):
     def clone(self) -> Self:
         """An independent copy: what is read into one is not seen by the other. The same as `copy.deepcopy`."""
         return copy.deepcopy(self)
+
+    def fresh(self, settings: WildCatConfig | None = None) -> Self:
+        """A cache of the same kind that has read nothing.
+
+        Args:
+            settings: another budget; its `exact_layers` are the same.
+        """
+        twin = self.clone()
+        twin._shared.settings = settings or self.settings
+        twin.reset()
+        return twin
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the cache to a safetensors file, to be loaded by another process.

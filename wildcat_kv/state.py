@@ -37,6 +37,7 @@ class LayerState:
         fixed: whether to hold the same memory for good, of the columns that the budget allows.
 
     Attributes:
+        settings: the budget and the exact ends.
         compressor: the method.
         storage: the tensors; None before the first tokens.
         log: the queries that the method learns from; None where it does not.
@@ -58,7 +59,7 @@ class LayerState:
         fixed: bool = False,
     ) -> None:
         self._fixed = fixed
-        self._settings = settings
+        self.settings = settings
         self.compressor = compressor
         self._index = index
         self._place = place
@@ -188,6 +189,11 @@ class LayerState:
         self._held.to(device)
 
     @property
+    def entries(self) -> Entries:
+        """All that is held, without free room."""
+        return self._held.entries
+
+    @property
     def stored(self) -> int:
         """Columns held."""
         return 0 if self.storage is None else self.storage.length
@@ -222,7 +228,7 @@ class LayerState:
         # Columns of padding are no queries: what is among them is known only at the fold.
         if self.log is not None and self.log.observation.latest is not None and not self.progress.masked:
             undecided = self.progress.seen - self.progress.settled
-            self.log.trim(undecided + self.log.observation.latest + self._settings.window)
+            self.log.trim(undecided + self.log.observation.latest + self.settings.window)
 
     def will_fold(self, until: int) -> bool:
         """Whether `settle` would fold anything; ends that fold nothing are settled on the way."""
@@ -244,7 +250,7 @@ class LayerState:
     @property
     def _limit(self) -> int | None:
         """Columns that are enough for good, the newest token's among them, where the budget is a number."""
-        return None if self._settings.max_tokens is None else self._settings.max_tokens + 1
+        return None if self.settings.max_tokens is None else self.settings.max_tokens + 1
 
     @property
     def _held(self) -> Storage:
@@ -274,9 +280,9 @@ class LayerState:
     def _decided(self, rows: Sequence[Row], end: int) -> None:
         """Note that the first end, `end`, is decided, and when to look again."""
         again = [row for row in rows if self.compressor.decodes or not row.seen]
-        waits = [wait for row in again if (wait := tokens_until_fold(row, self._settings)) is not None]
-        if self._settings.max_tokens is not None:  # columns of padding take room as well
-            waits.append(max(1, self._settings.max_tokens + 1 - self._counted_at(end)))
+        waits = [wait for row in again if (wait := tokens_until_fold(row, self.settings)) is not None]
+        if self.settings.max_tokens is not None:  # columns of padding take room as well
+            waits.append(max(1, self.settings.max_tokens + 1 - self._counted_at(end)))
         self.progress.settle(min(waits) if waits else None)
 
     def _plan(self, rows: Sequence[Row], start: int, end: int) -> list[Fold] | None:
@@ -287,7 +293,7 @@ class LayerState:
             start: where it began.
             end: where it ended.
         """
-        settings = self._settings
+        settings = self.settings
         # A row's first tokens, several at once, are its prompt; with padding that may come in a later pass.
         prompts = [before.seen == 0 and row.seen > 1 for before, row in zip(self.count_rows(start), rows, strict=True)]
         plans = [
