@@ -146,7 +146,8 @@ def test_saved_and_cloned_caches_go_on_alike(method, budget, tmp_path):
     cache.save(path)
     config = tf.LlamaConfig(**{**SMALL, "num_hidden_layers": 2})
     compressor = cache.compressor if method == "wildcat" else METHODS[method]
-    loaded, fork = CompressedCache.load(path, config), cache.clone()
+    # A clone of it, bit for bit: where a file is mapped to, sums may differ in their last bits.
+    loaded, fork = CompressedCache.load(path, config).clone(), cache.clone()
     assert loaded.compressor == compressor
     for at in range(141, 250):
         outputs = [read(kind, keys, values, at, 1) for kind in (cache, loaded, fork)]

@@ -47,8 +47,16 @@ def test_a_loaded_context_answers_as_the_saved_one(family, settings, tmp_path):
     loaded = WildCatCache.load(path, model.config)
     assert loaded.settings == cache.settings
     assert_same(state(loaded), state(cache), ignore=("fold_from",))
+    loaded = loaded.clone()
     assert torch.equal(ask(model, loaded), ask(model, cache))
     assert_same(state(loaded), state(cache), ignore=("fold_from",))
+
+
+def test_read_in_place_it_answers_alike_too(llama, tmp_path):
+    """To float tolerance: some processors' kernels sum in another order where memory is not aligned."""
+    cache, path = context(llama, tmp_path)
+    loaded = WildCatCache.load(path, llama.config)
+    torch.testing.assert_close(ask(llama, loaded, steps=20), ask(llama, cache, steps=20), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
@@ -75,7 +83,8 @@ def test_padded_rows_and_half_precision_survive(tmp_path):
     cache.save(tmp_path / "context.safetensors")
     loaded = WildCatCache.load(tmp_path / "context.safetensors", model.config)
     assert loaded.layers[0].keys.dtype == torch.bfloat16
-    logits = [model(random_ids(2, 1), attention_mask=mask, past_key_values=kind).logits for kind in (cache, loaded)]
+    pair = (cache, loaded.clone())
+    logits = [model(random_ids(2, 1), attention_mask=mask, past_key_values=kind).logits for kind in pair]
     assert torch.equal(*logits)
 
 
@@ -136,7 +145,7 @@ def test_other_methods_are_saved_and_loaded_with_their_compressor(llama, tmp_pat
     path = tmp_path / "context.safetensors"
     cache.save(path)
     loaded = CompressedCache.load(path, llama.config, compressor=Uniform(seed=3))
-    assert torch.equal(ask(llama, loaded), ask(llama, cache))
+    assert torch.equal(ask(llama, loaded.clone()), ask(llama, cache))
     with pytest.raises(ValueError, match=r"compressed by .*Uniform.*compresses by .*WildCat"):
         WildCatCache.load(path, llama.config)
     with pytest.raises(ValueError, match=r"'seed': 3.*'seed': 4"):

@@ -304,6 +304,8 @@ class CompressedCache(Cache):
 
         On the CPU the file is mapped into memory, not copied: processes that load one file share it, and pages are
         copied as they are written to. Do not write to the file itself while a cache uses it; `save` replaces it.
+        A `clone()` of it goes on bit for bit as the cache that was saved; read in place, sums can differ in their last
+        bits where a processor's kernels depend on how memory is aligned.
 
         Args:
             path: of the file.

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from wildcat_kv.validation import one_line
 
 Temperature = Literal["released", "theory"]
 Weights = Literal["nystrom", "clipped"]
@@ -67,7 +67,7 @@ class WildCatConfig(BaseModel):
         try:
             super().__init__(**fields)
         except ValidationError as error:
-            raise ValueError(_one_line(error, type(self))) from None
+            raise ValueError(one_line(error, type(self))) from None
 
     @model_validator(mode="after")
     def _check_budget(self) -> WildCatConfig:
@@ -90,43 +90,20 @@ class WildCatConfig(BaseModel):
             )
         return self
 
-    @classmethod
-    def from_yaml(cls, path: str | Path, **overrides: Any) -> WildCatConfig:
-        """Read a preset; `overrides` win over the file, and a new budget replaces the file's.
+    def changed(self, **fields: Any) -> WildCatConfig:
+        """These settings with some of them changed; a new budget replaces the old one.
 
         Args:
-            path: a YAML file whose top level is a mapping of this class's fields.
-            **overrides: fields to set instead of the file's.
+            **fields: to set instead.
 
         Raises:
-            ValueError: the file cannot be read, is no mapping, or holds a wrong field; names the file.
+            ValueError: as for new settings.
+
+        Example:
+            >>> WildCatConfig(ratio=0.25, window=64).changed(max_tokens=512)
+            WildCatConfig(max_tokens=512, sink=32, window=64, bin_rank=12)
         """
-        try:
-            fields = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
-            reason = " ".join(str(error).split())
-            raise ValueError(f"path={str(path)!r} is no readable YAML file: {reason}") from None
-        if not isinstance(fields, dict):
-            raise ValueError(
-                f"path={str(path)!r} holds a {type(fields).__name__}; its top level must be a mapping such as "
-                "'ratio: 0.25'"
-            )
-        if overrides.keys() & {"ratio", "max_tokens"}:
-            fields = {name: value for name, value in fields.items() if name not in ("ratio", "max_tokens")}
-        try:
-            return cls(**{**fields, **overrides})
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{path}: {error}") from None
-
-
-def _one_line(error: ValidationError, model: type[BaseModel]) -> str:
-    """The first finding of a validation, as: field=value: what is wrong; what it takes."""
-    finding = error.errors(include_url=False)[0]
-    message = finding["msg"].removeprefix("Value error, ")
-    if not finding["loc"]:
-        return message
-    name = str(finding["loc"][0])
-    if finding["type"] == "extra_forbidden":
-        return f"{name}={finding['input']!r}: no such setting; known ones are {', '.join(model.model_fields)}"
-    description = model.model_fields[name].description
-    return f"{name}={finding['input']!r}: {message[0].lower()}{message[1:]}; {description}"
+        kept = self.model_dump()
+        if fields.keys() & {"ratio", "max_tokens"}:
+            del kept["ratio"], kept["max_tokens"]
+        return type(self)(**{**kept, **fields})

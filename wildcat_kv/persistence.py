@@ -17,10 +17,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from wildcat_kv.compressors import Compressor, resolve
+from wildcat_kv.compressors import Compressor, Everything, resolve
 from wildcat_kv.compressors.describe import describe, rebuild
 from wildcat_kv.compressors.registry import OURS
 from wildcat_kv.config import WildCatConfig
+from wildcat_kv.files import replacing
 from wildcat_kv.identity import ModelIdentity
 from wildcat_kv.layer import WildCatLayer
 from wildcat_kv.progress import Progress
@@ -133,8 +134,10 @@ class SavedContext:
                 f"path={self.path!r} was compressed by {self.compressor}, and the cache to load it into compresses by "
                 f"{ours}; load it with the class and the compressor that saved it"
             )
+        exact = {index % len(self.layers) for index in self.settings.exact_layers}
         for index, layer in enumerate(self.layers):
-            if isinstance(layer, _Ours) and (fault := layer.unfit(compressor)):
+            method = Everything() if index in exact else compressor
+            if isinstance(layer, _Ours) and (fault := layer.unfit(method)):
                 raise ValueError(f"path={self.path!r} is damaged: layer {index}: {fault}; write it anew")
 
     def restore(self, cache: Any) -> None:
@@ -155,19 +158,11 @@ def write(cache: Any, path: str | os.PathLike[str]) -> None:
     layers = [_layer(layer, f"layers.{index}.", tensors) for index, layer in enumerate(cache.layers)]
     header = _Header(model=cache.model, settings=cache.settings, compressor=describe(cache.compressor), layers=layers)
     metadata = {"format": FORMAT, "version": str(VERSION), "header": header.model_dump_json()}
-    target = Path(path)
-    # Written beside the target and moved into place, so that a file is complete or not there.
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
     try:
-        partial.touch()
-        permissions = partial.stat().st_mode  # the user's; safetensors makes a file for its owner alone
-        save_file({name: tensor.to("cpu").contiguous() for name, tensor in tensors.items()}, partial, metadata)
-        partial.chmod(permissions)
-        partial.replace(target)
+        with replacing(Path(path)) as partial:
+            save_file({name: tensor.to("cpu").contiguous() for name, tensor in tensors.items()}, partial, metadata)
     except SafetensorError as error:
         raise OSError(f"path={str(path)!r} cannot be written: {' '.join(str(error).split())}") from None
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def read(path: str | os.PathLike[str], config: Any, device: torch.device | str) -> SavedContext:

@@ -2,21 +2,105 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-_MARKER = "\x1dquestion\x1d"
+from wildcat_kv.splits import encode_parts
+
+_CONTEXT, _QUESTION, _ANSWER, _NEXT = ("\x1dcontext\x1d", "\x1dquestion\x1d", "\x1danswer\x1d", "\x1dnext\x1d")
+
+
+@dataclass(frozen=True)
+class Frame:
+    """What stands around a context, its questions and the answers.
+
+    Attributes:
+        head: before the context.
+        gap: between the context and the first question, in the same message.
+        tail: between a question and its answer.
+        between: between an answer and the next question.
+        special: whether the tokenizer is to add the tokens that begin a text; a chat template has them in `head`.
+    """
+
+    head: str
+    gap: str
+    tail: str
+    between: str
+    special: bool
+
+    @staticmethod
+    def of(tokenizer: Any) -> Frame:
+        """The frame that a tokenizer's chat template gives, or a plain one where it has none.
+
+        Raises:
+            ValueError: the template does not give the messages back as they are.
+        """
+        if not tokenizer.chat_template:
+            return Frame(head="", gap="\n\n", tail="\n", between="\n\n", special=True)
+        first = {"role": "user", "content": f"{_CONTEXT}\n\n{_QUESTION}"}
+        answered = [first, {"role": "assistant", "content": _ANSWER}, {"role": "user", "content": _NEXT}]
+        try:
+            head, rest = _render(tokenizer, [first]).split(_CONTEXT)
+            gap, tail = rest.split(_QUESTION)
+            between, _ = _render(tokenizer, answered).split(_ANSWER)[1].split(_NEXT)
+        except (ValueError, IndexError):
+            raise ValueError(
+                f"tokenizer={type(tokenizer).__name__}: its chat template changes or leaves out what messages say; set "
+                "tokenizer.chat_template to another one, or to None"
+            ) from None
+        return Frame(head, gap, tail, between, special=False)
 
 
 def encode_prompt(tokenizer: Any, text: str, *, chat: bool = True) -> Tensor:
     """Token ids int64 (1, n) of `text`, as one user message unless `chat` is off or there is no template."""
     if chat and tokenizer.chat_template:
-        message = [{"role": "user", "content": text}]
-        text = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
-        return _encode(tokenizer, text)
+        return _encode(tokenizer, _render(tokenizer, [{"role": "user", "content": text}]))
     return _encode(tokenizer, text, add_special_tokens=True)
+
+
+def encode_context(tokenizer: Any, context: str) -> tuple[Tensor, Tensor]:
+    """Token ids of what comes before a context, and of the context up to where a question follows.
+
+    Args:
+        tokenizer: of the model.
+        context: what is read first.
+
+    Returns:
+        int64 (1, h) of the template's beginning, and int64 (1, n).
+    """
+    frame = Frame.of(tokenizer)
+
+    def encode(text: str, begins: bool) -> list[int]:
+        return _encode(tokenizer, text, add_special_tokens=begins and frame.special)[0].tolist()
+
+    head, rest = encode_parts(encode, frame.head, f"{context}{frame.gap}")
+    return torch.tensor([head], dtype=torch.int64), torch.tensor([rest], dtype=torch.int64)
+
+
+def encode_follow_up(tokenizer: Any, question: str, answer: str = "", *, first: bool = True) -> Tensor:
+    """Token ids int64 (1, m) of a question after a context, up to where the answer begins.
+
+    Encoded as it is within the whole prompt where the edge of the context is an edge of tokens, and by itself elsewhere.
+
+    Args:
+        tokenizer: of the model.
+        question: what is asked.
+        answer: the beginning of the model's answer, to be continued.
+        first: whether it is asked right after the context; otherwise it comes after an answer, without the token that
+            ended that.
+    """
+    frame = Frame.of(tokenizer)
+
+    def encode(text: str, begins: bool) -> list[int]:
+        return _encode(tokenizer, text)[0].tolist()
+
+    text = f"{question}{frame.tail}{answer}"
+    if first:
+        return torch.tensor([encode_parts(encode, frame.gap, text)[1]], dtype=torch.int64)
+    return _encode(tokenizer, frame.between + text)
 
 
 def encode_question(tokenizer: Any, context: str, question: str, answer: str = "") -> tuple[Tensor, Tensor]:
@@ -31,13 +115,7 @@ def encode_question(tokenizer: Any, context: str, question: str, answer: str = "
     Returns:
         int64 (1, n) of everything up to the question, and int64 (1, m) of all that follows.
     """
-    if tokenizer.chat_template:
-        message = [{"role": "user", "content": f"{context}\n\n{_MARKER}"}]
-        prompt = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
-        before, after = prompt.split(_MARKER)
-        return _encode(tokenizer, before), _encode(tokenizer, f"{question}{after}{answer}")
-    before = _encode(tokenizer, f"{context}\n\n", add_special_tokens=True)
-    return before, _encode(tokenizer, f"{question}\n{answer}")
+    return torch.cat(encode_context(tokenizer, context), dim=1), encode_follow_up(tokenizer, question, answer)
 
 
 def repeat_request(tokenizer: Any, *, first: bool) -> tuple[Tensor, Tensor]:
@@ -54,11 +132,11 @@ def repeat_request(tokenizer: Any, *, first: bool) -> tuple[Tensor, Tensor]:
     """
     part = "" if first else "part of the "
     request = f"\n\nRepeat the {part}previous context exactly{'.' if first else ', starting with'}"
-    after = "\n"
-    if tokenizer.chat_template:
-        message = [{"role": "user", "content": _MARKER}]
-        after = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True).split(_MARKER)[1]
-    return _encode(tokenizer, request), _encode(tokenizer, after)
+    return _encode(tokenizer, request), _encode(tokenizer, Frame.of(tokenizer).tail)
+
+
+def _render(tokenizer: Any, messages: list[dict[str, str]]) -> str:
+    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
 
 def _encode(tokenizer: Any, text: str, *, add_special_tokens: bool = False) -> Tensor:

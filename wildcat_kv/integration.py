@@ -1,0 +1,232 @@
+"""Compressed caches for code that calls `generate()` by itself: models switched on and off, configs that say so."""
+
+from __future__ import annotations
+
+import functools
+import types
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from accelerate.utils import extract_model_from_parallel
+from torch import nn
+from transformers import GenerationMixin
+from typing_extensions import Self
+
+from wildcat_kv.attention import AttentionName
+from wildcat_kv.compressors import Compressor
+from wildcat_kv.config import WildCatConfig
+from wildcat_kv.presets import Preset
+from wildcat_kv.recipe import SECTION, Recipe
+from wildcat_kv.support import decoder_config
+
+# Attributes of an enabled model.
+_STATE = "_wildcat_kv"
+_GENERATE = "generate"
+
+
+@dataclass(frozen=True, eq=False)
+class _Enabled:
+    """What an enabled model carries.
+
+    Attributes:
+        recipe: of its caches.
+        replaced: a `generate` of the model's own, in the place of its class's; None for none.
+        attention: the configs whose attention a cache switches, each with the implementation that it had.
+    """
+
+    recipe: Recipe
+    replaced: Any
+    attention: list[tuple[Any, Any]]
+
+
+class Handle:
+    """An enabled model; leaving the `with` block, or `disable()`, makes it what it was.
+
+    Attributes:
+        model: whose `generate()` compresses, the innermost of wrapped ones.
+        recipe: of its caches: `recipe.settings` and `recipe.compressor`.
+    """
+
+    def __init__(self, model: Any, state: _Enabled) -> None:
+        self.model = model
+        self.recipe = state.recipe
+        self._state = state
+
+    def disable(self) -> None:
+        """Make the model what it was; nothing happens where that has been done."""
+        if vars(self.model).get(_STATE) is self._state:
+            disable(self.model)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.disable()
+
+    def __repr__(self) -> str:
+        state = "enabled" if vars(self.model).get(_STATE) is self._state else "disabled"
+        return f"Handle({type(self.model).__name__}, {state}, {self.recipe.compressor!r}, {self.recipe.settings!r})"
+
+
+def enable(
+    model: Any,
+    settings: WildCatConfig | None = None,
+    *,
+    preset: str | Path | Preset | None = None,
+    compressor: str | Compressor | None = None,
+    **fields: Any,
+) -> Handle:
+    """Give every `generate()` of a model a fresh compressed cache, unless the caller passes one.
+
+    A call that names a cache of its own by `past_key_values` or `cache_implementation`, that wants none
+    (`use_cache=False`), or that brings `custom_generate` is left alone. Works with pipelines, with models dispatched
+    by accelerate, and with PEFT adapters, whether they were put on before or are put on after.
+
+    Args:
+        model: a Transformers decoder; or one wrapped by PEFT or for data parallelism.
+        settings: of the caches; or:
+        preset: a preset's name, file or object; by default what `patch_config` wrote into the model's config, or,
+            without that, "published".
+        compressor: the method, by name or as an object, instead of the preset's.
+        **fields: of `WildCatConfig`, such as ratio=0.25, instead of the preset's.
+
+    Returns:
+        A handle, which is a context manager.
+
+    Raises:
+        TypeError: no model with `generate()`.
+        ValueError: enabled already, a model that cannot be compressed or is compiled, settings that do not fit, or a
+            section of the config that does not. The model is left as it was.
+
+    Example:
+        with wildcat_kv.enable(model, ratio=0.25):
+            pipeline("text-generation", model=model, tokenizer=tokenizer)(prompt)
+    """
+    inner = _innermost(model)
+    _check(inner)
+    recipe = Recipe.choose(inner.config, settings, preset=preset, compressor=compressor, **fields)
+    recipe.check(inner.config)
+    switched = _with_parts(decoder_config(inner.config))
+    attention = [(config, config._attn_implementation) for config in switched]
+    state = _Enabled(recipe, vars(inner).get(_GENERATE), attention)
+    setattr(inner, _STATE, state)
+    setattr(inner, _GENERATE, types.MethodType(_generate, inner))  # a method: copies of the model have their own
+    return Handle(inner, state)
+
+
+def disable(model: Any) -> None:
+    """Make an enabled model what it was before, its config included.
+
+    Args:
+        model: as given to `enable`.
+
+    Raises:
+        ValueError: it is not enabled.
+    """
+    inner = _innermost(model)
+    state = vars(inner).get(_STATE)
+    if state is None:
+        raise ValueError(f"model={type(inner).__name__} is not enabled; there is nothing to disable")
+    delattr(inner, _STATE)
+    delattr(inner, _GENERATE)
+    if state.replaced is not None:
+        setattr(inner, _GENERATE, state.replaced)
+    for config, before in state.attention:
+        if isinstance(config._attn_implementation, AttentionName):  # not what was chosen since
+            config._attn_implementation_internal = before
+
+
+def patch_config(
+    config: Any,
+    settings: WildCatConfig | None = None,
+    *,
+    preset: str | Path | Preset | None = None,
+    compressor: str | None = None,
+    **fields: Any,
+) -> None:
+    """Write into a model's config how its cache is to be compressed; `enable(model)` obeys it.
+
+    The section goes where the config goes, `save_pretrained` and `from_pretrained` included. A section that is there
+    is what is changed; with a preset or settings it is replaced.
+
+    Args:
+        config: a Transformers config, such as `model.config`.
+        settings: of the cache; or:
+        preset: a preset's name, file or object.
+        compressor: the method's name, instead of the preset's.
+        **fields: of `WildCatConfig`, such as ratio=0.25, instead of the preset's.
+
+    Raises:
+        TypeError: config is no Transformers config.
+        ValueError: a model that cannot be compressed, or settings that do not fit. The config is left as it was.
+
+    Example:
+        wildcat_kv.patch_config(model.config, preset="balanced")
+        model.save_pretrained("compressed")
+    """
+    recipe = Recipe.choose(config, settings, preset=preset, compressor=compressor, **fields)
+    section = recipe.section()
+    recipe.check(config)
+    setattr(config, SECTION, section)
+
+
+@functools.wraps(GenerationMixin.generate)
+def _generate(model: Any, *args: Any, **kwargs: Any) -> Any:
+    """`generate()` of an enabled model."""
+    state: _Enabled = vars(model)[_STATE]
+    if not _chooses_a_cache(model, args, kwargs):
+        kwargs["past_key_values"] = state.recipe.cache(model.config)
+    if state.replaced is not None:
+        return state.replaced(*args, **kwargs)
+    return type(model).generate(model, *args, **kwargs)
+
+
+def _chooses_a_cache(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a call of `generate()` says which cache it wants, or that it wants none."""
+    if kwargs.get("past_key_values") is not None or kwargs.get("custom_generate") is not None:
+        return True
+    config = kwargs.get("generation_config", args[1] if len(args) > 1 else None)
+    use_cache = kwargs.get("use_cache", getattr(config, "use_cache", None))
+    if use_cache is None:
+        use_cache = model.generation_config.use_cache
+    return use_cache is False or bool(kwargs.get("cache_implementation") or getattr(config, "cache_implementation", None))
+
+
+def _innermost(model: Any) -> Any:
+    """The Transformers model in wrappers of accelerate, torch and PEFT."""
+    if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+        raise ValueError(
+            f"model={type(model).__name__}: prompt learning of PEFT puts keys of its own before the prompt's, which "
+            "cannot be compressed with them; use another adapter, such as LoRA"
+        )
+    inner = extract_model_from_parallel(model, keep_torch_compile=False)
+    return inner.get_base_model() if hasattr(inner, "get_base_model") else inner
+
+
+def _check(model: Any) -> None:
+    """Refuse what is no model to enable, or not in a state to be."""
+    name = type(model).__name__
+    if not isinstance(model, nn.Module) or not callable(getattr(model, _GENERATE, None)):
+        raise TypeError(f"model={name} has no generate(); give a Transformers model, such as AutoModelForCausalLM's")
+    if (state := vars(model).get(_STATE)) is not None:
+        raise ValueError(
+            f"model={name} is enabled already, with {state.recipe.compressor!r} and {state.recipe.settings!r}; call "
+            "wildcat_kv.disable(model) first"
+        )
+    if any(getattr(module, "_compiled_call_impl", None) is not None for module in model.modules()):
+        raise ValueError(
+            f"model={name} is compiled, and what a growing cache does cannot be traced; enable one that is not, or "
+            "pass WildCatCache(model.config, max_tokens=..., static=True) to generate() yourself"
+        )
+    if (implementation := model.generation_config.cache_implementation) is not None:
+        raise ValueError(
+            f"model.generation_config.cache_implementation={implementation!r} asks for another cache in every "
+            "generate(); set it to None"
+        )
+
+
+def _with_parts(config: Any) -> list[Any]:
+    """A config and those within it, which take its attention implementation over."""
+    parts = (getattr(config, name, None) for name in config.sub_configs)
+    return [config, *(inner for part in parts if part is not None for inner in _with_parts(part))]
