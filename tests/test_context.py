@@ -6,7 +6,7 @@ from transformers import DynamicCache
 
 from tests.driver import METHODS, assert_same, state
 from tests.tiny import random_ids, tiny_model
-from wildcat_kv import CompressedCache, Context, compress_context
+from wildcat_kv import CompressedCache, Context
 from wildcat_kv.accounting import stored_tokens
 from wildcat_kv.budget import kept_tokens
 from wildcat_kv.compressors import KVzip
@@ -57,7 +57,7 @@ def test_layers_that_are_not_compressed_come_along(family):
 def test_padding_stays_padding(llama):
     ids, mask = random_ids(2, 150), torch.ones(2, 150, dtype=torch.int64)
     mask[0, :60] = 0
-    cache = compress_context(llama, ids, compressor="h2o", attention_mask=mask, ratio=0.25)
+    cache = Context(llama, ids, mask).compress(compressor="h2o", ratio=0.25)
     direct = CompressedCache(llama.config, compressor="h2o", ratio=0.25)
     positions = (mask.cumsum(-1) - 1).clamp_min(0)
     llama(ids, attention_mask=mask, position_ids=positions, past_key_values=direct)
@@ -69,8 +69,8 @@ def test_a_padded_context_goes_on_as_the_row_alone(llama, compressor):
     """generate() counts positions from the first shown token, and so does a context."""
     ids, mask = random_ids(2, 150), torch.ones(2, 150, dtype=torch.int64)
     mask[0, :60] = 0
-    both = compress_context(llama, ids, compressor=compressor, attention_mask=mask, ratio=0.5)
-    alone = compress_context(llama, ids[:1, 60:], compressor=compressor, ratio=0.5)
+    both = Context(llama, ids, mask).compress(compressor=compressor, ratio=0.5)
+    alone = Context(llama, ids[:1, 60:]).compress(compressor=compressor, ratio=0.5)
     question = random_ids(2, 6, seed=3)
     options = {"max_new_tokens": 20, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
     full = torch.cat((mask, torch.ones_like(question)), 1)
@@ -81,7 +81,7 @@ def test_a_padded_context_goes_on_as_the_row_alone(llama, compressor):
 
 
 def test_wildcat_is_the_method_unless_another_is_named(llama):
-    cache = compress_context(llama, random_ids(1, 200), ratio=0.25)
+    cache = Context(llama, random_ids(1, 200)).compress(ratio=0.25)
     assert cache.stored_length() == 50 and type(cache.compressor).__name__ == "WildCat"
 
 
@@ -142,7 +142,7 @@ def test_layers_and_heads_share_the_slots_of_a_context(llama, layerwise):
 
 def test_a_zipped_context_generates_and_can_be_saved(llama, tmp_path):
     ids = random_ids(1, 200)
-    cache = compress_context(llama, ids, compressor="kvzip", tokenizer=Letters(), ratio=0.25)
+    cache = Context(llama, ids).compress(compressor="kvzip", tokenizer=Letters(), ratio=0.25)
     cache.save(tmp_path / "zipped.safetensors")
     loaded = CompressedCache.load(tmp_path / "zipped.safetensors", llama.config)
     prompt = torch.cat((ids, random_ids(1, 5, seed=4)), 1)
@@ -165,16 +165,14 @@ def test_a_zipped_context_generates_and_can_be_saved(llama, tmp_path):
 )
 def test_what_cannot_be_done_is_said(llama, arguments, message):
     with pytest.raises(ValueError, match=message):
-        compress_context(llama, random_ids(1, 60), **arguments)
+        Context(llama, random_ids(1, 60)).compress(**arguments)
 
 
 def test_hidden_tokens_cannot_be_repeated(llama):
     mask = torch.ones(2, 60, dtype=torch.int64)
     mask[0, :9] = 0
     with pytest.raises(ValueError, match="attention_mask hides tokens"):
-        compress_context(
-            llama, random_ids(2, 60), attention_mask=mask, compressor="kvzip", tokenizer=Letters(), ratio=0.25
-        )
+        Context(llama, random_ids(2, 60), mask).compress(compressor="kvzip", tokenizer=Letters(), ratio=0.25)
 
 
 @pytest.mark.parametrize("ids", [torch.zeros(5, dtype=torch.int64), torch.zeros(1, 0, dtype=torch.int64), [[1, 2]]])
@@ -184,14 +182,14 @@ def test_ids_of_the_wrong_shape_are_refused(llama, ids):
 
 
 def test_a_zipped_cache_compresses_no_other_text(llama):
-    cache = compress_context(llama, random_ids(1, 100), compressor="kvzip", tokenizer=Letters(), ratio=0.5)
+    cache = Context(llama, random_ids(1, 100)).compress(compressor="kvzip", tokenizer=Letters(), ratio=0.5)
     cache.reset()
     with pytest.raises(ValueError, match=r"KVzip has no scores; call wildcat_kv.compress_context"):
         llama(random_ids(1, 100, seed=2), past_key_values=cache)
 
 
 def test_nothing_is_looked_at_again_where_nothing_will_fold(llama, monkeypatch):
-    cache = compress_context(llama, random_ids(1, 100), compressor="kvzip", tokenizer=Letters(), ratio=0.5)
+    cache = Context(llama, random_ids(1, 100)).compress(compressor="kvzip", tokenizer=Letters(), ratio=0.5)
     monkeypatch.setattr(LayerState, "count_rows", lambda *_: pytest.fail("rows were counted"))
     for token in range(100):
         llama(random_ids(1, 1, seed=token), past_key_values=cache)

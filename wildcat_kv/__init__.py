@@ -2,21 +2,35 @@
 
 from wildcat_kv.cache import CompressedCache, WildCatCache
 from wildcat_kv.compress import Coreset, compress_kv
+from wildcat_kv.compressed_context import CompressedContext, compress_context
 from wildcat_kv.config import WildCatConfig
-from wildcat_kv.context import Context, compress_context
+from wildcat_kv.context import Context
+from wildcat_kv.custom_generate import wildcat_generate
+from wildcat_kv.integration import disable, enable, patch_config
+from wildcat_kv.joining import join_caches
+from wildcat_kv.presets import Preset, load_preset, preset_names
 from wildcat_kv.static import compile_decoding
 from wildcat_kv.weighted import weighted_attention
 
 __all__ = [
     "CompressedCache",
+    "CompressedContext",
     "Context",
     "Coreset",
+    "Preset",
     "WildCatCache",
     "WildCatConfig",
     "compile_decoding",
     "compress_context",
     "compress_kv",
+    "disable",
+    "enable",
+    "join_caches",
+    "load_preset",
+    "patch_config",
+    "preset_names",
     "weighted_attention",
+    "wildcat_generate",
 ]
 
 __version__ = "0.1.0"

@@ -320,7 +320,11 @@ class CompressedCache(Cache):
             ValueError: no file of ours, a damaged one, one of another version, or of another model or method.
                 Nothing is changed then.
         """
-        saved = persistence.read(path, config, device)
+        return cls.restored(persistence.read(path, config, device), config, **options)
+
+    @classmethod
+    def restored(cls, saved: persistence.SavedContext, config: Any, **options: Any) -> Self:
+        """The cache that was saved, from a file that was read; see `load`."""
         given = options.get("compressor") or cls._only_method
         method = given if isinstance(given, Compressor) else saved.method(given)
         saved.check_method(method)

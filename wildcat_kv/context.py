@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from wildcat_kv.cache import CompressedCache
-from wildcat_kv.compress import Coreset
-from wildcat_kv.compressors import Compressor, KVBlock, KVzip
+from wildcat_kv.compressors import Compressor, Everything, KVzip
 from wildcat_kv.compressors.kvzip import reconstruction_scores
 from wildcat_kv.config import WildCatConfig
 from wildcat_kv.layer import WildCatLayer
-from wildcat_kv.observation import Observation
 from wildcat_kv.prompts import repeat_request
 from wildcat_kv.reading import read
 
@@ -52,7 +49,7 @@ class Context:
         self.model = model
         self.input_ids = input_ids
         self.attention_mask = attention_mask
-        self._exact = CompressedCache(model.config, compressor=_Everything(), ratio=1.0)
+        self._exact = CompressedCache(model.config, compressor=Everything(queries=True), ratio=1.0)
         self._repeated: Tensor | None = None  # KVzip's scores, once they were asked for
         self._next = read(model, self._exact, input_ids, attention_mask)[:, -1]
 
@@ -70,7 +67,7 @@ class Context:
         self,
         settings: WildCatConfig | None = None,
         *,
-        compressor: str | Compressor,
+        compressor: str | Compressor = "wildcat",
         tokenizer: Any = None,
         **fields: Any,
     ) -> CompressedCache:
@@ -87,7 +84,7 @@ class Context:
         Raises:
             ValueError: as `CompressedCache`; or "kvzip" without a tokenizer, or with padding.
         """
-        twice = _reads_twice(compressor)
+        twice = reads_twice(compressor)
         if twice is not None:
             _check(self.model, self.attention_mask, settings, compressor, tokenizer, fields)
             compressor = replace(twice, scores=self.repetition_scores(tokenizer))
@@ -136,43 +133,7 @@ class Context:
         return torch.cat(parts, dim=-1)
 
 
-def compress_context(
-    model: Any,
-    input_ids: Tensor,
-    settings: WildCatConfig | None = None,
-    *,
-    compressor: str | Compressor = "wildcat",
-    attention_mask: Tensor | None = None,
-    tokenizer: Any = None,
-    **fields: Any,
-) -> CompressedCache:
-    """Read a context and compress it, by any method: also by those that must read it twice, such as KVzip.
-
-    Args:
-        model: a Transformers decoder.
-        input_ids: int64 (rows, n).
-        settings: the budget and the exact ends; or give its fields by name.
-        compressor: the method.
-        attention_mask: (rows, n), 0 for padding.
-        tokenizer: of the model; needed by "kvzip" alone.
-        **fields: of `WildCatConfig`, for example ratio=0.25.
-
-    Returns:
-        The cache, for questions that follow the context.
-
-    Raises:
-        ValueError: as `Context` and `Context.compress`.
-
-    Example:
-        cache = compress_context(model, input_ids, compressor="kvzip", tokenizer=tokenizer, ratio=0.25)
-    """
-    _check(model, attention_mask, settings, compressor, tokenizer, fields)
-    return Context(model, input_ids, attention_mask).compress(
-        settings, compressor=compressor, tokenizer=tokenizer, **fields
-    )
-
-
-def _reads_twice(compressor: str | Compressor) -> KVzip | None:
+def reads_twice(compressor: str | Compressor) -> KVzip | None:
     """KVzip without the scores of a context, None for every other method."""
     if compressor == "kvzip":
         return KVzip()
@@ -188,26 +149,12 @@ def _check(
     fields: dict[str, Any],
 ) -> None:
     """Refuse what cannot be compressed, before anything is read."""
-    again = _reads_twice(compressor)
+    again = reads_twice(compressor)
     CompressedCache(model.config, settings, compressor=again or compressor, **fields)
     if again and tokenizer is None:
         raise ValueError("tokenizer=None: compressor='kvzip' asks the model to repeat what it read; pass its tokenizer")
     if again and attention_mask is not None and not bool(attention_mask.all()):
         raise ValueError("attention_mask hides tokens, and compressor='kvzip' repeats all; give the rows one by one")
-
-
-@dataclass(frozen=True)
-class _Everything(Compressor):
-    """Keeps all that a context is, to be compressed by another method."""
-
-    @property
-    def observation(self) -> Observation:
-        """All queries."""
-        return Observation(latest=None, carried=0)
-
-    def compress(self, block: KVBlock, budget: Sequence[int]) -> Coreset:
-        """Never called: nothing is over a budget of everything."""
-        raise AssertionError("a ratio of 1 never folds")
 
 
 def _attended(layer: WildCatLayer, again: int, start: int, stop: int) -> Tensor:

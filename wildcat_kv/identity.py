@@ -1,10 +1,17 @@
-"""What makes two models alike to a cache: the shape of their keys and values, and how positions are written in."""
+"""What makes two models alike to a cache: the shape of their keys and values, how positions are written in, weights."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 from pydantic import BaseModel, ConfigDict, JsonValue
+
+# Parameters that are looked at, evenly spread over the model, and numbers of each.
+_PARAMETERS = 8
+_NUMBERS = 8
+# Further apart than a weight and itself in bfloat16; of a parameter's largest one.
+_ROUNDING = 0.01
 
 
 class ModelIdentity(BaseModel):
@@ -58,3 +65,48 @@ def plain(value: Any) -> JsonValue:
     if isinstance(value, (list, tuple)):
         return [plain(item) for item in value]
     return value if isinstance(value, (str, int, float, bool)) or value is None else str(value)
+
+
+def weight_samples(model: Any) -> dict[str, list[float]]:
+    """A few numbers of a few parameters, by the parameter's name: what tells models of one shape apart.
+
+    Args:
+        model: a torch module. Parameters that are quantised, or not in memory, are left out.
+    """
+    names = {name: parameter for name, parameter in model.named_parameters() if _can_be_read(parameter)}
+    return {name: _sample(names[name]) for name in _spread(list(names), _PARAMETERS)}
+
+
+def differing_weight(samples: dict[str, list[float]], model: Any) -> str | None:
+    """The first parameter whose sample is another in this model, None for none; the dtype may differ.
+
+    Args:
+        samples: of `weight_samples`.
+        model: a torch module. Names that it does not have are passed over.
+    """
+    parameters = dict(model.named_parameters())
+    for name, numbers in samples.items():
+        parameter = parameters.get(name)
+        if parameter is None or not _can_be_read(parameter):
+            continue
+        here = _sample(parameter)
+        limit = _ROUNDING * max((abs(number) for number in numbers), default=0.0)
+        if len(here) != len(numbers) or any(abs(a - b) > limit for a, b in zip(here, numbers, strict=True)):
+            return name
+    return None
+
+
+def _can_be_read(parameter: torch.Tensor) -> bool:
+    return parameter.is_floating_point() and parameter.itemsize > 1 and not parameter.is_meta and bool(parameter.numel())
+
+
+def _sample(parameter: torch.Tensor) -> list[float]:
+    flat = parameter.detach().flatten()
+    index = torch.tensor(_spread(range(flat.numel()), _NUMBERS), device=flat.device)
+    return flat[index].float().tolist()
+
+
+def _spread(items: Any, count: int) -> list[Any]:
+    """At most `count` of the items, evenly spread, from within."""
+    count = min(count, len(items))
+    return [items[(2 * place + 1) * len(items) // (2 * count)] for place in range(count)]

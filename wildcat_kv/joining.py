@@ -105,7 +105,7 @@ def _check(caches: Sequence[CompressedCache]) -> None:
     last = caches[-1]
     for number, cache in enumerate(caches):
         cache.check_in_step()
-        if fault := _fault(cache, last) or (_stateful(cache) if len(caches) > 1 else None):
+        if fault := _fault(cache, last) or (unjoinable(cache) if len(caches) > 1 else None):
             raise ValueError(
                 f"caches[{number}] {fault}; join caches of one model and method that read their parts alike"
             )
@@ -128,7 +128,7 @@ def _fault(cache: CompressedCache, last: CompressedCache) -> str | None:
     return "holds padding" if any(row.seen < seen for row in ours[0].count_rows(seen)) else None
 
 
-def _stateful(cache: CompressedCache) -> str | None:
-    """A layer whose state is one for all that was read, None without any."""
+def unjoinable(cache: CompressedCache) -> str | None:
+    """What keeps caches of a model from being joined, as words that follow "the cache"; None for nothing."""
     kinds = [type(layer).__name__ for layer in cache.layers if hasattr(layer, "conv_states")]
     return f"has layers whose states cannot be joined ({kinds[0]})" if kinds else None

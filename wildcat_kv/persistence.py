@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -30,7 +30,7 @@ from wildcat_kv.support import cache_layers, decoder_config
 from wildcat_kv.value_range import ValueRange
 
 FORMAT = "wildcat_kv context"
-VERSION = 2
+VERSION = 3
 
 # Tensors of a layer of ours: its entries, and the box around folded values, where there is one.
 _NAMES = ("keys", "values", "weights", "valid")
@@ -38,6 +38,8 @@ _BOUNDS = ("folded.lowest", "folded.highest")
 # Only where the method remembers something of its entries, or learns from queries.
 _MEMORY = "memory"
 _QUERIES = ("queries.carried", "queries.recent")
+# The token ids that the cache has read, where a text was saved with it.
+_IDS = "input_ids"
 # What a layer of Transformers' learns with the first tokens; all else is as in a new one.
 _LEARNT = ("cumulative_length", "conv_kernel_size")
 
@@ -53,6 +55,15 @@ class _Layer(BaseModel):
     attributes: dict[str, JsonValue] | None = None
 
 
+class _Text(BaseModel):
+    """The text that was read."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    tokens: int = Field(ge=1)
+    weights: dict[str, list[float]]
+
+
 class _Header(BaseModel):
     """What stands beside the tensors, as JSON in the metadata of the file."""
 
@@ -62,6 +73,22 @@ class _Header(BaseModel):
     settings: WildCatConfig
     compressor: JsonValue
     layers: list[_Layer]
+    text: _Text | None = None
+
+
+@dataclass(frozen=True)
+class SavedText:
+    """What a context knows of its text, beside the cache.
+
+    Attributes:
+        ids: int64 (1, n), the tokens whose positions the cache continues.
+        tokens: that were read in all.
+        weights: samples of those of the model that has read it, see `weight_samples`.
+    """
+
+    ids: Tensor
+    tokens: int
+    weights: dict[str, list[float]]
 
 
 @dataclass(frozen=True)
@@ -100,12 +127,14 @@ class SavedContext:
         settings: of the cache that was saved.
         compressor: what the file says of the method.
         layers: of ours, or the attributes of one of Transformers'.
+        text: what was saved of the text, None where a cache alone was.
         path: where it came from.
     """
 
     settings: WildCatConfig
     compressor: JsonValue
     layers: list[_Ours | dict[str, Any]]
+    text: SavedText | None
     path: str
 
     def method(self, name: str | None) -> Compressor:
@@ -149,14 +178,22 @@ class SavedContext:
                 vars(layer).update(saved)
 
 
-def write(cache: Any, path: str | os.PathLike[str]) -> None:
-    """Write a cache of ours to `path`; see `CompressedCache.save`."""
+def write(cache: Any, path: str | os.PathLike[str], text: SavedText | None = None) -> None:
+    """Write a cache of ours to `path`, with its text if there is one; see `CompressedCache.save`."""
     if not any(isinstance(layer, WildCatLayer) and layer.stored for layer in cache.layers):
         raise ValueError("the cache is empty: read a context with the model before saving it")
     cache.check_in_step()
     tensors: dict[str, Tensor] = {}
     layers = [_layer(layer, f"layers.{index}.", tensors) for index, layer in enumerate(cache.layers)]
-    header = _Header(model=cache.model, settings=cache.settings, compressor=describe(cache.compressor), layers=layers)
+    header = _Header(
+        model=cache.model,
+        settings=cache.settings,
+        compressor=describe(cache.compressor),
+        layers=layers,
+        text=None if text is None else _Text(tokens=text.tokens, weights=text.weights),
+    )
+    if text is not None:
+        tensors[_IDS] = text.ids
     metadata = {"format": FORMAT, "version": str(VERSION), "header": header.model_dump_json()}
     try:
         with replacing(Path(path)) as partial:
@@ -196,10 +233,11 @@ def read(path: str | os.PathLike[str], config: Any, device: torch.device | str) 
             "version that wrote it, or save the context again"
         )
     try:
+        text = _text(header, tensors)
         checked = _check(header, layers, tensors, torch.device(device))
     except _DamageError as fault:
         raise ValueError(f"path={name!r} is damaged: {fault}; save it again") from None
-    return SavedContext(header.settings, header.compressor, checked, name)
+    return SavedContext(header.settings, header.compressor, checked, text, name)
 
 
 def _header(name: str, metadata: dict[str, str]) -> _Header:
@@ -218,6 +256,17 @@ def _header(name: str, metadata: dict[str, str]) -> _Header:
 
 
 # Reading
+
+
+def _text(header: _Header, tensors: dict[str, Tensor]) -> SavedText | None:
+    """What was saved of the text; its ids are taken out of `tensors`."""
+    if header.text is None:
+        return None
+    ids = tensors.pop(_IDS, None)
+    seen = {layer.progress.seen for layer in header.layers if layer.progress is not None}
+    if ids is None or ids.dtype != torch.int64 or {ids.shape} != {torch.Size((1, number)) for number in seen}:
+        raise _DamageError("the tokens of its text do not fit")
+    return SavedText(ids, header.text.tokens, header.text.weights)
 
 
 def _check(

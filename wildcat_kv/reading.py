@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -73,7 +74,6 @@ def read(model: Any, cache: Cache, ids: Tensor, mask: Tensor | None = None, *, l
     return model(ids[:, start:], past_key_values=cache, **options).logits.float()
 
 
-@torch.no_grad()
 def generate(
     model: Any,
     tokenizer: Any,
@@ -103,6 +103,28 @@ def generate(
     Returns:
         An answer a row, without special tokens.
     """
+    if any(until):
+        criteria = [*options.get("stopping_criteria", []), _Until(tokenizer, until, ids.shape[1])]
+        options = {**options, "stopping_criteria": criteria}
+    answers = generate_tokens(
+        model, tokenizer, cache, ids, mask, max_new_tokens=max_new_tokens, next_logits=next_logits, **options
+    )
+    return [text_of(tokenizer, tokens, until) for tokens in answers]
+
+
+@torch.no_grad()
+def generate_tokens(
+    model: Any,
+    tokenizer: Any,
+    cache: Cache,
+    ids: Tensor,
+    mask: Tensor | None = None,
+    *,
+    max_new_tokens: int,
+    next_logits: Tensor | None = None,
+    **options: Any,
+) -> list[list[int]]:
+    """The tokens of the answers, up to the one that ends a text; see `generate`."""
     prompt, ends = ids.shape[1], _ends(model, tokenizer)
     if next_logits is not None:
         first = _likeliest(model, ids, next_logits, options)
@@ -116,12 +138,24 @@ def generate(
             attention_mask=torch.ones_like(ids) if mask is None else mask,
             past_key_values=cache,
             max_new_tokens=max_new_tokens,
-            pad_token_id=_pad(tokenizer),
+            pad_token_id=pad_id(tokenizer),
             eos_token_id=sorted(ends) or None,
-            stopping_criteria=[_Until(tokenizer, until, prompt)] if any(until) else None,
             **{"do_sample": False, **options},
         )
-    return [_text(tokenizer, row, ends, until) for row in ids[:, prompt:].tolist()]
+    return [list(itertools.takewhile(lambda token: token not in ends, row)) for row in ids[:, prompt:].tolist()]
+
+
+def text_of(tokenizer: Any, tokens: Sequence[int], until: Sequence[str] = ()) -> str:
+    """The text of an answer, without special tokens, up to the first of the texts that end it."""
+    text = tokenizer.decode(tokens, skip_special_tokens=True)
+    for stop in until:
+        text = text.split(stop)[0] if stop else text
+    return text
+
+
+def pad_id(tokenizer: Any) -> int:
+    """The token to pad with."""
+    return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
 
 
 @torch.no_grad()
@@ -212,22 +246,7 @@ def _likeliest(model: Any, ids: Tensor, logits: Tensor, options: dict[str, Any])
     return logits.argmax(-1, keepdim=True).to(ids)
 
 
-def _pad(tokenizer: Any) -> int:
-    return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-
-
 def _ends(model: Any, tokenizer: Any) -> set[int]:
     """Tokens that end a text, of the model's generation config and the tokenizer."""
     ends = model.generation_config.eos_token_id
     return {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
-
-
-def _text(tokenizer: Any, tokens: list[int], ends: set[int], until: Sequence[str]) -> str:
-    for index, token in enumerate(tokens):
-        if token in ends:
-            tokens = tokens[:index]
-            break
-    text = tokenizer.decode(tokens, skip_special_tokens=True)
-    for stop in until:
-        text = text.split(stop)[0] if stop else text
-    return text

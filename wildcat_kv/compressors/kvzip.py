@@ -47,7 +47,7 @@ class KVzip(Compressor):
         """Refused: the method is nothing without a context."""
         raise ValueError(
             "compressor='kvzip' reads the context a second time, which a cache cannot do by itself; call "
-            "wildcat_kv.compress_context(model, input_ids, compressor='kvzip', ...), which returns the cache"
+            "wildcat_kv.compress_context(model, tokenizer, text, compressor='kvzip', ...)"
         )
 
     @property
@@ -59,7 +59,7 @@ class KVzip(Compressor):
         """See `Compressor`."""
         if self.scores is None:
             raise ValueError(
-                "KVzip has no scores; call wildcat_kv.compress_context(model, input_ids, compressor='kvzip', ...)"
+                "KVzip has no scores; call wildcat_kv.compress_context(model, tokenizer, text, compressor='kvzip', ...)"
             )
         if self.scores.shape[1::2] != block.keys.shape[0:3:2]:
             raise ValueError(

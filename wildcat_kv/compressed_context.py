@@ -1,0 +1,406 @@
+"""One context, many questions: a text read and compressed once, asked, saved, and talked about."""
+
+from __future__ import annotations
+
+import os
+import threading
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import StoppingCriteria, TextIteratorStreamer
+from typing_extensions import Self
+
+from wildcat_kv import persistence
+from wildcat_kv.accounting import stored_tokens
+from wildcat_kv.cache import CompressedCache
+from wildcat_kv.compressors import Compressor
+from wildcat_kv.config import WildCatConfig
+from wildcat_kv.context import Context, reads_twice
+from wildcat_kv.identity import differing_weight, weight_samples
+from wildcat_kv.joining import join_caches, unjoinable
+from wildcat_kv.presets import Preset
+from wildcat_kv.prompts import encode_context, encode_follow_up
+from wildcat_kv.reading import generate, generate_tokens, join, pad_id, pad_left, read, text_of
+from wildcat_kv.recipe import Recipe
+from wildcat_kv.support import decoder_config
+
+# Positions kept free for questions and answers, and at most this part of all.
+_RESERVE = 1024
+_RESERVE_PART = 4
+# Fewer tokens at once are not tried where memory runs out.
+_LEAST_CHUNK = 256
+
+
+class CompressedContext:
+    """A text that a model has read, compressed. Made by `compress_context` or `load`.
+
+    Attributes:
+        model: that has read it.
+        tokenizer: of the model.
+        cache: what it holds of the text. Stays as it is: every question is asked of a copy.
+        tokens: of the text, template included.
+
+    Example:
+        context = wildcat_kv.compress_context(model, tokenizer, Path("report.txt"), ratio=0.25)
+        print(context.ask("Who wrote it?"))
+        context.save("report.safetensors")
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, cache: CompressedCache, ids: Tensor, tokens: int) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.cache = cache
+        self.tokens = tokens
+        self._ids = ids  # int64 (1, cache.get_seq_length())
+
+    def ask(self, question: str, *, max_new_tokens: int = 256, **options: Any) -> str:
+        """Answer a question about the text.
+
+        Args:
+            question: not empty.
+            max_new_tokens: most tokens of the answer.
+            **options: of `generate()`, such as a `streamer`; greedy decoding by default.
+
+        Raises:
+            ValueError: an empty question.
+        """
+        return self.ask_many([question], max_new_tokens=max_new_tokens, **options)[0]
+
+    def ask_many(
+        self, questions: Sequence[str], *, max_new_tokens: int = 256, batch_size: int = 8, **options: Any
+    ) -> list[str]:
+        """Answer several questions, each as if it were the only one.
+
+        Args:
+            questions: none of them empty.
+            max_new_tokens: most tokens of an answer.
+            batch_size: questions at once, each with a copy of the compressed context.
+            **options: of `generate()`; greedy decoding by default.
+
+        Returns:
+            The answers, in the order of the questions.
+
+        Raises:
+            ValueError: an empty question, or a batch_size that is no positive integer.
+        """
+        if isinstance(questions, str):
+            raise ValueError(f"questions={questions!r} is one text; give a list, or call ask()")
+        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+            raise ValueError(f"batch_size={batch_size!r} must be a positive integer, the questions at once")
+        rows = [encode_follow_up(self.tokenizer, _asked(question))[0] for question in questions]
+        answers: list[str] = []
+        for start in range(0, len(rows), batch_size):
+            batch = rows[start : start + batch_size]
+            asked, mask = pad_left(batch, pad_id(self.tokenizer))
+            asked = asked.to(self._ids)
+            read_before = self._ids.expand(len(batch), -1)
+            answers += generate(
+                self.model,
+                self.tokenizer,
+                self._copies(len(batch), options),
+                torch.cat((read_before, asked), dim=1),
+                join(None, mask, read_before, asked),
+                max_new_tokens=max_new_tokens,
+                **options,
+            )
+        return answers
+
+    def stream(self, question: str, *, max_new_tokens: int = 256, **options: Any) -> Iterator[str]:
+        """Answer a question piece by piece, as the words come.
+
+        Args:
+            question: not empty.
+            max_new_tokens: most tokens of the answer.
+            **options: of `generate()`.
+
+        Returns:
+            Pieces of text. Where it is closed early, so is the generation.
+
+        Raises:
+            ValueError: an empty question, at once; what generation raises, as it comes.
+        """
+        return _streamed(self.ask, self.tokenizer, _asked(question), {"max_new_tokens": max_new_tokens, **options})
+
+    def conversation(self) -> Conversation:
+        """A conversation about the text, in which earlier questions and answers are remembered."""
+        return Conversation(self)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write it to a safetensors file, for `load`; see `CompressedCache.save`.
+
+        Raises:
+            OSError: the file cannot be written.
+        """
+        text = persistence.SavedText(self._ids, self.tokens, weight_samples(self.model))
+        persistence.write(self.cache, path, text)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], model: Any, tokenizer: Any) -> Self:
+        """Read what `save` wrote; its text is not read again.
+
+        Args:
+            path: of the file.
+            model: that read the text. Its shape is compared, and samples of its weights.
+            tokenizer: of the model.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: no file of ours, a damaged one, one of another version or model, or one that a cache alone was
+                saved to.
+        """
+        saved = persistence.read(path, model.config, model.device)
+        if saved.text is None:
+            raise ValueError(
+                f"path={str(path)!r} holds a cache without its text; load it with WildCatCache.load(path, model.config), "
+                "or save a compressed context"
+            )
+        if (name := differing_weight(saved.text.weights, model)) is not None:
+            raise ValueError(
+                f"path={str(path)!r} was read by a model with other weights, {name} differs; load it with the model that "
+                "read the text"
+            )
+        cache = CompressedCache.restored(saved, model.config)
+        return cls(model, tokenizer, cache, saved.text.ids, saved.text.tokens)
+
+    def __repr__(self) -> str:
+        mebibytes = self.cache.memory_bytes() / 2**20
+        return f"CompressedContext({self.tokens} tokens, {stored_tokens(self.cache):.0f} stored, {mebibytes:.1f} MiB)"
+
+    def _copies(self, rows: int, options: dict[str, Any]) -> CompressedCache:
+        """Copies of the cache for a batch and its beams, to be used up."""
+        beams = options.get("num_beams") or getattr(self.model.generation_config, "num_beams", None) or 1
+        cache = self.cache.clone()
+        if rows * beams > 1:
+            cache.batch_repeat_interleave(rows * beams)
+        return cache
+
+
+class Conversation:
+    """Questions about a compressed context, each with those before it in mind. The context stays as it is.
+
+    Attributes:
+        context: that it is about.
+    """
+
+    def __init__(self, context: CompressedContext) -> None:
+        self.context = context
+        self._ids = context._ids
+        self._begun = False
+        self._cache: CompressedCache | None = None
+
+    @property
+    def cache(self) -> CompressedCache:
+        """What is held of the context and the conversation so far."""
+        return self.context.cache if self._cache is None else self._cache
+
+    def ask(self, question: str, *, max_new_tokens: int = 256, **options: Any) -> str:
+        """Answer a question, and remember both. A generation that fails or is interrupted leaves nothing behind.
+
+        Args:
+            question: not empty.
+            max_new_tokens: most tokens of the answer.
+            **options: of `generate()`, such as a `streamer`; greedy decoding by default; one beam.
+
+        Raises:
+            ValueError: an empty question.
+        """
+        context = self.context
+        turn = encode_follow_up(context.tokenizer, _asked(question), first=not self._begun).to(self._ids)
+        ids = torch.cat((self._ids, turn), dim=1)
+        cache, self._cache = self._cache or context.cache.clone(), None  # until it is known to be whole
+        (tokens,) = generate_tokens(
+            context.model, context.tokenizer, cache, ids, max_new_tokens=max_new_tokens, **{**options, "num_beams": 1}
+        )
+        self._cache, self._begun = cache, True
+        self._ids = torch.cat((ids, torch.tensor([tokens], dtype=ids.dtype, device=ids.device)), dim=1)
+        return text_of(context.tokenizer, tokens)
+
+    def stream(self, question: str, *, max_new_tokens: int = 256, **options: Any) -> Iterator[str]:
+        """The same piece by piece, as the words come; see `CompressedContext.stream`."""
+        given = {"max_new_tokens": max_new_tokens, **options}
+        return _streamed(self.ask, self.context.tokenizer, _asked(question), given)
+
+
+def compress_context(
+    model: Any,
+    tokenizer: Any,
+    text_or_file: str | os.PathLike[str],
+    settings: WildCatConfig | None = None,
+    *,
+    preset: str | Path | Preset | None = None,
+    compressor: str | Compressor | None = None,
+    chunk_tokens: int | None = None,
+    reserve: int | None = None,
+    **fields: Any,
+) -> CompressedContext:
+    """Let a model read a text once, compressed, to be asked about as often as you like.
+
+    With a chat template the text is the beginning of the first user message, and the questions go on from there. A
+    text that is longer than the model's positions is read in parts of equal length, each from the first position on,
+    whose caches are joined (parallel context windows, Ratner et al., arXiv 2212.10947): a part does not see those
+    before it, the questions see all.
+
+    Args:
+        model: a Transformers decoder.
+        tokenizer: of the model.
+        text_or_file: the text; or the path of a UTF-8 file, as a `Path`.
+        settings: of the cache; or:
+        preset: a preset's name, file or object; by default the model's own section, or "published".
+        compressor: the method, by name or as an object, instead of the preset's.
+        chunk_tokens: tokens to read at once, in each of which a chunk sees those before it compressed; by default a
+            part as a whole, and half as much where memory runs out, as often as needed.
+        reserve: positions to keep free for questions and answers, in tokens; by default 1,024, or a quarter of the
+            model's positions if that is less.
+        **fields: of `WildCatConfig`, such as ratio=0.25, instead of the preset's.
+
+    Raises:
+        ValueError: an empty text, a file that cannot be read, settings that do not fit, or a model that cannot be
+            compressed or cannot read the text in parts. Nothing has been read then.
+
+    Example:
+        context = compress_context(model, tokenizer, Path("report.txt"), ratio=0.25)
+        answers = context.ask_many(["Who wrote it?", "What is it about?"])
+    """
+    recipe = Recipe.choose(model.config, settings, preset=preset, compressor=compressor, **fields)
+    twice = reads_twice(recipe.compressor)
+    Recipe(recipe.settings, twice or recipe.compressor).check(model.config)
+    text = _text(text_or_file)
+    for name, value in (("chunk_tokens", chunk_tokens), ("reserve", reserve)):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            raise ValueError(f"{name}={value!r} must be a positive integer, in tokens")
+    head, body = (ids.to(model.device) for ids in encode_context(tokenizer, text))
+    parts = _parts(model, head, body, reserve)
+    if twice is not None:
+        if len(parts) > 1 or chunk_tokens is not None:
+            raise ValueError(
+                f"compressor={recipe.compressor!r} reads a text twice and as a whole, and this one has "
+                f"{body.shape[1]} tokens in {len(parts)} parts; shorten it, leave out chunk_tokens, or take another "
+                "compressor"
+            )
+        cache = Context(model, parts[0]).compress(recipe.settings, compressor=twice, tokenizer=tokenizer)
+        return CompressedContext(model, tokenizer, cache, parts[0], parts[0].shape[1])
+    share = _share(recipe.settings, len(parts))
+    if len(parts) > 1 and (fault := unjoinable(Recipe(share, recipe.compressor).cache(model.config))):
+        raise ValueError(
+            f"text_or_file has {body.shape[1]} tokens, more than the model has positions for, and its cache {fault}; "
+            "shorten the text"
+        )
+    caches = [_read(model, Recipe(share, recipe.compressor), part, chunk_tokens) for part in parts]
+    cache = join_caches(caches, recipe.settings) if len(parts) > 1 else caches[0]
+    return CompressedContext(model, tokenizer, cache, parts[-1], sum(part.shape[1] for part in parts))
+
+
+def _parts(model: Any, head: Tensor, body: Tensor, reserve: int | None) -> list[Tensor]:
+    """The text as one prompt int64 (1, n), or as several that fit the positions, each with the template's beginning."""
+    positions = getattr(decoder_config(model.config), "max_position_embeddings", None)
+    if positions is None:
+        return [torch.cat((head, body), dim=1)]
+    reserve = min(_RESERVE, positions // _RESERVE_PART) if reserve is None else reserve
+    room = positions - reserve - head.shape[1]
+    if room < 1:
+        raise ValueError(
+            f"reserve={reserve} leaves no room for a text: the model has {positions} positions, and its template takes "
+            f"{head.shape[1]}; lower reserve"
+        )
+    count = -(-body.shape[1] // room)
+    return [torch.cat((head, piece), dim=1) for piece in body.tensor_split(count, dim=1)]
+
+
+def _share(settings: WildCatConfig, parts: int) -> WildCatConfig:
+    """The settings of each of several parts: a limit is dealt out equally."""
+    if settings.max_tokens is None or parts == 1:
+        return settings
+    least = settings.sink + settings.window + settings.bin_rank
+    if settings.max_tokens // parts < least:
+        raise ValueError(
+            f"max_tokens={settings.max_tokens} is too small for a text of {parts} parts, each with its own sink and "
+            f"window; raise it to {parts * least} or more, or lower sink and window"
+        )
+    return settings.changed(max_tokens=settings.max_tokens // parts)
+
+
+def _read(model: Any, recipe: Recipe, ids: Tensor, chunk: int | None) -> CompressedCache:
+    """A cache that has read ids (1, n), `chunk` tokens at a time, or fewer where memory runs out."""
+    n = ids.shape[1]
+    chunk = min(chunk or n, n)
+    while True:
+        cache = recipe.cache(model.config)
+        try:
+            for start in range(0, n, chunk):
+                read(model, cache, ids[:, : start + chunk])
+            return cache
+        except torch.OutOfMemoryError:
+            if chunk <= _LEAST_CHUNK:
+                raise
+        del cache
+        chunk = max(_LEAST_CHUNK, chunk // 2)
+        warnings.warn(
+            f"memory ran out; reading {chunk} tokens at once, each chunk with those before it compressed (pass "
+            "chunk_tokens to begin there)",
+            stacklevel=3,
+        )
+
+
+def _text(text_or_file: str | os.PathLike[str]) -> str:
+    if isinstance(text_or_file, os.PathLike):
+        try:
+            text = Path(text_or_file).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"text_or_file={str(text_or_file)!r} cannot be read as UTF-8 text: {error}") from None
+    elif isinstance(text_or_file, str):
+        text = text_or_file
+        if "\n" not in text and len(text) < 1024 and text.strip() and Path(text).is_file():
+            raise ValueError(f"text_or_file={text!r} is the name of a file; pass Path({text!r}) to read it")
+    else:
+        raise TypeError(f"text_or_file={text_or_file!r} must be a text, or the Path of a file")
+    if not text.strip():
+        shown = repr(str(text_or_file)) if isinstance(text_or_file, os.PathLike) else repr(text[:20])
+        raise ValueError(f"text_or_file={shown} is empty; there is nothing to compress")
+    return text
+
+
+def _asked(question: str) -> str:
+    if not isinstance(question, str) or not question.strip():
+        raise ValueError(f"question={question!r} is empty; ask something")
+    return question
+
+
+class _Abandoned(StoppingCriteria):
+    """Ends a generation that nobody listens to any more."""
+
+    def __init__(self) -> None:
+        self.event = threading.Event()
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
+        return torch.full((input_ids.shape[0],), self.event.is_set(), device=input_ids.device)
+
+
+def _streamed(ask: Any, tokenizer: Any, question: str, options: dict[str, Any]) -> Iterator[str]:
+    """The pieces of `ask(question, **options)`, which runs in a thread of its own."""
+    abandoned, failures = _Abandoned(), []
+    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+
+    def answer() -> None:
+        try:
+            criteria = [*options.pop("stopping_criteria", []), abandoned]
+            ask(question, streamer=streamer, stopping_criteria=criteria, **options)
+        except BaseException as error:
+            failures.append(error)
+            streamer.end()
+
+    def pieces() -> Iterator[str]:
+        thread = threading.Thread(target=answer, daemon=True)
+        thread.start()
+        try:
+            yield from (piece for piece in streamer if piece)
+        finally:
+            abandoned.event.set()
+            thread.join()
+        if failures:
+            raise failures[0]
+
+    return pieces()
