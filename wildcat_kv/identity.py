@@ -97,7 +97,9 @@ def differing_weight(samples: dict[str, list[float]], model: Any) -> str | None:
 
 
 def _can_be_read(parameter: torch.Tensor) -> bool:
-    return parameter.is_floating_point() and parameter.itemsize > 1 and not parameter.is_meta and bool(parameter.numel())
+    return (
+        parameter.is_floating_point() and parameter.itemsize > 1 and not parameter.is_meta and bool(parameter.numel())
+    )
 
 
 def _sample(parameter: torch.Tensor) -> list[float]:

@@ -190,7 +190,9 @@ def _chooses_a_cache(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     use_cache = kwargs.get("use_cache", getattr(config, "use_cache", None))
     if use_cache is None:
         use_cache = model.generation_config.use_cache
-    return use_cache is False or bool(kwargs.get("cache_implementation") or getattr(config, "cache_implementation", None))
+    return use_cache is False or bool(
+        kwargs.get("cache_implementation") or getattr(config, "cache_implementation", None)
+    )
 
 
 def _innermost(model: Any) -> Any:

@@ -87,7 +87,9 @@ class Recipe:
         decoder = decoder_config(config)
         if settings is not None:
             if not isinstance(settings, WildCatConfig):
-                raise ValueError(f"settings={settings!r} is no WildCatConfig; give its fields by name, such as ratio=0.25")
+                raise ValueError(
+                    f"settings={settings!r} is no WildCatConfig; give its fields by name, such as ratio=0.25"
+                )
             if beside := [*(["preset"] if preset is not None else []), *fields]:
                 raise ValueError(f"{', '.join(beside)} given beside settings; use settings.changed(...) instead")
             return Recipe(settings, "wildcat" if compressor is None else compressor)
@@ -127,9 +129,7 @@ class Recipe:
                 f"compressor={self.compressor!r}: a config holds names; give one of `wildcat-kv methods`, and offer a "
                 "method of your own under the entry point wildcat_kv.compressors"
             )
-        section = Section(
-            version=VERSION, preset=self.preset, compressor=self.compressor, settings=self.settings
-        )
+        section = Section(version=VERSION, preset=self.preset, compressor=self.compressor, settings=self.settings)
         return section.model_dump(mode="json", exclude_none=True)
 
 
