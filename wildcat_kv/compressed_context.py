@@ -160,8 +160,8 @@ class CompressedContext:
             )
         if (name := differing_weight(saved.text.weights, model)) is not None:
             raise ValueError(
-                f"path={str(path)!r} was read by a model with other weights, {name} differs; load it with the model that "
-                "read the text"
+                f"path={str(path)!r} is of a model with other weights, {name} differs; load it with the model that read "
+                "the text"
             )
         cache = CompressedCache.restored(saved, model.config)
         return cls(model, tokenizer, cache, saved.text.ids, saved.text.tokens)

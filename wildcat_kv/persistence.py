@@ -6,7 +6,10 @@ All of a file is read and checked before a cache is made of it.
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,7 +67,7 @@ class _Text(BaseModel):
     weights: dict[str, list[float]]
 
 
-class _Header(BaseModel):
+class Header(BaseModel):
     """What stands beside the tensors, as JSON in the metadata of the file."""
 
     model_config = ConfigDict(extra="forbid")
@@ -185,7 +188,7 @@ def write(cache: Any, path: str | os.PathLike[str], text: SavedText | None = Non
     cache.check_in_step()
     tensors: dict[str, Tensor] = {}
     layers = [_layer(layer, f"layers.{index}.", tensors) for index, layer in enumerate(cache.layers)]
-    header = _Header(
+    header = Header(
         model=cache.model,
         settings=cache.settings,
         compressor=describe(cache.compressor),
@@ -212,20 +215,14 @@ def read(path: str | os.PathLike[str], config: Any, device: torch.device | str) 
         reason = str(error).split("\n")[0]
         raise ValueError(f"device={str(device)!r} cannot be used: {reason}; give that of the model") from None
     name = str(path)
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"path={name!r} is no file; give one that cache.save(...) wrote")
-    try:
-        with safe_open(name, framework="pt", device=str(device)) as file:
-            header = _header(name, file.metadata() or {})
-            if difference := header.model.difference(identity):
-                raise ValueError(
-                    f"path={name!r} is of another model than config={type(config).__name__}: {difference}; load it "
-                    "with the config of the model that read the context"
-                )
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"path={name!r} is no whole safetensors file: {reason}; save it again") from None
+    with _opened(path, str(device)) as file:
+        header = _header(name, file.metadata() or {})
+        if difference := header.model.difference(identity):
+            raise ValueError(
+                f"path={name!r} is of another model than config={type(config).__name__}: {difference}; load it "
+                "with the config of the model that read the context"
+            )
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     kinds = [WildCatLayer.__name__ if index in full else type(layer).__name__ for index, layer in enumerate(layers)]
     if (found := [layer.kind for layer in header.layers]) != kinds:
         raise ValueError(
@@ -240,7 +237,68 @@ def read(path: str | os.PathLike[str], config: Any, device: torch.device | str) 
     return SavedContext(header.settings, header.compressor, checked, text, name)
 
 
-def _header(name: str, metadata: dict[str, str]) -> _Header:
+@dataclass(frozen=True)
+class SavedTensor:
+    """A tensor that was not read.
+
+    Attributes:
+        shape: its shape.
+        dtype: as safetensors names it, such as "F32".
+        nbytes: its size.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a file says of itself.
+
+    Attributes:
+        header: the checked header.
+        tensors: by name.
+    """
+
+    header: Header
+    tensors: dict[str, SavedTensor]
+
+
+def look(path: str | os.PathLike[str]) -> Contents:
+    """Read a file's header, for whatever model it is; its tensors are not read.
+
+    Raises:
+        FileNotFoundError, ValueError: as `CompressedCache.load`.
+    """
+    with _opened(path, "cpu") as file:
+        header = _header(str(path), file.metadata() or {})
+        tensors = {}
+        for name in file.keys():  # noqa: SIM118
+            part = file.get_slice(name)
+            shape, dtype = tuple(part.get_shape()), part.get_dtype()
+            bits = next((int(digits) for digits in [dtype.lstrip("BFIU")] if digits.isdecimal()), 8)
+            tensors[name] = SavedTensor(shape, dtype, math.prod(shape) * bits // 8)
+    if not any(layer.progress is not None and layer.progress.rows for layer in header.layers):
+        raise ValueError(f"path={str(path)!r} is damaged: no layer of it has read anything; save it again")
+    return Contents(header, tensors)
+
+
+@contextmanager
+def _opened(path: str | os.PathLike[str], device: str) -> Iterator[Any]:
+    """A safetensors file, whose own errors say what to do."""
+    name = str(path)
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"path={name!r} is no file; give one that cache.save(...) wrote")
+    try:
+        with safe_open(name, framework="pt", device=device) as file:
+            yield file
+    except SafetensorError as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"path={name!r} is no whole safetensors file: {reason}; save it again") from None
+
+
+def _header(name: str, metadata: dict[str, str]) -> Header:
     if metadata.get("format") != FORMAT:
         raise ValueError(f"path={name!r} holds no compressed context; give a file that cache.save(...) wrote")
     if metadata.get("version") != str(VERSION):
@@ -249,7 +307,7 @@ def _header(name: str, metadata: dict[str, str]) -> _Header:
             "release of wildcat_kv that wrote it, or save the context again"
         )
     try:
-        return _Header.model_validate_json(metadata.get("header", ""))
+        return Header.model_validate_json(metadata.get("header", ""))
     except (ValidationError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"path={name!r} is damaged, its header does not fit: {reason}; save it again") from None
@@ -258,7 +316,7 @@ def _header(name: str, metadata: dict[str, str]) -> _Header:
 # Reading
 
 
-def _text(header: _Header, tensors: dict[str, Tensor]) -> SavedText | None:
+def _text(header: Header, tensors: dict[str, Tensor]) -> SavedText | None:
     """What was saved of the text; its ids are taken out of `tensors`."""
     if header.text is None:
         return None
@@ -270,7 +328,7 @@ def _text(header: _Header, tensors: dict[str, Tensor]) -> SavedText | None:
 
 
 def _check(
-    header: _Header, fresh: list[Any], tensors: dict[str, Tensor], device: torch.device
+    header: Header, fresh: list[Any], tensors: dict[str, Tensor], device: torch.device
 ) -> list[_Ours | dict[str, Any]]:
     """The layers of a file; `fresh` are new ones of an uncompressed cache, to hold those of Transformers' against."""
     progresses = [layer.progress for layer in header.layers if layer.kind == WildCatLayer.__name__]

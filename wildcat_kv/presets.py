@@ -114,3 +114,12 @@ def load_preset(name: str | Path) -> Preset:
         raise ValueError(f"{path}: {one_line(error, Preset)}") from None
     except TypeError:  # of the settings' own fields
         raise ValueError(f"{path}: settings has a name that is no text; put it in quotes or mend it") from None
+
+
+def preset_schema() -> dict[str, Any]:
+    """The JSON schema of a preset's file, for editors; configs/preset.schema.json is its copy on disk."""
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        **Preset.model_json_schema(),
+        "title": "wildcat_kv preset",
+    }

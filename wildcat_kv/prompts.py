@@ -83,7 +83,7 @@ def encode_context(tokenizer: Any, context: str) -> tuple[Tensor, Tensor]:
 def encode_follow_up(tokenizer: Any, question: str, answer: str = "", *, first: bool = True) -> Tensor:
     """Token ids int64 (1, m) of a question after a context, up to where the answer begins.
 
-    Encoded as it is within the whole prompt where the edge of the context is an edge of tokens, and by itself elsewhere.
+    Where the edge of the context is an edge of tokens, encoded as it is within the whole prompt; elsewhere by itself.
 
     Args:
         tokenizer: of the model.

@@ -1,0 +1,63 @@
+"""`wildcat-kv methods`, `presets` and `inspect`: what there is."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from wildcat_kv.compressors import available
+from wildcat_kv.inspection import inspect_file
+from wildcat_kv.presets import load_preset, preset_names, preset_schema
+
+
+def methods() -> None:
+    """List the compression methods, ours and those of installed packages."""
+    table = Table("name", "what it does", "paper", "queries", "decodes", box=None, padding=(0, 2, 0, 0))
+    for method in available():
+        marks = ("yes" if has else "no" for has in (method.needs_queries, method.decodes))
+        table.add_row(method.name, method.summary, method.paper.removeprefix("arXiv "), *marks)
+    console = Console()
+    console.print(table)
+    console.print(
+        "\npaper: on arXiv. queries: learns from queries, not from keys and values alone. decodes: compresses what is "
+        "generated, too; one that does not reads a context by wildcat_kv.compress_context()."
+    )
+
+
+def presets(
+    schema: Annotated[bool, typer.Option("--schema", help="Print the JSON schema of a preset's file instead.")] = False,
+) -> None:
+    """List the presets that come with the package."""
+    if schema:
+        print(json.dumps(preset_schema(), indent=2))
+        return
+    table = Table("name", "method", "settings", "what it is good for", box=None, padding=(0, 2, 0, 0))
+    for name in preset_names():
+        preset = load_preset(name)
+        budget = preset.settings.model_dump(exclude_defaults=True, exclude_none=True)
+        shown = ", ".join(f"{field}={value}" for field, value in budget.items())
+        table.add_row(name, preset.compressor, shown, preset.description)
+    Console().print(table)
+
+
+def inspect(
+    file: Annotated[Path, typer.Argument(help="A saved context or cache.")],
+) -> None:
+    """Show what a saved context holds, layer by layer; the model is not needed."""
+    found = inspect_file(file)
+    console = Console(highlight=False)
+    console.print(f"[bold]{file}[/bold]")
+    for name, value in found.about.items():
+        console.print(f"  {name}: {value}", soft_wrap=True)
+    table = Table(*found.columns, box=None, padding=(0, 2, 0, 0))
+    for column in table.columns[2:]:
+        column.justify = "right"
+    for row in found.rows:
+        table.add_row(*row)
+    console.print()
+    console.print(table)
