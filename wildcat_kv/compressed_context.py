@@ -78,7 +78,8 @@ class CompressedContext:
         Args:
             questions: none of them empty.
             max_new_tokens: most tokens of an answer.
-            batch_size: questions at once, each with a copy of the compressed context.
+            batch_size: questions at once, each with a copy of the compressed context; of models with linear
+                attention one after the other.
             **options: of `generate()`; greedy decoding by default.
 
         Returns:
@@ -91,6 +92,8 @@ class CompressedContext:
             raise ValueError(f"questions={questions!r} is one text; give a list, or call ask()")
         if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
             raise ValueError(f"batch_size={batch_size!r} must be a positive integer, the questions at once")
+        if unjoinable(self.cache):  # states that would read the padding of shorter questions
+            batch_size = 1
         rows = [encode_follow_up(self.tokenizer, _asked(question))[0] for question in questions]
         answers: list[str] = []
         for start in range(0, len(rows), batch_size):
@@ -353,7 +356,7 @@ def _text(text_or_file: str | os.PathLike[str]) -> str:
             raise ValueError(f"text_or_file={str(text_or_file)!r} cannot be read as UTF-8 text: {error}") from None
     elif isinstance(text_or_file, str):
         text = text_or_file
-        if "\n" not in text and len(text) < 1024 and text.strip() and Path(text).is_file():
+        if os.path.isfile(text):  # noqa: PTH113  # a Path of a long text would raise
             raise ValueError(f"text_or_file={text!r} is the name of a file; pass Path({text!r}) to read it")
     else:
         raise TypeError(f"text_or_file={text_or_file!r} must be a text, or the Path of a file")

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from wildcat_kv.splits import encode_parts
 
-_CONTEXT, _QUESTION, _ANSWER, _NEXT = ("\x1dcontext\x1d", "\x1dquestion\x1d", "\x1danswer\x1d", "\x1dnext\x1d")
+# Characters for private use: in no text, and no space that a template might trim.
+_CONTEXT, _QUESTION, _ANSWER, _NEXT = (f"\ue000{name}\ue001" for name in ("context", "question", "answer", "next"))
 
 
 @dataclass(frozen=True)

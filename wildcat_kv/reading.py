@@ -125,7 +125,7 @@ def generate_tokens(
     **options: Any,
 ) -> list[list[int]]:
     """The tokens of the answers, up to the one that ends a text; see `generate`."""
-    prompt, ends = ids.shape[1], _ends(model, tokenizer)
+    prompt, ends = ids.shape[1], _ends(model, tokenizer, options)
     if next_logits is not None:
         first = _likeliest(model, ids, next_logits, options)
         mask = join(mask, None, ids, first)
@@ -139,8 +139,7 @@ def generate_tokens(
             past_key_values=cache,
             max_new_tokens=max_new_tokens,
             pad_token_id=pad_id(tokenizer),
-            eos_token_id=sorted(ends) or None,
-            **{"do_sample": False, **options},
+            **{"do_sample": False, **options, "eos_token_id": sorted(ends) or None},
         )
     return [list(itertools.takewhile(lambda token: token not in ends, row)) for row in ids[:, prompt:].tolist()]
 
@@ -246,7 +245,10 @@ def _likeliest(model: Any, ids: Tensor, logits: Tensor, options: dict[str, Any])
     return logits.argmax(-1, keepdim=True).to(ids)
 
 
-def _ends(model: Any, tokenizer: Any) -> set[int]:
-    """Tokens that end a text, of the model's generation config and the tokenizer."""
+def _ends(model: Any, tokenizer: Any, options: dict[str, Any]) -> set[int]:
+    """Tokens that end a text: of the options of `generate()`, or of the model's generation config and the tokenizer."""
+    if "eos_token_id" in options:
+        ends = options["eos_token_id"]
+        return set(ends if isinstance(ends, list) else [ends]) - {None}
     ends = model.generation_config.eos_token_id
     return {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}

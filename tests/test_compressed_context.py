@@ -1,0 +1,377 @@
+"""One context, many questions."""
+
+import threading
+import warnings
+
+import pytest
+import torch
+import transformers as tf
+from safetensors import safe_open
+from safetensors.torch import save_file
+from transformers.generation.streamers import BaseStreamer
+
+from tests.driver import METHODS, assert_same, state
+from tests.tiny import tiny_model
+from tests.words import CHAT, tokenizer, words
+from wildcat_kv import CompressedContext, WildCatCache, compress_context
+from wildcat_kv.prompts import encode_question
+
+SETTINGS = {"ratio": 0.5, "sink": 4, "window": 4, "bin_rank": 4}
+TEXT = words(150)
+QUESTIONS = ["w5", "w9 w33 w7", "w80 w81 w82 w83 w84 w85", "w100 w4"]
+SHORT = {"max_new_tokens": 12}
+
+
+@pytest.fixture(scope="module")
+def llama():
+    return tiny_model("llama")
+
+
+@pytest.fixture(scope="module", params=[CHAT, None], ids=["chat", "plain"])
+def words_tokenizer(request):
+    return tokenizer(request.param)
+
+
+@pytest.fixture
+def context(llama, words_tokenizer):
+    return compress_context(llama, words_tokenizer, TEXT, **SETTINGS)
+
+
+# Asking
+
+
+def test_an_answer_is_what_the_model_generates_over_the_compressed_text(llama, words_tokenizer, context):
+    before, after = encode_question(words_tokenizer, TEXT, QUESTIONS[1])
+    cache = WildCatCache(llama.config, **SETTINGS)
+    llama(before, past_key_values=cache)
+    ids = torch.cat((before, after), dim=1)
+    out = llama.generate(ids, past_key_values=cache, do_sample=False, eos_token_id=3, **SHORT)
+    expected = words_tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+    assert context.ask(QUESTIONS[1], **SHORT) == expected and expected
+    assert context.tokens == before.shape[1] and context.cache.get_seq_length() == before.shape[1]
+
+
+def test_asking_leaves_the_context_as_it_was(context):
+    before = state(context.cache)
+    first = context.ask(QUESTIONS[0], **SHORT)
+    context.ask_many(QUESTIONS, **SHORT)
+    context.conversation().ask(QUESTIONS[2], **SHORT)
+    assert_same(state(context.cache), before)
+    assert context.ask(QUESTIONS[0], **SHORT) == first
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 8])
+def test_many_questions_are_answered_as_one_by_one(context, batch_size):
+    alone = [context.ask(question, **SHORT) for question in QUESTIONS]
+    assert context.ask_many(QUESTIONS, batch_size=batch_size, **SHORT) == alone
+    assert len(set(alone)) > 1 and context.ask_many([], **SHORT) == []
+
+
+@pytest.mark.parametrize("family", ["gemma3", "qwen3", "qwen3_next", "lfm2"])
+def test_other_families_answer_alike_too(family, tmp_path):
+    model, words_tokenizer = tiny_model(family), tokenizer()
+    context = compress_context(model, words_tokenizer, TEXT, **SETTINGS)
+    alone = [context.ask(question, **SHORT) for question in QUESTIONS]
+    assert context.ask_many(QUESTIONS, **SHORT) == alone
+    context.save(tmp_path / "context.safetensors")
+    again = CompressedContext.load(tmp_path / "context.safetensors", model, words_tokenizer)
+    assert [again.ask(question, **SHORT) for question in QUESTIONS] == alone
+
+
+@pytest.mark.parametrize("method", ["snapkv", "h2o", "attention_matching"])
+def test_any_method_compresses(llama, words_tokenizer, method):
+    context = compress_context(llama, words_tokenizer, TEXT, compressor=METHODS[method], **SETTINGS)
+    assert context.cache.stored_length() <= context.tokens // 2 + 1
+    assert context.ask_many(QUESTIONS, **SHORT) == [context.ask(question, **SHORT) for question in QUESTIONS]
+
+
+def test_kvzip_reads_twice(llama):
+    context = compress_context(llama, tokenizer(), TEXT, compressor="kvzip", **SETTINGS)
+    assert type(context.cache.compressor).__name__ == "KVzip" and context.ask(QUESTIONS[0], **SHORT)
+
+
+def test_beams_and_samples(context):
+    assert context.ask_many(QUESTIONS[:2], num_beams=3, **SHORT) == [
+        context.ask(question, num_beams=3, **SHORT) for question in QUESTIONS[:2]
+    ]
+    torch.manual_seed(5)
+    sampled = [context.ask(QUESTIONS[0], do_sample=True, **SHORT) for _ in range(4)]
+    assert len(set(sampled)) > 1
+
+
+# Streaming
+
+
+def test_the_pieces_of_a_stream_are_the_answer(context):
+    pieces = list(context.stream(QUESTIONS[1], **SHORT))
+    assert len(pieces) > 1 and "".join(pieces).strip() == context.ask(QUESTIONS[1], **SHORT)
+
+
+def test_a_stream_that_is_left_ends_its_generation(context):
+    threads = threading.active_count()
+    stream = context.stream(QUESTIONS[1], max_new_tokens=2000, eos_token_id=None)
+    next(stream)
+    stream.close()
+    assert threading.active_count() == threads
+
+
+def test_what_fails_in_a_stream_is_raised_where_it_is_read(context):
+    with pytest.raises(ValueError, match="nonsense"):
+        list(context.stream(QUESTIONS[1], nonsense=3))
+
+
+# Conversations
+
+
+def test_a_conversation_remembers(llama, words_tokenizer):
+    """With nothing compressed: the same as the exact cache over all that was said."""
+    context = compress_context(llama, words_tokenizer, TEXT, ratio=1.0)
+    conversation, said = context.conversation(), encode_question(words_tokenizer, TEXT, QUESTIONS[0])
+    ids = torch.cat(said, dim=1)
+    for number, question in enumerate(QUESTIONS[:3]):
+        if number:
+            frame = " <end>" if words_tokenizer.chat_template else ""
+            after = " <user>" if words_tokenizer.chat_template else ""
+            tail = " <end> <assistant>" if words_tokenizer.chat_template else ""
+            turn = words_tokenizer(f"{frame}{after} {question}{tail}", return_tensors="pt").input_ids
+            ids = torch.cat((ids, turn), dim=1)
+        out = llama.generate(ids, do_sample=False, eos_token_id=3, pad_token_id=0, **SHORT)
+        answer = conversation.ask(question, **SHORT)
+        assert answer == words_tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+        ids = out[:, :-1] if out[0, -1] == 3 else out
+    assert conversation.cache.get_seq_length() >= ids.shape[1] - 1
+
+
+class Interrupted(BaseStreamer):
+    """Presses Ctrl-C at the fourth token."""
+
+    count = 0
+
+    def put(self, value):
+        self.count += 1
+        if self.count == 5:
+            raise KeyboardInterrupt
+
+    def end(self):
+        pass
+
+
+@pytest.mark.parametrize("turns", [0, 2])
+def test_an_interrupted_answer_leaves_nothing_behind(context, turns):
+    conversation, other = context.conversation(), context.conversation()
+    for each in (conversation, other):
+        for question in QUESTIONS[:turns]:
+            each.ask(question, **SHORT)
+    with pytest.raises(KeyboardInterrupt):
+        conversation.ask("w66 w67", streamer=Interrupted(), **SHORT)
+    assert conversation.cache is context.cache
+    # What was said is read again as one prompt, and so folded elsewhere: the same only where nothing is compressed.
+    assert conversation.ask(QUESTIONS[3], **SHORT)
+    assert torch.equal(conversation._ids[:, : other._ids.shape[1]], other._ids)
+
+
+def test_conversations_are_apart_and_stream(context):
+    first, second = context.conversation(), context.conversation()
+    answer = first.ask(QUESTIONS[0], **SHORT)
+    first.ask(QUESTIONS[1], **SHORT)
+    assert "".join(second.stream(QUESTIONS[0], **SHORT)).strip() == answer
+
+
+# Long texts
+
+
+def test_a_text_beyond_the_positions_is_read_in_parts(words_tokenizer):
+    model = tiny_model("llama", max_position_embeddings=128)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        context = compress_context(model, words_tokenizer, words(300), reserve=40, **SETTINGS)
+        answer = context.ask(QUESTIONS[0], **SHORT)
+    parts = 4
+    assert context.cache.get_seq_length() <= 128 - 40 and answer
+    beginnings = parts if words_tokenizer.chat_template else 0  # each part has the template's
+    assert context.tokens == 300 + beginnings
+    assert context.cache.stored_length() == pytest.approx(context.tokens / 2, abs=parts)
+    assert context.ask_many(QUESTIONS, **SHORT)[0] == answer
+
+
+def test_parts_of_one_length_of_a_text_give_what_a_joined_cache_gives(llama):
+    """Questions see the first part as well as the last."""
+    short = tiny_model("llama", max_position_embeddings=128)
+    answers = set()
+    for seed in range(6):
+        text = f"{words(80, seed)} {words(80)}"
+        answers.add(compress_context(short, tokenizer(), text, reserve=40, ratio=1.0).ask(QUESTIONS[0], **SHORT))
+    assert len(answers) > 1
+
+
+def test_a_text_is_read_in_chunks_where_that_is_asked_for(llama, words_tokenizer):
+    chunked = compress_context(llama, words_tokenizer, TEXT, chunk_tokens=40, **SETTINGS)
+    cache = WildCatCache(llama.config, **SETTINGS)
+    for piece in chunked._ids.split(40, dim=1):
+        llama(piece, past_key_values=cache)
+    assert_same(state(chunked.cache), state(cache))
+
+
+def test_where_memory_runs_out_less_is_read_at_once(llama, monkeypatch):
+    text, forward, sizes = words(1500), llama.forward, []
+
+    def short_of_memory(input_ids, **options):
+        sizes.append(input_ids.shape[1])
+        if input_ids.shape[1] > 400:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(input_ids, **options)
+
+    monkeypatch.setattr(llama, "forward", short_of_memory)
+    with pytest.warns(UserWarning, match="memory ran out; reading 375 tokens at once"):
+        context = compress_context(llama, tokenizer(None), text, **SETTINGS)
+    assert sizes == [1500, 750, 375, 375, 375, 375] and context.tokens == 1500
+    monkeypatch.setattr(llama, "forward", lambda *_, **__: (_ for _ in ()).throw(torch.OutOfMemoryError("none at all")))
+    with pytest.raises(torch.OutOfMemoryError), pytest.warns(UserWarning):
+        compress_context(llama, tokenizer(None), text, **SETTINGS)
+
+
+def test_max_tokens_holds_for_all_parts_together():
+    model = tiny_model("llama", max_position_embeddings=128)
+    limits = {"max_tokens": 120, "sink": 4, "window": 4, "bin_rank": 4}
+    context = compress_context(model, tokenizer(), words(300), reserve=40, **limits)
+    assert context.cache.stored_length() <= 120 and context.cache.settings.max_tokens == 120
+    with pytest.raises(ValueError, match=r"max_tokens=40 is too small for a text of 4 parts.* raise it to 48"):
+        compress_context(model, tokenizer(), words(300), reserve=40, **{**limits, "max_tokens": 40})
+
+
+# Files
+
+
+def test_a_saved_context_is_asked_again(llama, words_tokenizer, tmp_path):
+    path = tmp_path / "context.safetensors"
+    context = compress_context(llama, words_tokenizer, TEXT, **SETTINGS)
+    context.save(path)
+    again = CompressedContext.load(path, llama, words_tokenizer)
+    assert (again.tokens, again.cache.settings) == (context.tokens, context.cache.settings)
+    assert again.ask_many(QUESTIONS, **SHORT) == context.ask_many(QUESTIONS, **SHORT)
+    assert again.conversation().ask(QUESTIONS[2], **SHORT) == context.conversation().ask(QUESTIONS[2], **SHORT)
+    cache = WildCatCache.load(path, llama.config)  # the text beside it does no harm
+    assert_same(state(cache), state(context.cache), ignore=("fold_from",))
+
+
+def test_it_is_loaded_by_the_same_model_in_another_dtype(llama, tmp_path):
+    path = tmp_path / "context.safetensors"
+    compress_context(llama, tokenizer(), TEXT, **SETTINGS).save(path)
+    with pytest.raises(ValueError, match="another dtype"):  # that of what it is asked: not of its weights
+        CompressedContext.load(path, tiny_model("llama").to(torch.bfloat16), tokenizer()).ask(QUESTIONS[0], **SHORT)
+
+
+def another_model():
+    torch.manual_seed(2)
+    config = tiny_model("llama").config
+    return tf.LlamaForCausalLM(config).eval()
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (another_model, "is of a model with other weights, .*weight differs; load it with the model that read"),
+        (lambda: tiny_model("llama", num_hidden_layers=2), "is of another model .*num_hidden_layers is 3"),
+        (lambda: tiny_model("qwen3"), "is of another model .*model_type is 'llama'"),
+    ],
+)
+def test_another_model_is_refused(llama, tmp_path, make, message):
+    path = tmp_path / "context.safetensors"
+    compress_context(llama, tokenizer(), TEXT, **SETTINGS).save(path)
+    content = path.read_bytes()
+    with pytest.raises(ValueError, match=message) as error:
+        CompressedContext.load(path, make(), tokenizer())
+    assert "\n" not in str(error.value) and path.read_bytes() == content
+
+
+def test_a_cache_alone_is_no_context(llama, context, tmp_path):
+    context.cache.save(tmp_path / "cache.safetensors")
+    with pytest.raises(ValueError, match=r"without its text; load it with WildCatCache.load"):
+        CompressedContext.load(tmp_path / "cache.safetensors", llama, tokenizer())
+    with pytest.raises(FileNotFoundError, match=r"nowhere.safetensors"):
+        CompressedContext.load(tmp_path / "nowhere.safetensors", llama, tokenizer())
+
+
+@pytest.mark.parametrize("damage", ["missing", "short", "dtype"])
+def test_a_damaged_text_is_refused(llama, context, tmp_path, damage):
+    path = tmp_path / "context.safetensors"
+    context.save(path)
+    with safe_open(path, framework="pt") as file:
+        tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
+    ids = tensors.pop("input_ids")
+    if damage != "missing":
+        tensors["input_ids"] = ids[:, 1:].clone() if damage == "short" else ids.int()
+    save_file(tensors, path, metadata)
+    with pytest.raises(ValueError, match="is damaged: the tokens of its text do not fit"):
+        CompressedContext.load(path, llama, tokenizer())
+
+
+def test_a_text_is_read_from_a_file(llama, tmp_path, monkeypatch):
+    path = tmp_path / "text.txt"
+    path.write_text(TEXT)
+    assert compress_context(llama, tokenizer(), path, **SETTINGS).ask(QUESTIONS[0], **SHORT) == compress_context(
+        llama, tokenizer(), TEXT, **SETTINGS
+    ).ask(QUESTIONS[0], **SHORT)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"is the name of a file; pass Path\('text.txt'\)"):
+        compress_context(llama, tokenizer(), "text.txt", **SETTINGS)
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"text": ""}, "text_or_file='' is empty"),
+        ({"text": " \n "}, "is empty; there is nothing to compress"),
+        ({"ratio": 2.0}, "ratio=2.0"),
+        ({"preset": "nosuch"}, "preset='nosuch': no such preset"),
+        ({"compressor": "snapk"}, "did you mean 'snapkv'"),
+        ({"chunk_tokens": 0}, "chunk_tokens=0 must be a positive integer"),
+        ({"reserve": -1}, "reserve=-1 must be a positive integer"),
+        ({"reserve": 5000}, "reserve=5000 leaves no room for a text: the model has 4096 positions"),
+        ({"compressor": "kvzip", "chunk_tokens": 30}, "'kvzip' reads a text twice and as a whole"),
+        ({"compressor": "kvzip", "max_tokens": 100, "ratio": None}, "KVzip compresses the prompt"),
+    ],
+)
+def test_what_cannot_be_is_said_before_anything_is_read(llama, monkeypatch, given, message):
+    monkeypatch.setattr(llama, "forward", lambda *_, **__: pytest.fail("the model was run"))
+    before = (llama.config.to_dict(), llama.config._attn_implementation)
+    options = {name: value for name, value in {**SETTINGS, **given}.items() if value is not None}
+    with pytest.raises(ValueError, match=message) as error:
+        compress_context(llama, tokenizer(), options.pop("text", TEXT), **options)
+    assert "\n" not in str(error.value)
+    assert (llama.config.to_dict(), llama.config._attn_implementation) == before
+
+
+def test_a_file_that_cannot_be_read_is_named(llama, tmp_path):
+    (tmp_path / "latin.txt").write_bytes(b"\xe4\xff")
+    for name in ("latin.txt", "nowhere.txt"):
+        with pytest.raises(ValueError, match=f"{name}' cannot be read as UTF-8 text"):
+            compress_context(llama, tokenizer(), tmp_path / name, **SETTINGS)
+    with pytest.raises(TypeError, match="text_or_file=3 must be a text"):
+        compress_context(llama, tokenizer(), 3, **SETTINGS)
+
+
+def test_a_long_text_of_a_model_with_states_is_refused(monkeypatch):
+    model = tiny_model("qwen3_next", max_position_embeddings=128)
+    monkeypatch.setattr(model, "forward", lambda *_, **__: pytest.fail("the model was run"))
+    with pytest.raises(
+        ValueError, match="more than the model has positions for, and its cache has layers whose states"
+    ):
+        compress_context(model, tokenizer(), words(300), **SETTINGS)
+
+
+@pytest.mark.parametrize("question", ["", "  \n", None])
+def test_a_question_must_ask_something(context, question):
+    for ask in (context.ask, context.stream, context.conversation().ask, lambda text: context.ask_many(["w5", text])):
+        with pytest.raises(ValueError, match="is empty; ask something"):
+            ask(question)
+
+
+def test_one_text_is_no_list_of_questions(context):
+    with pytest.raises(ValueError, match="is one text; give a list"):
+        context.ask_many("w5 w6")
+    with pytest.raises(ValueError, match="batch_size=0 must be a positive integer"):
+        context.ask_many(["w5"], batch_size=0)

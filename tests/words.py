@@ -1,0 +1,24 @@
+"""A tokenizer of a hundred-odd words, w1 to w119, for tiny models; with and without chat templates."""
+
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+CHAT = (
+    "{% for message in messages %}{{ '<' + message['role'] + '> ' + message['content'] + ' <end> ' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<assistant> ' }}{% endif %}"
+)
+_SPECIAL = {"<user>": 1, "<assistant>": 2, "<end>": 3}
+
+
+def words(count, seed=0):
+    """A text of `count` words."""
+    return " ".join(f"w{4 + (seed * 37 + index * index * 7 + index) % 115}" for index in range(count))
+
+
+def tokenizer(template=CHAT):
+    vocabulary = {"<pad>": 0, **_SPECIAL, **{f"w{number}": number for number in range(4, 120)}}
+    inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    made = PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", eos_token="<end>")
+    made.chat_template = template
+    return made
