@@ -5,29 +5,74 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+
+from pydantic import JsonValue
 
 from wildcat_kv import persistence
+from wildcat_kv.config import WildCatConfig
+from wildcat_kv.identity import ModelIdentity
 
-_MIB = 2**20
+# Of Transformers' own layers.
+_KINDS = {"DynamicSlidingWindowLayer": "window", "LinearAttentionLayer": "linear"}
 
 
 @dataclass(frozen=True)
-class Inspection:
-    """A table of the layers, and what there is to say of the whole.
+class LayerSummary:
+    """One layer of a saved context.
 
     Attributes:
-        about: what is said of the file, by name.
-        columns: names of the table's columns.
-        rows: the cells of each layer.
+        kind: "compressed", or "exact" for one that has not folded, or what Transformers' own layer is.
+        nbytes: of its tensors.
+        seen: tokens read; None of Transformers' own layers, and so for the next two.
+        stored: columns held.
+        slots: of the coreset, among them.
+        heads: of its keys; None where it has none, and so for the next two.
+        channels: of a key.
+        dtype: of its keys, as safetensors names it.
     """
 
-    about: dict[str, str]
-    columns: tuple[str, ...]
-    rows: list[tuple[str, ...]]
+    kind: str
+    nbytes: int
+    seen: int | None = None
+    stored: int | None = None
+    slots: int | None = None
+    heads: int | None = None
+    channels: int | None = None
+    dtype: str | None = None
 
 
-def inspect_file(path: str | os.PathLike[str]) -> Inspection:
+@dataclass(frozen=True)
+class ContextSummary:
+    """A saved context.
+
+    Attributes:
+        model: what it is for.
+        compressor: the method, as one would write it.
+        settings: of the cache.
+        rows: of the batch.
+        tokens: that were read.
+        has_text: whether it can be asked with `CompressedContext.load`; otherwise it is a cache alone.
+        nbytes: of the file.
+        layers: one by one.
+    """
+
+    model: ModelIdentity
+    compressor: str
+    settings: WildCatConfig
+    rows: int
+    tokens: int
+    has_text: bool
+    nbytes: int
+    layers: list[LayerSummary]
+
+    @property
+    def stored_share(self) -> float:
+        """Columns held over tokens read, the mean of the layers that can be compressed."""
+        stored = [layer.stored for layer in self.layers if layer.stored is not None]
+        return sum(stored) / len(stored) / self.tokens
+
+
+def inspect_file(path: str | os.PathLike[str]) -> ContextSummary:
     """Look into a file that `CompressedCache.save` or `CompressedContext.save` wrote.
 
     Raises:
@@ -36,53 +81,46 @@ def inspect_file(path: str | os.PathLike[str]) -> Inspection:
     """
     contents = persistence.look(path)
     header = contents.header
-    total = None if header.text is None else header.text.tokens
-    rows: list[tuple[str, ...]] = []
-    shares = []
-    for index, layer in enumerate(header.layers):
-        tensors = {
-            name.split(".", 2)[2]: tensor
-            for name, tensor in contents.tensors.items()
-            if name.startswith(f"layers.{index}.")
-        }
-        nbytes = sum(tensor.nbytes for tensor in tensors.values())
-        keys = tensors.get("keys")
-        shape = f"{keys.shape[1]} x {keys.shape[3]}" if keys is not None and len(keys.shape) == 4 else ""
-        dtype = keys.dtype if keys is not None else ""
-        numbers = ("", "", "", "")
-        if layer.progress is not None and layer.length is not None:
-            slots = max(row.slots + row.spare for row in layer.progress.rows)
-            numbers = (
-                f"{layer.progress.seen:,}",
-                f"{layer.length:,}",
-                f"{slots:,}",
-                f"{layer.length - slots:,}",
-            )
-            shares.append(layer.length / (total or layer.progress.seen))
-        kind = "compressed" if layer.progress is not None and layer.progress.folded_at else "exact"
-        named = kind if layer.progress is not None else layer.kind
-        rows.append((str(index), named, *numbers, shape, dtype, f"{nbytes / _MIB:.2f}"))
-    model, progress = header.model, next(layer.progress for layer in header.layers if layer.progress is not None)
-    about = {
-        "model": f"{model.model_type}, {model.num_hidden_layers} layers, hidden size {model.hidden_size}",
-        "compressor": _method(header.compressor),
-        "settings": ", ".join(f"{key}={value}" for key, value in header.settings.model_dump(exclude_none=True).items()),
-        "rows": str(len(progress.rows)),
-        "stored": f"{sum(shares) / len(shares):.1%} of the tokens read, on average over layers",
-        "size": f"{Path(path).stat().st_size / _MIB:.1f} MiB, format version {persistence.VERSION}",
-    }
-    if total is not None:
-        about["text"] = f"{total:,} tokens, to be asked with CompressedContext.load or wildcat-kv chat"
-    columns = ("layer", "kind", "seen", "stored", "slots", "exact", "heads x d", "dtype", "MiB")
-    return Inspection(about, columns, rows)
+    progress = next(layer.progress for layer in header.layers if layer.progress is not None)
+    return ContextSummary(
+        model=header.model,
+        compressor=_written(header.compressor),
+        settings=header.settings,
+        rows=len(progress.rows),
+        tokens=progress.seen if header.text is None else header.text.tokens,
+        has_text=header.text is not None,
+        nbytes=Path(path).stat().st_size,
+        layers=[_layer(contents, index) for index in range(len(header.layers))],
+    )
 
 
-def _method(description: Any) -> str:
+def _layer(contents: persistence.Contents, index: int) -> LayerSummary:
+    layer, prefix = contents.header.layers[index], f"layers.{index}."
+    nbytes = sum(tensor.nbytes for name, tensor in contents.tensors.items() if name.startswith(prefix))
+    keys = contents.tensors.get(f"{prefix}keys")
+    has_keys = keys is not None and len(keys.shape) == 4
+    progress = layer.progress
+    if progress is None:
+        kind = _KINDS.get(layer.kind, layer.kind)
+    else:
+        kind = "compressed" if progress.folded_at else "exact"
+    return LayerSummary(
+        kind=kind,
+        nbytes=nbytes,
+        seen=None if progress is None else progress.seen,
+        stored=layer.length,
+        slots=None if progress is None else max(row.slots + row.spare for row in progress.rows),
+        heads=keys.shape[1] if keys is not None and has_keys else None,
+        channels=keys.shape[3] if keys is not None and has_keys else None,
+        dtype=keys.dtype if keys is not None and has_keys else None,
+    )
+
+
+def _written(description: JsonValue) -> str:
     """A described method as one would write it; see `describe`."""
-    if not isinstance(description, dict) or not isinstance(description.get("parameters"), dict):
+    if not isinstance(description, dict) or not isinstance(parameters := description.get("parameters"), dict):
         return str(description)
     given = (
-        f"{name}={_method(value) if isinstance(value, dict) else repr(value)}"
-        for name, value in description["parameters"].items()
+        f"{name}={_written(value) if isinstance(value, dict) else repr(value)}" for name, value in parameters.items()
     )
     return f"{description.get('name')}({', '.join(given)})"

@@ -122,8 +122,9 @@ class Session:
         self._status(streamer.timing)
 
     def _ratio(self, argument: str) -> None:
+        given = _given(argument, "a ratio")
         try:
-            ratio = float(_given(argument, "a ratio"))
+            ratio = float(given)
         except ValueError:
             raise ValueError(f"ratio={argument!r} must be a number in (0, 1], for example /ratio 0.25") from None
         if self._text is None:

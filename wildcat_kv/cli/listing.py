@@ -14,6 +14,8 @@ from wildcat_kv.compressors import available
 from wildcat_kv.inspection import inspect_file
 from wildcat_kv.presets import load_preset, preset_names, preset_schema
 
+_MIB = 2**20
+
 
 def methods() -> None:
     """List the compression methods, ours and those of installed packages."""
@@ -50,14 +52,26 @@ def inspect(
 ) -> None:
     """Show what a saved context holds, layer by layer; the model is not needed."""
     found = inspect_file(file)
-    console = Console(highlight=False)
-    console.print(f"[bold]{file}[/bold]")
-    for name, value in found.about.items():
-        console.print(f"  {name}: {value}", soft_wrap=True)
-    table = Table(*found.columns, box=None, padding=(0, 2, 0, 0))
-    for column in table.columns[2:]:
-        column.justify = "right"
-    for row in found.rows:
-        table.add_row(*row)
+    console, model = Console(highlight=False), found.model
+    settings = ", ".join(f"{name}={value}" for name, value in found.settings.model_dump(exclude_none=True).items())
+    asked = "CompressedContext.load, wildcat-kv chat" if found.has_text else "WildCatCache.load or CompressedCache.load"
+    for name, value in (
+        ("file", f"{file}, {found.nbytes / _MIB:.1f} MiB"),
+        ("model", f"{model.model_type}, {model.num_hidden_layers} layers, hidden size {model.hidden_size}"),
+        ("method", found.compressor),
+        ("settings", settings),
+        ("read", f"{found.tokens:,} tokens in {found.rows} row{'s' if found.rows > 1 else ''}"),
+        ("stored", f"{found.stored_share:.1%} of them"),
+        ("opened by", asked),
+    ):
+        console.print(f"[dim]{name:<9}[/dim]", value, soft_wrap=True)
+    table = Table("layer", "kind", box=None, padding=(0, 2, 0, 0))
+    for name in ("seen", "stored", "slots", "exact", "heads x d", "dtype", "MiB"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for index, layer in enumerate(found.layers):
+        exact = None if layer.stored is None or layer.slots is None else layer.stored - layer.slots
+        counts = ("" if count is None else f"{count:,}" for count in (layer.seen, layer.stored, layer.slots, exact))
+        shape = "" if layer.heads is None else f"{layer.heads} x {layer.channels}"
+        table.add_row(str(index), layer.kind, *counts, shape, layer.dtype or "", f"{layer.nbytes / _MIB:.2f}")
     console.print()
     console.print(table)
