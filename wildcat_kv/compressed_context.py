@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import os
-import threading
-import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import StoppingCriteria, TextIteratorStreamer
 from typing_extensions import Self
 
 from wildcat_kv import persistence
@@ -24,15 +21,10 @@ from wildcat_kv.identity import differing_weight, weight_samples
 from wildcat_kv.joining import join_caches, unjoinable
 from wildcat_kv.presets import Preset
 from wildcat_kv.prompts import encode_context, encode_follow_up
-from wildcat_kv.reading import generate, generate_tokens, join, pad_id, pad_left, read, text_of
+from wildcat_kv.reading import generate, generate_tokens, join, pad_id, pad_left, text_of
 from wildcat_kv.recipe import Recipe
-from wildcat_kv.support import decoder_config
-
-# Positions kept free for questions and answers, and at most this part of all.
-_RESERVE = 1024
-_RESERVE_PART = 4
-# Fewer tokens at once are not tried where memory runs out.
-_LEAST_CHUNK = 256
+from wildcat_kv.streaming import streamed
+from wildcat_kv.texts import parts_of, read_part, share_of, text_from
 
 
 class CompressedContext:
@@ -126,7 +118,7 @@ class CompressedContext:
         Raises:
             ValueError: an empty question, at once; what generation raises, as it comes.
         """
-        return _streamed(self.ask, self.tokenizer, _asked(question), {"max_new_tokens": max_new_tokens, **options})
+        return streamed(self.ask, self.tokenizer, _asked(question), {"max_new_tokens": max_new_tokens, **options})
 
     def conversation(self) -> Conversation:
         """A conversation about the text, in which earlier questions and answers are remembered."""
@@ -158,12 +150,12 @@ class CompressedContext:
         saved = persistence.read(path, model.config, model.device)
         if saved.text is None:
             raise ValueError(
-                f"path={str(path)!r} holds a cache without its text; load it with WildCatCache.load(path, model.config), "
+                f"path={str(path)!r} holds a cache without its text; load it with WildCatCache.load(path, model.config) "
                 "or save a compressed context"
             )
         if (name := differing_weight(saved.text.weights, model)) is not None:
             raise ValueError(
-                f"path={str(path)!r} is of a model with other weights, {name} differs; load it with the model that read "
+                f"path={str(path)!r} is of a model with other weights, {name} differs; load it with the one that read "
                 "the text"
             )
         cache = CompressedCache.restored(saved, model.config)
@@ -225,7 +217,7 @@ class Conversation:
     def stream(self, question: str, *, max_new_tokens: int = 256, **options: Any) -> Iterator[str]:
         """The same piece by piece, as the words come; see `CompressedContext.stream`."""
         given = {"max_new_tokens": max_new_tokens, **options}
-        return _streamed(self.ask, self.context.tokenizer, _asked(question), given)
+        return streamed(self.ask, self.context.tokenizer, _asked(question), given)
 
 
 def compress_context(
@@ -271,12 +263,12 @@ def compress_context(
     recipe = Recipe.choose(model.config, settings, preset=preset, compressor=compressor, **fields)
     twice = reads_twice(recipe.compressor)
     Recipe(recipe.settings, twice or recipe.compressor).check(model.config)
-    text = _text(text_or_file)
+    text = text_from(text_or_file)
     for name, value in (("chunk_tokens", chunk_tokens), ("reserve", reserve)):
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
             raise ValueError(f"{name}={value!r} must be a positive integer, in tokens")
     head, body = (ids.to(model.device) for ids in encode_context(tokenizer, text))
-    parts = _parts(model, head, body, reserve)
+    parts = parts_of(model, head, body, reserve)
     if twice is not None:
         if len(parts) > 1 or chunk_tokens is not None:
             raise ValueError(
@@ -286,124 +278,18 @@ def compress_context(
             )
         cache = Context(model, parts[0]).compress(recipe.settings, compressor=twice, tokenizer=tokenizer)
         return CompressedContext(model, tokenizer, cache, parts[0], parts[0].shape[1])
-    share = _share(recipe.settings, len(parts))
+    share = share_of(recipe.settings, len(parts))
     if len(parts) > 1 and (fault := unjoinable(Recipe(share, recipe.compressor).cache(model.config))):
         raise ValueError(
             f"text_or_file has {body.shape[1]} tokens, more than the model has positions for, and its cache {fault}; "
             "shorten the text"
         )
-    caches = [_read(model, Recipe(share, recipe.compressor), part, chunk_tokens) for part in parts]
+    caches = [read_part(model, Recipe(share, recipe.compressor), part, chunk_tokens) for part in parts]
     cache = join_caches(caches, recipe.settings) if len(parts) > 1 else caches[0]
     return CompressedContext(model, tokenizer, cache, parts[-1], sum(part.shape[1] for part in parts))
-
-
-def _parts(model: Any, head: Tensor, body: Tensor, reserve: int | None) -> list[Tensor]:
-    """The text as one prompt int64 (1, n), or as several that fit the positions, each with the template's beginning."""
-    positions = getattr(decoder_config(model.config), "max_position_embeddings", None)
-    if positions is None:
-        return [torch.cat((head, body), dim=1)]
-    reserve = min(_RESERVE, positions // _RESERVE_PART) if reserve is None else reserve
-    room = positions - reserve - head.shape[1]
-    if room < 1:
-        raise ValueError(
-            f"reserve={reserve} leaves no room for a text: the model has {positions} positions, and its template takes "
-            f"{head.shape[1]}; lower reserve"
-        )
-    count = -(-body.shape[1] // room)
-    return [torch.cat((head, piece), dim=1) for piece in body.tensor_split(count, dim=1)]
-
-
-def _share(settings: WildCatConfig, parts: int) -> WildCatConfig:
-    """The settings of each of several parts: a limit is dealt out equally."""
-    if settings.max_tokens is None or parts == 1:
-        return settings
-    least = settings.sink + settings.window + settings.bin_rank
-    if settings.max_tokens // parts < least:
-        raise ValueError(
-            f"max_tokens={settings.max_tokens} is too small for a text of {parts} parts, each with its own sink and "
-            f"window; raise it to {parts * least} or more, or lower sink and window"
-        )
-    return settings.changed(max_tokens=settings.max_tokens // parts)
-
-
-def _read(model: Any, recipe: Recipe, ids: Tensor, chunk: int | None) -> CompressedCache:
-    """A cache that has read ids (1, n), `chunk` tokens at a time, or fewer where memory runs out."""
-    n = ids.shape[1]
-    chunk = min(chunk or n, n)
-    while True:
-        cache = recipe.cache(model.config)
-        try:
-            for start in range(0, n, chunk):
-                read(model, cache, ids[:, : start + chunk])
-            return cache
-        except torch.OutOfMemoryError:
-            if chunk <= _LEAST_CHUNK:
-                raise
-        del cache
-        chunk = max(_LEAST_CHUNK, chunk // 2)
-        warnings.warn(
-            f"memory ran out; reading {chunk} tokens at once, each chunk with those before it compressed (pass "
-            "chunk_tokens to begin there)",
-            stacklevel=3,
-        )
-
-
-def _text(text_or_file: str | os.PathLike[str]) -> str:
-    if isinstance(text_or_file, os.PathLike):
-        try:
-            text = Path(text_or_file).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"text_or_file={str(text_or_file)!r} cannot be read as UTF-8 text: {error}") from None
-    elif isinstance(text_or_file, str):
-        text = text_or_file
-        if os.path.isfile(text):  # noqa: PTH113  # a Path of a long text would raise
-            raise ValueError(f"text_or_file={text!r} is the name of a file; pass Path({text!r}) to read it")
-    else:
-        raise TypeError(f"text_or_file={text_or_file!r} must be a text, or the Path of a file")
-    if not text.strip():
-        shown = repr(str(text_or_file)) if isinstance(text_or_file, os.PathLike) else repr(text[:20])
-        raise ValueError(f"text_or_file={shown} is empty; there is nothing to compress")
-    return text
 
 
 def _asked(question: str) -> str:
     if not isinstance(question, str) or not question.strip():
         raise ValueError(f"question={question!r} is empty; ask something")
     return question
-
-
-class _Abandoned(StoppingCriteria):
-    """Ends a generation that nobody listens to any more."""
-
-    def __init__(self) -> None:
-        self.event = threading.Event()
-
-    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
-        return torch.full((input_ids.shape[0],), self.event.is_set(), device=input_ids.device)
-
-
-def _streamed(ask: Any, tokenizer: Any, question: str, options: dict[str, Any]) -> Iterator[str]:
-    """The pieces of `ask(question, **options)`, which runs in a thread of its own."""
-    abandoned, failures = _Abandoned(), []
-    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-
-    def answer() -> None:
-        try:
-            criteria = [*options.pop("stopping_criteria", []), abandoned]
-            ask(question, streamer=streamer, stopping_criteria=criteria, **options)
-        except BaseException as error:
-            failures.append(error)
-            streamer.end()
-
-    def pieces() -> Iterator[str]:
-        thread = threading.Thread(target=answer, daemon=True)
-        thread.start()
-        try:
-            yield from (piece for piece in streamer if piece)
-        finally:
-            abandoned.event.set()
-            thread.join()
-        if failures:
-            raise failures[0]
-
-    return pieces()

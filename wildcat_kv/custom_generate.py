@@ -8,16 +8,16 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from torch import Tensor
-from transformers import DynamicCache
 from transformers.generation.utils import GENERATION_MODES_MAPPING
 
 from wildcat_kv.config import WildCatConfig
 from wildcat_kv.files import replacing
-from wildcat_kv.recipe import Recipe
+from wildcat_kv.recipe import Recipe, chooses_a_cache
 
 # Taken from the arguments of generate(), where `temperature` is another one: that of sampling.
 _OURS = ("settings", "preset", "compressor", *(name for name in WildCatConfig.model_fields if name != "temperature"))
 
+_README = "README.md"
 _FILES = {
     "custom_generate/generate.py": '''\
 """Generation with a compressed KV cache: see the README beside this folder. The code is in the package wildcat-kv."""
@@ -27,7 +27,7 @@ from wildcat_kv.custom_generate import generate
 __all__ = ["generate"]
 ''',
     "custom_generate/requirements.txt": "wildcat-kv\n",
-    "README.md": """\
+    _README: """\
 ---
 library_name: transformers
 license: apache-2.0
@@ -59,6 +59,11 @@ The same without trusting remote code: `custom_generate=wildcat_kv.wildcat_gener
 """,
 }
 
+_OTHERWISE = (
+    "custom_generate makes a compressed cache, and generate() was told otherwise; leave out past_key_values, "
+    "cache_implementation and use_cache, or leave out custom_generate"
+)
+
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
@@ -83,6 +88,9 @@ def wildcat_generate(
 ) -> Any:
     """What `generate()` does, with a fresh compressed cache: a recipe for its `custom_generate`.
 
+    Transformers hands functions neither a `streamer` nor an `assistant_model`, and says nothing: with those use
+    `enable`, a cache of your own, or a folder made by `write_folder`.
+
     Args:
         model: a Transformers decoder.
         input_ids: int64 (rows, n).
@@ -105,12 +113,9 @@ def wildcat_generate(
     """
     chosen = {name: arguments.pop(name) for name in _OURS if arguments.get(name) is not None}
     prepared = arguments.get("past_key_values")
-    if type(prepared) is not DynamicCache or getattr(prepared, "_is_user_defined", False):
-        given = "use_cache=False" if prepared is None else f"a {type(prepared).__name__}"
-        raise ValueError(
-            f"custom_generate=wildcat_generate makes a cache of its own, and generate() was given {given}; leave out "
-            "past_key_values, cache_implementation and use_cache, or leave out custom_generate"
-        )
+    without = generation_config.use_cache is False or generation_config.cache_implementation is not None
+    if without or getattr(prepared, "_is_user_defined", False):
+        raise ValueError(_OTHERWISE)
     arguments["past_key_values"] = Recipe.choose(model.config, **chosen).cache(model.config)
     mode = generation_config.get_generation_mode(arguments.get("assistant_model"))
     decode = getattr(type(model), GENERATION_MODES_MAPPING[mode])
@@ -135,25 +140,32 @@ def generate(*inputs: Any, model: Any, **arguments: Any) -> Any:
         **arguments: of `generate()` and of `wildcat_generate`; None for what was not given.
     """
     given = {name: value for name, value in arguments.items() if value is not None}
-    return type(model).generate(model, *inputs, custom_generate=wildcat_generate, **given)
+    chosen = {name: given.pop(name) for name in _OURS if name in given}
+    if chooses_a_cache(model, inputs, given):
+        raise ValueError(_OTHERWISE)
+    given["past_key_values"] = Recipe.choose(model.config, **chosen).cache(model.config)
+    return type(model).generate(model, *inputs, **given)
 
 
 def write_folder(folder: str | Path) -> list[Path]:
     """Write a folder for `model.generate(custom_generate=folder, trust_remote_code=True)`, ready for the Hub.
 
     Args:
-        folder: made if it is not there; may hold a model.
+        folder: made if it is not there; may hold a model, whose README stays.
 
     Returns:
-        The files.
+        The files written.
 
     Raises:
-        ValueError: one of them is there already.
+        ValueError: it has custom generation already.
         OSError: one cannot be written.
     """
     paths = {Path(folder) / name: text for name, text in _FILES.items()}
-    if there := next((path for path in paths if path.exists()), None):
-        raise ValueError(f"folder={str(folder)!r} has {there.name} already; name another folder, or remove the file")
+    if there := next((path for path in paths if path.exists() and path.name != _README), None):
+        raise ValueError(
+            f"folder={str(folder)!r} has custom_generate/{there.name} already; name another folder, or remove the file"
+        )
+    paths = {path: text for path, text in paths.items() if not path.exists()}
     for path, text in paths.items():
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as partial:

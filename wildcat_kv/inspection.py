@@ -100,12 +100,9 @@ def _layer(contents: persistence.Contents, index: int) -> LayerSummary:
     keys = contents.tensors.get(f"{prefix}keys")
     has_keys = keys is not None and len(keys.shape) == 4
     progress = layer.progress
-    if progress is None:
-        kind = _KINDS.get(layer.kind, layer.kind)
-    else:
-        kind = "compressed" if progress.folded_at else "exact"
+    folded = progress is not None and progress.folded_at > 0
     return LayerSummary(
-        kind=kind,
+        kind=_KINDS.get(layer.kind, layer.kind) if progress is None else "compressed" if folded else "exact",
         nbytes=nbytes,
         seen=None if progress is None else progress.seen,
         stored=layer.length,

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import functools
-import types
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from accelerate.utils import extract_model_from_parallel
+from accelerate.utils import extract_model_from_parallel, is_compiled_module
 from torch import nn
 from transformers import GenerationMixin
 from typing_extensions import Self
@@ -16,8 +15,9 @@ from typing_extensions import Self
 from wildcat_kv.attention import AttentionName
 from wildcat_kv.compressors import Compressor
 from wildcat_kv.config import WildCatConfig
+from wildcat_kv.custom_generate import generate as recipe_of_folder
 from wildcat_kv.presets import Preset
-from wildcat_kv.recipe import SECTION, Recipe
+from wildcat_kv.recipe import SECTION, Recipe, chooses_a_cache
 from wildcat_kv.support import decoder_config
 
 # Attributes of an enabled model.
@@ -31,11 +31,13 @@ class _Enabled:
 
     Attributes:
         recipe: of its caches.
+        generate: of the model, as it is now.
         replaced: a `generate` of the model's own, in the place of its class's; None for none.
         attention: the configs whose attention a cache switches, each with the implementation that it had.
     """
 
     recipe: Recipe
+    generate: Any
     replaced: Any
     attention: list[tuple[Any, Any]]
 
@@ -80,8 +82,9 @@ def enable(
     """Give every `generate()` of a model a fresh compressed cache, unless the caller passes one.
 
     A call that names a cache of its own by `past_key_values` or `cache_implementation`, that wants none
-    (`use_cache=False`), or that brings `custom_generate` is left alone. Works with pipelines, with models dispatched
-    by accelerate, and with PEFT adapters, whether they were put on before or are put on after.
+    (`use_cache=False`), or that brings `custom_generate` is left alone, and so are those of an assistant, whose guesses
+    are taken back. Works with pipelines, with models dispatched by accelerate, and with PEFT adapters, whether they
+    were put on before or are put on after. A copy of the model, or one that was pickled, is enabled by itself.
 
     Args:
         model: a Transformers decoder; or one wrapped by PEFT or for data parallelism.
@@ -103,15 +106,17 @@ def enable(
         with wildcat_kv.enable(model, ratio=0.25):
             pipeline("text-generation", model=model, tokenizer=tokenizer)(prompt)
     """
-    inner = _innermost(model)
+    inner = _innermost(model) if isinstance(model, nn.Module) else model
+    _check_adapter(model, model)
     _check(inner)
     recipe = Recipe.choose(inner.config, settings, preset=preset, compressor=compressor, **fields)
     recipe.check(inner.config)
     switched = _with_parts(decoder_config(inner.config))
     attention = [(config, config._attn_implementation) for config in switched]
-    state = _Enabled(recipe, vars(inner).get(_GENERATE), attention)
+    generate = functools.partial(_generate, inner)  # no closure: copies of the model have their own
+    state = _Enabled(recipe, generate, vars(inner).get(_GENERATE), attention)
     setattr(inner, _STATE, state)
-    setattr(inner, _GENERATE, types.MethodType(_generate, inner))  # a method: copies of the model have their own
+    setattr(inner, _GENERATE, generate)
     return Handle(inner, state)
 
 
@@ -124,17 +129,17 @@ def disable(model: Any) -> None:
     Raises:
         ValueError: it is not enabled.
     """
-    inner = _innermost(model)
-    state = vars(inner).get(_STATE)
+    inner = _innermost(model) if isinstance(model, nn.Module) else model
+    state = getattr(inner, "__dict__", {}).get(_STATE)
     if state is None:
         raise ValueError(f"model={type(inner).__name__} is not enabled; there is nothing to disable")
     delattr(inner, _STATE)
-    delattr(inner, _GENERATE)
-    if state.replaced is not None:
-        setattr(inner, _GENERATE, state.replaced)
+    if vars(inner).get(_GENERATE) is state.generate:  # not what others put around it since
+        delattr(inner, _GENERATE)
+        if state.replaced is not None:
+            setattr(inner, _GENERATE, state.replaced)
     for config, before in state.attention:
-        if isinstance(config._attn_implementation, AttentionName):  # not what was chosen since
-            config._attn_implementation_internal = before
+        config._attn_implementation_internal = _attention_before(config._attn_implementation, before)
 
 
 def patch_config(
@@ -171,37 +176,32 @@ def patch_config(
     setattr(config, SECTION, section)
 
 
-@functools.wraps(GenerationMixin.generate)
+@functools.wraps(GenerationMixin.generate, assigned=("__doc__",))  # its name is its own: models are pickled with it
 def _generate(model: Any, *args: Any, **kwargs: Any) -> Any:
     """`generate()` of an enabled model."""
-    state: _Enabled = vars(model)[_STATE]
-    if not _chooses_a_cache(model, args, kwargs):
+    state: _Enabled | None = vars(model).get(_STATE)
+    if state is None:  # disabled, and called by what others put around it
+        return type(model).generate(model, *args, **kwargs)
+    replaced = state.replaced
+    if kwargs.get("custom_generate") is None and not chooses_a_cache(model, args, kwargs):
+        _check_adapter(model, getattr(vars(model).get("prepare_inputs_for_generation"), "__self__", None))
+        _check_compiled(model)
         kwargs["past_key_values"] = state.recipe.cache(model.config)
-    if state.replaced is not None:
-        return state.replaced(*args, **kwargs)
-    return type(model).generate(model, *args, **kwargs)
+        if getattr(replaced, "func", None) is recipe_of_folder:  # which would make a cache too
+            replaced = None
+    return replaced(*args, **kwargs) if replaced is not None else type(model).generate(model, *args, **kwargs)
 
 
-def _chooses_a_cache(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether a call of `generate()` says which cache it wants, or that it wants none."""
-    if kwargs.get("past_key_values") is not None or kwargs.get("custom_generate") is not None:
-        return True
-    config = kwargs.get("generation_config", args[1] if len(args) > 1 else None)
-    use_cache = kwargs.get("use_cache", getattr(config, "use_cache", None))
-    if use_cache is None:
-        use_cache = model.generation_config.use_cache
-    return use_cache is False or bool(
-        kwargs.get("cache_implementation") or getattr(config, "cache_implementation", None)
-    )
+def _attention_before(current: Any, before: Any) -> Any:
+    """The implementation that a config had before, unless another was chosen since."""
+    if not isinstance(current, AttentionName):
+        return current
+    fallback = before.fallback if isinstance(before, AttentionName) else before or "eager"
+    return before if current.fallback == fallback else current.fallback
 
 
 def _innermost(model: Any) -> Any:
     """The Transformers model in wrappers of accelerate, torch and PEFT."""
-    if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
-        raise ValueError(
-            f"model={type(model).__name__}: prompt learning of PEFT puts keys of its own before the prompt's, which "
-            "cannot be compressed with them; use another adapter, such as LoRA"
-        )
     inner = extract_model_from_parallel(model, keep_torch_compile=False)
     return inner.get_base_model() if hasattr(inner, "get_base_model") else inner
 
@@ -216,16 +216,40 @@ def _check(model: Any) -> None:
             f"model={name} is enabled already, with {state.recipe.compressor!r} and {state.recipe.settings!r}; call "
             "wildcat_kv.disable(model) first"
         )
-    if any(getattr(module, "_compiled_call_impl", None) is not None for module in model.modules()):
-        raise ValueError(
-            f"model={name} is compiled, and what a growing cache does cannot be traced; enable one that is not, or "
-            "pass WildCatCache(model.config, max_tokens=..., static=True) to generate() yourself"
-        )
-    if (implementation := model.generation_config.cache_implementation) is not None:
+    _check_compiled(model)
+    if (implementation := getattr(model.generation_config, "cache_implementation", None)) is not None:
         raise ValueError(
             f"model.generation_config.cache_implementation={implementation!r} asks for another cache in every "
             "generate(); set it to None"
         )
+
+
+def _check_adapter(model: Any, adapted: Any) -> None:
+    """Refuse a model that PEFT, as `adapted`, gives a learned prompt."""
+    if getattr(getattr(adapted, "active_peft_config", None), "is_prompt_learning", False):
+        raise ValueError(
+            f"model={type(model).__name__}: prompt learning of PEFT puts keys of its own before the prompt's, which "
+            "cannot be compressed with them; use another adapter, such as LoRA"
+        )
+
+
+def _check_compiled(model: Any) -> None:
+    """Refuse a model that is compiled, in part too."""
+    if any(map(_is_compiled, model.modules())):
+        raise ValueError(
+            f"model={type(model).__name__} is compiled, and what a growing cache does cannot be traced; take one that "
+            "is not, or pass WildCatCache(model.config, max_tokens=..., static=True) to generate() yourself"
+        )
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    """Whether `module.compile()`, `torch.compile(module)` or `module.forward = torch.compile(...)` was called."""
+    forward = vars(module).get("forward")
+    return (
+        getattr(module, "_compiled_call_impl", None) is not None
+        or is_compiled_module(module)
+        or hasattr(forward, "_torchdynamo_orig_callable")
+    )
 
 
 def _with_parts(config: Any) -> list[Any]:

@@ -37,7 +37,7 @@ def patch_folder(folder: str | Path, **choice: Any) -> Recipe:
     path = Path(folder) / _CONFIG
     fields = _read(path, folder)
     try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # whatever a config class raises of fields that do not fit
         reason = " ".join(str(error).split())
         raise ValueError(f"folder={str(folder)!r}: Transformers cannot read its {_CONFIG}: {reason}") from None
@@ -45,12 +45,15 @@ def patch_folder(folder: str | Path, **choice: Any) -> Recipe:
     section = recipe.section()
     recipe.check(config)
     backup = path.with_name(_BACKUP)
-    if path.is_symlink() and not os.path.lexists(backup):  # as in the Hub's snapshots
-        backup.symlink_to(path.readlink())
-    elif not os.path.lexists(backup):
-        with replacing(backup) as partial:
-            shutil.copy2(path, partial)
-    _write(path, {**fields, SECTION: section})
+    patched = SECTION in fields and os.path.lexists(backup)
+    if not patched:
+        _keep(path, backup)
+    try:
+        _write(path, {**fields, SECTION: section})
+    except BaseException:
+        if not patched:
+            backup.unlink()
+        raise
     return recipe
 
 
@@ -73,6 +76,16 @@ def unpatch_folder(folder: str | Path) -> None:
         return
     _write(path, _unpatched(fields))
     backup.unlink(missing_ok=True)
+
+
+def _keep(path: Path, backup: Path) -> None:
+    """Copy the file, or the link that it is in the Hub's snapshots; a backup of an older one is replaced."""
+    if path.is_symlink():
+        backup.unlink(missing_ok=True)
+        backup.symlink_to(path.readlink())
+    else:
+        with replacing(backup) as partial:
+            shutil.copy2(path, partial)
 
 
 def _unpatched(fields: dict[str, Any]) -> dict[str, Any]:

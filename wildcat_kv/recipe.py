@@ -18,7 +18,7 @@ from wildcat_kv.validation import one_line
 
 # The attribute of a Transformers config, and the key in config.json.
 SECTION = "wildcat_kv"
-VERSION = 1
+VERSION: Literal[1] = 1
 DEFAULT_PRESET = "published"
 
 
@@ -131,6 +131,25 @@ class Recipe:
             )
         section = Section(version=VERSION, preset=self.preset, compressor=self.compressor, settings=self.settings)
         return section.model_dump(mode="json", exclude_none=True)
+
+
+def chooses_a_cache(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a call of `generate()` says which cache it wants, or that it wants none, or is an assistant's.
+
+    Args:
+        model: whose call.
+        args: of the call, in their order.
+        kwargs: of the call, by name.
+    """
+    config = kwargs.get("generation_config", args[1] if len(args) > 1 else None)
+    use_cache, implementation = (
+        getattr(config, name, None) if kwargs.get(name) is None else kwargs[name]
+        for name in ("use_cache", "cache_implementation")
+    )
+    if use_cache is None:
+        use_cache = model.generation_config.use_cache
+    named = kwargs.get("past_key_values") is not None or implementation is not None
+    return named or use_cache is False or getattr(config, "is_assistant", False)
 
 
 def read_section(config: Any) -> Section | None:

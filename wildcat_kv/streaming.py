@@ -1,0 +1,48 @@
+"""Answers piece by piece: a generation in a thread of its own, and what it writes as an iterator."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import StoppingCriteria, TextIteratorStreamer
+
+
+def streamed(ask: Callable[..., str], tokenizer: Any, question: str, options: dict[str, Any]) -> Iterator[str]:
+    """The pieces of `ask(question, **options)`, which runs in a thread of its own."""
+    abandoned, failures = _Abandoned(), []
+    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+
+    def answer() -> None:
+        try:
+            criteria = [*options.pop("stopping_criteria", []), abandoned]
+            ask(question, streamer=streamer, stopping_criteria=criteria, **options)
+        except BaseException as error:
+            failures.append(error)
+            streamer.end()
+
+    def pieces() -> Iterator[str]:
+        thread = threading.Thread(target=answer, daemon=True)
+        thread.start()
+        try:
+            yield from (piece for piece in streamer if piece)
+        finally:
+            abandoned.event.set()
+            thread.join()
+        if failures:
+            raise failures[0]
+
+    return pieces()
+
+
+class _Abandoned(StoppingCriteria):
+    """Ends a generation that nobody listens to any more."""
+
+    def __init__(self) -> None:
+        self.event = threading.Event()
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
+        return torch.full((input_ids.shape[0],), self.event.is_set(), device=input_ids.device)
