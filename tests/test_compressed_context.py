@@ -270,7 +270,7 @@ def another_model():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (another_model, "is of a model with other weights, .*weight differs; load it with the model that read"),
+        (another_model, "is of a model with other weights, .*weight differs; load it with the one that read"),
         (lambda: tiny_model("llama", num_hidden_layers=2), "is of another model .*num_hidden_layers is 3"),
         (lambda: tiny_model("qwen3"), "is of another model .*model_type is 'llama'"),
     ],

@@ -150,8 +150,8 @@ class CompressedContext:
         saved = persistence.read(path, model.config, model.device)
         if saved.text is None:
             raise ValueError(
-                f"path={str(path)!r} holds a cache without its text; load it with WildCatCache.load(path, model.config) "
-                "or save a compressed context"
+                f"path={str(path)!r} holds a cache without its text; load it with WildCatCache.load(path, "
+                "model.config), or save a compressed context"
             )
         if (name := differing_weight(saved.text.weights, model)) is not None:
             raise ValueError(
