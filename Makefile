@@ -3,14 +3,15 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 CONSTRAINTS ?= constraints.txt
-EXTRAS ?= dev,eval
+EXTRAS ?= dev,eval,docs
 READY := $(VENV)/.ready
 OLDEST := 5.17.0
 REFERENCE := kvpress==0.5.5 transformers==5.2.0
-CACHE_TESTS := $(addprefix tests/test_,$(addsuffix .py,batches cache compressors context contract families \
-	fuzz numerics persistence placement reading rollback rope static storage weighted))
+CACHE_TESTS := $(addprefix tests/test_,$(addsuffix .py,batches cache compressed_context compressors context contract \
+	custom_generate enable exact_layers families fuzz joining numerics patching persistence placement prompts reading \
+	recipe rollback rope static storage weighted))
 
-.PHONY: demo test lint smoke ruler bench test-oldest nightly test-upstream parity clean
+.PHONY: demo test lint docs smoke ruler bench test-oldest nightly test-upstream parity clean
 
 demo: $(READY)
 	$(BIN)/wildcat-kv demo
@@ -22,6 +23,10 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The pages of docs/ with the reference of the API, in build/site; docs/figures.py draws their figures anew.
+docs: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 # What the README shows of accuracy: all methods on the default model.
 smoke: $(READY)

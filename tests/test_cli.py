@@ -270,6 +270,8 @@ def test_a_document_is_saved_loaded_and_read_at_another_ratio(monkeypatch, capsy
     assert "its text is not at hand" in out
     context = CompressedContext.load(saved, tiny_model("llama"), tokenizer())
     assert context.cache.settings.ratio == 0.25
+    status, out, _ = chat(monkeypatch, capsys, folder, document, ["w5"], "--method", "kvzip", "--ratio", "0.5")
+    assert status == 0 and out.count("tokens seen") == 2
     status, out, _ = chat(monkeypatch, capsys, folder, saved, ["w5"])
     assert status == 0 and context.ask("w5", max_new_tokens=8) in out
 

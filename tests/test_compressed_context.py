@@ -94,6 +94,10 @@ def test_beams_and_samples(context):
     assert context.ask_many(QUESTIONS[:2], num_beams=3, **SHORT) == [
         context.ask(question, num_beams=3, **SHORT) for question in QUESTIONS[:2]
     ]
+    beams = tf.GenerationConfig(num_beams=3, eos_token_id=3, pad_token_id=0)
+    assert context.ask(QUESTIONS[0], generation_config=beams, **SHORT) == context.ask(
+        QUESTIONS[0], num_beams=3, **SHORT
+    )
     torch.manual_seed(5)
     sampled = [context.ask(QUESTIONS[0], do_sample=True, **SHORT) for _ in range(4)]
     assert len(set(sampled)) > 1
@@ -368,6 +372,13 @@ def test_a_question_must_ask_something(context, question):
     for ask in (context.ask, context.stream, context.conversation().ask, lambda text: context.ask_many(["w5", text])):
         with pytest.raises(ValueError, match="is empty; ask something"):
             ask(question)
+
+
+def test_a_question_has_one_answer(context):
+    for ask in (context.ask, context.stream, context.conversation().ask):
+        with pytest.raises(ValueError, match="num_return_sequences=2: a question has one answer here"):
+            ask("w5", do_sample=True, num_return_sequences=2)
+    assert "".join(context.stream("w5", stopping_criteria=None, **SHORT)).strip() == context.ask("w5", **SHORT)
 
 
 def test_one_text_is_no_list_of_questions(context):

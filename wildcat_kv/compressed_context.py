@@ -58,7 +58,7 @@ class CompressedContext:
             **options: of `generate()`, such as a `streamer`; greedy decoding by default.
 
         Raises:
-            ValueError: an empty question.
+            ValueError: an empty question, or more than one answer asked for.
         """
         return self.ask_many([question], max_new_tokens=max_new_tokens, **options)[0]
 
@@ -84,6 +84,7 @@ class CompressedContext:
             raise ValueError(f"questions={questions!r} is one text; give a list, or call ask()")
         if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
             raise ValueError(f"batch_size={batch_size!r} must be a positive integer, the questions at once")
+        _check_single(self.model, options)
         if unjoinable(self.cache):  # states that would read the padding of shorter questions
             batch_size = 1
         rows = [encode_follow_up(self.tokenizer, _asked(question))[0] for question in questions]
@@ -118,6 +119,7 @@ class CompressedContext:
         Raises:
             ValueError: an empty question, at once; what generation raises, as it comes.
         """
+        _check_single(self.model, options)
         return streamed(self.ask, self.tokenizer, _asked(question), {"max_new_tokens": max_new_tokens, **options})
 
     def conversation(self) -> Conversation:
@@ -167,7 +169,7 @@ class CompressedContext:
 
     def _copies(self, rows: int, options: dict[str, Any]) -> CompressedCache:
         """Copies of the cache for a batch and its beams, to be used up."""
-        beams = options.get("num_beams") or getattr(self.model.generation_config, "num_beams", None) or 1
+        beams = _option("num_beams", self.model, options) or 1
         cache = self.cache.clone()
         if rows * beams > 1:
             cache.batch_repeat_interleave(rows * beams)
@@ -204,6 +206,7 @@ class Conversation:
             ValueError: an empty question.
         """
         context = self.context
+        _check_single(context.model, options)
         turn = encode_follow_up(context.tokenizer, _asked(question), first=not self._begun).to(self._ids)
         ids = torch.cat((self._ids, turn), dim=1)
         cache, self._cache = self._cache or context.cache.clone(), None  # until it is known to be whole
@@ -293,3 +296,17 @@ def _asked(question: str) -> str:
     if not isinstance(question, str) or not question.strip():
         raise ValueError(f"question={question!r} is empty; ask something")
     return question
+
+
+def _option(name: str, model: Any, options: dict[str, Any]) -> Any:
+    """An option of `generate()`, wherever it is given."""
+    configs = (options.get("generation_config"), model.generation_config)
+    return next(
+        (found for found in (options.get(name), *(getattr(each, name, None) for each in configs)) if found), None
+    )
+
+
+def _check_single(model: Any, options: dict[str, Any]) -> None:
+    """Refuse to write several answers to one question."""
+    if (count := _option("num_return_sequences", model, options) or 1) > 1:
+        raise ValueError(f"num_return_sequences={count}: a question has one answer here; ask it {count} times, sampled")

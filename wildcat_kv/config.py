@@ -93,6 +93,8 @@ class WildCatConfig(BaseModel):
     def changed(self, **fields: Any) -> WildCatConfig:
         """These settings with some of them changed; a new budget replaces the old one.
 
+        With `max_tokens` there are no `exact_layers`; those of a ratio go with it.
+
         Args:
             **fields: to set instead.
 
@@ -106,4 +108,6 @@ class WildCatConfig(BaseModel):
         kept = self.model_dump()
         if fields.keys() & {"ratio", "max_tokens"}:
             del kept["ratio"], kept["max_tokens"]
+        if fields.get("max_tokens") is not None:
+            del kept["exact_layers"]
         return type(self)(**{**kept, **fields})

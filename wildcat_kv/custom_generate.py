@@ -83,7 +83,6 @@ def wildcat_generate(
     logits_processor: Any = None,
     stopping_criteria: Any = None,
     generation_config: Any = None,
-    inputs_tensor: Tensor | None = None,
     **arguments: Any,
 ) -> Any:
     """What `generate()` does, with a fresh compressed cache: a recipe for its `custom_generate`.
@@ -94,10 +93,9 @@ def wildcat_generate(
     Args:
         model: a Transformers decoder.
         input_ids: int64 (rows, n).
-        logits_processor: as `generate()` passes it, and so for the next three.
+        logits_processor: as `generate()` passes it, and so for the next two.
         stopping_criteria: likewise.
         generation_config: likewise.
-        inputs_tensor: likewise.
         **arguments: `preset`, `compressor`, `settings` and fields of `WildCatConfig`, such as `ratio`, as for
             `enable`; but not `temperature`, which is the sampling's: give that one in `settings`. All others are
             `generate()`'s.
@@ -106,7 +104,8 @@ def wildcat_generate(
         What `generate()` returns.
 
     Raises:
-        ValueError: a cache that was chosen otherwise, settings that do not fit, or a model that cannot be compressed.
+        ValueError: a cache that was chosen otherwise, settings that do not fit, a way to decode that Transformers does
+            not have itself, or a model that cannot be compressed.
 
     Example:
         model.generate(**inputs, custom_generate=wildcat_generate, ratio=0.25, max_new_tokens=100)
@@ -116,11 +115,11 @@ def wildcat_generate(
     without = generation_config.use_cache is False or generation_config.cache_implementation is not None
     if without or getattr(prepared, "_is_user_defined", False):
         raise ValueError(_OTHERWISE)
+    mode = generation_config.get_generation_mode()
+    decode = getattr(type(model), GENERATION_MODES_MAPPING[mode], None)
+    if decode is None:  # the name of a repository
+        raise ValueError(f"custom_generate: {mode.value} has left Transformers; decode in another way")
     arguments["past_key_values"] = Recipe.choose(model.config, **chosen).cache(model.config)
-    mode = generation_config.get_generation_mode(arguments.get("assistant_model"))
-    decode = getattr(type(model), GENERATION_MODES_MAPPING[mode])
-    if "inputs_tensor" in inspect.signature(decode).parameters:
-        arguments["inputs_tensor"] = inputs_tensor
     return decode(
         model,
         input_ids,

@@ -209,8 +209,10 @@ def _innermost(model: Any) -> Any:
 def _check(model: Any) -> None:
     """Refuse what is no model to enable, or not in a state to be."""
     name = type(model).__name__
-    if not isinstance(model, nn.Module) or not callable(getattr(model, _GENERATE, None)):
-        raise TypeError(f"model={name} has no generate(); give a Transformers model, such as AutoModelForCausalLM's")
+    if not isinstance(model, nn.Module) or not all(hasattr(model, part) for part in (_GENERATE, "generation_config")):
+        raise TypeError(
+            f"model={name} is no Transformers model with generate(); give one, such as AutoModelForCausalLM's"
+        )
     if (state := vars(model).get(_STATE)) is not None:
         raise ValueError(
             f"model={name} is enabled already, with {state.recipe.compressor!r} and {state.recipe.settings!r}; call "

@@ -46,13 +46,13 @@ def patch_folder(folder: str | Path, **choice: Any) -> Recipe:
     recipe.check(config)
     backup = path.with_name(_BACKUP)
     patched = SECTION in fields and os.path.lexists(backup)
-    if not patched:
-        _keep(path, backup)
     try:
+        if not patched:
+            _keep(path, backup)
         _write(path, {**fields, SECTION: section})
     except BaseException:
         if not patched:
-            backup.unlink()
+            backup.unlink(missing_ok=True)
         raise
     return recipe
 
@@ -86,6 +86,7 @@ def _keep(path: Path, backup: Path) -> None:
     else:
         with replacing(backup) as partial:
             shutil.copy2(path, partial)
+        shutil.copymode(path, backup)
 
 
 def _unpatched(fields: dict[str, Any]) -> dict[str, Any]:

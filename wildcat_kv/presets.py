@@ -19,19 +19,29 @@ _FOLDER = _SHIPPED if _SHIPPED.is_dir() else Path(__file__).parents[1] / "config
 
 
 class Family(BaseModel):
-    """What a preset does otherwise with models of one family.
+    """What a preset does otherwise with the models of one family: those of one architecture and size.
 
     Args:
+        name: of the family, for the reader.
+        match: fields of the decoder's config and the values that they have in this family.
         exact_layers: layers to leave uncompressed, by their index in the model; -1 is the last.
         measured: where the figures are that speak for it.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    name: str = Field(min_length=1, description="of the family, for the reader")
+    match: dict[str, str | int] = Field(
+        min_length=1, description="fields of the decoder's config and the values that they have in this family"
+    )
     exact_layers: tuple[Annotated[int, Field(strict=True)], ...] = Field(
         description="layers to leave uncompressed, by their index in the model; -1 is the last"
     )
     measured: str = Field(min_length=1, description="where the figures are that speak for it")
+
+    def has(self, decoder: Any) -> bool:
+        """Whether a model is one of the family, by the Transformers config of its decoder."""
+        return all(getattr(decoder, field, None) == value for field, value in self.match.items())
 
 
 class Preset(BaseModel):
@@ -41,7 +51,7 @@ class Preset(BaseModel):
         description: what it is good for, one or two sentences.
         compressor: the method, a name of `wildcat-kv methods`.
         settings: budget, exact ends and so on.
-        families: what is otherwise with some models, by `model_type` of the decoder's config.
+        families: what is otherwise with some models; the first that matches counts.
 
     Raises:
         pydantic.ValidationError: a field that is unknown or does not fit.
@@ -52,8 +62,8 @@ class Preset(BaseModel):
     description: str = Field("", description="what it is good for, one or two sentences")
     compressor: str = Field("wildcat", description="compressor is the method, a name of `wildcat-kv methods`")
     settings: WildCatConfig = Field(description="budget, exact ends and so on")
-    families: dict[str, Family] = Field(
-        default_factory=dict, description="what is otherwise with some models, by model_type of the decoder's config"
+    families: tuple[Family, ...] = Field(
+        (), description="what is otherwise with some models; the first that matches counts"
     )
 
     @field_validator("compressor")
@@ -64,7 +74,7 @@ class Preset(BaseModel):
 
     def settings_for(self, decoder: Any) -> WildCatConfig:
         """The settings for a model, by the Transformers config of its decoder."""
-        family = self.families.get(decoder.model_type)
+        family = next((family for family in self.families if family.has(decoder)), None)
         return self.settings if family is None else self.settings.changed(exact_layers=family.exact_layers)
 
 

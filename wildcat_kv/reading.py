@@ -104,7 +104,7 @@ def generate(
         An answer a row, without special tokens.
     """
     if any(until):
-        criteria = [*options.get("stopping_criteria", []), _Until(tokenizer, until, ids.shape[1])]
+        criteria = [*(options.get("stopping_criteria") or ()), _Until(tokenizer, until, ids.shape[1])]
         options = {**options, "stopping_criteria": criteria}
     answers = generate_tokens(
         model, tokenizer, cache, ids, mask, max_new_tokens=max_new_tokens, next_logits=next_logits, **options

@@ -77,7 +77,8 @@ class Recipe:
             preset: what to begin with, by name, file or object; by default the section of `config` that
                 `patch_config` wrote, or, without one, the preset "published".
             compressor: the method, instead of the preset's.
-            **fields: of `WildCatConfig`, instead of the preset's; a budget replaces the preset's.
+            **fields: of `WildCatConfig`, instead of the preset's; a budget replaces the preset's, and `max_tokens` its
+                `exact_layers` too, which have no limit.
 
         Raises:
             TypeError: config is no Transformers config.
@@ -122,14 +123,17 @@ class Recipe:
         """As plain data, for a model's config.
 
         Raises:
-            ValueError: the method is an object, which a config cannot hold.
+            ValueError: the method is none, or an object, which a config cannot hold.
         """
         if not isinstance(self.compressor, str):
             raise ValueError(
                 f"compressor={self.compressor!r}: a config holds names; give one of `wildcat-kv methods`, and offer a "
                 "method of your own under the entry point wildcat_kv.compressors"
             )
-        section = Section(version=VERSION, preset=self.preset, compressor=self.compressor, settings=self.settings)
+        try:
+            section = Section(version=VERSION, preset=self.preset, compressor=self.compressor, settings=self.settings)
+        except ValidationError as error:
+            raise ValueError(one_line(error, Section)) from None
         return section.model_dump(mode="json", exclude_none=True)
 
 

@@ -18,7 +18,7 @@ def streamed(ask: Callable[..., str], tokenizer: Any, question: str, options: di
 
     def answer() -> None:
         try:
-            criteria = [*options.pop("stopping_criteria", []), abandoned]
+            criteria = [*(options.pop("stopping_criteria", None) or ()), abandoned]
             ask(question, streamer=streamer, stopping_criteria=criteria, **options)
         except BaseException as error:
             failures.append(error)

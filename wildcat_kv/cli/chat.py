@@ -13,6 +13,7 @@ from wildcat_kv.accounting import TimedStreamer, Timing, stored_tokens
 from wildcat_kv.cli import options
 from wildcat_kv.cli.streaming import TextStream, layers_seen, steps
 from wildcat_kv.compressed_context import CompressedContext, compress_context
+from wildcat_kv.context import reads_twice
 
 _HELP = """\
 [bold]/ratio[/bold] R      read the document again, keeping a share R of its tokens
@@ -36,7 +37,9 @@ def chat(
     seed: options.SeedOption = None,
 ) -> None:
     """Talk about a document that was read once and compressed."""
-    choice = options.chosen(preset, method, ratio=ratio, max_tokens=max_tokens, seed=seed)
+    twice = reads_twice(method or "")  # of a method that only contexts have
+    choice = options.chosen(preset, None if twice else method, ratio=ratio, max_tokens=max_tokens, seed=seed)
+    choice["compressor"] = method
     if not _is_saved(context):
         options.read_text(context, "context")  # before a model is loaded
     loaded, tokenizer = options.load(model, dtype, device)

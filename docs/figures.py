@@ -1,0 +1,358 @@
+"""The figures of the documentation, made anew from the records in eval/results and benchmarks/results.
+
+Run it from a checkout that has the extra `eval` (matplotlib comes with it); nothing is measured, it takes seconds:
+
+    python docs/figures.py            # writes docs/images/*.svg
+    python docs/figures.py --png DIR  # also as PNG, to be looked at
+
+The same records give the same bytes. `budget-short.svg` is computed from the budget's arithmetic and `travel.svg` is
+drawn; all others show means or medians of the samples on disk.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib.style
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
+
+from wildcat_kv import WildCatConfig
+from wildcat_kv.budget import Row, plan_fold
+
+_HERE = Path(__file__).resolve().parent
+_ROOT = _HERE.parent
+_SMOKE = _ROOT / "eval" / "results" / "smoke"
+_EXACT_LAYERS = _ROOT / "eval" / "results" / "exact_layers"
+_BENCHMARKS = _ROOT / "benchmarks" / "results"
+
+# Told apart with every kind of colour vision (Okabe and Ito).
+_OURS, _SECOND, _THIRD, _FOURTH, _GREY = "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#666666"
+
+
+def main() -> None:
+    """Write every figure."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
+    parser.add_argument("--png", type=Path, metavar="DIR", help="write PNG files as well, to this folder")
+    folder = parser.parse_args().png
+    figures: dict[str, Callable[[], Figure]] = {
+        "methods": methods,
+        "exact-layers": exact_layers,
+        "memory": memory,
+        "speed": speed,
+        "budget-short": budget_short,
+        "travel": travel,
+    }
+    (_HERE / "images").mkdir(exist_ok=True)
+    style = {"svg.hashsalt": "wildcat_kv", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
+    with matplotlib.style.context(["default", style]):
+        for name, make in figures.items():
+            figure = make()
+            path = _HERE / "images" / f"{name}.svg"
+            figure.savefig(path, bbox_inches="tight", facecolor="white", metadata={"Date": None})
+            print(path)
+            if folder is not None:
+                folder.mkdir(parents=True, exist_ok=True)
+                figure.savefig(folder / f"{name}.png", dpi=110, bbox_inches="tight", facecolor="white")
+
+
+# Accuracy
+
+
+def methods() -> Figure:
+    """Needle and drift of every method at a quarter and a tenth."""
+    samples = _samples(_SMOKE)
+    panels = (
+        ("needle", "nll", "needle: negative log-likelihood of the\nnumber, nats a digit"),
+        ("drift", "kl", "drift: divergence from the exact cache's\npredictions, nats a token"),
+    )
+    names = sorted(
+        {sample["method"] for sample in samples} - {"exact"},
+        key=lambda name: (-_mean(samples, "needle", "nll", name, 0.25), name),
+    )
+    figure = Figure(figsize=(8.2, 4.9))
+    axes = figure.subplots(1, 2, sharey=True)
+    for axis, (task, metric, label) in zip(axes, panels, strict=True):
+        for place, name in enumerate(names):
+            quarter, tenth = (_mean(samples, task, metric, name, ratio) for ratio in (0.25, 0.1))
+            axis.plot([quarter, tenth], [place, place], color="#cccccc", zorder=1)
+            axis.plot(quarter, place, "o", color=_OURS, zorder=2)
+            axis.plot(tenth, place, "s", color=_SECOND, mfc="white", zorder=2)
+        axis.set_xlabel(f"{label}, n = {_count(samples, task)} (lower is better)", fontsize=8)
+        axis.set_xlim(left=0)
+        axis.locator_params(axis="x", nbins=6)
+        axis.grid(axis="x", color="#eeeeee")
+    axes[0].set_yticks(range(len(names)), names)
+    for label in axes[0].get_yticklabels():
+        label.set_fontweight("bold" if label.get_text() == "wildcat" else "normal")
+    axes[0].plot([], [], "o", color=_OURS, label="a quarter kept")
+    axes[0].plot([], [], "s", color=_SECOND, mfc="white", label="a tenth kept")
+    axes[0].legend(loc="lower left", frameon=False)
+    figure.suptitle("SmolLM2-135M-Instruct, float32, 1,000 tokens compressed before the question is known", fontsize=9)
+    figure.tight_layout()
+    return figure
+
+
+def exact_layers() -> Figure:
+    """Needle and drift with one layer more left exact, for each layer."""
+    samples = _samples(_EXACT_LAYERS)
+    layers = sorted(
+        int(name.split()[1]) for name in {sample["method"] for sample in samples} if name.startswith("exact ")
+    )
+    figure = Figure(figsize=(8.2, 4.2))
+    axes = figure.subplots(2, 1, sharex=True)
+    for axis, (task, metric, label) in zip(
+        axes, (("needle", "nll", "needle,\nnats a digit"), ("drift", "kl", "drift,\nnats a token")), strict=True
+    ):
+        base = _mean(samples, task, metric, "wildcat", 0.25)
+        axis.bar(layers, [_mean(samples, task, metric, f"exact {layer}", 0.25) for layer in layers], color=_OURS)
+        axis.axhline(base, color=_SECOND, linewidth=1, label=f"all layers compressed: {base:.2f}")
+        axis.set_ylabel(f"{label}, n = {_count(samples, task)}")
+        axis.set_ylim(0, base * 1.35)
+        axis.legend(loc="upper left", frameon=False, ncols=2)
+    axes[1].set_xticks(layers)
+    axes[1].set_xlabel("the one layer that is left exact (lower bars are better; the other 29 keep a quarter)")
+    figure.suptitle("SmolLM2-135M-Instruct, float32, context of 1,000 tokens, WildCat, ratio 0.25", fontsize=9)
+    figure.tight_layout()
+    return figure
+
+
+# Cost
+
+
+def memory() -> Figure:
+    """Bytes held after a prefill and the peak while it ran."""
+    records = _records("memory")
+    caches = ("DynamicCache", "StaticCache", "QuantizedCache, fp8", "wildcat")
+    figure = Figure(figsize=(8.2, 2.7))
+    axes = figure.subplots(1, 2, sharey=True)
+    for axis, dtype in zip(axes, ("float32", "bfloat16"), strict=True):
+        rows = [
+            [
+                _median(records, quantity, dtype=dtype, contender=cache) / 2**20
+                for quantity in ("held_bytes", "peak_bytes")
+            ]
+            for cache in caches
+        ]
+        _paired_bars(axis, caches, rows, ("held afterwards", "peak of the prefill"))
+        axis.set_xlabel(f"MiB, {dtype} (lower is better)")
+    axes[0].legend(loc="upper right", frameon=False, fontsize=8)
+    figure.suptitle("A prompt of 8,000 tokens, SmolLM2-135M-Instruct, CPU, one thread, ratio 0.25", fontsize=9)
+    figure.tight_layout()
+    return figure
+
+
+def speed() -> Figure:
+    """Tokens per second after a long context."""
+    records = _records("decode")
+    caches = ("DynamicCache", "StaticCache", "QuantizedCache, fp8", "DynamicCache of the stored length", "wildcat")
+    figure = Figure(figsize=(8.2, 2.9))
+    axes = figure.subplots(1, 2, sharey=True)
+    for axis, dtype in zip(axes, ("float32", "bfloat16"), strict=True):
+        rows = []
+        for cache in caches:
+            steps = [_median(records, "seconds_per_step", dtype=dtype, contender=cache, rows=count) for count in (1, 4)]
+            rows.append([count / step if step else 0.0 for count, step in zip((1, 4), steps, strict=True)])
+        _paired_bars(axis, caches, rows, ("1 row", "4 rows together"))
+        axis.set_xlabel(f"tokens per second, {dtype}")
+    axes[0].legend(loc="lower right", frameon=False, fontsize=8)
+    figure.suptitle(
+        "After 8,000 tokens, SmolLM2-135M-Instruct, two CPU cores, ratio 0.25 (higher is better; no bar: not measured)",
+        fontsize=9,
+    )
+    figure.tight_layout()
+    return figure
+
+
+def _paired_bars(axis: Axes, names: Sequence[str], rows: Sequence[Sequence[float]], labels: tuple[str, str]) -> None:
+    for place, values in enumerate(rows):
+        for index, value in enumerate(values):
+            if value:
+                at = place + (0.2, -0.2)[index]
+                axis.barh(at, value, 0.36, color=(_OURS, "#9ecae1")[index])
+                axis.text(value, at, f" {value:,.0f}", va="center", fontsize=8)
+    for label, colour in zip(labels, (_OURS, "#9ecae1"), strict=True):
+        axis.barh(0, 0, color=colour, label=label)
+    axis.set_yticks(range(len(names)), names)
+    axis.set_xlim(0, 1.15 * max(max(row) for row in rows))
+
+
+# What is computed
+
+
+def budget_short() -> Figure:
+    """What a prompt becomes: sink, slots, window, by its length; and what is stored at a ratio and under a limit."""
+    figure = Figure(figsize=(8.2, 3.1))
+    left, right = figure.subplots(1, 2)
+    lengths = list(range(8, 641, 4))
+    parts = [_after_prompt(length, WildCatConfig(ratio=0.25)) for length in lengths]
+    left.stackplot(
+        lengths,
+        [row.sink for row in parts],
+        [row.slots for row in parts],
+        [row.exact for row in parts],
+        colors=(_THIRD, _OURS, _FOURTH),
+        labels=("sink, exact", "slots of the coreset", "window, exact"),
+    )
+    left.axvline(304, color=_GREY, linestyle=":", linewidth=1)
+    left.text(300, 148, "shorter prompts:\nsink and window shrink", ha="right", va="top", color=_GREY, fontsize=8)
+    left.set_xlabel("tokens of the prompt")
+    left.set_ylabel("entries stored in a layer and head")
+    left.set_title("ratio=0.25", fontsize=9)
+    left.legend(loc="upper left", frameon=False, fontsize=8, reverse=True, bbox_to_anchor=(0, 0.72))
+    lengths = list(range(16, 6001, 16))
+    for settings, colour, line in (
+        (WildCatConfig(ratio=0.5), _SECOND, "--"),
+        (WildCatConfig(ratio=0.25), _SECOND, "-"),
+        (WildCatConfig(max_tokens=1024), _OURS, "-"),
+    ):
+        stored = [_after_prompt(length, settings).stored for length in lengths]
+        right.plot(lengths, stored, line, color=colour)
+    right.plot(lengths, lengths, ":", color=_GREY)
+    right.set_ylim(0, 3000)
+    right.set_xlabel("tokens of the prompt")
+    right.set_ylabel("entries after the prompt")
+    right.set_title("a share, or a limit", fontsize=9)
+    for text, x, y, colour in (
+        ("exact", 2250, 2600, _GREY),
+        ("ratio=0.5", 4250, 2500, _SECOND),
+        ("ratio=0.25", 4700, 1360, _SECOND),
+        ("max_tokens=1024", 4150, 830, _OURS),
+    ):
+        right.text(x, y, text, color=colour, fontsize=8, ha="right" if y > 1000 else "left")
+    figure.tight_layout()
+    return figure
+
+
+def _after_prompt(tokens: int, settings: WildCatConfig) -> Row:
+    row = Row().append(tokens)
+    fold = plan_fold(row, settings, prefill=True)
+    return row if fold is None else fold.apply(row)
+
+
+# What is drawn
+
+
+def travel() -> Figure:
+    """A token's travel through one layer, and what the layer holds."""
+    figure = Figure(figsize=(10.4, 5.6))
+    axes = figure.subplots()
+    axes.set_xlim(0, 116)
+    axes.set_ylim(2, 62)
+    axes.set_axis_off()
+    boxes = (
+        (0, 44, 22, 15, "model.forward", "the mask function tells\nthe cache that a pass\nbegins, and its padding"),
+        (26, 44, 19, 15, "projection", "q, k, v of the new\ntokens, rotary\npositions applied"),
+        (
+            49,
+            44,
+            25,
+            15,
+            "cache.update(k, v, i)",
+            "appends k and v as exact\ntokens, hands back all that\nlayer i holds",
+        ),
+        (
+            *(78, 44, 38, 15, 'attention function "wildcat"'),
+            "nothing folded yet: the model's own attention;\nlater: attention with weights, over slots\n"
+            "and exact tokens together",
+        ),
+        (
+            *(78, 5, 38, 15, "fold, if a layer is over its budget"),
+            "after the attention, so that what is read now\nwas attended to exactly; layer by layer, so\n"
+            "that one at a time is whole",
+        ),
+        (
+            *(0, 5, 72, 11.5, "what a fold does (WildCat)"),
+            "tokens older than the window → bins of consecutive tokens → 12 pivots a bin (randomly\n"
+            "pivoted Cholesky) → the others live on in the pivots' values and weights (Nyström)",
+        ),
+    )
+    for box in boxes:
+        _box(axes, *box)
+    for start, end in ((22, 26), (45, 49), (74, 78)):
+        _arrow(axes, (start, 51.5), (end, 51.5))
+    axes.text(97, 61.4, "output, to the next layer", ha="center", fontsize=8.5)
+    _arrow(axes, (97, 59), (97, 61))
+
+    # What a layer holds: sink, slots, tokens since the last fold with the window behind them.
+    strip = (
+        (0, 11, _THIRD, "sink", "first 32,\nexact"),
+        (11, 28, _OURS, "slots", "a key, a value and a weight\nfor many tokens"),
+        (39, 21, "#f0c8de", "since the last fold", "exact"),
+        (60, 12, _FOURTH, "window", "last 32,\nexact"),
+    )
+    for x, width, colour, title, text in strip:
+        axes.add_patch(Rectangle((x, 26), width, 7, facecolor=colour, edgecolor="white"))
+        dark = colour in (_OURS, _THIRD)
+        axes.text(x + width / 2, 29.5, title, ha="center", va="center", color="white" if dark else "black")
+        axes.text(x + width / 2, 25.2, text, ha="center", va="top", fontsize=8, color=_GREY)
+    axes.text(0, 34.2, "what layer i holds of a row, in this order", fontsize=8.5, va="bottom")
+    _arrow(axes, (64, 44), (64, 33.6), "append", (65, 39))
+    _arrow(axes, (72.5, 30.5), (88, 44), "read", (82, 36))
+    _arrow(axes, (102, 44), (102, 20), "then", (103, 32))
+    _arrow(axes, (78, 11), (72, 11))
+    _arrow(axes, (25, 16.5), (25, 20.5))
+    return figure
+
+
+def _box(axes: Axes, x: float, y: float, width: float, height: float, title: str, text: str) -> None:
+    shape = "round,pad=0,rounding_size=1"
+    axes.add_patch(FancyBboxPatch((x, y), width, height, boxstyle=shape, facecolor="#f4f6f8", edgecolor=_GREY))
+    axes.text(x + width / 2, y + height - 1.4, title, ha="center", va="top", fontweight="bold", fontsize=8.5)
+    axes.text(x + width / 2, y + height - 5, text, ha="center", va="top", fontsize=8, linespacing=1.35)
+
+
+def _arrow(
+    axes: Axes, start: tuple[float, float], end: tuple[float, float], text: str = "", at: tuple[float, float] = (0, 0)
+) -> None:
+    axes.add_patch(
+        FancyArrowPatch(start, end, arrowstyle="-|>", mutation_scale=10, color="black", shrinkA=0, shrinkB=0)
+    )
+    if text:
+        axes.text(*at, text, fontsize=8.5)
+
+
+# Records
+
+
+def _samples(folder: Path) -> list[dict[str, Any]]:
+    """The samples of an evaluation run."""
+    lines = (folder / "samples.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def _mean(samples: Sequence[dict[str, Any]], task: str, metric: str, method: str, ratio: float) -> float:
+    return statistics.fmean(
+        sample["scores"][metric]
+        for sample in samples
+        if (sample["task"], sample["method"], sample["ratio"]) == (task, method, ratio)
+    )
+
+
+def _count(samples: Sequence[dict[str, Any]], task: str) -> int:
+    """Samples that every method has got of a task."""
+    return sum(sample["task"] == task and sample["method"] == "exact" for sample in samples)
+
+
+def _records(benchmark: str) -> list[dict[str, Any]]:
+    return json.loads((_BENCHMARKS / f"{benchmark}.json").read_text(encoding="utf-8"))["records"]
+
+
+def _median(records: Sequence[dict[str, Any]], quantity: str, **labels: Any) -> float:
+    """The median of a benchmark's samples; 0 where there are none."""
+    found = [
+        record["samples"]
+        for record in records
+        if record["quantity"] == quantity and labels.items() <= record["labels"].items()
+    ]
+    return statistics.median(found[0]) if found else 0.0
+
+
+if __name__ == "__main__":
+    main()
