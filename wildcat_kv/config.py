@@ -102,8 +102,9 @@ class WildCatConfig(BaseModel):
             ValueError: as for new settings.
 
         Example:
-            >>> WildCatConfig(ratio=0.25, window=64).changed(max_tokens=512)
-            WildCatConfig(max_tokens=512, sink=32, window=64, bin_rank=12)
+            >>> settings = WildCatConfig(ratio=0.25, window=64).changed(max_tokens=512)
+            >>> settings.ratio, settings.max_tokens, settings.window
+            (None, 512, 64)
         """
         kept = self.model_dump()
         if fields.keys() & {"ratio", "max_tokens"}:

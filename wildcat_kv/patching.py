@@ -60,6 +60,8 @@ def patch_folder(folder: str | Path, **choice: Any) -> Recipe:
 def unpatch_folder(folder: str | Path) -> None:
     """Take back what `patch_folder` did. What was changed in the file since by others stays.
 
+    Otherwise the file is, byte for byte, what it was before: with the section that it had then, if it had one.
+
     Args:
         folder: of the model.
 
