@@ -62,7 +62,7 @@ def _fold(n: int, dtype: str, settings: WildCatConfig, device: str) -> Callable[
         seen=[n],
         scale=DIM**-0.5,
         layer_index=0,
-        layer_count=1,
+        sharing=range(1),
         value_bound=torch.ones(1, HEADS, device=device),
     )
     method, budget = WildCat.of(settings), _budget(n, settings)

@@ -150,7 +150,7 @@ def test_a_row_folds_alone_as_it_folds_in_a_batch():
             seen=lengths,
             scale=0.3,
             layer_index=1,
-            layer_count=2,
+            sharing=range(2),
         )
 
     together = method.compress(block([0, 1], [400, 170]), [100, 43])

@@ -6,7 +6,8 @@ import transformers as tf
 
 from tests.driver import METHODS, small_cache
 from tests.tiny import random_ids, tiny_model
-from wildcat_kv import CompressedCache, WildCatCache
+from tests.words import tokenizer
+from wildcat_kv import CompressedCache, Context, WildCatCache
 
 SETTINGS = {"ratio": 0.25, "sink": 4, "window": 4, "bin_rank": 4}
 
@@ -25,6 +26,18 @@ def test_they_hold_every_token_and_the_others_their_budget(llama, exact, method)
     for index in range(3):
         assert cache.stored_length(index) == 239 if index in left else cache.stored_length(index) < 80
     assert cache.stored_length() < 80
+
+
+@pytest.mark.parametrize("method", ["kvzip", "pyramidkv"])
+@pytest.mark.parametrize("exact", [[2], [0, -1]])
+def test_methods_that_share_between_layers_keep_to_the_budget_of_the_others(method, exact):
+    model = tiny_model("llama", num_hidden_layers=6)
+    settings = {"ratio": 0.25, "sink": 4, "window": 4, "exact_layers": exact}
+    cache = Context(model, random_ids(1, 400)).compress(compressor=method, tokenizer=tokenizer(), **settings)
+    held = [layer.state.storage.entries.valid.sum(-1).double().mean().item() for layer in cache.layers]
+    left = {index % 6 for index in exact}
+    assert all(held[index] == 400 for index in left)
+    assert sum(held[index] for index in range(6) if index not in left) == (6 - len(left)) * 100
 
 
 def test_their_keys_and_values_are_those_of_an_exact_cache(llama):

@@ -106,7 +106,7 @@ def make(rows, seed=0, *, padding=True, powers=False, dtype=torch.float32, group
     keys[~valid], values[~valid], weights[~valid] = 0, 0, 0
     given_fields = {
         "layer_index": 1,
-        "layer_count": 3,
+        "sharing": range(3),
         "weights": weights,
         "queries": (1.5 * normal(len(rows), HEADS * group, m, D)).to(dtype),
         "queried": [row.queried for row in rows],
@@ -567,7 +567,7 @@ def test_pyramidkv_is_snapkv_with_other_budgets():
     rows = [Size(recent=40), Size(slots=5, recent=30)]
     method = PyramidKV(window=3, kernel=3, beta=4)
     for layer in range(4):
-        block = make(rows, 2, layer_index=layer, layer_count=4)
+        block = make(rows, 2, layer_index=layer, sharing=range(4))
         coreset = method.compress(block, [10, 9])
         slots = [pyramid(rank, row.length, 4, 4)[layer] for rank, row in zip([10, 9], rows, strict=True)]
         assert list(coreset.columns) == slots and coreset.valid.shape[-1] == max(slots)
@@ -576,7 +576,7 @@ def test_pyramidkv_is_snapkv_with_other_budgets():
 
 
 def test_the_last_layers_of_a_pyramid_may_keep_nothing():
-    block = make([Size(recent=30)], layer_index=9, layer_count=10)
+    block = make([Size(recent=30)], layer_index=9, sharing=range(10))
     coreset = PyramidKV(window=3, beta=20).compress(block, [4])
     assert coreset.columns == [0] and coreset.keys.shape == (1, HEADS, 0, D)
 
@@ -586,7 +586,7 @@ def test_a_pyramid_keeps_its_shape_when_slots_are_compressed_again():
     first, slots = pyramid(20, 60, 4, 20), []
     for layer, count in enumerate(first):
         row = Size(sink=0, slots=count, recent=15, window=0)
-        block = replace(make([row], layer_index=layer, layer_count=4, padding=False), seen=[75])
+        block = replace(make([row], layer_index=layer, sharing=range(4), padding=False), seen=[75])
         slots += PyramidKV(window=3).compress(block, [20]).columns
     assert slots == first
 
@@ -651,7 +651,7 @@ def test_h2o_gathers_over_folds_what_every_query_gave_when_it_was_read():
             seen=[read],
             scale=SCALE,
             layer_index=0,
-            layer_count=1,
+            sharing=range(1),
             weights=torch.ones(1, HEADS, columns),
             queries=queries[:, :, read - chunk : read],
             queried=[chunk],
@@ -944,7 +944,7 @@ def test_reconstruction_scores_are_the_largest_probabilities(start, stop, sink, 
 @pytest.mark.parametrize("layerwise", [False, True])
 def test_kvzip_lets_layers_and_heads_compete_for_all_slots(layerwise):
     layers, row = 4, Size(sink=2, recent=20, window=3)
-    blocks = [make([row] * 2, layer, layer_index=layer, layer_count=layers, weights=None) for layer in range(layers)]
+    blocks = [make([row] * 2, layer, layer_index=layer, sharing=range(layers), weights=None) for layer in range(layers)]
     blocks = [replace(block, **{name: getattr(block, name)[:, :, 1:] for name in ("keys", "values", "valid", "memory")})
               for block in blocks]  # fmt: skip
     scores = torch.rand(layers, 2, HEADS, row.held) * torch.tensor([4.0, 3.0, 2.0, 1.0]).view(-1, 1, 1, 1)

@@ -88,9 +88,10 @@ class CompressedCache(Cache):
         positions = getattr(decoder, "max_position_embeddings", None)
         self._shared = (StaticShared if static else Shared)(settings, compressor, positions, exact_layers=exact)
         rotations = {index: rotation_of(decoder, index) for index in full} if compressor.needs_rotation else {}
+        sharing = [place for place, index in enumerate(full) if index not in exact]
         for place, index in enumerate(full):
             kind = StaticWildCatLayer if static else WildCatLayer
-            layers[index] = kind(self._shared, index, place, len(full), rotations.get(index))
+            layers[index] = kind(self._shared, index, place, sharing, rotations.get(index))
         super().__init__(layers=layers, offloading=offloading, offload_only_non_sliding=offload_only_non_sliding)
         # To start anew from: not every layer of Transformers' can be reset in every version.
         self._beside = {index: copy.deepcopy(layer) for index, layer in enumerate(layers) if index not in full}

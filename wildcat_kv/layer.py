@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -78,12 +79,14 @@ class WildCatLayer(CacheLayerMixin):
     supports_early_init = True
     fixed = False
 
-    def __init__(self, shared: Shared, index: int, place: int, count: int, rotation: Rotation | None = None) -> None:
+    def __init__(
+        self, shared: Shared, index: int, place: int, sharing: Sequence[int], rotation: Rotation | None = None
+    ) -> None:
         super().__init__()
         self._shared = shared
         self._index = index
         self._place = place
-        self._count = count
+        self._sharing = sharing
         self._rotation = rotation
         self._clear()
 
@@ -97,7 +100,7 @@ class WildCatLayer(CacheLayerMixin):
             compressor,
             self._index,
             self._place,
-            self._count,
+            self._sharing,
             self._rotation,
             fixed=self.fixed,
         )

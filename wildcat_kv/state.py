@@ -53,7 +53,7 @@ class LayerState:
         compressor: Compressor,
         index: int,
         place: int,
-        count: int,
+        sharing: Sequence[int],
         rotation: Rotation | None = None,
         *,
         fixed: bool = False,
@@ -63,7 +63,7 @@ class LayerState:
         self.compressor = compressor
         self._index = index
         self._place = place
-        self._count = count
+        self._sharing = sharing
         self._rotation = rotation
         self.storage: Storage | None = None
         self.log = None if compressor.observation is None else QueryLog(compressor.observation)
@@ -334,7 +334,7 @@ class LayerState:
                 seen=[row.seen for row in rows],
                 scale=self.progress.scale,
                 layer_index=self._place,
-                layer_count=self._count,
+                sharing=self._sharing,
                 weights=entries.weights if weighted else None,
                 value_bound=seen.squared_norm(),
                 queries=queries,

@@ -149,7 +149,7 @@ def as_block(case: Case, found: dict[str, Tensor], layer: int) -> KVBlock:
         seen=[n],
         scale=keys.shape[-1] ** -0.5,
         layer_index=layer,
-        layer_count=len(found["keys"]),
+        sharing=range(len(found["keys"])),
         queries=None if observation is None else queries,
         queried=None if observation is None else [queries.shape[2]],
         memory=torch.zeros(*keys.shape[:3], method.memory) if method.memory else None,

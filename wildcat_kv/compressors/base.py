@@ -38,8 +38,8 @@ class KVBlock:
         exact: newest entries that are exact tokens, the window among them.
         seen: valid tokens that each row has read so far; never the same at two folds of a row.
         scale: b, the factor of the attention scores.
-        layer_index: of this layer among those that are compressed.
-        layer_count: layers that are compressed.
+        layer_index: of this layer among those that can be compressed.
+        sharing: the `layer_index` of each layer that is compressed, this one among them: they share one budget.
         weights: float32 (rows, heads, n), 1 for exact tokens; None where all items are exact.
         value_bound: float32 (rows, heads), sum over channels of the largest squared value seen.
         queries: (rows, query_heads, m, d), the newest queries that the method asked for, right-aligned: query -j
@@ -59,7 +59,7 @@ class KVBlock:
     seen: Sequence[int]
     scale: float
     layer_index: int
-    layer_count: int
+    sharing: Sequence[int]
     weights: Tensor | None = None
     value_bound: Tensor | None = None
     queries: Tensor | None = None

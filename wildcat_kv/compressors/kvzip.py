@@ -66,16 +66,19 @@ class KVzip(Compressor):
                 f"KVzip has scores for {self.scores.shape[1]} rows of {self.scores.shape[3]} tokens, and the cache "
                 f"holds {block.keys.shape[0]} of {block.keys.shape[2]}; the scores are of another context"
             )
-        counts = self._slots(block, budget)[block.layer_index].to(block.keys.device)
+        place = block.sharing.index(block.layer_index)
+        counts = self._slots(block, budget)[place].to(block.keys.device)
         return keep_best_by_head(block, self.scores[block.layer_index].to(block.keys.device), counts)
 
     def _slots(self, block: KVBlock, budget: Sequence[int]) -> Tensor:
-        """int64 (layers, rows, heads), how many of its items each head keeps; the same for the blocks of all layers."""
-        asked = (*block.lengths, *block.window, *budget)
+        """int64 (layers, rows, heads), how many items each head keeps in the layers that share; the same for all."""
+        asked = (*block.lengths, *block.window, *budget, *block.sharing)
         if asked not in self._shares:
             assert self.scores is not None
             inside = item_mask(replace(block, valid=torch.ones_like(block.valid[:, :1]))).to(self.scores.device)
-            items = torch.stack([block.items(layer) for layer in self.scores]).masked_fill(~inside, -torch.inf)
+            items = torch.stack([block.items(self.scores[layer]) for layer in block.sharing]).masked_fill(
+                ~inside, -torch.inf
+            )
             layers, rows, heads, length = items.shape
             items = items.transpose(0, 1)  # rows first: each shares out its own slots
             pools = items.flatten(2) if self.layerwise else items.flatten(1).unsqueeze(1)

@@ -43,8 +43,9 @@ class PyramidKV(SnapKV):
 
     def compress(self, block: KVBlock, budget: Sequence[int]) -> Coreset:
         """See `Compressor`."""
+        layers, place = len(block.sharing), block.sharing.index(block.layer_index)
         columns = [
-            min(block.lengths[row], pyramid(rank, block.tokens(row), block.layer_count, self.beta)[block.layer_index])
+            min(block.lengths[row], pyramid(rank, block.tokens(row), layers, self.beta)[place])
             for row, rank in enumerate(budget)
         ]
         return replace(keep_best(block, self.scores(block), columns), columns=columns)
