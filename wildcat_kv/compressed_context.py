@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from typing_extensions import Self
 
 from wildcat_kv import persistence
 from wildcat_kv.accounting import stored_tokens
+from wildcat_kv.answering import AnswerOptions, pad_id
 from wildcat_kv.cache import CompressedCache
 from wildcat_kv.compressors import Compressor
 from wildcat_kv.config import WildCatConfig
@@ -21,7 +22,7 @@ from wildcat_kv.identity import differing_weight, weight_samples
 from wildcat_kv.joining import join_caches, unjoinable
 from wildcat_kv.presets import Preset
 from wildcat_kv.prompts import encode_context, encode_follow_up
-from wildcat_kv.reading import generate, generate_tokens, join, pad_id, pad_left, text_of
+from wildcat_kv.reading import generate, generate_tokens, join, pad_left, text_of
 from wildcat_kv.recipe import Recipe
 from wildcat_kv.streaming import streamed
 from wildcat_kv.texts import parts_of, read_part, share_of, text_from
@@ -49,27 +50,28 @@ class CompressedContext:
         self.tokens = tokens
         self._ids = ids  # int64 (1, cache.get_seq_length())
 
-    def ask(self, question: str, *, max_new_tokens: int = 256, **options: Any) -> str:
+    def ask(self, question: str, *, max_new_tokens: int | None = None, **options: Any) -> str:
         """Answer a question about the text.
 
         Args:
             question: not empty.
-            max_new_tokens: most tokens of the answer.
+            max_new_tokens: most tokens of the answer; by default those of a given `generation_config`, or 256.
             **options: of `generate()`, such as a `streamer`; greedy decoding by default.
 
         Raises:
-            ValueError: an empty question, or more than one answer asked for.
+            ValueError: an empty question, or an option that cannot be followed: one that would read the text again
+                (prompt lookup, an assistant, use_cache=False) or write several answers.
         """
         return self.ask_many([question], max_new_tokens=max_new_tokens, **options)[0]
 
     def ask_many(
-        self, questions: Sequence[str], *, max_new_tokens: int = 256, batch_size: int = 8, **options: Any
+        self, questions: Sequence[str], *, max_new_tokens: int | None = None, batch_size: int = 8, **options: Any
     ) -> list[str]:
         """Answer several questions, each as if it were the only one.
 
         Args:
             questions: none of them empty.
-            max_new_tokens: most tokens of an answer.
+            max_new_tokens: most tokens of an answer; by default those of a given `generation_config`, or 256.
             batch_size: questions at once, each with a copy of the compressed context; of models with linear
                 attention one after the other.
             **options: of `generate()`; greedy decoding by default.
@@ -78,49 +80,48 @@ class CompressedContext:
             The answers, in the order of the questions.
 
         Raises:
-            ValueError: an empty question, or a batch_size that is no positive integer.
+            ValueError: as `ask`, or a batch_size that is no positive integer.
         """
         if isinstance(questions, str):
             raise ValueError(f"questions={questions!r} is one text; give a list, or call ask()")
         if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
             raise ValueError(f"batch_size={batch_size!r} must be a positive integer, the questions at once")
-        _check_single(self.model, options)
+        plan = AnswerOptions.of(self.model, self.tokenizer, max_new_tokens, **options)
         if unjoinable(self.cache):  # states that would read the padding of shorter questions
             batch_size = 1
         rows = [encode_follow_up(self.tokenizer, _asked(question))[0] for question in questions]
         answers: list[str] = []
         for start in range(0, len(rows), batch_size):
             batch = rows[start : start + batch_size]
-            asked, mask = pad_left(batch, pad_id(self.tokenizer))
+            asked, mask = pad_left(batch, pad_id(self.tokenizer) or 0)
             asked = asked.to(self._ids)
             read_before = self._ids.expand(len(batch), -1)
             answers += generate(
                 self.model,
                 self.tokenizer,
-                self._copies(len(batch), options),
+                self._copies(len(batch) * plan.beams),
                 torch.cat((read_before, asked), dim=1),
                 join(None, mask, read_before, asked),
-                max_new_tokens=max_new_tokens,
+                max_new_tokens=plan.config.max_new_tokens,
                 **options,
             )
         return answers
 
-    def stream(self, question: str, *, max_new_tokens: int = 256, **options: Any) -> Iterator[str]:
+    def stream(self, question: str, *, max_new_tokens: int | None = None, **options: Any) -> Iterator[str]:
         """Answer a question piece by piece, as the words come.
 
         Args:
             question: not empty.
-            max_new_tokens: most tokens of the answer.
+            max_new_tokens: most tokens of the answer; by default those of a given `generation_config`, or 256.
             **options: of `generate()`.
 
         Returns:
             Pieces of text. Where it is closed early, so is the generation.
 
         Raises:
-            ValueError: an empty question, at once; what generation raises, as it comes.
+            ValueError: as `ask`, at once; what generation raises, as it comes.
         """
-        _check_single(self.model, options)
-        return streamed(self.ask, self.tokenizer, _asked(question), {"max_new_tokens": max_new_tokens, **options})
+        return _streamed(self.ask, self, question, max_new_tokens, options)
 
     def conversation(self) -> Conversation:
         """A conversation about the text, in which earlier questions and answers are remembered."""
@@ -167,12 +168,11 @@ class CompressedContext:
         mebibytes = self.cache.memory_bytes() / 2**20
         return f"CompressedContext({self.tokens} tokens, {stored_tokens(self.cache):.0f} stored, {mebibytes:.1f} MiB)"
 
-    def _copies(self, rows: int, options: dict[str, Any]) -> CompressedCache:
-        """Copies of the cache for a batch and its beams, to be used up."""
-        beams = _option("num_beams", self.model, options) or 1
+    def _copies(self, rows: int) -> CompressedCache:
+        """A copy of the cache with that many rows, to be used up."""
         cache = self.cache.clone()
-        if rows * beams > 1:
-            cache.batch_repeat_interleave(rows * beams)
+        if rows > 1:
+            cache.batch_repeat_interleave(rows)
         return cache
 
 
@@ -194,33 +194,34 @@ class Conversation:
         """What is held of the context and the conversation so far."""
         return self.context.cache if self._cache is None else self._cache
 
-    def ask(self, question: str, *, max_new_tokens: int = 256, **options: Any) -> str:
-        """Answer a question, and remember both. A generation that fails or is interrupted leaves nothing behind.
+    def ask(self, question: str, *, max_new_tokens: int | None = None, **options: Any) -> str:
+        """Answer a question, and remember both.
+
+        A generation that fails, is interrupted, or whose stream is closed early leaves nothing behind.
 
         Args:
             question: not empty.
-            max_new_tokens: most tokens of the answer.
+            max_new_tokens: most tokens of the answer; by default those of a given `generation_config`, or 256.
             **options: of `generate()`, such as a `streamer`; greedy decoding by default; one beam.
 
         Raises:
-            ValueError: an empty question.
+            ValueError: as `CompressedContext.ask`.
         """
         context = self.context
-        _check_single(context.model, options)
+        options["num_beams"] = 1
+        plan = AnswerOptions.of(context.model, context.tokenizer, max_new_tokens, **options)
         turn = encode_follow_up(context.tokenizer, _asked(question), first=not self._begun).to(self._ids)
         ids = torch.cat((self._ids, turn), dim=1)
         cache, self._cache = self._cache or context.cache.clone(), None  # until it is known to be whole
-        (tokens,) = generate_tokens(
-            context.model, context.tokenizer, cache, ids, max_new_tokens=max_new_tokens, **{**options, "num_beams": 1}
-        )
+        length = plan.config.max_new_tokens
+        (tokens,) = generate_tokens(context.model, context.tokenizer, cache, ids, max_new_tokens=length, **options)
         self._cache, self._begun = cache, True
         self._ids = torch.cat((ids, torch.tensor([tokens], dtype=ids.dtype, device=ids.device)), dim=1)
         return text_of(context.tokenizer, tokens)
 
-    def stream(self, question: str, *, max_new_tokens: int = 256, **options: Any) -> Iterator[str]:
+    def stream(self, question: str, *, max_new_tokens: int | None = None, **options: Any) -> Iterator[str]:
         """The same piece by piece, as the words come; see `CompressedContext.stream`."""
-        given = {"max_new_tokens": max_new_tokens, **options}
-        return streamed(self.ask, self.context.tokenizer, _asked(question), given)
+        return _streamed(self.ask, self.context, question, max_new_tokens, options)
 
 
 def compress_context(
@@ -298,15 +299,15 @@ def _asked(question: str) -> str:
     return question
 
 
-def _option(name: str, model: Any, options: dict[str, Any]) -> Any:
-    """An option of `generate()`, wherever it is given."""
-    configs = (options.get("generation_config"), model.generation_config)
-    return next(
-        (found for found in (options.get(name), *(getattr(each, name, None) for each in configs)) if found), None
-    )
-
-
-def _check_single(model: Any, options: dict[str, Any]) -> None:
-    """Refuse to write several answers to one question."""
-    if (count := _option("num_return_sequences", model, options) or 1) > 1:
-        raise ValueError(f"num_return_sequences={count}: a question has one answer here; ask it {count} times, sampled")
+def _streamed(
+    ask: Callable[..., str],
+    context: CompressedContext,
+    question: str,
+    max_new_tokens: int | None,
+    options: dict[str, Any],
+) -> Iterator[str]:
+    """The pieces of an answer, all of it checked before a thread is started."""
+    if options.get("streamer") is not None:
+        raise ValueError("streamer cannot be given to stream(), which makes one; call ask(..., streamer=...)")
+    AnswerOptions.of(context.model, context.tokenizer, max_new_tokens, **options)
+    return streamed(ask, context.tokenizer, _asked(question), {"max_new_tokens": max_new_tokens, **options})

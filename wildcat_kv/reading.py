@@ -10,7 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Cache, RepetitionPenaltyLogitsProcessor, StoppingCriteria
+from transformers import Cache, GenerationConfig, RepetitionPenaltyLogitsProcessor, StoppingCriteria
+
+from wildcat_kv.answering import AnswerOptions
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,9 @@ def read(model: Any, cache: Cache, ids: Tensor, mask: Tensor | None = None, *, l
 
     Returns:
         Logits float32 (rows, last, vocabulary).
+
+    Raises:
+        RuntimeError: the model does not use the cache.
     """
     start = cache.get_seq_length()
     options: dict[str, Any] = {"logits_to_keep": min(last, ids.shape[1] - start)}
@@ -71,7 +76,14 @@ def read(model: Any, cache: Cache, ids: Tensor, mask: Tensor | None = None, *, l
         options["attention_mask"] = mask
         if "position_ids" in inspect.signature(model.forward).parameters:  # as generate() counts them
             options["position_ids"] = (mask.long().cumsum(-1) - 1).clamp_min(0)[:, start:]
-    return model(ids[:, start:], past_key_values=cache, **options).logits.float()
+    logits = model(ids[:, start:], past_key_values=cache, **options).logits
+    if (seen := cache.get_seq_length()) != ids.shape[1]:
+        raise RuntimeError(
+            f"the model was given {ids.shape[1]} tokens, and its cache has seen {seen}: it goes on without the cache, or "
+            "adds tokens of its own; call model.eval() and model.gradient_checkpointing_disable(), and take PEFT's prompt "
+            "learning off"
+        )
+    return logits.float()
 
 
 def generate(
@@ -125,23 +137,23 @@ def generate_tokens(
     **options: Any,
 ) -> list[list[int]]:
     """The tokens of the answers, up to the one that ends a text; see `generate`."""
-    prompt, ends = ids.shape[1], _ends(model, tokenizer, options)
+    plan, prompt = AnswerOptions.of(model, tokenizer, max(max_new_tokens, 1), **options), ids.shape[1]
     if next_logits is not None:
-        first = _likeliest(model, ids, next_logits, options)
+        first = _likeliest(ids, next_logits, plan.config)
         mask = join(mask, None, ids, first)
         ids, max_new_tokens = torch.cat((ids, first), dim=1), max_new_tokens - 1
-        if all(token in ends for token in first.flatten().tolist()):
+        if all(token in plan.ends for token in first.flatten().tolist()):
             max_new_tokens = 0
     if max_new_tokens:
+        plan.config.max_new_tokens = max_new_tokens
         ids = model.generate(
             ids,
             attention_mask=torch.ones_like(ids) if mask is None else mask,
             past_key_values=cache,
-            max_new_tokens=max_new_tokens,
-            pad_token_id=pad_id(tokenizer),
-            **{"do_sample": False, **options, "eos_token_id": sorted(ends) or None},
+            generation_config=plan.config,
+            **plan.others,
         )
-    return [list(itertools.takewhile(lambda token: token not in ends, row)) for row in ids[:, prompt:].tolist()]
+    return [list(itertools.takewhile(lambda token: token not in plan.ends, row)) for row in ids[:, prompt:].tolist()]
 
 
 def text_of(tokenizer: Any, tokens: Sequence[int], until: Sequence[str] = ()) -> str:
@@ -150,11 +162,6 @@ def text_of(tokenizer: Any, tokens: Sequence[int], until: Sequence[str] = ()) ->
     for stop in until:
         text = text.split(stop)[0] if stop else text
     return text
-
-
-def pad_id(tokenizer: Any) -> int:
-    """The token to pad with."""
-    return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
 
 
 @torch.no_grad()
@@ -237,18 +244,9 @@ class _Until(StoppingCriteria):
         return torch.tensor(ended, device=input_ids.device)
 
 
-def _likeliest(model: Any, ids: Tensor, logits: Tensor, options: dict[str, Any]) -> Tensor:
+def _likeliest(ids: Tensor, logits: Tensor, config: GenerationConfig) -> Tensor:
     """The token that greedy decoding writes after prompts (rows, n), int64 (rows, 1); penalties as in `generate()`."""
-    penalty = options.get("repetition_penalty") or getattr(model.generation_config, "repetition_penalty", None)
+    penalty = config.repetition_penalty
     if penalty and penalty != 1.0:
         logits = RepetitionPenaltyLogitsProcessor(penalty)(ids, logits)
     return logits.argmax(-1, keepdim=True).to(ids)
-
-
-def _ends(model: Any, tokenizer: Any, options: dict[str, Any]) -> set[int]:
-    """Tokens that end a text: of the options of `generate()`, or of the model's generation config and the tokenizer."""
-    if "eos_token_id" in options:
-        ends = options["eos_token_id"]
-        return set(ends if isinstance(ends, list) else [ends]) - {None}
-    ends = model.generation_config.eos_token_id
-    return {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}

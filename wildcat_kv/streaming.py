@@ -20,8 +20,11 @@ def streamed(ask: Callable[..., str], tokenizer: Any, question: str, options: di
         try:
             criteria = [*(options.pop("stopping_criteria", None) or ()), abandoned]
             ask(question, streamer=streamer, stopping_criteria=criteria, **options)
+        except _LeftError:
+            pass
         except BaseException as error:
             failures.append(error)
+        finally:
             streamer.end()
 
     def pieces() -> Iterator[str]:
@@ -38,11 +41,17 @@ def streamed(ask: Callable[..., str], tokenizer: Any, question: str, options: di
     return pieces()
 
 
+class _LeftError(Exception):
+    """Nobody listens any more."""
+
+
 class _Abandoned(StoppingCriteria):
-    """Ends a generation that nobody listens to any more."""
+    """Ends a generation that nobody listens to any more, as if it had failed: nothing of it is remembered."""
 
     def __init__(self) -> None:
         self.event = threading.Event()
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
-        return torch.full((input_ids.shape[0],), self.event.is_set(), device=input_ids.device)
+        if self.event.is_set():
+            raise _LeftError
+        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
