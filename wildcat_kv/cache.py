@@ -72,11 +72,7 @@ class CompressedCache(Cache):
     ) -> None:
         settings = _settings(settings, fields)
         compressor = resolve(compressor, settings)
-        if settings.max_tokens is not None and not compressor.decodes:
-            raise ValueError(
-                f"max_tokens={settings.max_tokens}: {type(compressor).__name__} compresses the prompt alone, so what "
-                "is generated cannot be bounded; give a ratio, or another compressor"
-            )
+        _check_bound(settings, compressor)
         if offloading and not torch.cuda.is_available():
             raise ValueError("offloading=True needs a CUDA device to offload from; leave it out on this machine")
         decoder = decoder_config(config)
@@ -115,6 +111,11 @@ class CompressedCache(Cache):
     def compressor(self) -> Compressor:
         """The method."""
         return self._shared.compressor
+
+    @property
+    def exact_layers(self) -> frozenset[int]:
+        """The layers that are left uncompressed, by index."""
+        return self._shared.exact_layers
 
     @property
     def static(self) -> bool:
@@ -268,8 +269,19 @@ class CompressedCache(Cache):
         """A cache of the same kind that has read nothing.
 
         Args:
-            settings: another budget; its `exact_layers` are the same.
+            settings: another budget, which leaves the same layers exact.
+
+        Raises:
+            ValueError: it leaves others exact, or is a limit that the method cannot keep to.
         """
+        if settings is not None:
+            _check_bound(settings, self.compressor)
+            exact = _exact_layers(settings, self.layers, list(self._shared.states))
+            if exact != self.exact_layers:
+                raise ValueError(
+                    f"settings.exact_layers={list(settings.exact_layers)}: the cache leaves layers "
+                    f"{sorted(self.exact_layers)} exact; give settings that do, too"
+                )
         twin = self.clone()
         twin._shared.settings = settings or self.settings
         twin.reset()
@@ -446,6 +458,15 @@ def _settings(settings: WildCatConfig | None, fields: dict[str, Any]) -> WildCat
     return settings
 
 
+def _check_bound(settings: WildCatConfig, compressor: Compressor) -> None:
+    """Refuse a limit that the method cannot keep to."""
+    if settings.max_tokens is not None and not compressor.decodes:
+        raise ValueError(
+            f"max_tokens={settings.max_tokens}: {type(compressor).__name__} compresses the prompt alone, so what "
+            "is generated cannot be bounded; give a ratio, or another compressor"
+        )
+
+
 def _exact_layers(settings: WildCatConfig, layers: Sequence[Any], full: Sequence[int]) -> frozenset[int]:
     """The layers to leave uncompressed, by index.
 
@@ -453,11 +474,14 @@ def _exact_layers(settings: WildCatConfig, layers: Sequence[Any], full: Sequence
         ValueError: an index that is no full-attention layer's, or nothing left to compress.
     """
     named = f"exact_layers={list(settings.exact_layers)}"
-    found = {index + len(layers) if index < 0 else index for index in settings.exact_layers}
-    if strangers := sorted(found - set(full)):
-        raise ValueError(
-            f"{named}: layer {strangers[0]} is none of those that can be compressed, {list(full)}; name some of these"
-        )
+    found = set()
+    for index in settings.exact_layers:
+        layer = index + len(layers) if index < 0 else index
+        if layer not in full:
+            raise ValueError(
+                f"{named}: layer {index} is none of those that can be compressed, {list(full)}; name some of these"
+            )
+        found.add(layer)
     if len(found) == len(full):
         raise ValueError(f"{named}: nothing is left to compress; leave some of {list(full)} out")
     return frozenset(found)

@@ -25,6 +25,7 @@ from wildcat_kv.prompts import encode_context, encode_follow_up
 from wildcat_kv.reading import generate, generate_tokens, join, pad_left, text_of
 from wildcat_kv.recipe import Recipe
 from wildcat_kv.streaming import streamed
+from wildcat_kv.support import check_prompt
 from wildcat_kv.texts import parts_of, read_part, share_of, text_from
 
 
@@ -150,6 +151,7 @@ class CompressedContext:
             ValueError: no file of ours, a damaged one, one of another version or model, or one that a cache alone was
                 saved to.
         """
+        _check(model, tokenizer)
         saved = persistence.read(path, model.config, model.device)
         if saved.text is None:
             raise ValueError(
@@ -160,6 +162,11 @@ class CompressedContext:
             raise ValueError(
                 f"path={str(path)!r} is of a model with other weights, {name} differs; load it with the one that read "
                 "the text"
+            )
+        if (dtype := saved.dtype) != model.dtype:
+            raise ValueError(
+                f"path={str(path)!r} holds keys in {dtype}, and the model works in {model.dtype}; load the model with "
+                f"dtype={dtype}, or read the text again"
             )
         cache = CompressedCache.restored(saved, model.config)
         return cls(model, tokenizer, cache, saved.text.ids, saved.text.tokens)
@@ -264,6 +271,7 @@ def compress_context(
         context = compress_context(model, tokenizer, Path("report.txt"), ratio=0.25)
         answers = context.ask_many(["Who wrote it?", "What is it about?"])
     """
+    _check(model, tokenizer)
     recipe = Recipe.choose(model.config, settings, preset=preset, compressor=compressor, **fields)
     twice = reads_twice(recipe.compressor)
     Recipe(recipe.settings, twice or recipe.compressor).check(model.config)
@@ -291,6 +299,16 @@ def compress_context(
     caches = [read_part(model, Recipe(share, recipe.compressor), part, chunk_tokens) for part in parts]
     cache = join_caches(caches, recipe.settings) if len(parts) > 1 else caches[0]
     return CompressedContext(model, tokenizer, cache, parts[-1], sum(part.shape[1] for part in parts))
+
+
+def _check(model: Any, tokenizer: Any) -> None:
+    """Refuse what is no model with its tokenizer, or a model that cannot go on from a cache."""
+    if not hasattr(model, "config") or not hasattr(model, "generation_config"):
+        raise TypeError(f"model={type(model).__name__} is no Transformers model; give the model, then its tokenizer")
+    if not callable(tokenizer) or not hasattr(tokenizer, "chat_template"):
+        raise TypeError(f"tokenizer={type(tokenizer).__name__} is no Transformers tokenizer; give the model's own")
+    check_prompt(model)
+    AnswerOptions.of(model, tokenizer)  # the model's own options are such as can be followed
 
 
 def _asked(question: str) -> str:

@@ -16,6 +16,7 @@ from wildcat_kv.config import WildCatConfig
 from wildcat_kv.layer import WildCatLayer
 from wildcat_kv.prompts import repeat_request
 from wildcat_kv.reading import read
+from wildcat_kv.support import check_prompt
 
 # As in the paper: tokens that are repeated at once, and first tokens that are seen besides.
 _CHUNK = 2048
@@ -46,6 +47,7 @@ class Context:
         if not isinstance(input_ids, Tensor) or input_ids.dim() != 2 or not input_ids.numel():
             shape = tuple(input_ids.shape) if isinstance(input_ids, Tensor) else type(input_ids).__name__
             raise ValueError(f"input_ids={shape} must be token ids of shape (rows, n), with n at least 1")
+        check_prompt(model)
         self.model = model
         self.input_ids = input_ids
         self.attention_mask = attention_mask

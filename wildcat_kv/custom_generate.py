@@ -13,6 +13,7 @@ from transformers.generation.utils import GENERATION_MODES_MAPPING
 from wildcat_kv.config import WildCatConfig
 from wildcat_kv.files import replacing
 from wildcat_kv.recipe import Recipe, chooses_a_cache
+from wildcat_kv.support import check_prompt
 
 # Taken from the arguments of generate(), where `temperature` is another one: that of sampling.
 _OURS = ("settings", "preset", "compressor", *(name for name in WildCatConfig.model_fields if name != "temperature"))
@@ -110,6 +111,7 @@ def wildcat_generate(
     Example:
         model.generate(**inputs, custom_generate=wildcat_generate, ratio=0.25, max_new_tokens=100)
     """
+    check_prompt(model)
     chosen = {name: arguments.pop(name) for name in _OURS if arguments.get(name) is not None}
     prepared = arguments.get("past_key_values")
     without = generation_config.use_cache is False or generation_config.cache_implementation is not None
@@ -138,6 +140,7 @@ def generate(*inputs: Any, model: Any, **arguments: Any) -> Any:
         model: a Transformers decoder.
         **arguments: of `generate()` and of `wildcat_generate`; None for what was not given.
     """
+    check_prompt(model)
     given = {name: value for name, value in arguments.items() if value is not None}
     chosen = {name: given.pop(name) for name in _OURS if name in given}
     if chooses_a_cache(model, inputs, given):
@@ -164,6 +167,8 @@ def write_folder(folder: str | Path) -> list[Path]:
         raise ValueError(
             f"folder={str(folder)!r} has custom_generate/{there.name} already; name another folder, or remove the file"
         )
+    if Path(folder).exists() and not Path(folder).is_dir():
+        raise ValueError(f"folder={str(folder)!r} is a file; name a folder")
     paths = {path: text for path, text in paths.items() if not path.exists()}
     for path, text in paths.items():
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -16,7 +16,13 @@ def replacing(target: Path) -> Iterator[Path]:
 
     Args:
         target: path of the file; one that exists is replaced.
+
+    Raises:
+        FileNotFoundError: its folder is not there.
+        OSError: it cannot be written.
     """
+    if not target.parent.is_dir():
+        raise FileNotFoundError(f"path={str(target)!r}: there is no folder {str(target.parent)!r}; make it first")
     partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
     try:
         partial.touch()

@@ -10,8 +10,10 @@ from pydantic import BaseModel, ConfigDict, JsonValue
 # Parameters that are looked at, evenly spread over the model, and numbers of each.
 _PARAMETERS = 8
 _NUMBERS = 8
-# Further apart than a weight and itself in bfloat16; of a parameter's largest one.
-_ROUNDING = 0.01
+# Further apart than a weight and itself in bfloat16 or, near 0, in float16.
+_ROUNDING, _LEAST = 0.01, 1e-6
+# Before the name of an adapter's parameter.
+_ADAPTER = "adapter:"
 
 
 class ModelIdentity(BaseModel):
@@ -70,11 +72,13 @@ def plain(value: Any) -> JsonValue:
 def weight_samples(model: Any) -> dict[str, list[float]]:
     """A few numbers of a few parameters, by the parameter's name: what tells models of one shape apart.
 
+    Adapters of PEFT are sampled by themselves, and the names are those of the model without them.
+
     Args:
         model: a torch module. Parameters that are quantised, or not in memory, are left out.
     """
-    names = {name: parameter for name, parameter in model.named_parameters() if _can_be_read(parameter)}
-    return {name: _sample(names[name]) for name in _spread(list(names), _PARAMETERS)}
+    groups = _parameters(model)
+    return {name: _sample(group[name]) for group in groups for name in _spread(list(group), _PARAMETERS)}
 
 
 def differing_weight(samples: dict[str, list[float]], model: Any) -> str | None:
@@ -82,18 +86,45 @@ def differing_weight(samples: dict[str, list[float]], model: Any) -> str | None:
 
     Args:
         samples: of `weight_samples`.
-        model: a torch module. Names that it does not have are passed over.
+        model: a torch module. Its own weights may be missing in part, where they are quantised or not in memory, but
+            not all of them; those of adapters may not.
     """
-    parameters = dict(model.named_parameters())
+    own, adapters = _parameters(model)
+    known = 0
     for name, numbers in samples.items():
-        parameter = parameters.get(name)
-        if parameter is None or not _can_be_read(parameter):
+        parameter = own.get(name, adapters.get(name))
+        if parameter is None:
+            if _ADAPTER in name:
+                return name
             continue
-        here = _sample(parameter)
-        limit = _ROUNDING * max((abs(number) for number in numbers), default=0.0)
-        if len(here) != len(numbers) or any(abs(a - b) > limit for a, b in zip(here, numbers, strict=True)):
+        known += 1
+        pairs = zip(_sample(parameter), numbers, strict=False)
+        if min(parameter.numel(), _NUMBERS) != len(numbers) or any(
+            abs(here - there) > _ROUNDING * max(abs(here), abs(there)) + _LEAST for here, there in pairs
+        ):
             return name
-    return None
+    if adapters and not any(_ADAPTER in name for name in samples):
+        return next(iter(adapters))
+    return None if known or not samples else next(iter(samples))
+
+
+def _parameters(model: Any) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """The parameters of a model and those of PEFT's adapters on it, by name, as far as they can be read."""
+    within = [
+        f"{path}.{name}."
+        for path, module in model.named_modules()
+        for name in (*getattr(module, "adapter_layer_names", ()), *getattr(module, "other_param_names", ()))
+    ]
+    own, adapters = {}, {}
+    for name, parameter in model.named_parameters():
+        if not _can_be_read(parameter):
+            continue
+        plain = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
+        if any(name.startswith(path) for path in within):
+            adapters[_ADAPTER + plain] = parameter
+        else:
+            own[plain] = parameter
+    return own, adapters
 
 
 def _can_be_read(parameter: torch.Tensor) -> bool:

@@ -18,7 +18,7 @@ from wildcat_kv.config import WildCatConfig
 from wildcat_kv.custom_generate import generate as recipe_of_folder
 from wildcat_kv.presets import Preset
 from wildcat_kv.recipe import SECTION, Recipe, chooses_a_cache
-from wildcat_kv.support import decoder_config
+from wildcat_kv.support import check_prompt, decoder_config
 
 # Attributes of an enabled model.
 _STATE = "_wildcat_kv"
@@ -107,7 +107,8 @@ def enable(
             pipeline("text-generation", model=model, tokenizer=tokenizer)(prompt)
     """
     inner = _innermost(model) if isinstance(model, nn.Module) else model
-    _check_adapter(model, model)
+    if isinstance(model, nn.Module):
+        check_prompt(model, model)
     _check(inner)
     recipe = Recipe.choose(inner.config, settings, preset=preset, compressor=compressor, **fields)
     recipe.check(inner.config)
@@ -184,8 +185,8 @@ def _generate(model: Any, *args: Any, **kwargs: Any) -> Any:
         return type(model).generate(model, *args, **kwargs)
     replaced = state.replaced
     if kwargs.get("custom_generate") is None and not chooses_a_cache(model, args, kwargs):
-        _check_adapter(model, getattr(vars(model).get("prepare_inputs_for_generation"), "__self__", None))
-        _check_compiled(model)
+        check_prompt(model)
+        _check_state(model)
         kwargs["past_key_values"] = state.recipe.cache(model.config)
         if getattr(replaced, "func", None) is recipe_of_folder:  # which would make a cache too
             replaced = None
@@ -218,7 +219,11 @@ def _check(model: Any) -> None:
             f"model={name} is enabled already, with {state.recipe.compressor!r} and {state.recipe.settings!r}; call "
             "wildcat_kv.disable(model) first"
         )
-    _check_compiled(model)
+    _check_state(model)
+    if getattr(model.generation_config, "use_cache", None) is False:
+        raise ValueError(
+            "model.generation_config.use_cache=False asks for no cache in every generate(); set it to True"
+        )
     if (implementation := getattr(model.generation_config, "cache_implementation", None)) is not None:
         raise ValueError(
             f"model.generation_config.cache_implementation={implementation!r} asks for another cache in every "
@@ -226,17 +231,13 @@ def _check(model: Any) -> None:
         )
 
 
-def _check_adapter(model: Any, adapted: Any) -> None:
-    """Refuse a model that PEFT, as `adapted`, gives a learned prompt."""
-    if getattr(getattr(adapted, "active_peft_config", None), "is_prompt_learning", False):
+def _check_state(model: Any) -> None:
+    """Refuse a model that is compiled, in part too, or that does without caches while it learns."""
+    if model.training and getattr(model, "is_gradient_checkpointing", False):
         raise ValueError(
-            f"model={type(model).__name__}: prompt learning of PEFT puts keys of its own before the prompt's, which "
-            "cannot be compressed with them; use another adapter, such as LoRA"
+            f"model={type(model).__name__} is in training mode with gradient checkpointing, and uses no cache then; "
+            "call model.eval() first"
         )
-
-
-def _check_compiled(model: Any) -> None:
-    """Refuse a model that is compiled, in part too."""
     if any(map(_is_compiled, model.modules())):
         raise ValueError(
             f"model={type(model).__name__} is compiled, and what a growing cache does cannot be traced; take one that "

@@ -46,7 +46,8 @@ def join_caches(caches: Sequence[CompressedCache], settings: WildCatConfig | Non
             model(ids, past_key_values=part)
         cache = join_caches(parts)
     """
-    _check(caches)
+    caches = list(caches)
+    _check(caches, settings)
     last = caches[-1]
     joined = last.fresh(settings)
     for index, layer in enumerate(joined.layers):
@@ -98,8 +99,12 @@ def _span(states: Sequence[LayerState]) -> ValueRange:
     return functools.reduce(ValueRange.join, boxes)
 
 
-def _check(caches: Sequence[CompressedCache]) -> None:
+def _check(caches: Sequence[CompressedCache], settings: WildCatConfig | None) -> None:
     """Refuse what cannot be joined."""
+    if strangers := [type(cache).__name__ for cache in caches if not isinstance(cache, CompressedCache)]:
+        raise TypeError(f"caches: {strangers[0]} is no compressed cache; give those that have read the parts")
+    if settings is not None and not isinstance(settings, WildCatConfig):
+        raise TypeError(f"settings={settings!r} is no WildCatConfig; give one, or leave it out")
     if not caches:
         raise ValueError("caches=[]: there is nothing to join; give at least one")
     last = caches[-1]
@@ -121,6 +126,8 @@ def _fault(cache: CompressedCache, last: CompressedCache) -> str | None:
         return f"is of another model: {difference}"
     if describe(cache.compressor) != describe(last.compressor):
         return f"compresses by {cache.compressor}, and the last one by {last.compressor}"
+    if cache.exact_layers != last.exact_layers:
+        return f"leaves layers {sorted(cache.exact_layers)} exact, and the last one {sorted(last.exact_layers)}"
     ours, theirs = ([layer.state for layer in each.layers if isinstance(layer, WildCatLayer)] for each in (cache, last))
     if len(ours[0].progress.rows) != len(theirs[0].progress.rows):
         return f"has {len(ours[0].progress.rows)} rows, and the last one {len(theirs[0].progress.rows)}"

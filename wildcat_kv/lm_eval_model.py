@@ -25,8 +25,9 @@ from wildcat_kv.compressors import available
 from wildcat_kv.config import WildCatConfig
 from wildcat_kv.context import Context
 from wildcat_kv.models import default_model_path
+from wildcat_kv.prompts import encode_parts
 from wildcat_kv.reading import generate, join, loglikelihood, pad_left, read, token_losses
-from wildcat_kv.splits import cut_middle, encode_parts, split_prompt
+from wildcat_kv.splits import cut_middle, split_prompt
 
 EXACT = "exact"
 # Options of `generate()` that say nothing where nothing is sampled.

@@ -140,6 +140,11 @@ class SavedContext:
     text: SavedText | None
     path: str
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the keys that our layers hold."""
+        return next(layer.memory.keys.dtype for layer in self.layers if isinstance(layer, _Ours))
+
     def method(self, name: str | None) -> Compressor:
         """The method that compressed the context, if it is one of ours; that of `name` otherwise.
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from wildcat_kv.compressors import resolve
 from wildcat_kv.config import WildCatConfig
@@ -71,6 +71,15 @@ class Preset(BaseModel):
     def _is_a_method(cls, compressor: str) -> str:
         resolve(compressor, WildCatConfig(ratio=1.0))
         return compressor
+
+    @model_validator(mode="after")
+    def _families_fit(self) -> Preset:
+        for family in self.families:
+            try:
+                self.settings.changed(exact_layers=family.exact_layers)
+            except ValueError as error:
+                raise ValueError(f"families: {family.name}: {error}") from None
+        return self
 
     def settings_for(self, decoder: Any) -> WildCatConfig:
         """The settings for a model, by the Transformers config of its decoder."""

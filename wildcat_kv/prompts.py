@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-
-from wildcat_kv.splits import encode_parts
 
 # Characters for private use: in no text, and no space that a template might trim.
 _CONTEXT, _QUESTION, _ANSWER, _NEXT = (f"\ue000{name}\ue001" for name in ("context", "question", "answer", "next"))
@@ -37,16 +36,17 @@ class Frame:
         """The frame that a tokenizer's chat template gives, or a plain one where it has none.
 
         Raises:
-            ValueError: the template does not give the messages back as they are.
+            ValueError: the template cannot be rendered, or does not give the messages back as they are.
         """
         if not tokenizer.chat_template:
             return Frame(head="", gap="\n\n", tail="\n", between="\n\n", special=True)
         first = {"role": "user", "content": f"{_CONTEXT}\n\n{_QUESTION}"}
         answered = [first, {"role": "assistant", "content": _ANSWER}, {"role": "user", "content": _NEXT}]
+        asked, again = _render(tokenizer, [first]), _render(tokenizer, answered)
         try:
-            head, rest = _render(tokenizer, [first]).split(_CONTEXT)
+            head, rest = asked.split(_CONTEXT)
             gap, tail = rest.split(_QUESTION)
-            between, _ = _render(tokenizer, answered).split(_ANSWER)[1].split(_NEXT)
+            between, _ = again.split(_ANSWER)[1].split(_NEXT)
         except (ValueError, IndexError):
             raise ValueError(
                 f"tokenizer={type(tokenizer).__name__}: its chat template changes or leaves out what messages say; set "
@@ -73,11 +73,18 @@ def encode_context(tokenizer: Any, context: str) -> tuple[Tensor, Tensor]:
         int64 (1, h) of the template's beginning, and int64 (1, n).
     """
     frame = Frame.of(tokenizer)
+    text = f"{context}{frame.gap}"
 
     def encode(text: str, begins: bool) -> list[int]:
         return _encode(tokenizer, text, add_special_tokens=begins and frame.special)[0].tolist()
 
-    head, rest = encode_parts(encode, frame.head, f"{context}{frame.gap}")
+    if frame.special:  # tokens that begin a text; one that ends it is left out
+        rest, whole = encode(text, False), encode(text, True)
+        starts = (start for start in range(len(whole) - len(rest) + 1) if whole[start : start + len(rest)] == rest)
+        start = next(starts, None)
+        head, rest = ([], whole) if start is None else (whole[:start], rest)
+    else:
+        head, rest = encode_parts(encode, frame.head, text)
     return torch.tensor([head], dtype=torch.int64), torch.tensor([rest], dtype=torch.int64)
 
 
@@ -119,6 +126,23 @@ def encode_question(tokenizer: Any, context: str, question: str, answer: str = "
     return torch.cat(encode_context(tokenizer, context), dim=1), encode_follow_up(tokenizer, question, answer)
 
 
+def encode_parts(encode: Callable[[str, bool], list[int]], before: str, after: str) -> tuple[list[int], list[int]]:
+    """Token ids of two parts of a prompt; the first ones are the same whatever comes after.
+
+    Where the edge of the parts is an edge of tokens, the second part is encoded as it is in the whole prompt: some
+    tokenizers begin every text with a token of its own. Elsewhere it is encoded by itself.
+
+    Args:
+        encode: gives the token ids of a text, and is told whether it begins the prompt.
+        before: the first part.
+        after: the second part.
+    """
+    first, whole = encode(before, True), encode(before + after, True)
+    if whole[: len(first)] == first:
+        return first, whole[len(first) :]
+    return first, encode(after, False)
+
+
 def repeat_request(tokenizer: Any, *, first: bool) -> tuple[Tensor, Tensor]:
     """Token ids that ask the model to repeat a part of the context before them, in the words of KVzip.
 
@@ -137,7 +161,14 @@ def repeat_request(tokenizer: Any, *, first: bool) -> tuple[Tensor, Tensor]:
 
 
 def _render(tokenizer: Any, messages: list[dict[str, str]]) -> str:
-    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    except Exception as error:  # whatever a template raises
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"tokenizer={type(tokenizer).__name__}: its chat template takes no messages of user and assistant alone "
+            f"({reason}); set tokenizer.chat_template to another one, or to None"
+        ) from None
 
 
 def _encode(tokenizer: Any, text: str, *, add_special_tokens: bool = False) -> Tensor:

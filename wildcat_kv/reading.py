@@ -79,9 +79,9 @@ def read(model: Any, cache: Cache, ids: Tensor, mask: Tensor | None = None, *, l
     logits = model(ids[:, start:], past_key_values=cache, **options).logits
     if (seen := cache.get_seq_length()) != ids.shape[1]:
         raise RuntimeError(
-            f"the model was given {ids.shape[1]} tokens, and its cache has seen {seen}: it goes on without the cache, or "
-            "adds tokens of its own; call model.eval() and model.gradient_checkpointing_disable(), and take PEFT's prompt "
-            "learning off"
+            f"the model was given {ids.shape[1]} tokens, and its cache has seen {seen}: it does without the cache, or "
+            "adds tokens of its own; call model.eval() and model.gradient_checkpointing_disable(), and leave out "
+            "PEFT's learned prompts"
         )
     return logits.float()
 

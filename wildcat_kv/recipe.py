@@ -168,10 +168,14 @@ def read_section(config: Any) -> Section | None:
     if not isinstance(found, dict):
         raise ValueError(f"config.{SECTION}={found!r} must be a mapping; write it with wildcat_kv.patch_config")
     version = found.get("version")
+    if isinstance(version, bool):
+        raise ValueError(f"config.{SECTION}.version={version}: must be a number, {VERSION}")
+    if not all(isinstance(name, str) for name in found):
+        raise ValueError(f"config.{SECTION} has a name that is no text; write it with wildcat_kv.patch_config")
     if isinstance(version, int) and version > VERSION:
         raise ValueError(
             f"config.{SECTION}.version={version}: this release reads {VERSION}; install a newer wildcat_kv, or write "
-            "the section again with wildcat_kv.patch_config"
+            "the section anew with wildcat_kv.patch_config(config, preset=...)"
         )
     try:
         return Section.model_validate(found)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, cat
@@ -46,23 +46,6 @@ def split_prompt(prompt: str, task: str, document: Mapping[str, Any]) -> tuple[s
     if not prompt[end:].strip():
         raise ValueError(f"task={task!r}: nothing comes after the context; use protocol='full-prompt'")
     return prompt[:end], prompt[end:]
-
-
-def encode_parts(encode: Callable[[str, bool], list[int]], before: str, after: str) -> tuple[list[int], list[int]]:
-    """Token ids of two parts of a prompt; the first ones are the same whatever comes after.
-
-    Where the edge of the parts is an edge of tokens, the second part is encoded as it is in the whole prompt: some
-    tokenizers begin every text with a token of its own. Elsewhere it is encoded by itself.
-
-    Args:
-        encode: gives the token ids of a text, and is told whether it begins the prompt.
-        before: the first part.
-        after: the second part.
-    """
-    first, whole = encode(before, True), encode(before + after, True)
-    if whole[: len(first)] == first:
-        return first, whole[len(first) :]
-    return first, encode(after, False)
 
 
 def _context(task: str, document: Mapping[str, Any]) -> str:

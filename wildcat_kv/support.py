@@ -56,6 +56,25 @@ def cache_layers(decoder: Any) -> tuple[list[Any], list[int]]:
     return layers, full
 
 
+def check_prompt(model: Any, wrapped: Any = None) -> None:
+    """Refuse a model that PEFT gives a learned prompt.
+
+    Args:
+        model: a Transformers model, or PEFT's around it.
+        wrapped: PEFT's model around it, where that is known; by default what `model` itself tells.
+
+    Raises:
+        ValueError: says what to use instead.
+    """
+    if wrapped is None:  # PEFT hangs its own method into the model that it wraps while it generates
+        wrapped = getattr(vars(model).get("prepare_inputs_for_generation"), "__self__", model)
+    if getattr(getattr(wrapped, "active_peft_config", None), "is_prompt_learning", False):
+        raise ValueError(
+            f"model={type(model).__name__}: prompt learning of PEFT puts keys of its own before the prompt's, which "
+            "cannot be compressed with them; use another adapter, such as LoRA"
+        )
+
+
 def dropped_from(decoder: Any) -> int | None:
     """The length from which `generate()` goes on without the cache it was given; None if it never does.
 

@@ -118,7 +118,7 @@ class Session:
         return self._commands[name]
 
     def _answer(self, question: str) -> None:
-        text = TextStream(self._tokenizer, lambda piece: self._console.print(escape(piece), end="", soft_wrap=True))
+        text = TextStream(self._tokenizer, lambda piece: self._console.out(piece, end="", highlight=False))
         streamer = TimedStreamer(text.put)
         self._conversation.ask(question, max_new_tokens=self._max_new_tokens, streamer=streamer)
         self._console.print()

@@ -13,6 +13,7 @@ from rich.table import Table
 from transformers import Cache
 
 from wildcat_kv.accounting import TimedStreamer, Timing, cache_bytes, stored_tokens
+from wildcat_kv.answering import pad_id
 from wildcat_kv.cli import options
 from wildcat_kv.cli.streaming import TextStream, layers_seen, steps
 from wildcat_kv.prompts import encode_prompt
@@ -77,7 +78,7 @@ def decode(
         past_key_values=cache,
         max_new_tokens=max_new_tokens,
         do_sample=False,
-        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+        pad_token_id=pad_id(tokenizer),
         streamer=streamer,
         stop_strings=stop_strings,
         tokenizer=tokenizer if stop_strings else None,

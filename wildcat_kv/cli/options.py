@@ -10,9 +10,9 @@ import torch
 import typer
 
 from wildcat_kv.compressors import resolve
+from wildcat_kv.config import WildCatConfig
 from wildcat_kv.models import load_model
 from wildcat_kv.presets import load_preset
-from wildcat_kv.recipe import DEFAULT_PRESET
 
 ModelOption = Annotated[
     str | None, typer.Option(help="Hub id, local folder or GGUF file. Default: SmolLM2-135M-Instruct, from PyPI.")
@@ -50,8 +50,12 @@ def chosen(preset: str | None, compressor: str | None, **fields: Any) -> dict[st
         ValueError: no such preset or method, or a wrong setting.
     """
     fields = {name: value for name, value in fields.items() if value is not None}
-    base = load_preset(DEFAULT_PRESET if preset is None else preset)
-    resolve(compressor or base.compressor, base.settings.changed(**fields))
+    if preset is None:  # the model's own section may begin with anything: what is wrong anyhow
+        settings, method = WildCatConfig(ratio=1.0, sink=0, window=0, bin_rank=1), "wildcat"
+    else:
+        base = load_preset(preset)
+        settings, method = base.settings, base.compressor
+    resolve(compressor or method, settings.changed(**fields))
     return {"preset": preset, "compressor": compressor, **fields}
 
 
