@@ -172,6 +172,16 @@ def test_a_wrong_patch_changes_nothing(monkeypatch, capsys, folder, arguments, m
     assert {path: path.read_bytes() for path in folder.iterdir()} == before
 
 
+def test_a_patch_over_a_patch_keeps_what_is_not_given(monkeypatch, capsys, folder, tmp_path):
+    preset = tmp_path / "small.yaml"
+    preset.write_text("settings: {ratio: 0.25, sink: 4, window: 4, bin_rank: 4}")
+    run(monkeypatch, capsys, "patch", folder, "--preset", preset)
+    status, _, err = run(monkeypatch, capsys, "patch", folder, "--max-tokens", "50")
+    section = json.loads((folder / "config.json").read_text())["wildcat_kv"]
+    assert status == 0 and not err
+    assert (section["settings"]["max_tokens"], section["settings"]["sink"]) == (50, 4)
+
+
 def test_a_patch_needs_a_model(monkeypatch, capsys, tmp_path):
     status, _, err = run(monkeypatch, capsys, "patch", tmp_path, "--preset", "published")
     assert status == 1 and "has no config.json" in err and not list(tmp_path.iterdir())
@@ -258,6 +268,21 @@ def test_a_chat_answers_remembers_and_accounts(monkeypatch, capsys, folder, docu
     assert "151 tokens seen · 76 stored" in out and re.search(
         r"16\d tokens seen · \d+ stored · [\d.]+ MiB · [\d.]+ tok", out
     )
+
+
+def test_a_chat_shows_what_the_model_writes(monkeypatch, capsys, folder, document):
+    """Brackets, backslashes, colons: nothing of it is taken for markup."""
+
+    def word(number):
+        return f"[b]:warning:w{number}\\"
+
+    odd = tokenizer(word=word)
+    odd.save_pretrained(folder)
+    document.write_text(" ".join(map(word, range(4, 104))))
+    context = compress_context(tiny_model("llama"), odd, document, ratio=0.5)
+    answer = context.ask(word(9), max_new_tokens=8)
+    status, out, _ = chat(monkeypatch, capsys, folder, document, [word(9)], "--ratio", "0.5")
+    assert status == 0 and ":warning:" in answer and answer in out
 
 
 def test_a_document_is_saved_loaded_and_read_at_another_ratio(monkeypatch, capsys, folder, document, tmp_path):

@@ -3,6 +3,7 @@
 import threading
 import warnings
 
+import peft
 import pytest
 import torch
 import transformers as tf
@@ -13,7 +14,7 @@ from transformers.generation.streamers import BaseStreamer
 from tests.driver import METHODS, assert_same, state
 from tests.tiny import tiny_model
 from tests.words import CHAT, tokenizer, words
-from wildcat_kv import CompressedContext, WildCatCache, compress_context
+from wildcat_kv import CompressedContext, WildCatCache, compress_context, join_caches
 from wildcat_kv.prompts import encode_question
 
 SETTINGS = {"ratio": 0.5, "sink": 4, "window": 4, "bin_rank": 4}
@@ -198,14 +199,16 @@ def test_a_text_beyond_the_positions_is_read_in_parts(words_tokenizer):
     assert context.ask_many(QUESTIONS, **SHORT)[0] == answer
 
 
-def test_parts_of_one_length_of_a_text_give_what_a_joined_cache_gives(llama):
-    """Questions see the first part as well as the last."""
-    short = tiny_model("llama", max_position_embeddings=128)
-    answers = set()
-    for seed in range(6):
-        text = f"{words(80, seed)} {words(80)}"
-        answers.add(compress_context(short, tokenizer(), text, reserve=40, ratio=1.0).ask(QUESTIONS[0], **SHORT))
-    assert len(answers) > 1
+def test_parts_are_read_apart_and_joined():
+    model, words_tokenizer = tiny_model("llama", max_position_embeddings=128), tokenizer()
+    context = compress_context(model, words_tokenizer, words(160), reserve=40, **SETTINGS)
+    head = torch.tensor([[1]])  # the template's beginning
+    ids = words_tokenizer(words(160), return_tensors="pt").input_ids
+    caches = []
+    for part in ids.tensor_split(2, dim=1):
+        caches.append(WildCatCache(model.config, **SETTINGS))
+        model(torch.cat((head, part), dim=1), past_key_values=caches[-1])
+    assert_same(state(context.cache), state(join_caches(caches)))
 
 
 def test_a_text_is_read_in_chunks_where_that_is_asked_for(llama, words_tokenizer):
@@ -258,11 +261,44 @@ def test_a_saved_context_is_asked_again(llama, words_tokenizer, tmp_path):
     assert_same(state(cache), state(context.cache), ignore=("fold_from",))
 
 
-def test_it_is_loaded_by_the_same_model_in_another_dtype(llama, tmp_path):
+def test_another_dtype_is_refused(llama, tmp_path):
     path = tmp_path / "context.safetensors"
     compress_context(llama, tokenizer(), TEXT, **SETTINGS).save(path)
-    with pytest.raises(ValueError, match="another dtype"):  # that of what it is asked: not of its weights
-        CompressedContext.load(path, tiny_model("llama").to(torch.bfloat16), tokenizer()).ask(QUESTIONS[0], **SHORT)
+    half = tiny_model("llama").to(torch.bfloat16)
+    with pytest.raises(ValueError, match=r"holds keys in torch.float32, and the model works in torch.bfloat16; load"):
+        CompressedContext.load(path, half, tokenizer())
+    compress_context(half, tokenizer(), TEXT, **SETTINGS).save(path)
+    assert CompressedContext.load(path, half, tokenizer()).ask("w5", **SHORT)
+
+
+def with_adapter(seed=None):
+    """A model with LoRA on it, as PEFT wraps it."""
+    config = peft.LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    model = tiny_model("llama")
+    torch.manual_seed(3 if seed is None else seed)
+    return peft.get_peft_model(model, config).eval()
+
+
+@pytest.mark.parametrize(
+    ("reader", "asked", "fits"),
+    [
+        (with_adapter, with_adapter, True),
+        (with_adapter, lambda: tiny_model("llama"), False),
+        (lambda: tiny_model("llama"), with_adapter, False),
+        (with_adapter, lambda: with_adapter(9), False),
+        (with_adapter, lambda: another_model(), False),
+    ],
+)
+def test_a_model_with_an_adapter_is_told_from_others(tmp_path, reader, asked, fits):
+    torch.manual_seed(0)
+    path = tmp_path / "context.safetensors"
+    context = compress_context(reader(), tokenizer(), TEXT, **SETTINGS)
+    context.save(path)
+    if fits:
+        assert CompressedContext.load(path, asked(), tokenizer()).ask("w5", **SHORT) == context.ask("w5", **SHORT)
+    else:
+        with pytest.raises(ValueError, match="is of a model with other weights"):
+            CompressedContext.load(path, asked(), tokenizer())
 
 
 def another_model():
@@ -374,11 +410,81 @@ def test_a_question_must_ask_something(context, question):
             ask(question)
 
 
-def test_a_question_has_one_answer(context):
-    for ask in (context.ask, context.stream, context.conversation().ask):
-        with pytest.raises(ValueError, match="num_return_sequences=2: a question has one answer here"):
-            ask("w5", do_sample=True, num_return_sequences=2)
-    assert "".join(context.stream("w5", stopping_criteria=None, **SHORT)).strip() == context.ask("w5", **SHORT)
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"do_sample": True, "num_return_sequences": 2}, "num_return_sequences=2: a question has one answer here"),
+        ({"prompt_lookup_num_tokens": 3}, "prompt_lookup_num_tokens=3 reads the text again"),
+        ({"assistant_early_exit": 1}, "assistant_early_exit=1 reads the text again"),
+        ({"assistant_model": tiny_model("llama")}, "assistant_model=LlamaForCausalLM reads the text again"),
+        ({"use_cache": False}, "use_cache=False, and the text is in a cache"),
+        ({"generation_config": tf.GenerationConfig(use_cache=False)}, "use_cache=False, and the text is in a cache"),
+        ({"cache_implementation": "static"}, "cache_implementation='static', and the text is in a cache of ours"),
+        ({"past_key_values": tf.DynamicCache()}, "past_key_values cannot be given here"),
+        ({"attention_mask": torch.ones(1, 3)}, "attention_mask cannot be given here"),
+        ({"until": ["w5"]}, "until cannot be given here"),
+        ({"max_new_tokens": 0}, "max_new_tokens=0 must be a positive integer"),
+        ({"max_new_tokens": 2.5}, "max_new_tokens=2.5 must be a positive integer"),
+    ],
+)
+def test_options_that_cannot_be_followed_are_refused_at_once(context, monkeypatch, options, message):
+    monkeypatch.setattr(context.model, "forward", lambda *_, **__: pytest.fail("the model was run"))
+    for ask in (context.ask, context.stream, context.conversation().ask, context.conversation().stream):
+        with pytest.raises(ValueError, match=message):
+            ask("w5", **options)
+
+
+def test_options_that_mean_nothing_are_no_hindrance(context):
+    answer = context.ask("w5", **SHORT)
+    nothing = {"stopping_criteria": None, "pad_token_id": 0, "return_dict_in_generate": True, "use_cache": True}
+    assert context.ask("w5", **nothing, **SHORT) == answer
+    assert "".join(context.stream("w5", **nothing, **SHORT)).strip() == answer
+    with pytest.raises(ValueError, match=r"streamer cannot be given to stream\(\)"):
+        context.stream("w5", streamer=tf.TextStreamer(context.tokenizer))
+
+
+def test_a_generation_config_is_obeyed(context):
+    length, hot = tf.GenerationConfig(max_new_tokens=2), tf.GenerationConfig(do_sample=True, temperature=5.0)
+    assert len(context.ask("w5", generation_config=length).split()) <= 2
+    assert len({context.ask("w5", generation_config=hot, **SHORT) for _ in range(4)}) > 1
+    answer = context.ask("w5", eos_token_id=None, **SHORT).split()
+    stop = context.tokenizer.convert_tokens_to_ids(answer[3])
+    ended = context.ask("w5", generation_config=tf.GenerationConfig(eos_token_id=stop), **SHORT)
+    assert ended.split() == answer[: answer.index(answer[3])]
+
+
+def test_a_model_that_does_without_its_cache_is_noticed(words_tokenizer):
+    model = tiny_model("llama")
+    model.gradient_checkpointing_enable()
+    model.train()
+    with pytest.raises(RuntimeError, match=r"its cache has seen 0: .* call model.eval\(\)"):
+        compress_context(model, words_tokenizer, TEXT, **SETTINGS)
+    model.eval()
+    assert compress_context(model, words_tokenizer, TEXT, **SETTINGS).cache.stored_length()
+
+
+@pytest.mark.parametrize("kind", [peft.PromptTuningConfig, peft.PrefixTuningConfig])
+def test_learned_prompts_are_refused(kind):
+    model = peft.get_peft_model(tiny_model("llama"), kind(task_type="CAUSAL_LM", num_virtual_tokens=5))
+    with pytest.raises(ValueError, match=r"prompt learning of PEFT .*use another adapter"):
+        compress_context(model, tokenizer(), TEXT, **SETTINGS)
+
+
+def test_what_is_no_model_or_tokenizer_is_said(llama, tmp_path):
+    for model, other, message in (
+        (tokenizer(), llama, "model=TokenizersBackend is no Transformers model|model=PreTrained.* is no Transformers"),
+        (llama, None, "tokenizer=NoneType is no Transformers tokenizer"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            compress_context(model, other, TEXT, **SETTINGS)
+
+
+def test_a_stream_that_is_left_leaves_nothing_in_a_conversation(context):
+    conversation, other = context.conversation(), context.conversation()
+    stream = conversation.stream("w66 w67", max_new_tokens=500, eos_token_id=None)
+    next(stream)
+    stream.close()
+    assert conversation.ask(QUESTIONS[0], **SHORT) == other.ask(QUESTIONS[0], **SHORT)
 
 
 def test_one_text_is_no_list_of_questions(context):

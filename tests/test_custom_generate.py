@@ -257,7 +257,7 @@ def test_a_folder_that_has_custom_generation_is_left_alone(tmp_path):
 
 def test_a_folder_cannot_be_a_file(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(OSError):
+    with pytest.raises(ValueError, match="is a file; name a folder"):
         write_folder(tmp_path / "file")
 
 

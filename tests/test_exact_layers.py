@@ -72,14 +72,17 @@ def test_a_padded_row_is_as_alone(llama):
 
 
 def test_tokens_can_be_taken_back(llama):
-    """Prompt lookup crops after every pass."""
-    ids = random_ids(1, 40).repeat(1, 4)
+    """After a crop the cache is as if they had never been read."""
+    ids = random_ids(1, 160)
     caches = [WildCatCache(llama.config, exact_layers=[0], **SETTINGS) for _ in range(2)]
-    plain = llama.generate(ids, past_key_values=caches[0], max_new_tokens=30, do_sample=False)
-    guessed = llama.generate(
-        ids, past_key_values=caches[1], max_new_tokens=30, do_sample=False, prompt_lookup_num_tokens=3
-    )
-    assert guessed.shape == plain.shape and caches[1].stored_length(0) == caches[1].get_seq_length()
+    for cache in caches:
+        cache.activate_past_recording()
+        llama(ids[:, :120], past_key_values=cache)
+        cache.crop(0)
+    llama(ids[:, 120:140], past_key_values=caches[0])
+    caches[0].crop(-20)
+    outputs = [llama(ids[:, 140:], past_key_values=cache).logits for cache in caches]
+    assert torch.equal(*outputs) and caches[0].stored_length(0) == 140
 
 
 @pytest.mark.parametrize("method", ["wildcat", "h2o", "snapkv"])
@@ -98,7 +101,7 @@ def test_they_are_saved_and_loaded(llama, tmp_path, method):
     ("fields", "message"),
     [
         ({"ratio": 0.25, "exact_layers": [3]}, r"exact_layers=\[3\]: layer 3 is none of .*\[0, 1, 2\]"),
-        ({"ratio": 0.25, "exact_layers": [-4]}, r"layer -1 is none|layer -4 is none"),
+        ({"ratio": 0.25, "exact_layers": [-4]}, r"exact_layers=\[-4\]: layer -4 is none"),
         ({"ratio": 0.25, "exact_layers": [0, 1, 2]}, "nothing is left to compress"),
         ({"max_tokens": 100, "exact_layers": [0]}, "exact_layers=.* with max_tokens=100"),
         ({"ratio": 0.25, "exact_layers": 0}, "exact_layers=0"),

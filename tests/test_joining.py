@@ -6,7 +6,8 @@ import transformers as tf
 
 from tests.driver import METHODS, read, small_cache, tokens
 from tests.tiny import random_ids, tiny_model
-from wildcat_kv import CompressedCache, WildCatCache
+from tests.words import tokenizer
+from wildcat_kv import CompressedCache, Context, WildCatCache, WildCatConfig
 from wildcat_kv.joining import join_caches
 
 SETTINGS = {"sink": 4, "window": 4, "bin_rank": 4}
@@ -130,3 +131,32 @@ def test_what_does_not_fit_is_refused(llama):
         with pytest.raises(ValueError, match=message) as error:
             join_caches(caches)
         assert "\n" not in str(error.value)
+
+
+def test_settings_that_break_a_promise_are_refused(llama):
+    exact, plain = parts(llama, (40, 41), ratio=0.25, exact_layers=[0]), parts(llama, (40, 41), ratio=0.25)
+    for caches, settings, message in (
+        ([exact[0], plain[1]], None, r"caches\[0\] leaves layers \[0\] exact, and the last one \[\]"),
+        (exact, WildCatConfig(max_tokens=200), r"settings.exact_layers=\[\]: the cache leaves layers \[0\] exact"),
+        (
+            plain,
+            WildCatConfig(ratio=0.25, exact_layers=[1]),
+            r"exact_layers=\[1\]: the cache leaves layers \[\]",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            join_caches(caches, settings)
+    zipped = Context(llama, random_ids(1, 60)).compress(compressor="kvzip", tokenizer=tokenizer(), ratio=0.25)
+    with pytest.raises(ValueError, match="max_tokens=200: KVzip compresses the prompt alone"):
+        join_caches([zipped], WildCatConfig(max_tokens=200))
+    same = join_caches(exact, WildCatConfig(ratio=0.5, exact_layers=[-3]))
+    assert same.exact_layers == {0} and same.settings.ratio == 0.5
+
+
+def test_what_is_no_cache_is_said(llama):
+    caches = parts(llama, (40, 41), ratio=0.25)
+    assert join_caches(iter(caches)).get_seq_length() == 41
+    with pytest.raises(TypeError, match="DynamicCache is no compressed cache"):
+        join_caches([tf.DynamicCache(), caches[0]])
+    with pytest.raises(TypeError, match="is no WildCatConfig"):
+        join_caches(caches, {"ratio": 0.5})

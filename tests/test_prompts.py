@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from wildcat_kv.models import default_model_path
@@ -109,6 +109,34 @@ def test_words_of_sentencepiece_get_no_space_of_their_own():
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner)
     before, after = encode_question(tokenizer, "the sun", "rises")
     assert tokenizer.decode(torch.cat((before, after), 1)[0]) == "the sun\n\nrises\n"
+
+
+def test_a_token_that_ends_texts_does_not_end_the_context():
+    """Some tokenizers put one before and one behind every text."""
+    vocabulary = {"<s>": 0, "</s>": 1, "a": 2, "b": 3, "?": 4}
+    inner = Tokenizer(models.WordLevel(vocabulary, unk_token="?"))
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    inner.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)])
+    head, rest = encode_context(PreTrainedTokenizerFast(tokenizer_object=inner), "a b")
+    assert head.tolist() == [[0]] and rest.tolist() == [[2, 3]]
+
+
+@pytest.mark.real
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        ("{{ raise_exception('a system message first') }}", "a system message first"),
+        ("{% if %}", "Expected an expression"),
+    ],
+)
+def test_a_template_that_cannot_be_rendered_is_one_line(smol, template, reason):
+    own, smol.chat_template = smol.chat_template, template
+    try:
+        with pytest.raises(ValueError, match=f"takes no messages of user and assistant alone .*{reason}") as error:
+            encode_context(smol, CONTEXT)
+        assert "\n" not in str(error.value)
+    finally:
+        smol.chat_template = own
 
 
 @pytest.mark.real

@@ -15,8 +15,8 @@ def words(count, seed=0):
     return " ".join(f"w{4 + (seed * 37 + index * index * 7 + index) % 115}" for index in range(count))
 
 
-def tokenizer(template=CHAT):
-    vocabulary = {"<pad>": 0, **_SPECIAL, **{f"w{number}": number for number in range(4, 120)}}
+def tokenizer(template=CHAT, word="w{}".format):
+    vocabulary = {"<pad>": 0, **_SPECIAL, **{word(number): number for number in range(4, 120)}}
     inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     made = PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", eos_token="<end>")

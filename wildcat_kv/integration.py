@@ -233,7 +233,7 @@ def _check(model: Any) -> None:
 
 def _check_state(model: Any) -> None:
     """Refuse a model that is compiled, in part too, or that does without caches while it learns."""
-    if model.training and getattr(model, "is_gradient_checkpointing", False):
+    if model.training and any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
         raise ValueError(
             f"model={type(model).__name__} is in training mode with gradient checkpointing, and uses no cache then; "
             "call model.eval() first"
