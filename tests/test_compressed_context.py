@@ -453,6 +453,15 @@ def test_a_generation_config_is_obeyed(context):
     assert ended.split() == answer[: answer.index(answer[3])]
 
 
+def test_an_answer_goes_on_where_nothing_is_to_end_it(context, monkeypatch):
+    """Though the model's own config names a token that does."""
+    answer = context.ask("w5", eos_token_id=None, **SHORT)
+    stop = context.tokenizer.convert_tokens_to_ids(answer.split()[2])
+    monkeypatch.setattr(context.model.generation_config, "eos_token_id", stop)
+    assert len(context.ask("w5", **SHORT)) < len(answer)
+    assert context.ask("w5", eos_token_id=None, **SHORT) == answer
+
+
 def test_a_model_that_does_without_its_cache_is_noticed(words_tokenizer):
     model = tiny_model("llama")
     model.gradient_checkpointing_enable()

@@ -74,6 +74,8 @@ class AnswerOptions:
         config.max_new_tokens = _length(DEFAULT_LENGTH if length is None else length)
         ends = _ends(model, tokenizer, given, options)
         config.eos_token_id = sorted(ends) or None
+        if not ends:  # a config's None would be filled in from the model's
+            others["eos_token_id"] = None
         if config.pad_token_id is None:
             config.pad_token_id = pad_id(tokenizer)
         if config.stop_strings:
