@@ -16,8 +16,10 @@ CACHE_TESTS := $(addprefix tests/test_,$(addsuffix .py,batches cache compressed_
 demo: $(READY)
 	$(BIN)/wildcat-kv demo
 
+# A process a core, a file at a time; what is fetched is fetched before, by one of them.
 test: $(READY)
-	$(BIN)/python -m pytest $(TESTS)
+	$(BIN)/python -c "from wildcat_kv import haystack, models; models.default_model_path(); haystack.essays()"
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile $(TESTS)
 
 lint: $(READY)
 	$(BIN)/ruff check .
