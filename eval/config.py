@@ -18,6 +18,7 @@ from eval.tasks.needle import Needle
 from eval.tasks.perplexity import Perplexity
 from wildcat_kv.compressors import available
 from wildcat_kv.config import WildCatConfig
+from wildcat_kv.haystack import Half
 
 ALL = "all"
 OURS: dict[str, type[Task]] = {
@@ -45,6 +46,7 @@ class RunConfig(BaseModel):
         max_tokens: budgets in tokens.
         settings: fields of `WildCatConfig` for all methods, beside the budget.
         seed: of samples and pivots.
+        half: of the essays and their seeds: "develop" to choose by, "report" to report; all if left out.
         limit: most samples of a task, and of each of its lengths.
         chat_template: whether benchmarks' prompts are sent as chat messages.
         data_dir: local files of benchmarks.
@@ -67,6 +69,7 @@ class RunConfig(BaseModel):
     max_tokens: list[Annotated[int, Field(gt=0)]] = Field(default_factory=list)
     settings: dict[str, Any] = Field(default_factory=dict)
     seed: int = Field(0, ge=0, lt=2**31)
+    half: Half | None = None
     limit: int | None = Field(None, ge=1)
     chat_template: bool = False
     data_dir: Path | None = None

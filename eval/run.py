@@ -88,6 +88,7 @@ def _samples(
         limit=config.limit,
         chat_template=config.chat_template,
         data_dir=config.data_dir,
+        half=config.half,
     )
     planned = []
     console = Console(stderr=True)

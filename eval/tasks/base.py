@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from eval.cells import Cell
+from wildcat_kv.haystack import Half
 
 Protocol = Literal["context-only", "full-prompt"]
 Lengths = Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=1)]  # tokens
@@ -44,6 +45,7 @@ class Setting:
         limit: most samples of a task, or of each of its lengths; None for a task's own number.
         chat_template: whether prompts are sent as chat messages.
         data_dir: where benchmarks lie that are not to come from the hub.
+        half: of the essays and of the seeds; None for all.
     """
 
     tokenizer: Any
@@ -53,6 +55,12 @@ class Setting:
     limit: int | None = None
     chat_template: bool = False
     data_dir: Path | None = None
+    half: Half | None = None
+
+    def seed_of(self, index: int) -> int:
+        """The seed of a sample; those of the two halves are never the same."""
+        seed = self.seed * 100_003 + index
+        return seed if self.half is None else 2 * seed + (self.half == "report")
 
 
 @dataclass(frozen=True)

@@ -49,7 +49,8 @@ class EssayTask(Task):
         repeats = min(self.repeats, self.count(setting, self.repeats))
         for index, length in enumerate(length for length in self.lengths for _ in range(repeats)):
             total = length + after
-            text = build_context(setting.tokenizer, total + _SPARE, [], seed=setting.seed * 100_003 + index)
+            seed = setting.seed_of(index)
+            text = build_context(setting.tokenizer, total + _SPARE, [], seed=seed, half=setting.half)
             ids = setting.tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids[:, :total]
             facets = {"length": length}
             yield {"index": index, "facets": facets, "prompt": text, "tokens": total, "ids": ids, "length": length}

@@ -52,11 +52,11 @@ class Needle(Task):
         ]
 
     def _sample(self, setting: Setting, index: int, length: int, depth: float) -> Sample:
-        seed = setting.seed * 100_003 + index
+        seed = setting.seed_of(index)
         needles = make_needles(self.needles, seed)
         others = random.Random(seed)
         depths = [depth, *(others.random() for _ in needles[1:])]
-        text = build_context(setting.tokenizer, length, needles, seed=seed, depths=depths)
+        text = build_context(setting.tokenizer, length, needles, seed=seed, depths=depths, half=setting.half)
         asked = needles[0]
         lead = asked.sentence.removesuffix(f"{asked.value}.")
         context, question = encode_question(setting.tokenizer, text, asked.question, lead)
