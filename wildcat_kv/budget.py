@@ -117,8 +117,8 @@ def block_size(config: WildCatConfig) -> int:
     With `ratio`, as many as make one bin's worth of budget. With `max_tokens`, room for several bins,
     but never more than half of what sink and window leave.
     """
-    if config.ratio is not None:
-        return int(-(-config.bin_rank // Fraction(str(config.ratio))))
+    if config.share is not None:
+        return int(-(-config.bin_rank // Fraction(str(config.share))))
     assert config.max_tokens is not None
     free = config.max_tokens - config.sink - config.window
     return max(1, min(_BINS_A_BLOCK * config.bin_rank, free // 2))
@@ -133,9 +133,9 @@ def plan_fold(row: Row, config: WildCatConfig, *, prefill: bool) -> Fold | None:
         prefill: whether this forward gave the row its first tokens, several at once: the prompt is then
             brought to its budget at once, however short it is. A sink that had to shrink stays small.
     """
-    if config.ratio is not None:
+    if config.share is not None:
         due = prefill or row.seen - row.seen_at_fold >= block_size(config)
-        budget = kept_tokens(row.seen, config.ratio)
+        budget = kept_tokens(row.seen, config.share)
     else:
         assert config.max_tokens is not None
         due = row.counted > config.max_tokens
@@ -147,7 +147,7 @@ def plan_fold(row: Row, config: WildCatConfig, *, prefill: bool) -> Fold | None:
     if row.slots:  # the tokens behind a larger sink are folded already
         sink = row.sink
     # With `ratio` the budget grows with the row, so old slots never need to be compressed again.
-    kept, spare = (row.slots, row.spare) if config.ratio is not None else (0, 0)
+    kept, spare = (row.slots, row.spare) if config.share is not None else (0, 0)
     window = min(window, budget - sink - kept - 1)  # something must be left to compress into
     rank = budget - sink - window - kept
     if config.max_tokens is not None and rank > config.bin_rank:
@@ -163,13 +163,13 @@ def plan_fold(row: Row, config: WildCatConfig, *, prefill: bool) -> Fold | None:
 
 def tokens_until_fold(row: Row, config: WildCatConfig) -> int | None:
     """New tokens after which `plan_fold` may want a fold of this row; None for never, at least 1."""
-    if config.ratio is not None:
-        if config.ratio == 1:
+    if config.share is not None:
+        if config.share == 1:
             return None
         if not row.seen:  # what comes next may be its prompt
             return 1
         # Each token fills the row by one and its budget by `ratio`.
-        ratio, gap = Fraction(str(config.ratio)), kept_tokens(row.seen, config.ratio) - row.counted
+        ratio, gap = Fraction(str(config.share)), kept_tokens(row.seen, config.share) - row.counted
         until_full = (gap - 1) // (1 - ratio) + 1 if gap > 0 else 1
         return max(1, block_size(config) - (row.seen - row.seen_at_fold), int(until_full))
     assert config.max_tokens is not None

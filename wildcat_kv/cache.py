@@ -19,9 +19,11 @@ from wildcat_kv.accounting import cache_bytes, layer_tensors, stored_entries, st
 from wildcat_kv.attention import NAME, AttentionName
 from wildcat_kv.compressors import Compressor, resolve
 from wildcat_kv.config import WildCatConfig
+from wildcat_kv.error_report import ErrorReport
 from wildcat_kv.identity import ModelIdentity
 from wildcat_kv.layer import Shared, WildCatLayer
 from wildcat_kv.rope import rotation_of
+from wildcat_kv.state import LayerState
 from wildcat_kv.static import StaticShared, StaticWildCatLayer
 from wildcat_kv.support import cache_layers, decoder_config, dropped_from
 
@@ -75,6 +77,16 @@ class CompressedCache(Cache):
         _check_bound(settings, compressor)
         if offloading and not torch.cuda.is_available():
             raise ValueError("offloading=True needs a CUDA device to offload from; leave it out on this machine")
+        if settings.ratio == "auto" and not compressor.estimates:
+            raise ValueError(
+                f"ratio='auto': {type(compressor).__name__} does not estimate its error; give a number, or take "
+                "compressor='query_wildcat'"
+            )
+        if offloading and compressor.waits:
+            raise ValueError(
+                f"offloading=True: the layers of {type(compressor).__name__} compress together, when the last has been "
+                "read; leave it out, or take a method that compresses layer by layer, such as wildcat"
+            )
         decoder = decoder_config(config)
         layers, full = cache_layers(decoder)
         if static:
@@ -146,6 +158,32 @@ class CompressedCache(Cache):
     def memory_bytes(self) -> int:
         """Bytes of all tensors that the cache holds, free room included."""
         return cache_bytes(self)
+
+    def error_report(self) -> ErrorReport:
+        """How far the compressed layers' attention is estimated to be off, by layer and query head.
+
+        The method's own estimate at the last fold, of queries to come; see `ErrorReport`. A cache from a file has none.
+
+        Raises:
+            ValueError: the method makes no estimate, or nothing has been compressed yet.
+
+        Example:
+            cache = CompressedCache(model.config, compressor="query_wildcat", ratio=0.25)
+            model.generate(**inputs, past_key_values=cache)
+            print(cache.error_report())
+        """
+        if not self.compressor.estimates:
+            raise ValueError(
+                f"{type(self.compressor).__name__} does not estimate its error; take compressor='query_wildcat'"
+            )
+        states = {
+            index: state for index, state in self._shared.states.items() if index not in self._shared.exact_layers
+        }
+        errors = {index: state.error.cpu() for index, state in states.items() if state.error is not None}
+        if not errors:
+            raise ValueError("nothing was compressed in this process yet: there is no error to report")
+        kept = {index: _kept(states[index]) for index in errors}
+        return ErrorReport(errors, kept)
 
     def reset(self) -> None:
         """Forget everything, as if new; the next text is read from its beginning."""
@@ -446,6 +484,12 @@ class WildCatCache(CompressedCache):
 
     def _chosen(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.settings.model_dump(exclude_none=True).items())
+
+
+def _kept(state: LayerState) -> float:
+    """The share of the tokens seen that a layer holds, on average over rows and heads."""
+    seen = torch.tensor([row.seen for row in state.progress.rows], dtype=torch.float64)
+    return float((state.entries.valid.sum(-1).cpu().double().mean(1) / seen).mean())
 
 
 def _settings(settings: WildCatConfig | None, fields: dict[str, Any]) -> WildCatConfig:

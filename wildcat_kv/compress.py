@@ -30,6 +30,9 @@ class Coreset:
         valid: bool (..., r), False for padding slots: key, value and weight are zero there.
         memory: float32 (..., r, m), what a method that remembers its entries goes on with.
         columns: how many of the last columns each row takes; as many as its budget by default.
+        error: float32 (rows, query_heads), estimated error of the attention, over the norm of its output; None where the
+            method makes no estimate.
+        source: int64 (..., r), the entry whose key each slot has, arbitrary for padding slots; None where not said.
     """
 
     keys: Tensor
@@ -38,6 +41,8 @@ class Coreset:
     valid: Tensor
     memory: Tensor | None = None
     columns: Sequence[int] | None = None
+    source: Tensor | None = None
+    error: Tensor | None = None
 
 
 def compress_kv(
@@ -176,12 +181,13 @@ def compress_bins(
 
     if slots.computed is None:  # all are
         valid = layout.collect(slots.found) & layout.slot_used.unsqueeze(1)
-        kept = take_columns(keys, layout.collect(layout.columns(slots.pivots)))
+        source = layout.collect(layout.columns(slots.pivots))
         return Coreset(
-            keys=kept.mul_(valid.unsqueeze(-1).to(keys.dtype)),
+            keys=take_columns(keys, source).mul_(valid.unsqueeze(-1).to(keys.dtype)),
             values=layout.collect(slots.values) * valid.unsqueeze(-1).to(values.dtype),
             weights=layout.collect(slots.weights) * valid.to(torch.float32),
             valid=valid,
+            source=source,
         )
     tokens = take_pivots(keys, values, weights, layout, slots.pivots, slots.found)
     computed = layout.collect(slots.computed) & layout.slot_used.unsqueeze(1)
@@ -260,6 +266,7 @@ def take_pivots(
         values=take_columns(values, columns).masked_fill_(empty.unsqueeze(-1), 0.0),
         weights=valid.to(torch.float32) if weights is None else take_columns(weights, columns).masked_fill_(empty, 0.0),
         valid=valid,
+        source=columns,
     )
 
 

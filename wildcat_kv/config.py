@@ -11,7 +11,11 @@ from wildcat_kv.validation import one_line
 Temperature = Literal["released", "theory"]
 Weights = Literal["nystrom", "clipped"]
 
-_RATIO_HELP = "ratio is the share of the tokens to keep, in (0, 1], for example 0.25"
+# With ratio="auto": what is counted on until a method says how little is enough, and the share of what is generated.
+_AUTO_SHARE = 0.5
+
+_RATIO_HELP = "ratio is the share of the tokens to keep, in (0, 1], for example 0.25, or 'auto' with a tolerance"
+_TOLERANCE_HELP = "tolerance is the error to allow with ratio='auto', a number above 0, for example 0.1"
 _MAX_TOKENS_HELP = "max_tokens is the most tokens to store a layer and head, a positive integer, for example 1024"
 _SINK_HELP = "sink is how many of the first tokens stay exact, an integer of at least 0, for example 32"
 _WINDOW_HELP = "window is how many of the last tokens stay exact, an integer of at least 0, for example 32"
@@ -26,7 +30,9 @@ class WildCatConfig(BaseModel):
     """Settings of a compressed cache; exactly one of `ratio` and `max_tokens` is given.
 
     Args:
-        ratio: share of the seen tokens to keep, in (0, 1]. Exact right after every fold.
+        ratio: share of the seen tokens to keep, in (0, 1]. Exact right after every fold. Or "auto": every layer keeps
+            as few slots as meet the tolerance, by its own estimate; of what is generated a half is kept.
+        tolerance: with ratio="auto", the largest estimated error of a layer's attention, a share of its output.
         max_tokens: most tokens to store in a layer, whatever the length. At least
             sink + window + bin_rank.
         sink: first tokens of a row that stay exact, in tokens.
@@ -51,8 +57,11 @@ class WildCatConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    ratio: Annotated[float, Field(gt=0, le=1, strict=True, allow_inf_nan=False)] | None = Field(
+    ratio: Annotated[float, Field(gt=0, le=1, strict=True, allow_inf_nan=False)] | Literal["auto"] | None = Field(
         None, description=_RATIO_HELP
+    )
+    tolerance: Annotated[float, Field(gt=0, strict=True, allow_inf_nan=False)] | None = Field(
+        None, description=_TOLERANCE_HELP
     )
     max_tokens: Annotated[int, Field(gt=0, strict=True)] | None = Field(None, description=_MAX_TOKENS_HELP)
     sink: int = Field(32, ge=0, strict=True, description=_SINK_HELP)
@@ -77,6 +86,11 @@ class WildCatConfig(BaseModel):
                 f"ratio={self.ratio} and max_tokens={self.max_tokens}: {given} of them given; "
                 "pass exactly one, for example ratio=0.25 or max_tokens=1024"
             )
+        if (self.ratio == "auto") != (self.tolerance is not None):
+            raise ValueError(
+                f"tolerance={self.tolerance} with ratio={self.ratio!r}: one needs the other; give ratio='auto' and, for "
+                "example, tolerance=0.1"
+            )
         if self.max_tokens is not None and self.exact_layers:
             raise ValueError(
                 f"exact_layers={list(self.exact_layers)} with max_tokens={self.max_tokens}: a layer left exact has no "
@@ -89,6 +103,11 @@ class WildCatConfig(BaseModel):
                 f"+ bin_rank={self.bin_rank}; raise max_tokens to {least} or more, or lower sink and window"
             )
         return self
+
+    @property
+    def share(self) -> float | None:
+        """The share of the tokens that budgets are reckoned by; None with `max_tokens`."""
+        return _AUTO_SHARE if self.ratio == "auto" else self.ratio
 
     def changed(self, **fields: Any) -> WildCatConfig:
         """These settings with some of them changed; a new budget replaces the old one.
@@ -108,7 +127,7 @@ class WildCatConfig(BaseModel):
         """
         kept = self.model_dump()
         if fields.keys() & {"ratio", "max_tokens"}:
-            del kept["ratio"], kept["max_tokens"]
+            del kept["ratio"], kept["max_tokens"], kept["tolerance"]
         if fields.get("max_tokens") is not None:
             del kept["exact_layers"]
         return type(self)(**{**kept, **fields})

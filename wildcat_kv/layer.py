@@ -492,10 +492,22 @@ class WildCatLayer(CacheLayerMixin):
 
     def _settle(self, until: int) -> None:
         """Fold what is due up to column `until`."""
+        if self._state.compressor.waits:
+            self._settle_together(until)
+            return
         try:
             self._state.settle(until)
         finally:  # an earlier one of several folds may have been done
             self._shared.compressed = self._shared.compressed or self._state.folded_range is not None
+
+    def _settle_together(self, until: int) -> None:
+        """Get ready for the next fold; the last of the layers that fold carries out everyone's."""
+        states = [state for index, state in self._shared.states.items() if index not in self._shared.exact_layers]
+        if all(state.progress.seen == self._state.progress.seen for state in states):
+            LayerState.settle_together(states, until)
+            self._shared.compressed = self._shared.compressed or self._state.folded_range is not None
+        else:
+            self._state.prepare(until)
 
     def _bring_to(self, device: torch.device) -> None:
         """Have everything on `device`: that of the layer, or, for a cache from a file, of the first keys."""

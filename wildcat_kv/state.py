@@ -7,14 +7,15 @@ take the same columns in all of them.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from wildcat_kv.budget import Fold, Row, plan_fold, tokens_until_fold
 from wildcat_kv.compress import Coreset
-from wildcat_kv.compressors.base import Compressor, KVBlock
+from wildcat_kv.compressors.base import Compressor, KVBlock, SharingCompressor
 from wildcat_kv.config import WildCatConfig
 from wildcat_kv.folding import align_right, column_mask, fold_entries
 from wildcat_kv.observation import QueryLog
@@ -22,6 +23,38 @@ from wildcat_kv.progress import Progress
 from wildcat_kv.rotation import Rotation
 from wildcat_kv.storage import Entries, Storage, ordinary_tensors
 from wildcat_kv.value_range import ValueRange
+
+
+@dataclass
+class _Pending:
+    """A fold that is decided and not yet carried out.
+
+    Attributes:
+        rows: what the rows hold.
+        folds: what becomes of them.
+        end: the column as of which.
+        entries: held then, rows right-aligned.
+        moved: whether they were moved for that.
+        block: for the method.
+        folded_range: the box around the values of the tokens that are exact no longer afterwards.
+        survey: of a method whose layers share a budget.
+        forgotten: whether the log has folded.
+    """
+
+    rows: list[Row]
+    folds: list[Fold]
+    end: int
+    entries: Entries
+    moved: bool
+    block: KVBlock
+    folded_range: ValueRange
+    survey: Any = None
+    forgotten: bool = False
+
+    @property
+    def budget(self) -> list[int]:
+        """Slots of each row."""
+        return [fold.rank for fold in self.folds]
 
 
 class LayerState:
@@ -45,6 +78,7 @@ class LayerState:
         folded_range: the box around the values of the tokens that are exact no longer; None before the
             first fold.
         value_range: the box around the values of all tokens, to which attention is clipped; likewise.
+        error: the method's estimate at the last fold, float32 (rows, query_heads); None where it makes none.
     """
 
     def __init__(
@@ -68,6 +102,8 @@ class LayerState:
         self.storage: Storage | None = None
         self.log = None if compressor.observation is None else QueryLog(compressor.observation)
         self.progress = Progress()
+        self._pending: _Pending | None = None
+        self.error: Tensor | None = None
         self._checked = 0  # columns whose keys are known to be finite
         self.folded_range: ValueRange | None = None
         self.value_range: ValueRange | None = None
@@ -177,6 +213,8 @@ class LayerState:
             self.folded_range, self.value_range = (
                 box and box.rows(index) for box in (self.folded_range, self.value_range)
             )
+            if self.error is not None:
+                self.error = self.error.index_select(0, index.to(self.error.device))
 
     def move(self, device: torch.device) -> None:
         """Have everything on `device`."""
@@ -223,8 +261,59 @@ class LayerState:
             ValueError: NaN or infinity among the keys to fold; what was not yet folded stays as it is.
         """
         while (due := self._next_fold(until)) is not None:
-            rows, folds, end = due
-            self._decided(self._fold(rows, folds, end), end)
+            pending = self._prepare(*due)
+            coreset = None
+            if any(pending.budget):
+                with torch.no_grad(), ordinary_tensors():
+                    coreset = self.compressor.compress(pending.block, pending.budget)
+            self._fold(pending, coreset)
+        self._trim()
+
+    @torch.no_grad()
+    def prepare(self, until: int) -> bool:
+        """Get the next fold up to column `until` ready, for `settle_together`; whether there is one.
+
+        Raises:
+            ValueError: as `settle`.
+        """
+        if self._pending is None and (due := self._next_fold(until)) is not None:
+            pending = self._prepare(*due)
+            if any(pending.budget):
+                assert isinstance(self.compressor, SharingCompressor)
+                with ordinary_tensors():
+                    pending.survey = self.compressor.survey(pending.block)
+            self._fold_log(pending)
+            pending.block = replace(pending.block, queries=None)
+            self._pending = pending
+        return self._pending is not None
+
+    @staticmethod
+    @torch.no_grad()
+    def settle_together(states: Sequence[LayerState], until: int) -> None:
+        """`settle` for layers whose method deals one budget out among them.
+
+        Raises:
+            ValueError: as `settle`.
+        """
+        compressor = states[0].compressor
+        assert isinstance(compressor, SharingCompressor)
+        while all([state.prepare(until) for state in states]):
+            pending = [state._pending for state in states if state._pending is not None]
+            budget = pending[0].budget
+            with ordinary_tensors():
+                shares = compressor.deal([each.survey for each in pending], budget) if any(budget) else []
+            for place, (state, each) in enumerate(zip(states, pending, strict=True)):
+                coreset = None
+                if shares:
+                    with ordinary_tensors():
+                        coreset = compressor.compress_share(each.block, budget, shares[place])
+                state._pending = None
+                state._fold(each, coreset)
+        for state in states:
+            state._trim()
+
+    def _trim(self) -> None:
+        """Forget queries that no fold will ask for."""
         # Columns of padding are no queries: what is among them is known only at the fold.
         if self.log is not None and self.log.observation.latest is not None and not self.progress.masked:
             undecided = self.progress.seen - self.progress.settled
@@ -306,11 +395,10 @@ class LayerState:
         return [plan or Fold.nothing(row) for plan, row in zip(plans, rows, strict=True)]
 
     @torch.no_grad()
-    def _fold(self, rows: list[Row], folds: list[Fold], end: int) -> list[Row]:
-        """Fold as of column `end`; what came after stays as it is. Returns what the rows hold then."""
+    def _prepare(self, rows: list[Row], folds: list[Fold], end: int) -> _Pending:
+        """What a fold as of column `end` needs to know; what came after stays as it is."""
         held, cut, appended = self.progress.rows, self._stored_at(end), end - self.progress.folded_at
         entries = held_entries = self._held.entries.slice(0, cut)
-        later = self._held.entries.slice(cut, self.stored)
         if unchecked := end - max(self._checked, self.progress.folded_at):
             self.check_finite(entries.keys[:, :, cut - unchecked :])
             self._checked = end
@@ -347,26 +435,42 @@ class LayerState:
                 folding = torch.tensor([fold.items > 0 for fold in folds]).to(entries.keys.device)[:, None, None, None]
                 entries = replace(entries, memory=torch.where(folding, self.compressor.remember(block), entries.memory))
                 block = replace(block, memory=entries.memory)
-            coreset, columns = None, [fold.rank for fold in folds]
-            if any(columns):
-                coreset = self.compressor.compress(block, columns)
-                columns = columns if coreset.columns is None else [int(taken) for taken in coreset.columns]
-                _check_coreset(coreset, columns, block, type(self.compressor).__name__)
-            start, parts = fold_entries(entries, rows, folds, coreset, columns)
-            if entries is not held_entries:  # what is held before `start` is no longer what it should be
+        return _Pending(rows, folds, end, entries, entries is not held_entries, block, folded)
+
+    @torch.no_grad()
+    def _fold(self, pending: _Pending, coreset: Coreset | None) -> None:
+        """Carry a fold out, with the coreset of the rows' items."""
+        folds, end, entries = pending.folds, pending.end, pending.entries
+        columns = pending.budget
+        if coreset is not None:
+            columns = columns if coreset.columns is None else [int(taken) for taken in coreset.columns]
+            _check_coreset(coreset, columns, pending.block, type(self.compressor).__name__)
+        with ordinary_tensors():
+            start, parts = fold_entries(entries, pending.rows, folds, coreset, columns)
+            if pending.moved:  # what is held before `start` is no longer what it should be
                 start, parts = 0, [entries.slice(0, start), *parts]
+            later = self._held.entries.slice(self._stored_at(end), self.stored)
             self._held.rewrite(start, [*parts, later])
-        self.folded_range = folded
-        if self.log is not None:
-            kept = [
-                count if not fold.items else min(count, self.log.observation.carried)
-                for count, fold in zip(queried, folds, strict=True)
-            ]
-            self.log.fold(queries, kept, self.progress.seen - end)
-            rows = [replace(row, carried=count) for row, count in zip(rows, kept, strict=True)]
-        self.progress.fold([fold.apply(row, taken) for fold, row, taken in zip(folds, rows, columns, strict=True)], end)
+        self.folded_range = pending.folded_range
+        if coreset is not None and coreset.error is not None:
+            self.error = coreset.error
+        self._fold_log(pending)
+        after = [fold.apply(row, taken) for fold, row, taken in zip(folds, pending.rows, columns, strict=True)]
+        self.progress.fold(after, end)
         self.span()
-        return self.progress.rows
+        self._decided(self.progress.rows, end)
+
+    def _fold_log(self, pending: _Pending) -> None:
+        """Forget the queries that a fold has learned from, but for those that the next one learns from too."""
+        if self.log is None or pending.forgotten:
+            return
+        kept = [
+            count if not fold.items else min(count, self.log.observation.carried)
+            for count, fold in zip(pending.block.queried or [], pending.folds, strict=True)
+        ]
+        self.log.fold(pending.block.queries, kept, self.progress.seen - pending.end)
+        pending.rows = [replace(row, carried=count) for row, count in zip(pending.rows, kept, strict=True)]
+        pending.forgotten = True
 
     def _queries_until(self, end: int, valid: Tensor) -> tuple[Tensor | None, list[int]]:
         """The queries to learn from as of column `end`, right-aligned, and how many each row has.

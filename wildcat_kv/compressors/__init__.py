@@ -3,7 +3,7 @@
 from wildcat_kv.compressors.adakv import AdaKV
 from wildcat_kv.compressors.attention_matching import AttentionMatching
 from wildcat_kv.compressors.balancekv import BalanceKV
-from wildcat_kv.compressors.base import Compressor, KVBlock
+from wildcat_kv.compressors.base import Compressor, KVBlock, SharingCompressor
 from wildcat_kv.compressors.cur import CUR
 from wildcat_kv.compressors.everything import Everything
 from wildcat_kv.compressors.expected_attention import ExpectedAttention
@@ -13,6 +13,7 @@ from wildcat_kv.compressors.knorm import KNorm
 from wildcat_kv.compressors.kvzip import KVzip
 from wildcat_kv.compressors.lagkv import LagKV
 from wildcat_kv.compressors.pyramidkv import PyramidKV
+from wildcat_kv.compressors.query_wildcat import QueryWildCat
 from wildcat_kv.compressors.registry import Method, available, resolve
 from wildcat_kv.compressors.scorer import Scorer
 from wildcat_kv.compressors.snapkv import SnapKV
@@ -38,7 +39,9 @@ __all__ = [
     "LagKV",
     "Method",
     "PyramidKV",
+    "QueryWildCat",
     "Scorer",
+    "SharingCompressor",
     "SnapKV",
     "StreamingLLM",
     "Uniform",

@@ -149,12 +149,16 @@ class Compressor(ABC):
         decodes: whether it can compress what is generated, not only the prompt.
         memory: numbers to remember of each entry from fold to fold, see `remember`.
         needs_rotation: whether it undoes and redoes the model's rotary positions.
+        estimates: whether its coresets say how large their error is, and it can keep to a tolerance.
+        waits: whether layers fold together, when the last of them has been attended to; see `SharingCompressor`.
     """
 
     paper: ClassVar[str] = ""
     decodes: ClassVar[bool] = True
     memory: ClassVar[int] = 0
     needs_rotation: ClassVar[bool] = False
+    estimates: ClassVar[bool] = False
+    waits: ClassVar[bool] = False
 
     @classmethod
     def of(cls, settings: WildCatConfig) -> Self:
@@ -189,3 +193,36 @@ class Compressor(ABC):
         """What to remember of every entry held, before `compress`: float32 (rows, heads, n, memory)."""
         assert block.memory is not None
         return block.memory
+
+
+class SharingCompressor(Compressor):
+    """A method whose layers share one budget by what they find in what they hold.
+
+    Every layer surveys its block as soon as its tokens have been attended to, and waits. When the last layer has, the
+    slots are dealt out, and all of them compress. Queries are not kept for longer than the survey takes; keys and
+    values are: a prompt that is read at once takes the memory of the exact cache until then.
+    """
+
+    waits: ClassVar[bool] = True
+
+    @abstractmethod
+    def survey(self, block: KVBlock) -> Any:
+        """What the other layers, and `compress_share`, must know of this one."""
+
+    @abstractmethod
+    def deal(self, surveys: Sequence[Any], budget: Sequence[int]) -> list[Any]:
+        """Shares of the layers, one a survey: `budget[row]` slots a layer and head on average.
+
+        Args:
+            surveys: of the layers that share, in their order.
+            budget: as in `compress`.
+        """
+
+    @abstractmethod
+    def compress_share(self, block: KVBlock, budget: Sequence[int], share: Any) -> Coreset:
+        """`compress` with a share of `deal`; the block has no queries any more."""
+
+    def compress(self, block: KVBlock, budget: Sequence[int]) -> Coreset:
+        """See `Compressor`; a layer that shares with none."""
+        [share] = self.deal([self.survey(block)], budget)
+        return self.compress_share(block, budget, share)

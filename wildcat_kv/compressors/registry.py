@@ -19,6 +19,7 @@ from wildcat_kv.compressors.knorm import KNorm
 from wildcat_kv.compressors.kvzip import KVzip
 from wildcat_kv.compressors.lagkv import LagKV
 from wildcat_kv.compressors.pyramidkv import PyramidKV
+from wildcat_kv.compressors.query_wildcat import QueryWildCat
 from wildcat_kv.compressors.snapkv import SnapKV
 from wildcat_kv.compressors.streaming_llm import StreamingLLM
 from wildcat_kv.compressors.tova import TOVA
@@ -31,6 +32,7 @@ GROUP = "wildcat_kv.compressors"
 
 OURS: dict[str, type[Compressor]] = {
     "wildcat": WildCat,
+    "query_wildcat": QueryWildCat,
     "streaming_llm": StreamingLLM,
     "snapkv": SnapKV,
     "pyramidkv": PyramidKV,

@@ -51,9 +51,15 @@ class WildCat(Compressor):
 
     def compress(self, block: KVBlock, budget: Sequence[int]) -> Coreset:
         """See `Compressor`."""
+        # Exact tokens are never padding.
+        valid = None if block.weights is None else block.items(block.valid)
+        return self.compress_some(block, budget, valid)
+
+    def compress_some(self, block: KVBlock, budget: Sequence[int], valid: Tensor | None) -> Coreset:
+        """The same for some of the items: `valid` is bool (rows, heads, max(lengths)), None for all."""
         device = block.keys.device
         bins = [max(1, -(-rank // self.bin_rank)) for rank in budget]
-        keys, values, valid = (block.items(tensor) for tensor in (block.keys, block.values, block.valid))
+        keys, values = block.items(block.keys), block.items(block.values)
         layout = BinLayout.build(keys.shape[2], block.lengths, budget, bins, device)
 
         return compress_bins(
@@ -64,7 +70,7 @@ class WildCat(Compressor):
             blocked=self.bin_rank >= BLOCKED_RANK,
             scale=block.scale,
             weights=None if block.weights is None else block.items(block.weights),
-            valid=None if block.weights is None else valid,  # exact tokens are never padding
+            valid=valid,
             value_bound=block.value_bound,
             temperature=self.temperature,
             weighting=self.weights,

@@ -1,0 +1,376 @@
+"""Query WildCat: WildCat on what the queries to come are not seen to need one by one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+from typing_extensions import Self
+
+from wildcat_kv.bins import take_columns
+from wildcat_kv.compress import Coreset, full_precision
+from wildcat_kv.compressors.base import KVBlock, SharingCompressor
+from wildcat_kv.compressors.scorer import item_mask, rank_descending, take_items
+from wildcat_kv.compressors.wildcat import WildCat
+from wildcat_kv.config import Temperature, Weights, WildCatConfig
+from wildcat_kv.observation import Observation
+
+# Newest queries among the reference queries, whatever their number.
+_NEWEST = 32
+# Entries that stand for all others in a query's normaliser; they hold most of its mass.
+_NORMALISING = 128
+# Positions of the queries whose followers are scored at once.
+_POSITIONS_AT_ONCE = 4096
+# Shares of the items that are tried until a tolerance is met; then all.
+_TRIED = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2)
+_TINY = 1e-20
+
+
+class Survey(NamedTuple):
+    """What queries to come are expected to attend to, in one layer; q reference queries for each key head.
+
+    Attributes:
+        attention: float32 (rows, heads, m), root-mean-square attention to each of the m items; -inf for padding.
+        recall: float32 (rows, heads, m), in [0, 1]: attention to the item of a query that repeats the token before it.
+        queries: float32 (rows, heads, q, d), the reference queries, scaled.
+        log_total: float32 (rows, heads, q), logarithm of what each pays to all entries; infinity for no query.
+        output: float32 (rows, heads, q, d_v + 1), what it gets from the items, and their mass, over its total.
+        whole: float32 (rows, heads, q, d_v), what it gets from all entries.
+        group: query heads that share a key head; their reference queries lie behind each other.
+    """
+
+    attention: Tensor
+    recall: Tensor
+    queries: Tensor
+    log_total: Tensor
+    output: Tensor
+    whole: Tensor
+    group: int
+
+
+@dataclass(frozen=True)
+class QueryWildCat(SharingCompressor):
+    """Keep what queries to come attend to, wherever it is; WildCat for the rest.
+
+    WildCat's kernel is what attention looks like to queries that may point anywhere. Real ones do not. Three parts of
+    the budget answer three questions about queries to come, asked of the prompt's own queries, moved to the
+    position behind it and shown all of it:
+
+    1. What do they attend to as a rule? The items of highest root-mean-square attention of some of these queries.
+    2. What would they attend to if they repeated the text? The query of each token, and the key behind it.
+    3. Anything else: WildCat of the items that are left, in bins, weighted.
+
+    Items of the first two parts stay as they are. Layers compete for them; within a layer all heads keep equally many,
+    so that what is counted is what is stored.
+
+    Needs queries (as many as there are tokens since the last fold, for as long as the layer's survey takes), and the
+    model's rotary positions. Costs WildCat's, and O(n d (q + 128)) for each query head with q reference queries.
+
+    Attributes:
+        bin_rank: as in WildCat.
+        temperature: likewise.
+        weights: likewise.
+        seed: likewise.
+        queries: reference queries of a query head, the newest among them.
+        attended: share of the budget for the first part.
+        recalled: share of the budget for the second part.
+        ahead: how far behind the text the queries are moved, in tokens.
+        carried: queries kept from one fold to the next.
+        ridge: how much the fit is drawn to WildCat's own weights and values; 0 for no fit.
+        tolerance: the estimated error of a layer, on average over its heads, that it may have; None for a budget that the
+            layers share.
+
+    Source: this project, `docs/method.md`. WildCat is arXiv 2602.10056; that a model which repeats a text shows what it
+    needs of it is arXiv 2505.23416, which reads it a second time.
+    """
+
+    paper: ClassVar[str] = "wildcat_kv"
+    needs_rotation: ClassVar[bool] = True
+    estimates: ClassVar[bool] = True
+
+    bin_rank: int = 12
+    temperature: Temperature = "released"
+    weights: Weights = "nystrom"
+    seed: int = 0
+    queries: int = 128
+    attended: float = 0.25
+    recalled: float = 0.25
+    ahead: int = 64
+    carried: int = 64
+    ridge: float = 10.0
+    tolerance: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("queries", "carried", "ahead"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.queries % 2:
+            raise ValueError(f"queries={self.queries} must be even: every second one is fitted to, and the others judge")
+        if self.ridge < 0:
+            raise ValueError(f"ridge={self.ridge} must be at least 0; 0 leaves weights and values as WildCat makes them")
+        for name in ("attended", "recalled"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be in [0, 1], a share of the budget")
+        if self.attended + self.recalled > 1:
+            raise ValueError(
+                f"attended={self.attended} and recalled={self.recalled} are more than the budget; lower one of them"
+            )
+
+    @classmethod
+    def of(cls, settings: WildCatConfig) -> Self:
+        """The method with the parameters that `settings` give WildCat."""
+        own = settings.bin_rank, settings.temperature, settings.weights, settings.seed
+        return cls(*own, tolerance=settings.tolerance)
+
+    @property
+    def observation(self) -> Observation:
+        """All queries since the last fold, and some from before."""
+        return Observation(latest=None, carried=self.carried)
+
+    # What a layer finds
+
+    def survey(self, block: KVBlock) -> Survey:
+        """See `SharingCompressor`."""
+        with torch.no_grad(), full_precision(block.keys.device):
+            places, used = self._places(block)
+            queries = self._moved(block, places)
+            mass = _mass(block)
+            heads = range(block.keys.shape[1])
+            found = [self._survey(block, head, queries[:, head], used, mass[:, head]) for head in heads]
+        attention, recall, log_total, output, whole = (torch.stack(parts, dim=1) for parts in zip(*found, strict=True))
+        return Survey(attention, recall, queries.flatten(2, 3), log_total, output, whole, queries.shape[2])
+
+    def _survey(self, block: KVBlock, head: int, queries: Tensor, used: Tensor, mass: Tensor) -> tuple[Tensor, ...]:
+        """The survey of one key head, whose memory is O(q n): queries (rows, g, q, d), mass (rows, n)."""
+        keys, values = (tensor[:, head].to(torch.float32) for tensor in (block.keys, block.values))
+        queries, used = queries.flatten(1, 2), used.repeat(1, queries.shape[1])
+        level = mass.log()
+        scores = torch.matmul(queries, keys.mT)
+        log_total = torch.add(scores, level.unsqueeze(1)).logsumexp(-1).masked_fill_(~used, torch.inf)
+        terms = scores.sub_(log_total.unsqueeze(-1)).masked_fill_((mass == 0).unsqueeze(1), -torch.inf).exp_()
+        whole = torch.matmul(terms, values)
+        inside = item_mask(block)[:, head]
+        own = block.items(terms.mT.unsqueeze(1)).squeeze(1).mT
+        paid = block.items(torch.cat((values, mass.unsqueeze(-1)), dim=-1).unsqueeze(1)).squeeze(1)
+        output = torch.matmul(own, paid.masked_fill_(~inside.unsqueeze(-1), 0.0))
+        count = used.sum(-1, keepdim=True).clamp_min(1)
+        mean = terms.sum(1).mul_(mass)
+        attention = terms.square_().sum(1).div_(count).sqrt_().mul_(mass)
+        recall = self._recall(block, head, keys, mean, level)
+        both = block.items(torch.stack((attention, recall), dim=-1).unsqueeze(1)).squeeze(1)
+        both = both.masked_fill(~inside.unsqueeze(-1), -torch.inf)
+        return both[..., 0], both[..., 1], log_total, output, whole
+
+    def _recall(self, block: KVBlock, head: int, keys: Tensor, mean: Tensor, level: Tensor) -> Tensor:
+        """How the query of each token at hand would attend to the token behind it, float32 (rows, n)."""
+        assert block.queries is not None and block.queried is not None
+        (rows, n), total = mean.shape, block.queries.shape[2]
+        likely = mean.topk(min(_NORMALISING, n), dim=-1).indices
+        reference, level = take_columns(keys.unsqueeze(1), likely.unsqueeze(1)).squeeze(1), level.gather(-1, likely)
+        recall = torch.zeros_like(mean)
+        pairs = [max(0, min(counts) - 1) for counts in zip(block.exact, block.queried, strict=True)]
+        longest = max(pairs)
+        for start in range(0, longest, _POSITIONS_AT_ONCE):
+            length = min(_POSITIONS_AT_ONCE, longest - start)
+            first = total - 1 - longest + start
+            places = torch.arange(first, first + length).expand(rows, -1)
+            queries = self._moved(block, places, head)[:, 0]
+            column = n - longest + start
+            own = torch.einsum("bgmd,bmd->bgm", queries, keys[:, column : column + length])
+            others = torch.matmul(queries.flatten(1, 2), reference.mT).add_(level.unsqueeze(1)).logsumexp(-1)
+            recall[:, column : column + length] = own.sub_(others.view_as(own)).sigmoid_().amax(1)
+        if len(set(pairs)) > 1:
+            behind = n - torch.arange(n, device=keys.device)
+            recall.masked_fill_(behind > torch.tensor(pairs, device=keys.device).unsqueeze(-1), 0.0)
+        return recall
+
+    def _places(self, block: KVBlock) -> tuple[Tensor, Tensor]:
+        """Where the reference queries of each row are, int64 (rows, q), and bool, False where a row has fewer.
+
+        The newest ones, and others evenly spread over those before: a padded row takes those that it would take alone.
+        """
+        assert block.queries is not None and block.queried is not None
+        total = block.queries.shape[2]
+        count = torch.tensor(block.queried).unsqueeze(-1)
+        step = torch.arange(min(self.queries, total + total % 2))
+        newest = count.clamp_max(min(_NEWEST, self.queries))
+        spread = (count - newest).clamp_max(self.queries - newest)
+        back = torch.where(step < newest, step, newest + (step - newest) * (count - newest) // spread.clamp_min(1))
+        return (total - 1 - back).clamp_min_(0), (step < newest + spread).to(block.queries.device)
+
+    def _moved(self, block: KVBlock, places: Tensor, head: int | None = None) -> Tensor:
+        """Queries at `places` int64 (rows, q), asked from behind the text and scaled: float32 (rows, heads, g, q, d).
+
+        Args:
+            block: that has them.
+            places: which.
+            head: one key head; all by default.
+        """
+        assert block.queries is not None and block.rotation is not None
+        device, places = block.queries.device, places.to(block.queries.device)
+        queries = block.queries.unflatten(1, (block.keys.shape[1], -1))
+        queries = (queries if head is None else queries[:, head : head + 1]).flatten(1, 2)
+        queries = take_columns(queries, places.unsqueeze(1)).to(torch.float32)
+        seen = torch.tensor(block.seen).to(device).unsqueeze(-1)
+        positions = seen - block.queries.shape[2] + places
+        queries = block.rotation.average(block.rotation.back(queries, positions), seen + self.ahead)
+        return queries.unflatten(1, (block.keys.shape[1] if head is None else 1, -1)).mul_(block.scale)
+
+    # What becomes of it
+
+    def deal(self, surveys: Sequence[Survey], budget: Sequence[int]) -> list[tuple[Tensor, Survey]]:
+        """For each layer bool (rows, heads, m), the items that stay as they are, and its survey.
+
+        With a tolerance no layer has to do with others, and finds in `compress_share` what it needs.
+        """
+        if self.tolerance is not None:
+            return [(survey.attention > -torch.inf, survey) for survey in surveys]
+        return list(zip(self._choose(surveys, budget), surveys, strict=True))
+
+    def _choose(self, surveys: Sequence[Survey], budget: Sequence[int]) -> list[Tensor]:
+        """The items of each layer that stay as they are, where the layers share."""
+        attended = [int(rank * self.attended) for rank in budget]
+        recalled = [self._kept(rank) - first for rank, first in zip(budget, attended, strict=True)]
+        kept = _best_by_layer([survey.attention for survey in surveys], attended)
+        rest = [survey.recall.masked_fill(taken, -torch.inf) for survey, taken in zip(surveys, kept, strict=True)]
+        return [first | second for first, second in zip(kept, _best_by_layer(rest, recalled), strict=True)]
+
+    def compress_share(self, block: KVBlock, budget: Sequence[int], share: tuple[Tensor, Survey]) -> Coreset:
+        """See `SharingCompressor`."""
+        kept, survey = share
+        if self.tolerance is None:
+            return self._compress(block, budget, kept, survey)
+        for part in _TRIED:
+            ranks = [int(length * part) for length in block.lengths]
+            if any(ranks):
+                [chosen] = self._choose([survey], ranks)
+                coreset = self._compress(block, ranks, chosen, survey)
+                assert coreset.error is not None
+                if float(coreset.error.mean(-1).max()) <= self.tolerance:
+                    return coreset
+        exact = _merge([_take(block, kept)])
+        return replace(exact, error=_error(exact, survey))
+
+    def _compress(self, block: KVBlock, budget: Sequence[int], kept: Tensor, survey: Survey) -> Coreset:
+        """A coreset of the items to keep, and of `budget[row]` slots in all where layers are alike."""
+        rest = [rank - self._kept(rank) for rank in budget]
+        parts = [_take(block, kept)]
+        if any(rest):
+            wildcat = WildCat(self.bin_rank, self.temperature, self.weights, self.seed)
+            parts.append(wildcat.compress_some(block, rest, item_mask(block) & ~kept))
+        coreset = _merge(parts)
+        with torch.no_grad(), full_precision(block.keys.device):
+            coreset = _fit(coreset, survey, self.ridge) if self.ridge else coreset
+            return replace(coreset, error=_error(coreset, survey))
+
+    def _kept(self, rank: int) -> int:
+        """How many of `rank` slots are for items that stay as they are."""
+        return int(rank * (self.attended + self.recalled))
+
+
+def _mass(block: KVBlock) -> Tensor:
+    """float32 (rows, heads, n): the weights of what is held, 1 for exact tokens; 0 for padding and below 0."""
+    n = block.keys.shape[2]
+    held = torch.tensor(block.held).to(block.keys.device, non_blocking=True)
+    there = torch.arange(n, device=block.keys.device) >= n - held.unsqueeze(-1)
+    there = block.valid & there.unsqueeze(1)
+    return there.to(torch.float32) if block.weights is None else block.weights.clamp_min(0.0) * there
+
+
+def _fit(coreset: Coreset, survey: Survey, ridge: float) -> Coreset:
+    """Numerators and weights nearer to what the reference queries got from all items.
+
+    Least squares, drawn to what they are: with E (q, r) of entries e^(b q.k_s) over the query's total and the residual
+    R of [output, mass], the change is E^T (E E^T + ridge * mean(diag(E E^T)))^-1 R. Every second reference query is
+    fitted to, so that the others can tell what is gained.
+    """
+    held = torch.cat((coreset.values.to(torch.float32), coreset.weights.unsqueeze(-1)), dim=-1)
+    terms = _terms(coreset, survey, 0)
+    rest = survey.output[:, :, ::2] - torch.matmul(terms, held)
+    gram = torch.matmul(terms, terms.mT)
+    level = gram.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True).mul_(ridge).clamp_min_(_TINY)
+    gram.diagonal(dim1=-2, dim2=-1).add_(level)
+    change = torch.cholesky_solve(rest, torch.linalg.cholesky_ex(gram).L)
+    held = torch.addcmul(held, torch.matmul(terms.mT, change), coreset.valid.unsqueeze(-1).to(held.dtype))
+    limit = torch.finfo(coreset.values.dtype).max
+    values = held[..., :-1].clamp(-limit, limit).to(coreset.values.dtype)
+    return replace(coreset, values=values, weights=held[..., -1])
+
+
+def _error(coreset: Coreset, survey: Survey) -> Tensor:
+    """float32 (rows, query_heads): ||o' - o|| / ||o|| over the reference queries that were not fitted to."""
+    held = torch.cat((coreset.values.to(torch.float32), coreset.weights.unsqueeze(-1)), dim=-1)
+    instead = torch.matmul(_terms(coreset, survey, 1), held) - survey.output[:, :, 1::2]
+    whole = survey.whole[:, :, 1::2]
+    found = (whole + instead[..., :-1]) / (1 + instead[..., -1:]).clamp_min(_TINY)
+    # A head's queries lie behind each other, and their number is even: each has as many among every second one.
+    difference, whole = (
+        tensor.unflatten(2, (survey.group, -1)).flatten(3).norm(dim=-1) for tensor in (found - whole, whole)
+    )
+    return (difference / whole.clamp_min(_TINY)).flatten(1)
+
+
+def _terms(coreset: Coreset, survey: Survey, first: int) -> Tensor:
+    """e^(b q.k_s) over the total of every second query from `first` on, (rows, heads, q / 2, r); 0 for padding."""
+    scores = torch.matmul(survey.queries[:, :, first::2], coreset.keys.to(torch.float32).mT)
+    return scores.sub_(survey.log_total[:, :, first::2].unsqueeze(-1)).exp_().mul_(coreset.valid.unsqueeze(2))
+
+
+def _best_by_layer(scores: Sequence[Tensor], slots: Sequence[int]) -> list[Tensor]:
+    """The best items of all layers, the same number for all heads of a layer.
+
+    A layer's k-th slot is worth what its heads' k-th best items are, on average.
+
+    Args:
+        scores: (rows, heads, n) of each layer, comparable between layers; -inf for what cannot be taken.
+        slots: of each row, in a head of a layer on average.
+
+    Returns:
+        Bool (rows, heads, n) of each layer.
+    """
+    # Padding slots differ between heads: what one of them lacks counts as nothing.
+    width = max(layer.shape[-1] for layer in scores)  # layers that shared unequally before hold unequally many
+    ordered = [layer.sort(-1, descending=True).values.clamp_min_(0.0).mean(1) for layer in scores]
+    worth = torch.stack([torch.nn.functional.pad(layer, (0, width - layer.shape[-1])) for layer in ordered], dim=1)
+    most = torch.stack([(layer > -torch.inf).sum(-1).amax(-1) for layer in scores], dim=1)  # (rows, layers)
+    there = torch.arange(worth.shape[-1], device=worth.device) < most.unsqueeze(-1)
+    place = rank_descending(worth.masked_fill(~there, -torch.inf).flatten(1)).view_as(worth)
+    total = torch.tensor([rank * len(scores) for rank in slots]).to(worth.device, non_blocking=True).view(-1, 1, 1)
+    counts = ((place < total) & there).sum(-1)
+    return [
+        (rank_descending(layer) < counts[:, index, None, None]) & (layer > -torch.inf)
+        for index, layer in enumerate(scores)
+    ]
+
+
+def _take(block: KVBlock, kept: Tensor) -> Coreset:
+    """The items of a mask (rows, heads, max(lengths)) as they are, right-aligned."""
+    width = int(kept.sum(-1).max())
+    index = kept.to(torch.int8).argsort(dim=-1, stable=True)[..., kept.shape[-1] - width :]
+    return replace(take_items(block, index, kept.gather(-1, index)), source=index)
+
+
+def _merge(parts: Sequence[Coreset]) -> Coreset:
+    """Coresets of different items of one block as one, in the order of their positions, padding slots first."""
+    sources = [part.source for part in parts if part.source is not None]
+    valid = torch.cat([part.valid for part in parts], dim=2)
+    source = torch.cat(sources, dim=2).masked_fill(~valid, -1)
+    counts = valid.sum(-1).amax(-1).tolist()
+    order = source.argsort(dim=-1, stable=True)[..., source.shape[-1] - max(counts) :]
+
+    def merged(name: str) -> Tensor:
+        wide = {getattr(part, name).dtype for part in parts}
+        dtype = torch.float32 if len(wide) > 1 else wide.pop()
+        return take_columns(torch.cat([getattr(part, name).to(dtype) for part in parts], dim=2), order)
+
+    return Coreset(
+        keys=merged("keys"),
+        values=merged("values"),
+        weights=merged("weights"),
+        valid=merged("valid"),
+        source=source.gather(-1, order),
+        columns=counts,
+    )

@@ -1,0 +1,55 @@
+"""What a cache estimates of its own error, for people and programs to read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class ErrorReport:
+    """How far compressed attention is estimated to be off.
+
+    The error of a head is ||o' - o|| / ||o|| over reference queries: the prompt's own, moved behind it. It is measured
+    on them, not bounded: queries of another kind can be further off.
+
+    Attributes:
+        errors: float32 (rows, query_heads) of each compressed layer, by its index in the model.
+        kept: share of the tokens seen that each of these layers holds.
+    """
+
+    errors: Mapping[int, Tensor]
+    kept: Mapping[int, float]
+
+    @property
+    def mean(self) -> float:
+        """Over layers, rows and heads."""
+        return sum(self.layer(index) for index in self.errors) / len(self.errors)
+
+    @property
+    def worst(self) -> tuple[int, int, float]:
+        """Layer, query head and error of the head with the largest one, of all rows."""
+        largest = {index: error.amax(0).max(-1) for index, error in self.errors.items()}
+        index = max(largest, key=lambda layer: float(largest[layer].values))
+        return index, int(largest[index].indices), float(largest[index].values)
+
+    def layer(self, index: int) -> float:
+        """Of one layer, over rows and heads."""
+        return float(self.errors[index].mean())
+
+    def __str__(self) -> str:
+        table = Table("layer", "kept", "error", "largest", "of head")
+        for index, error in self.errors.items():
+            largest, head = error.amax(0).max(-1)
+            numbers = (f"{self.kept[index]:.1%}", f"{self.layer(index):.3f}", f"{float(largest):.3f}", f"{int(head)}")
+            table.add_row(f"{index}", *numbers)
+        for column in table.columns:
+            column.justify = "right"
+        console = Console(width=80)
+        with console.capture() as capture:
+            console.print(table)
+        return f"{capture.get()}mean {self.mean:.3f}"
