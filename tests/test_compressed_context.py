@@ -79,7 +79,7 @@ def test_other_families_answer_alike_too(family, tmp_path):
     assert [again.ask(question, **SHORT) for question in QUESTIONS] == alone
 
 
-@pytest.mark.parametrize("method", ["snapkv", "h2o", "attention_matching"])
+@pytest.mark.parametrize("method", ["snapkv", "h2o", "attention_matching", "query_wildcat"])
 def test_any_method_compresses(llama, words_tokenizer, method):
     context = compress_context(llama, words_tokenizer, TEXT, compressor=METHODS[method], **SETTINGS)
     assert context.cache.stored_length() <= context.tokens // 2 + 1

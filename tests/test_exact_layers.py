@@ -28,7 +28,7 @@ def test_they_hold_every_token_and_the_others_their_budget(llama, exact, method)
     assert cache.stored_length() < 80
 
 
-@pytest.mark.parametrize("method", ["kvzip", "pyramidkv"])
+@pytest.mark.parametrize("method", ["kvzip", "pyramidkv", "query_wildcat"])
 @pytest.mark.parametrize("exact", [[2], [0, -1]])
 def test_methods_that_share_between_layers_keep_to_the_budget_of_the_others(method, exact):
     model = tiny_model("llama", num_hidden_layers=6)
@@ -85,7 +85,7 @@ def test_tokens_can_be_taken_back(llama):
     assert torch.equal(*outputs) and caches[0].stored_length(0) == 140
 
 
-@pytest.mark.parametrize("method", ["wildcat", "h2o", "snapkv"])
+@pytest.mark.parametrize("method", ["wildcat", "h2o", "snapkv", "query_wildcat"])
 def test_they_are_saved_and_loaded(llama, tmp_path, method):
     ids = random_ids(1, 150)
     cache = CompressedCache(llama.config, compressor=METHODS[method], exact_layers=[0, 2], **SETTINGS)

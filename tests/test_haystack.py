@@ -24,7 +24,7 @@ TOKENIZER = WordTokenizer()
 @pytest.fixture
 def stories(monkeypatch: pytest.MonkeyPatch) -> str:
     text = " ".join(f"Story {i} has number {i} in it, as told." for i in range(400))
-    monkeypatch.setattr(haystack, "essays", lambda: text)
+    monkeypatch.setattr(haystack, "essays", lambda half: text)
     return text
 
 

@@ -77,11 +77,6 @@ class CompressedCache(Cache):
         _check_bound(settings, compressor)
         if offloading and not torch.cuda.is_available():
             raise ValueError("offloading=True needs a CUDA device to offload from; leave it out on this machine")
-        if settings.ratio == "auto" and not compressor.estimates:
-            raise ValueError(
-                f"ratio='auto': {type(compressor).__name__} does not estimate its error; give a number, or take "
-                "compressor='query_wildcat'"
-            )
         if offloading and compressor.waits:
             raise ValueError(
                 f"offloading=True: the layers of {type(compressor).__name__} compress together, when the last has been "
@@ -503,11 +498,22 @@ def _settings(settings: WildCatConfig | None, fields: dict[str, Any]) -> WildCat
 
 
 def _check_bound(settings: WildCatConfig, compressor: Compressor) -> None:
-    """Refuse a limit that the method cannot keep to."""
+    """Refuse a limit or a tolerance that the method cannot keep to."""
     if settings.max_tokens is not None and not compressor.decodes:
         raise ValueError(
             f"max_tokens={settings.max_tokens}: {type(compressor).__name__} compresses the prompt alone, so what "
             "is generated cannot be bounded; give a ratio, or another compressor"
+        )
+    if settings.ratio == "auto" and not compressor.estimates:
+        raise ValueError(
+            f"ratio='auto': {type(compressor).__name__} does not estimate its error; give a number, or take "
+            "compressor='query_wildcat'"
+        )
+    own = getattr(compressor, "tolerance", None)
+    if compressor.estimates and own != settings.tolerance:
+        raise ValueError(
+            f"tolerance={settings.tolerance}: {type(compressor).__name__} was made with tolerance={own}; give both the "
+            "same, or name the method"
         )
 
 

@@ -30,8 +30,8 @@ class Coreset:
         valid: bool (..., r), False for padding slots: key, value and weight are zero there.
         memory: float32 (..., r, m), what a method that remembers its entries goes on with.
         columns: how many of the last columns each row takes; as many as its budget by default.
-        error: float32 (rows, query_heads), estimated error of the attention, over the norm of its output; None where the
-            method makes no estimate.
+        error: float32 (rows, query_heads), estimated error of the attention, over the norm of its output; None where
+            the method makes no estimate.
         source: int64 (..., r), the entry whose key each slot has, arbitrary for padding slots; None where not said.
     """
 

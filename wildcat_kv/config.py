@@ -88,8 +88,8 @@ class WildCatConfig(BaseModel):
             )
         if (self.ratio == "auto") != (self.tolerance is not None):
             raise ValueError(
-                f"tolerance={self.tolerance} with ratio={self.ratio!r}: one needs the other; give ratio='auto' and, for "
-                "example, tolerance=0.1"
+                f"tolerance={self.tolerance} with ratio={self.ratio!r}: one needs the other; give ratio='auto' and, "
+                "for example, tolerance=0.1"
             )
         if self.max_tokens is not None and self.exact_layers:
             raise ValueError(

@@ -69,7 +69,8 @@ def _rotation(rotary: Any, apply: Any, config: Any, layer_idx: int) -> Rotation:
     def turn(vectors: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         if half:
             cos, sin = cos[..., : cos.shape[-1] // 2], sin[..., : sin.shape[-1] // 2]
-        return apply(vectors, vectors, cos, sin)[0] if pairs else apply(vectors, cos, sin)
+        # As queries, beside no keys.
+        return apply(vectors, vectors[:, :0], cos, sin)[0] if pairs else apply(vectors, cos, sin)
 
     rotation, position = Rotation(angles, turn), torch.tensor([[7]])
     vectors = torch.linspace(1, 2, angles(position)[0].shape[-1]).view(1, 1, 1, -1)

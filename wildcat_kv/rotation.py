@@ -33,6 +33,15 @@ class Rotation:
         stretch = (cos[..., :1].square() + sin[..., :1].square()).unsqueeze(1)
         return self._part(vectors, cos, -sin, stretch)
 
+    def forward(self, vectors: Tensor, by: Tensor) -> Tensor:
+        """Vectors (rows, heads, n, d) that stand somewhere, moved by int64 (rows, n) positions."""
+        if self._angles is None:
+            return vectors
+        cos, sin = self._angles(by)
+        # Scaled rotations have stretched them already.
+        stretch = (cos[..., :1].square() + sin[..., :1].square()).sqrt_()
+        return self._part(vectors, cos / stretch, sin / stretch)
+
     def average(self, vectors: Tensor, positions: Tensor) -> Tensor:
         """Vectors (rows, heads, n, d), each rotated to all of positions int64 (rows, m) and averaged over them."""
         if self._angles is None:
@@ -40,9 +49,11 @@ class Rotation:
         cos, sin = (angle.mean(1, keepdim=True).expand(-1, vectors.shape[2], -1) for angle in self._angles(positions))
         return self._part(vectors, cos, sin)
 
-    def _part(self, vectors: Tensor, cos: Tensor, sin: Tensor, stretch: Tensor | float = 1.0) -> Tensor:
+    def _part(self, vectors: Tensor, cos: Tensor, sin: Tensor, stretch: Tensor | None = None) -> Tensor:
         """Turn the channels that are rotated, and leave the others."""
         assert self._turn is not None
         channels = cos.shape[-1]
-        turned = self._turn(vectors[..., :channels], cos, sin) / stretch
-        return torch.cat((turned, vectors[..., channels:]), dim=-1)
+        turned = self._turn(vectors[..., :channels], cos, sin)
+        if isinstance(stretch, Tensor):
+            turned = turned / stretch
+        return turned if channels == vectors.shape[-1] else torch.cat((turned, vectors[..., channels:]), dim=-1)

@@ -297,7 +297,10 @@ class LayerState:
         """
         compressor = states[0].compressor
         assert isinstance(compressor, SharingCompressor)
-        while all([state.prepare(until) for state in states]):
+        while True:
+            ready = [state.prepare(until) for state in states]  # each of them, whatever the others say
+            if not all(ready):
+                break
             pending = [state._pending for state in states if state._pending is not None]
             budget = pending[0].budget
             with ordinary_tensors():
@@ -453,12 +456,19 @@ class LayerState:
             self._held.rewrite(start, [*parts, later])
         self.folded_range = pending.folded_range
         if coreset is not None and coreset.error is not None:
-            self.error = coreset.error
+            self._note_error(coreset.error, [fold.items > 0 for fold in folds])
         self._fold_log(pending)
         after = [fold.apply(row, taken) for fold, row, taken in zip(folds, pending.rows, columns, strict=True)]
         self.progress.fold(after, end)
         self.span()
         self._decided(self.progress.rows, end)
+
+    def _note_error(self, error: Tensor, folding: list[bool]) -> None:
+        """Keep the estimate of the rows that fold now; that of the others is still the one of their last fold."""
+        if self.error is not None and not all(folding):
+            there = torch.tensor(folding).to(error.device).unsqueeze(-1)
+            error = torch.where(there, error, self.error.to(error.device))
+        self.error = error
 
     def _fold_log(self, pending: _Pending) -> None:
         """Forget the queries that a fold has learned from, but for those that the next one learns from too."""

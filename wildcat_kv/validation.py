@@ -6,6 +6,8 @@ import difflib
 
 from pydantic import BaseModel, ValidationError
 
+_BRANCHES = ("constrained-", "literal[")
+
 
 def one_line(error: ValidationError, model: type[BaseModel] | None = None) -> str:
     """The first finding of a validation, as: path.to.field=value: what is wrong; what it takes.
@@ -16,7 +18,8 @@ def one_line(error: ValidationError, model: type[BaseModel] | None = None) -> st
     """
     finding = error.errors(include_url=False)[0]
     kind, message = finding["type"], finding["msg"].removeprefix("Value error, ")
-    names = [str(part) for part in finding["loc"]]
+    # Which branch of a union was tried is no name of the user's.
+    names = [str(part) for part in finding["loc"] if not str(part).startswith(_BRANCHES)]
     if kind == "value_error":  # by a validator of ours, whose message begins with the field as it knows it
         above = names[:-1] if names and message.startswith(names[-1]) else names
         return ".".join([*above, message])

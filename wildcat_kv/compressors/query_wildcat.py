@@ -19,14 +19,15 @@ from wildcat_kv.config import Temperature, Weights, WildCatConfig
 from wildcat_kv.observation import Observation
 
 # Newest queries among the reference queries, whatever their number.
-_NEWEST = 32
+_NEWEST = 16
 # Entries that stand for all others in a query's normaliser; they hold most of its mass.
-_NORMALISING = 128
+_NORMALISING = 32
 # Positions of the queries whose followers are scored at once.
 _POSITIONS_AT_ONCE = 4096
-# Shares of the items that are tried until a tolerance is met; then all.
-_TRIED = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2)
+# Shares of the items that are tried until a tolerance is met.
+_TRIED = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1)
 _TINY = 1e-20
+_NOTHING = -1e4
 
 
 class Survey(NamedTuple):
@@ -80,8 +81,8 @@ class QueryWildCat(SharingCompressor):
         ahead: how far behind the text the queries are moved, in tokens.
         carried: queries kept from one fold to the next.
         ridge: how much the fit is drawn to WildCat's own weights and values; 0 for no fit.
-        tolerance: the estimated error of a layer, on average over its heads, that it may have; None for a budget that the
-            layers share.
+        tolerance: the estimated error of a layer, on average over its heads, that it may have; None for a budget that
+            the layers share.
 
     Source: this project, `docs/method.md`. WildCat is arXiv 2602.10056; that a model which repeats a text shows what it
     needs of it is arXiv 2505.23416, which reads it a second time.
@@ -95,8 +96,8 @@ class QueryWildCat(SharingCompressor):
     temperature: Temperature = "released"
     weights: Weights = "nystrom"
     seed: int = 0
-    queries: int = 128
-    attended: float = 0.25
+    queries: int = 48
+    attended: float = 0.125
     recalled: float = 0.25
     ahead: int = 64
     carried: int = 64
@@ -108,9 +109,9 @@ class QueryWildCat(SharingCompressor):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         if self.queries % 2:
-            raise ValueError(f"queries={self.queries} must be even: every second one is fitted to, and the others judge")
+            raise ValueError(f"queries={self.queries} must be even: every second one is fitted to, the others judge")
         if self.ridge < 0:
-            raise ValueError(f"ridge={self.ridge} must be at least 0; 0 leaves weights and values as WildCat makes them")
+            raise ValueError(f"ridge={self.ridge} must be at least 0; 0 leaves weights and values as they are")
         for name in ("attended", "recalled"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be in [0, 1], a share of the budget")
@@ -147,22 +148,21 @@ class QueryWildCat(SharingCompressor):
         """The survey of one key head, whose memory is O(q n): queries (rows, g, q, d), mass (rows, n)."""
         keys, values = (tensor[:, head].to(torch.float32) for tensor in (block.keys, block.values))
         queries, used = queries.flatten(1, 2), used.repeat(1, queries.shape[1])
-        level = mass.log()
-        scores = torch.matmul(queries, keys.mT)
-        log_total = torch.add(scores, level.unsqueeze(1)).logsumexp(-1).masked_fill_(~used, torch.inf)
-        terms = scores.sub_(log_total.unsqueeze(-1)).masked_fill_((mass == 0).unsqueeze(1), -torch.inf).exp_()
-        whole = torch.matmul(terms, values)
-        inside = item_mask(block)[:, head]
-        own = block.items(terms.mT.unsqueeze(1)).squeeze(1).mT
-        paid = block.items(torch.cat((values, mass.unsqueeze(-1)), dim=-1).unsqueeze(1)).squeeze(1)
-        output = torch.matmul(own, paid.masked_fill_(~inside.unsqueeze(-1), 0.0))
+        level, inside = mass.log(), item_mask(block)[:, head]
+        # What holds nothing is far below all others, without being infinitely so.
+        scores = torch.matmul(queries, keys.mT).add_(level.clamp_min(_NOTHING).unsqueeze(1))
+        log_total = scores.logsumexp(-1).masked_fill_(~used, torch.inf)
+        terms = scores.sub_(log_total.unsqueeze(-1)).exp_()
+        # Of slots, `values` are numerators: what they give is theirs over their mass.
+        paid = torch.cat((values / mass.clamp_min(_TINY).unsqueeze(-1), torch.ones_like(values[..., :1])), dim=-1)
+        whole = torch.matmul(terms, paid)
         count = used.sum(-1, keepdim=True).clamp_min(1)
-        mean = terms.sum(1).mul_(mass)
-        attention = terms.square_().sum(1).div_(count).sqrt_().mul_(mass)
+        mean, attention = terms.sum(1), terms.square().sum(1).div_(count).sqrt_()
+        output = whole - torch.matmul(terms.mul_(_beside(block, inside).unsqueeze(1)), paid)
         recall = self._recall(block, head, keys, mean, level)
         both = block.items(torch.stack((attention, recall), dim=-1).unsqueeze(1)).squeeze(1)
         both = both.masked_fill(~inside.unsqueeze(-1), -torch.inf)
-        return both[..., 0], both[..., 1], log_total, output, whole
+        return both[..., 0], both[..., 1], log_total, output, whole[..., :-1]
 
     def _recall(self, block: KVBlock, head: int, keys: Tensor, mean: Tensor, level: Tensor) -> Tensor:
         """How the query of each token at hand would attend to the token behind it, float32 (rows, n)."""
@@ -216,7 +216,7 @@ class QueryWildCat(SharingCompressor):
         queries = take_columns(queries, places.unsqueeze(1)).to(torch.float32)
         seen = torch.tensor(block.seen).to(device).unsqueeze(-1)
         positions = seen - block.queries.shape[2] + places
-        queries = block.rotation.average(block.rotation.back(queries, positions), seen + self.ahead)
+        queries = block.rotation.forward(queries, seen + self.ahead - positions)
         return queries.unflatten(1, (block.keys.shape[1] if head is None else 1, -1)).mul_(block.scale)
 
     # What becomes of it
@@ -243,16 +243,21 @@ class QueryWildCat(SharingCompressor):
         kept, survey = share
         if self.tolerance is None:
             return self._compress(block, budget, kept, survey)
-        for part in _TRIED:
-            ranks = [int(length * part) for length in block.lengths]
-            if any(ranks):
-                [chosen] = self._choose([survey], ranks)
-                coreset = self._compress(block, ranks, chosen, survey)
-                assert coreset.error is not None
-                if float(coreset.error.mean(-1).max()) <= self.tolerance:
-                    return coreset
-        exact = _merge([_take(block, kept)])
-        return replace(exact, error=_error(exact, survey))
+        # Each row by itself, so that it keeps what it would keep alone.
+        left = [[rank for part in _TRIED if (rank := int(length * part))] or [0] for length in block.lengths]
+        while True:
+            ranks = [tried[0] for tried in left]
+            whole = [rank == length for rank, length in zip(ranks, block.lengths, strict=True)]
+            ranks = [0 if all_of_it else rank for rank, all_of_it in zip(ranks, whole, strict=True)]
+            [chosen] = self._choose([survey], ranks)
+            chosen |= kept & torch.tensor(whole).to(kept.device).view(-1, 1, 1)
+            coreset = self._compress(block, ranks, chosen, survey)
+            assert coreset.error is not None
+            errors = coreset.error.mean(-1).tolist()
+            met = [done or error <= self.tolerance for done, error in zip(whole, errors, strict=True)]
+            if all(met):
+                return coreset
+            left = [tried if done else tried[1:] for tried, done in zip(left, met, strict=True)]
 
     def _compress(self, block: KVBlock, budget: Sequence[int], kept: Tensor, survey: Survey) -> Coreset:
         """A coreset of the items to keep, and of `budget[row]` slots in all where layers are alike."""
@@ -263,12 +268,27 @@ class QueryWildCat(SharingCompressor):
             parts.append(wildcat.compress_some(block, rest, item_mask(block) & ~kept))
         coreset = _merge(parts)
         with torch.no_grad(), full_precision(block.keys.device):
-            coreset = _fit(coreset, survey, self.ridge) if self.ridge else coreset
+            if self.ridge and any(budget):
+                fitted = _fit(coreset, survey, self.ridge)
+                # Of rows without a budget all is kept, or nothing is to be compressed.
+                there = torch.tensor([rank > 0 for rank in budget]).to(block.keys.device).view(-1, 1, 1)
+                coreset = replace(
+                    coreset,
+                    values=torch.where(there.unsqueeze(-1), fitted.values, coreset.values),
+                    weights=torch.where(there, fitted.weights, coreset.weights),
+                )
             return replace(coreset, error=_error(coreset, survey))
 
     def _kept(self, rank: int) -> int:
         """How many of `rank` slots are for items that stay as they are."""
         return int(rank * (self.attended + self.recalled))
+
+
+def _beside(block: KVBlock, inside: Tensor) -> Tensor:
+    """float32 (rows, n), 1 for entries that are none of the items; `inside` is bool (rows, m), of one head."""
+    n, places = block.keys.shape[2], torch.arange(block.keys.shape[2], device=inside.device).view(1, 1, -1, 1)
+    column = block.items(places.expand(inside.shape[0], 1, -1, 1)).view(inside.shape)
+    return torch.ones(inside.shape[0], n, device=inside.device).scatter_(1, column, (~inside).to(torch.float32))
 
 
 def _mass(block: KVBlock) -> Tensor:
@@ -291,7 +311,9 @@ def _fit(coreset: Coreset, survey: Survey, ridge: float) -> Coreset:
     terms = _terms(coreset, survey, 0)
     rest = survey.output[:, :, ::2] - torch.matmul(terms, held)
     gram = torch.matmul(terms, terms.mT)
-    level = gram.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True).mul_(ridge).clamp_min_(_TINY)
+    # On average over the queries there are: a row beside others can have room for more.
+    count = survey.log_total[:, :, ::2].isfinite().sum(-1, keepdim=True).clamp_min_(1)
+    level = gram.diagonal(dim1=-2, dim2=-1).sum(-1, keepdim=True).div_(count).mul_(ridge).clamp_min_(_TINY)
     gram.diagonal(dim1=-2, dim2=-1).add_(level)
     change = torch.cholesky_solve(rest, torch.linalg.cholesky_ex(gram).L)
     held = torch.addcmul(held, torch.matmul(terms.mT, change), coreset.valid.unsqueeze(-1).to(held.dtype))
@@ -316,7 +338,9 @@ def _error(coreset: Coreset, survey: Survey) -> Tensor:
 def _terms(coreset: Coreset, survey: Survey, first: int) -> Tensor:
     """e^(b q.k_s) over the total of every second query from `first` on, (rows, heads, q / 2, r); 0 for padding."""
     scores = torch.matmul(survey.queries[:, :, first::2], coreset.keys.to(torch.float32).mT)
-    return scores.sub_(survey.log_total[:, :, first::2].unsqueeze(-1)).exp_().mul_(coreset.valid.unsqueeze(2))
+    scores.sub_(survey.log_total[:, :, first::2].unsqueeze(-1))
+    # Before the exponential: a padding slot's key of zeros can overflow it.
+    return scores.masked_fill_(~coreset.valid.unsqueeze(2), -torch.inf).exp_()
 
 
 def _best_by_layer(scores: Sequence[Tensor], slots: Sequence[int]) -> list[Tensor]:
@@ -334,14 +358,17 @@ def _best_by_layer(scores: Sequence[Tensor], slots: Sequence[int]) -> list[Tenso
     # Padding slots differ between heads: what one of them lacks counts as nothing.
     width = max(layer.shape[-1] for layer in scores)  # layers that shared unequally before hold unequally many
     ordered = [layer.sort(-1, descending=True).values.clamp_min_(0.0).mean(1) for layer in scores]
-    worth = torch.stack([torch.nn.functional.pad(layer, (0, width - layer.shape[-1])) for layer in ordered], dim=1)
-    most = torch.stack([(layer > -torch.inf).sum(-1).amax(-1) for layer in scores], dim=1)  # (rows, layers)
+    home = ordered[0].device  # layers may be spread over devices
+    worth = torch.stack(
+        [torch.nn.functional.pad(layer, (0, width - layer.shape[-1])).to(home) for layer in ordered], dim=1
+    )
+    most = torch.stack([(layer > -torch.inf).sum(-1).amax(-1).to(home) for layer in scores], dim=1)  # (rows, layers)
     there = torch.arange(worth.shape[-1], device=worth.device) < most.unsqueeze(-1)
     place = rank_descending(worth.masked_fill(~there, -torch.inf).flatten(1)).view_as(worth)
     total = torch.tensor([rank * len(scores) for rank in slots]).to(worth.device, non_blocking=True).view(-1, 1, 1)
     counts = ((place < total) & there).sum(-1)
     return [
-        (rank_descending(layer) < counts[:, index, None, None]) & (layer > -torch.inf)
+        (rank_descending(layer) < counts[:, index, None, None].to(layer.device)) & (layer > -torch.inf)
         for index, layer in enumerate(scores)
     ]
 
