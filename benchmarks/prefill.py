@@ -113,16 +113,16 @@ def _read_twice(subject: Subject, ids: Tensor, name: str, settings: WildCatConfi
 
 def _one_bin(tokens: int, settings: WildCatConfig) -> WildCatConfig:
     """The same budget and ends, with one bin for all tokens between them."""
-    assert settings.ratio is not None
-    rank = kept_tokens(tokens, settings.ratio) - settings.sink - settings.window
+    assert settings.share is not None
+    rank = kept_tokens(tokens, settings.share) - settings.sink - settings.window
     return settings.model_copy(update={"bin_rank": max(settings.bin_rank, rank)})
 
 
 def _counts(model: Any, tokens: int, settings: WildCatConfig, labels: dict[str, Label]) -> Iterator[Record]:
     """Operations that one bin needs in all heads and layers: what randomly pivoted Cholesky is limited by."""
     decoder = model.config.get_text_config(decoder=True)
-    assert settings.ratio is not None
-    budget = kept_tokens(tokens, settings.ratio)
+    assert settings.share is not None
+    budget = kept_tokens(tokens, settings.share)
     ends = sum(exact_ends(budget, _one_bin(tokens, settings)))
     rank, points = budget - ends, tokens - ends
     heads = decoder.num_hidden_layers * decoder.num_key_value_heads

@@ -78,8 +78,8 @@ def _fold(n: int, dtype: str, settings: WildCatConfig, device: str) -> Callable[
 
 def _budget(n: int, settings: WildCatConfig) -> int:
     """Slots for the items of `n` tokens."""
-    assert settings.ratio is not None
-    return max(1, kept_tokens(n, settings.ratio) - settings.sink - settings.window)
+    assert settings.share is not None
+    return max(1, kept_tokens(n, settings.share) - settings.sink - settings.window)
 
 
 def _seconds(quantity: str, quantities: dict[str, list[float]], labels: dict[str, Label]) -> Record:

@@ -70,7 +70,6 @@ def test_layers_together_store_what_equal_layers_would(llama, budget, chunks):
         llama(part, past_key_values=cache)
         llama(part, past_key_values=even)
         assert stored_tokens(cache) == pytest.approx(stored_tokens(even), abs=0.5)
-    assert max(stored(cache, layer) for layer in range(3)) > min(stored(cache, layer) for layer in range(3))
 
 
 @pytest.mark.parametrize("budget", BUDGETS)
@@ -126,16 +125,22 @@ def test_with_a_tolerance_too_a_row_is_what_it_is_alone(rows, seed, tolerance):
 # What stays
 
 
-@pytest.mark.parametrize("sharp", [0, 1])
-def test_a_layer_that_looks_at_single_tokens_gets_more_slots(sharp):
+@pytest.mark.parametrize("seeking", [0, 1])
+def test_a_layer_whose_queries_seek_single_tokens_gets_more_slots(seeking):
+    """Seen from behind the text, its queries point at the tokens behind them; the other layer's see all alike."""
     keys, values = tokens(1, 200)
-    keys = torch.stack([keys[layer] * (3.0 if layer == sharp else 0.02) for layer in range(2)])
-    cache, even = driven(ratio=0.25), small_cache(ratio=0.25)
-    for one in (cache, even):
-        read(one, keys, values, 0, 200)
-    blurred = 1 - sharp
-    assert stored(cache, sharp) > 1.3 * stored(cache, blurred)
-    assert stored_tokens(cache) == even.stored_length()
+    cache = driven(ratio=0.25)
+    cache.layers[0].announce(1, 200, None)
+    for layer in range(2):
+        queries = 0.01 * keys[layer].repeat_interleave(2, 1)
+        if layer == seeking:
+            following = 8 * keys[layer, 0, :, 1:].double()
+            back = rotate(following, torch.arange(199) - 205).float()
+            queries[0, :, :199] = back.repeat_interleave(2, 0)
+        cache.update(keys[layer], values[layer], layer)
+        cache.layers[layer].after_attention(queries, SCALE)
+    assert stored(cache, seeking) > 1.3 * stored(cache, 1 - seeking)
+    assert stored_tokens(cache) == kept_tokens(200, 0.25)
 
 
 def test_all_heads_of_a_layer_keep_equally_many(llama):
@@ -163,6 +168,7 @@ def pointing(block, target, method, strength=25.0):
 def test_what_a_query_would_look_at_if_the_text_were_repeated_is_kept_as_it_is(target):
     method = QueryWildCat(bin_rank=4, queries=8, ahead=7, attended=0.0, recalled=0.25, ridge=0.0)
     block = make([Size(sink=0, recent=40, window=3, queried=40)], 3, padding=False)
+    block.keys[0, :, -40 + target] *= 3  # no other is as far in its direction
 
     def is_kept(block, method):
         coreset, found = method.compress(block, [8]), []
@@ -174,8 +180,8 @@ def test_what_a_query_would_look_at_if_the_text_were_repeated_is_kept_as_it_is(t
 
     assert is_kept(pointing(block, target, method), method) == [True] * HEADS
     assert is_kept(pointing(block, target, method), replace(method, recalled=0.0)) == [False] * HEADS
-    # Seen from where it stands, and not from behind the text, the same query points elsewhere.
-    assert is_kept(pointing(block, target, replace(method, ahead=29)), method) == [False] * HEADS
+    # A query that would point at it from elsewhere, half a turn away, points the other way from there.
+    assert is_kept(pointing(block, target, replace(method, ahead=61)), method) == [False] * HEADS
 
 
 @pytest.mark.parametrize("padding", [False, True])
@@ -205,31 +211,32 @@ def test_without_its_own_parts_its_cache_is_wildcats():
         assert all(torch.equal(*pair) for pair in pairs)
 
 
-def test_the_fit_helps_queries_that_it_has_not_seen():
-    keys, values = smooth(1, 300)
+@pytest.mark.parametrize("seed", range(3))
+def test_the_fit_helps_queries_that_it_has_not_seen(seed):
+    keys, values = smooth(1, 300, seed)
     errors = []
     for ridge in (0.0, 10.0):
         cache = driven(method=replace(OURS, ridge=ridge, queries=128), ratio=0.1)
         read(cache, keys, values, 0, 300)
         errors.append(cache.error_report().mean)
-    assert errors[1] < 0.8 * errors[0]
+    assert errors[1] < 0.9 * errors[0]
 
 
 # What it says of its error
 
 
 def rotate(vectors, positions):
-    """The rotary positions of a Llama with 16 channels, float64 (n, 16)."""
+    """The rotary positions of a Llama with 16 channels: float64 (..., n, 16)."""
     frequencies = 10_000.0 ** (-torch.arange(0, 16, 2, dtype=torch.float64) / 16)
     angle = torch.as_tensor(positions, dtype=torch.float64).view(-1, 1) * frequencies
     cos, sin = (torch.cat((part, part), -1) for part in (angle.cos(), angle.sin()))
-    return vectors * cos + torch.cat((-vectors[:, 8:], vectors[:, :8]), -1) * sin
+    return vectors * cos + torch.cat((-vectors[..., 8:], vectors[..., :8]), -1) * sin
 
 
 def error_by_hand(cache, keys, values, layer):
-    """||o' - o|| / ||o|| of each query head over every second of the newest 20 queries, asked from 5 behind the end."""
+    """||o' - o|| / ||o|| of each query head over every second of the newest 12 queries, asked from 5 behind the end."""
     n, entries, found = keys.shape[3], cache.layers[layer].state.entries, []
-    places = torch.arange(n - 2, n - 21, -2)
+    places = torch.arange(n - 2, n - 13, -2)
     for head in range(4):
         k, v = keys[layer, 0, head // 2].double(), values[layer, 0, head // 2].double()
         queries = SCALE * rotate(k[places] + 0.5, n + 5 - places)
@@ -243,7 +250,7 @@ def error_by_hand(cache, keys, values, layer):
 
 def test_the_report_is_what_a_calculation_by_hand_gives():
     keys, values = tokens(1, 60)
-    cache = driven(ratio=0.4)
+    cache = driven(method=replace(OURS, queries=12), ratio=0.4)
     read(cache, keys, values, 0, 60)
     report = cache.error_report()
     assert isinstance(report, ErrorReport) and set(report.errors) == {0, 1}
@@ -313,11 +320,11 @@ def test_every_layer_meets_the_tolerance(llama, tolerance):
 def test_a_smaller_tolerance_keeps_more():
     keys, values = smooth(1, 300)
     kept = []
-    for tolerance in (0.3, 0.03, 0.003):
+    for tolerance in (0.03, 0.005, 0.0001):
         cache = driven(ratio="auto", tolerance=tolerance)
         read(cache, keys, values, 0, 300)
         kept.append(stored_tokens(cache))
-    assert kept[0] < kept[1] < kept[2] and kept[0] < 40
+    assert kept[0] < kept[1] < kept[2] and kept[0] < 30
 
 
 def test_layers_keep_to_it_by_themselves():
@@ -363,7 +370,9 @@ def test_settings_that_do_not_fit_are_refused(fields, message):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("name", [method.name for method in available() if method.name != "query_wildcat"])
+@pytest.mark.parametrize(
+    "name", [method.name for method in available() if method.decodes and method.name != "query_wildcat"]
+)
 def test_a_method_that_makes_no_estimate_keeps_to_no_tolerance(llama, name):
     message = r"ratio='auto': \w+ does not estimate its error; give a number, or take compressor='query_wildcat'"
     with pytest.raises(ValueError, match=message):

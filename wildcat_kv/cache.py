@@ -483,7 +483,7 @@ class WildCatCache(CompressedCache):
 
 def _kept(state: LayerState) -> float:
     """The share of the tokens seen that a layer holds, on average over rows and heads."""
-    seen = torch.tensor([row.seen for row in state.progress.rows], dtype=torch.float64)
+    seen = torch.tensor([max(1, row.seen) for row in state.progress.rows], dtype=torch.float64)
     return float((state.entries.valid.sum(-1).cpu().double().mean(1) / seen).mean())
 
 

@@ -28,6 +28,8 @@ _POSITIONS_AT_ONCE = 4096
 _TRIED = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1)
 _TINY = 1e-20
 _NOTHING = -1e4
+# Logarithm of a share that adds nothing; its square is still a normal number, which processors multiply much faster.
+_NEGLIGIBLE = -40.0
 
 
 class Survey(NamedTuple):
@@ -96,8 +98,8 @@ class QueryWildCat(SharingCompressor):
     temperature: Temperature = "released"
     weights: Weights = "nystrom"
     seed: int = 0
-    queries: int = 48
-    attended: float = 0.125
+    queries: int = 128
+    attended: float = 0.25
     recalled: float = 0.25
     ahead: int = 64
     carried: int = 64
@@ -152,9 +154,10 @@ class QueryWildCat(SharingCompressor):
         # What holds nothing is far below all others, without being infinitely so.
         scores = torch.matmul(queries, keys.mT).add_(level.clamp_min(_NOTHING).unsqueeze(1))
         log_total = scores.logsumexp(-1).masked_fill_(~used, torch.inf)
-        terms = scores.sub_(log_total.unsqueeze(-1)).exp_()
+        terms = scores.sub_(log_total.unsqueeze(-1)).clamp_min_(_NEGLIGIBLE).exp_()
         # Of slots, `values` are numerators: what they give is theirs over their mass.
-        paid = torch.cat((values / mass.clamp_min(_TINY).unsqueeze(-1), torch.ones_like(values[..., :1])), dim=-1)
+        there = (mass > 0).to(torch.float32).unsqueeze(-1)
+        paid = torch.cat((values * (there / mass.clamp_min(_TINY).unsqueeze(-1)), there), dim=-1)
         whole = torch.matmul(terms, paid)
         count = used.sum(-1, keepdim=True).clamp_min(1)
         mean, attention = terms.sum(1), terms.square().sum(1).div_(count).sqrt_()
@@ -340,7 +343,8 @@ def _terms(coreset: Coreset, survey: Survey, first: int) -> Tensor:
     scores = torch.matmul(survey.queries[:, :, first::2], coreset.keys.to(torch.float32).mT)
     scores.sub_(survey.log_total[:, :, first::2].unsqueeze(-1))
     # Before the exponential: a padding slot's key of zeros can overflow it.
-    return scores.masked_fill_(~coreset.valid.unsqueeze(2), -torch.inf).exp_()
+    scores.masked_fill_(~coreset.valid.unsqueeze(2), -torch.inf).clamp_min_(_NEGLIGIBLE).exp_()
+    return scores.mul_(coreset.valid.unsqueeze(2))
 
 
 def _best_by_layer(scores: Sequence[Tensor], slots: Sequence[int]) -> list[Tensor]:
