@@ -64,6 +64,18 @@ def report(folder: Annotated[Path, typer.Argument(help="Folder of a run, finishe
     write_report(found.manifest, found.records(), folder)
 
 
+@app.command()
+def compare(
+    method: Annotated[str, typer.Argument(help="The one to compare with all others.")],
+    folders: Annotated[list[Path], typer.Argument(help="Folders of runs of one model, on the same samples.")],
+) -> None:
+    """Print one method's paired differences to all others, over several runs."""
+    from eval.compare import compare as differences
+
+    table = differences(method, folders)
+    print(table.to_markdown(index=False, floatfmt=".3f", missingval=""))
+
+
 @app.command(name="tasks")
 def list_tasks(
     contains: Annotated[str, typer.Argument(help="Only names that contain this.")] = "",

@@ -6,6 +6,7 @@ from wildcat_kv.compressed_context import CompressedContext, compress_context
 from wildcat_kv.config import WildCatConfig
 from wildcat_kv.context import Context
 from wildcat_kv.custom_generate import wildcat_generate
+from wildcat_kv.error_report import ErrorReport
 from wildcat_kv.integration import disable, enable, patch_config
 from wildcat_kv.joining import join_caches
 from wildcat_kv.presets import Preset, load_preset, preset_names
@@ -17,6 +18,7 @@ __all__ = [
     "CompressedContext",
     "Context",
     "Coreset",
+    "ErrorReport",
     "Preset",
     "WildCatCache",
     "WildCatConfig",

@@ -11,7 +11,7 @@ from wildcat_kv.validation import one_line
 Temperature = Literal["released", "theory"]
 Weights = Literal["nystrom", "clipped"]
 
-# With ratio="auto": what is counted on until a method says how little is enough, and the share of what is generated.
+# With ratio="auto": what is counted on until a method says how little is enough, and when it is asked again.
 _AUTO_SHARE = 0.5
 
 _RATIO_HELP = "ratio is the share of the tokens to keep, in (0, 1], for example 0.25, or 'auto' with a tolerance"
@@ -31,7 +31,7 @@ class WildCatConfig(BaseModel):
 
     Args:
         ratio: share of the seen tokens to keep, in (0, 1]. Exact right after every fold. Or "auto": every layer keeps
-            as few slots as meet the tolerance, by its own estimate; of what is generated a half is kept.
+            as few slots as meet the tolerance, by its own estimate, of what is generated too.
         tolerance: with ratio="auto", the largest estimated error of a layer's attention, a share of its output.
         max_tokens: most tokens to store in a layer, whatever the length. At least
             sink + window + bin_rank.

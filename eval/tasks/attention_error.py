@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import scipy.stats
 import torch
 from pydantic import Field
 
@@ -40,8 +41,12 @@ class AttentionError(EssayTask):
 
     @property
     def metrics(self) -> dict[str, Metric]:
-        """Mean over layers and heads."""
-        return {"error": Metric(False, "of the output's norm", 3)}
+        """Mean over layers and heads; how well a method's own estimate ranks them, and what it says on average."""
+        return {
+            "error": Metric(False, "of the output's norm", 3),
+            "rank_correlation": Metric(True, "Spearman's, of estimate and error", 3),
+            "estimate": Metric(False, "of the output's norm", 3),
+        }
 
     def check_model(self, model_config: Any) -> None:
         """Refuse models whose attention is more than keys, values and a scale."""
@@ -72,11 +77,26 @@ class _Error(Stretch):
             stored = round(stored_tokens(cache), 4)
             with clock("answer", model.device):
                 errors = attention_errors(whole, cache, ids.shape[1] - self.length)
-            mean = float(torch.tensor(errors).mean())
-            layers = {"error": [[round(error, 4) for error in layer] for layer in errors]}
-            return Outcome({"error": mean}, stored, self.length, layers=layers, seconds=clock)
+            scores, layers = {"error": float(torch.tensor(errors).mean())}, {"error": _rounded(errors)}
+            if getattr(cache.compressor, "estimates", False) and not cell.exact:
+                estimates = [error[0].tolist() for error in cache.error_report().errors.values()]
+                layers["estimate"] = _rounded(estimates)
+                scores["estimate"] = float(torch.tensor(estimates).mean())
+                if len(estimates) == len(errors):  # no layer was left exact
+                    scores["rank_correlation"] = rank_correlation(estimates, errors)
+            return Outcome(scores, stored, self.length, layers=layers, seconds=clock)
 
         return measure
+
+
+def rank_correlation(estimates: list[list[float]], errors: list[list[float]]) -> float:
+    """Spearman's rank correlation of what was estimated and what was measured, over all layers and heads."""
+    flat = (torch.tensor(numbers).flatten().numpy() for numbers in (estimates, errors))
+    return float(scipy.stats.spearmanr(*flat).statistic)
+
+
+def _rounded(numbers: list[list[float]]) -> list[list[float]]:
+    return [[round(number, 4) for number in layer] for layer in numbers]
 
 
 def attention_errors(whole: CompressedCache, compressed: CompressedCache, after: int) -> list[list[float]]:

@@ -27,6 +27,7 @@ _POSITIONS_AT_ONCE = 4096
 # Shares of the items that are tried until a tolerance is met.
 _TRIED = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1)
 _TINY = 1e-20
+_LEAST_MASS = 1e-6
 _NOTHING = -1e4
 # Logarithm of a share that adds nothing; its square is still a normal number, which processors multiply much faster.
 _NEGLIGIBLE = -40.0
@@ -66,11 +67,12 @@ class QueryWildCat(SharingCompressor):
     2. What would they attend to if they repeated the text? The query of each token, and the key behind it.
     3. Anything else: WildCat of the items that are left, in bins, weighted.
 
-    Items of the first two parts stay as they are. Layers compete for them; within a layer all heads keep equally many,
-    so that what is counted is what is stored.
+    Items of the first two parts keep their keys and stand for themselves. Layers compete for them; within a layer all
+    heads keep equally many, so that what is counted is what is stored. At last weights and values of all slots are
+    moved a little, by ridge regression, to what half of the reference queries got; the other half estimates the error.
 
     Needs queries (as many as there are tokens since the last fold, for as long as the layer's survey takes), and the
-    model's rotary positions. Costs WildCat's, and O(n d (q + 128)) for each query head with q reference queries.
+    model's rotary positions. Costs WildCat's, and O(n d (q + 32)) for each query head with q reference queries.
 
     Attributes:
         bin_rank: as in WildCat.
@@ -330,7 +332,9 @@ def _error(coreset: Coreset, survey: Survey) -> Tensor:
     held = torch.cat((coreset.values.to(torch.float32), coreset.weights.unsqueeze(-1)), dim=-1)
     instead = torch.matmul(_terms(coreset, survey, 1), held) - survey.output[:, :, 1::2]
     whole = survey.whole[:, :, 1::2]
-    found = (whole + instead[..., :-1]) / (1 + instead[..., -1:]).clamp_min(_TINY)
+    mass = 1 + instead[..., -1:]
+    # Attention gives 0 where the mass is not positive.
+    found = torch.where(mass > _LEAST_MASS, (whole + instead[..., :-1]) / mass.clamp_min(_LEAST_MASS), 0.0)
     # A head's queries lie behind each other, and their number is even: each has as many among every second one.
     difference, whole = (
         tensor.unflatten(2, (survey.group, -1)).flatten(3).norm(dim=-1) for tensor in (found - whole, whole)
