@@ -41,7 +41,7 @@ def test_pairs_samples_of_several_runs_by_their_prompts(tmp_path):
     [row] = compare("new", [first, second]).to_dict("records")
     assert (row["other"], row["pairs"], row["budget"], row["length"]) == ("old", 5, "ratio 0.25", 100)
     assert row["mean"] == pytest.approx(2.48) and row["other mean"] == 3.0  # of the five that both have
-    assert row["low"] <= row["difference"] == pytest.approx(-0.52) <= row["high"] < 0
+    assert row["difference"] == pytest.approx(-0.52) and row["low"] <= row["difference"] <= row["high"] < 0
     assert row["verdict"] == "better"
 
 

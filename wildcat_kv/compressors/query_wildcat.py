@@ -100,8 +100,8 @@ class QueryWildCat(SharingCompressor):
     temperature: Temperature = "released"
     weights: Weights = "nystrom"
     seed: int = 0
-    queries: int = 128
-    attended: float = 0.25
+    queries: int = 48
+    attended: float = 0.125
     recalled: float = 0.25
     ahead: int = 64
     carried: int = 64
