@@ -155,8 +155,10 @@ class QueryWildCat(SharingCompressor):
         level, inside = mass.log(), item_mask(block)[:, head]
         # What holds nothing is far below all others, without being infinitely so.
         scores = torch.matmul(queries, keys.mT).add_(level.clamp_min(_NOTHING).unsqueeze(1))
-        log_total = scores.logsumexp(-1).masked_fill_(~used, torch.inf)
-        terms = scores.sub_(log_total.unsqueeze(-1)).clamp_min_(_NEGLIGIBLE).exp_()
+        log_total = scores.logsumexp(-1)
+        # Of the library's functions this one takes the exponential fastest.
+        terms = torch.maximum(scores, log_total.add(_NEGLIGIBLE).unsqueeze(-1)).softmax(-1)
+        terms, log_total = terms.mul_(used.unsqueeze(-1)), log_total.masked_fill(~used, torch.inf)
         # Of slots, `values` are numerators: what they give is theirs over their mass.
         there = (mass > 0).to(torch.float32).unsqueeze(-1)
         paid = torch.cat((values * (there / mass.clamp_min(_TINY).unsqueeze(-1)), there), dim=-1)
