@@ -30,7 +30,7 @@ def folder(tmp_path_factory):
 def test_readme_examples_run(capsys, folder, monkeypatch):
     monkeypatch.chdir(folder)
     blocks = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
-    assert len(blocks) == 10
+    assert len(blocks) == 11
     names = {}
     for block in blocks:
         exec(block, names)

@@ -60,10 +60,10 @@ class WildCatConfig(BaseModel):
     ratio: Annotated[float, Field(gt=0, le=1, strict=True, allow_inf_nan=False)] | Literal["auto"] | None = Field(
         None, description=_RATIO_HELP
     )
+    max_tokens: Annotated[int, Field(gt=0, strict=True)] | None = Field(None, description=_MAX_TOKENS_HELP)
     tolerance: Annotated[float, Field(gt=0, strict=True, allow_inf_nan=False)] | None = Field(
         None, description=_TOLERANCE_HELP
     )
-    max_tokens: Annotated[int, Field(gt=0, strict=True)] | None = Field(None, description=_MAX_TOKENS_HELP)
     sink: int = Field(32, ge=0, strict=True, description=_SINK_HELP)
     window: int = Field(32, ge=0, strict=True, description=_WINDOW_HELP)
     bin_rank: int = Field(12, ge=1, strict=True, description=_BIN_RANK_HELP)
