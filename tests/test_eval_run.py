@@ -16,7 +16,7 @@ import yaml
 
 import eval.run
 from eval.__main__ import main
-from eval.config import read_config
+from eval.config import RunConfig, read_config
 
 pytest_plugins = ["tests.eval_fixtures"]
 
@@ -644,7 +644,7 @@ def test_the_papers_table_is_longbench_e():
 def test_committed_results_are_those_of_the_files(folder):
     manifest = json.loads((folder / "run.json").read_text())
     config = read_config(ROOT / f"configs/eval/{folder.name}.yaml")
-    assert manifest["finished"] and manifest["config"] == config.model_dump(mode="json")
+    assert manifest["finished"] and RunConfig(**manifest["config"]) == config
     samples = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
     per_task = {task: sum(sample["task"] == task for sample in samples) for task in manifest["metrics"]}
     cells = len(config.cells())

@@ -32,7 +32,6 @@ GROUP = "wildcat_kv.compressors"
 
 OURS: dict[str, type[Compressor]] = {
     "wildcat": WildCat,
-    "query_wildcat": QueryWildCat,
     "streaming_llm": StreamingLLM,
     "snapkv": SnapKV,
     "pyramidkv": PyramidKV,
@@ -48,6 +47,7 @@ OURS: dict[str, type[Compressor]] = {
     "adakv": AdaKV,
     "kvzip": KVzip,
     "attention_matching": AttentionMatching,
+    "query_wildcat": QueryWildCat,
 }
 
 
