@@ -78,7 +78,7 @@ class _Error(Stretch):
             with clock("answer", model.device):
                 errors = attention_errors(whole, cache, ids.shape[1] - self.length)
             scores, layers = {"error": float(torch.tensor(errors).mean())}, {"error": _rounded(errors)}
-            if getattr(cache.compressor, "estimates", False) and not cell.exact:
+            if cache.compressor.estimates and stored < self.length:  # of what is exact there is no estimate
                 estimates = [error[0].tolist() for error in cache.error_report().errors.values()]
                 layers["estimate"] = _rounded(estimates)
                 scores["estimate"] = float(torch.tensor(estimates).mean())
