@@ -291,6 +291,18 @@ def test_methods_that_may_keep_everything_score_as_the_exact_cache(task, model, 
         assert outcome.stored_tokens == exact.stored_tokens and outcome.seen_tokens == exact.seen_tokens
 
 
+def test_a_methods_own_estimates_stand_beside_the_errors(model, tokenizer, setting):
+    sample = TASKS["attention_error"].samples(setting(limit=1))[0]
+    cells = [Cell(name, name, ratio=0.5) for name in ("query_wildcat", "wildcat")]
+    estimating, other = measured(sample, model, tokenizer, *cells)
+    errors, estimates = (torch.tensor(estimating.layers[name]) for name in ("error", "estimate"))
+    assert errors.shape == estimates.shape
+    assert estimating.scores["estimate"] == pytest.approx(float(estimates.mean()), abs=1e-3)
+    ranks = [numbers.flatten().argsort().argsort().double() for numbers in (errors, estimates)]
+    assert estimating.scores["rank_correlation"] == pytest.approx(float(torch.stack(ranks).corrcoef()[0, 1]), abs=0.05)
+    assert set(other.scores) == {"error"} == set(other.layers)
+
+
 @pytest.mark.parametrize("name", ["needle", "drift", "attention_error"])
 def test_the_order_of_the_cells_changes_no_score(name, model, tokenizer, setting):
     """One reading of the context serves all, and none disturbs it."""
