@@ -60,6 +60,11 @@ class Shared:
         return next(index for index in self.states if index not in self.exact_layers)
 
     @property
+    def trailing(self) -> int:
+        """The last layer that folds: when it has read what another has, all have."""
+        return next(index for index in reversed(self.states) if index not in self.exact_layers)
+
+    @property
     def leader(self) -> LayerState:
         """What it holds."""
         return self.states[self.leading]
@@ -502,12 +507,15 @@ class WildCatLayer(CacheLayerMixin):
 
     def _settle_together(self, until: int) -> None:
         """Get ready for the next fold; the last of the layers that fold carries out everyone's."""
-        states = [state for index, state in self._shared.states.items() if index not in self._shared.exact_layers]
-        if all(state.progress.seen == self._state.progress.seen for state in states):
-            LayerState.settle_together(states, until)
-            self._shared.compressed = self._shared.compressed or self._state.folded_range is not None
-        else:
+        shared = self._shared
+        if shared.states[shared.trailing].progress.seen != self._state.progress.seen:
             self._state.prepare(until)
+            return
+        try:
+            states = [state for index, state in shared.states.items() if index not in shared.exact_layers]
+            LayerState.settle_together(states, until)
+        finally:  # as in `_settle`
+            shared.compressed = shared.compressed or self._state.folded_range is not None
 
     def _bring_to(self, device: torch.device) -> None:
         """Have everything on `device`: that of the layer, or, for a cache from a file, of the first keys."""

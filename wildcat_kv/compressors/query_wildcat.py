@@ -27,7 +27,9 @@ _POSITIONS_AT_ONCE = 4096
 # Shares of the items that are tried until a tolerance is met.
 _TRIED = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1)
 _TINY = 1e-20
+# Attention takes less than this share of a query's mass for none.
 _LEAST_MASS = 1e-6
+# Logarithm of the mass of padding: finite, for numbers that stay so.
 _NOTHING = -1e4
 # Logarithm of a share that adds nothing; its square is still a normal number, which processors multiply much faster.
 _NEGLIGIBLE = -40.0
