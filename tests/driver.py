@@ -23,7 +23,7 @@ METHODS = {
     "expected_attention": compressors.ExpectedAttention(future=9, carried=6),
     "adakv": compressors.AdaKV(compressors.H2O(recent=0.25)),
     "attention_matching": compressors.AttentionMatching(queries=20, carried=7),
-    "query_wildcat": compressors.QueryWildCat(bin_rank=4, queries=20, carried=6, ahead=5),
+    "query_wildcat": compressors.QueryWildCat(bin_rank=4, queries=20, carried=6, ahead=5, apart=40),
 }
 # Methods that give all heads and layers the same number of slots.
 EVEN = [name for name in METHODS if name not in ("pyramidkv", "adakv", "query_wildcat")]

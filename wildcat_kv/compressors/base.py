@@ -77,6 +77,18 @@ class KVBlock:
         index = stops.unsqueeze(-1) + torch.arange(length) - length
         return take_columns(entries, index.clamp_min(0).to(entries.device).unsqueeze(1))
 
+    def others(self, entries: Tensor) -> Tensor:
+        """What is none of the items among entries (rows, heads, n, ...), 0 for rows with fewer columns of it."""
+        n, columns = entries.shape[2], []
+        for held, length, window in zip(self.held, self.lengths, self.window, strict=True):
+            columns.append([*range(n - held, n - window - length), *range(n - window, n)])
+        width = max(map(len, columns))
+        index = torch.tensor([[0] * (width - len(row)) + row for row in columns], dtype=torch.int64).to(entries.device)
+        taken = take_columns(entries, index.unsqueeze(1))
+        there = torch.arange(width) >= width - torch.tensor([len(row) for row in columns]).unsqueeze(-1)
+        there = there.to(entries.device).view(len(columns), 1, width, *[1] * (entries.dim() - 3))
+        return taken.masked_fill_(~there, 0)
+
     def tokens(self, row: int) -> int:
         """Tokens that the items of a row stand for, as if none had been dropped: the same in every layer."""
         if self.lengths[row] <= self.exact[row] - self.window[row]:  # no slots among them

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import ClassVar, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from typing_extensions import Self
 
@@ -18,8 +19,8 @@ from wildcat_kv.compressors.wildcat import WildCat
 from wildcat_kv.config import Temperature, Weights, WildCatConfig
 from wildcat_kv.observation import Observation
 
-# Newest queries among the reference queries, whatever their number.
-_NEWEST = 16
+# Share of the newest queries among the reference queries: one in so many.
+_NEWEST = 3
 # Entries that stand for all others in a query's normaliser; they hold most of its mass.
 _NORMALISING = 32
 # Positions of the queries whose followers are scored at once.
@@ -85,6 +86,8 @@ class QueryWildCat(SharingCompressor):
         attended: share of the budget for the first part.
         recalled: share of the budget for the second part.
         ahead: how far behind the text the queries are moved, in tokens.
+        apart: how far a token's query is moved from the token behind it, in tokens: beyond what heads look back for
+            by habit.
         carried: queries kept from one fold to the next.
         ridge: how much the fit is drawn to WildCat's own weights and values; 0 for no fit.
         tolerance: the estimated error of a layer, on average over its heads, that it may have; None for a budget that
@@ -102,16 +105,17 @@ class QueryWildCat(SharingCompressor):
     temperature: Temperature = "released"
     weights: Weights = "nystrom"
     seed: int = 0
-    queries: int = 48
+    queries: int = 24
     attended: float = 0.125
     recalled: float = 0.25
     ahead: int = 64
+    apart: int = 512
     carried: int = 64
     ridge: float = 10.0
     tolerance: float | None = None
 
     def __post_init__(self) -> None:
-        for name in ("queries", "carried", "ahead"):
+        for name in ("queries", "carried", "ahead", "apart"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         if self.queries % 2:
@@ -157,43 +161,48 @@ class QueryWildCat(SharingCompressor):
         level, inside = mass.log(), item_mask(block)[:, head]
         # What holds nothing is far below all others, without being infinitely so.
         scores = torch.matmul(queries, keys.mT).add_(level.clamp_min(_NOTHING).unsqueeze(1))
-        log_total = scores.logsumexp(-1)
+        most = scores.amax(-1, keepdim=True)
         # Of the library's functions this one takes the exponential fastest.
-        terms = torch.maximum(scores, log_total.add(_NEGLIGIBLE).unsqueeze(-1)).softmax(-1)
-        terms, log_total = terms.mul_(used.unsqueeze(-1)), log_total.masked_fill(~used, torch.inf)
+        terms = torch.maximum(scores, most + _NEGLIGIBLE, out=scores).softmax(-1)
+        log_total = most.sub_(terms.amax(-1, keepdim=True).log_()).squeeze(-1).masked_fill_(~used, torch.inf)
+        terms.mul_(used.unsqueeze(-1))
         # Of slots, `values` are numerators: what they give is theirs over their mass.
         there = (mass > 0).to(torch.float32).unsqueeze(-1)
         paid = torch.cat((values * (there / mass.clamp_min(_TINY).unsqueeze(-1)), there), dim=-1)
-        whole = torch.matmul(terms, paid)
+        # Where rows are unlike, the items of one are beside some that are none.
+        offered = block.items(paid.unsqueeze(1)).squeeze(1) * inside.unsqueeze(-1)
+        by_entry = terms.mT.unsqueeze(1)
+        output = torch.matmul(block.items(by_entry).squeeze(1).mT, offered)
+        others = block.others(by_entry).squeeze(1).mT, block.others(paid.unsqueeze(1)).squeeze(1)
+        whole = output + torch.matmul(*others)
         count = used.sum(-1, keepdim=True).clamp_min(1)
-        mean, attention = terms.sum(1), terms.square().sum(1).div_(count).sqrt_()
-        output = whole - torch.matmul(terms.mul_(_beside(block, inside).unsqueeze(1)), paid)
-        recall = self._recall(block, head, keys, mean, level)
+        recall = self._recall(block, head, keys, terms.sum(1), level)
+        attention = terms.square_().sum(1).div_(count).sqrt_()
         both = block.items(torch.stack((attention, recall), dim=-1).unsqueeze(1)).squeeze(1)
         both = both.masked_fill(~inside.unsqueeze(-1), -torch.inf)
         return both[..., 0], both[..., 1], log_total, output, whole[..., :-1]
 
     def _recall(self, block: KVBlock, head: int, keys: Tensor, mean: Tensor, level: Tensor) -> Tensor:
-        """How the query of each token at hand would attend to the token behind it, float32 (rows, n)."""
-        assert block.queries is not None and block.queried is not None
-        (rows, n), total = mean.shape, block.queries.shape[2]
+        """How the query of each token would attend to the token behind it from afar, float32 (rows, n)."""
+        assert block.queries is not None and block.queried is not None and block.rotation is not None
+        n = keys.shape[1]
         likely = mean.topk(min(_NORMALISING, n), dim=-1).indices
-        reference, level = take_columns(keys.unsqueeze(1), likely.unsqueeze(1)).squeeze(1), level.gather(-1, likely)
+        reference, level = take_columns(keys.unsqueeze(1), likely.unsqueeze(1)) * block.scale, level.gather(-1, likely)
         recall = torch.zeros_like(mean)
         pairs = [max(0, min(counts) - 1) for counts in zip(block.exact, block.queried, strict=True)]
-        longest = max(pairs)
-        for start in range(0, longest, _POSITIONS_AT_ONCE):
-            length = min(_POSITIONS_AT_ONCE, longest - start)
-            first = total - 1 - longest + start
-            places = torch.arange(first, first + length).expand(rows, -1)
-            queries = self._moved(block, places, head)[:, 0]
-            column = n - longest + start
-            own = torch.einsum("bgmd,bmd->bgm", queries, keys[:, column : column + length])
-            others = torch.matmul(queries.flatten(1, 2), reference.mT).add_(level.unsqueeze(1)).logsumexp(-1)
-            recall[:, column : column + length] = own.sub_(others.view_as(own)).sigmoid_().amax(1)
+        # Query -j and key -j are of one token. Keys step back: there are fewer of them than of queries.
+        queries = block.queries.unflatten(1, (block.keys.shape[1], -1))[:, head]
+        back = torch.full((keys.shape[0], 1), -self.apart, device=keys.device)
+        for behind in range(max(pairs), 0, -_POSITIONS_AT_ONCE):
+            length = min(_POSITIONS_AT_ONCE, behind)
+            asking = queries.narrow(2, queries.shape[2] - behind - 1, length).to(torch.float32)
+            follower = block.rotation.forward(keys.narrow(1, n - behind, length).unsqueeze(1), back)
+            own = (asking * follower.mul_(block.scale)).sum(-1)
+            others = torch.matmul(asking, reference.mT).add_(level[:, None, None]).logsumexp(-1)
+            recall.narrow(1, n - behind, length).copy_(own.sub_(others).sigmoid_().amax(1))
         if len(set(pairs)) > 1:
-            behind = n - torch.arange(n, device=keys.device)
-            recall.masked_fill_(behind > torch.tensor(pairs, device=keys.device).unsqueeze(-1), 0.0)
+            behind_it = n - torch.arange(n, device=keys.device)
+            recall.masked_fill_(behind_it > torch.tensor(pairs, device=keys.device).unsqueeze(-1), 0.0)
         return recall
 
     def _places(self, block: KVBlock) -> tuple[Tensor, Tensor]:
@@ -205,28 +214,20 @@ class QueryWildCat(SharingCompressor):
         total = block.queries.shape[2]
         count = torch.tensor(block.queried).unsqueeze(-1)
         step = torch.arange(min(self.queries, total + total % 2))
-        newest = count.clamp_max(min(_NEWEST, self.queries))
+        newest = count.clamp_max(-(-self.queries // _NEWEST))
         spread = (count - newest).clamp_max(self.queries - newest)
         back = torch.where(step < newest, step, newest + (step - newest) * (count - newest) // spread.clamp_min(1))
         return (total - 1 - back).clamp_min_(0), (step < newest + spread).to(block.queries.device)
 
-    def _moved(self, block: KVBlock, places: Tensor, head: int | None = None) -> Tensor:
-        """Queries at `places` int64 (rows, q), asked from behind the text and scaled: float32 (rows, heads, g, q, d).
-
-        Args:
-            block: that has them.
-            places: which.
-            head: one key head; all by default.
-        """
+    def _moved(self, block: KVBlock, places: Tensor) -> Tensor:
+        """Queries at `places` int64 (rows, q), asked from behind the text: float32 (rows, heads, g, q, d), scaled."""
         assert block.queries is not None and block.rotation is not None
         device, places = block.queries.device, places.to(block.queries.device)
-        queries = block.queries.unflatten(1, (block.keys.shape[1], -1))
-        queries = (queries if head is None else queries[:, head : head + 1]).flatten(1, 2)
-        queries = take_columns(queries, places.unsqueeze(1)).to(torch.float32)
+        queries = take_columns(block.queries, places.unsqueeze(1)).to(torch.float32)
         seen = torch.tensor(block.seen).to(device).unsqueeze(-1)
         positions = seen - block.queries.shape[2] + places
         queries = block.rotation.forward(queries, seen + self.ahead - positions)
-        return queries.unflatten(1, (block.keys.shape[1] if head is None else 1, -1)).mul_(block.scale)
+        return queries.unflatten(1, (block.keys.shape[1], -1)).mul_(block.scale)
 
     # What becomes of it
 
@@ -293,13 +294,6 @@ class QueryWildCat(SharingCompressor):
         return int(rank * (self.attended + self.recalled))
 
 
-def _beside(block: KVBlock, inside: Tensor) -> Tensor:
-    """float32 (rows, n), 1 for entries that are none of the items; `inside` is bool (rows, m), of one head."""
-    n, places = block.keys.shape[2], torch.arange(block.keys.shape[2], device=inside.device).view(1, 1, -1, 1)
-    column = block.items(places.expand(inside.shape[0], 1, -1, 1)).view(inside.shape)
-    return torch.ones(inside.shape[0], n, device=inside.device).scatter_(1, column, (~inside).to(torch.float32))
-
-
 def _mass(block: KVBlock) -> Tensor:
     """float32 (rows, heads, n): the weights of what is held, 1 for exact tokens; 0 for padding and below 0."""
     n = block.keys.shape[2]
@@ -348,11 +342,11 @@ def _error(coreset: Coreset, survey: Survey) -> Tensor:
 
 def _terms(coreset: Coreset, survey: Survey, first: int) -> Tensor:
     """e^(b q.k_s) over the total of every second query from `first` on, (rows, heads, q / 2, r); 0 for padding."""
-    scores = torch.matmul(survey.queries[:, :, first::2], coreset.keys.to(torch.float32).mT)
-    scores.sub_(survey.log_total[:, :, first::2].unsqueeze(-1))
+    total = survey.log_total[:, :, first::2].unsqueeze(-1)
+    scores = torch.matmul(survey.queries[:, :, first::2], coreset.keys.to(torch.float32).mT).sub_(total)
+    there = coreset.valid.unsqueeze(2) & total.isfinite()
     # Before the exponential: a padding slot's key of zeros can overflow it.
-    scores.masked_fill_(~coreset.valid.unsqueeze(2), -torch.inf).clamp_min_(_NEGLIGIBLE).exp_()
-    return scores.mul_(coreset.valid.unsqueeze(2))
+    return scores.masked_fill_(~there, -torch.inf).clamp_min_(_NEGLIGIBLE).exp_().mul_(there)
 
 
 def _best_by_layer(scores: Sequence[Tensor], slots: Sequence[int]) -> list[Tensor]:
@@ -368,21 +362,25 @@ def _best_by_layer(scores: Sequence[Tensor], slots: Sequence[int]) -> list[Tenso
         Bool (rows, heads, n) of each layer.
     """
     # Padding slots differ between heads: what one of them lacks counts as nothing.
+    ordered = [layer.sort(dim=-1, descending=True, stable=True) for layer in scores]
+    home = scores[0].device  # layers may be spread over devices
     width = max(layer.shape[-1] for layer in scores)  # layers that shared unequally before hold unequally many
-    ordered = [layer.sort(-1, descending=True).values.clamp_min_(0.0).mean(1) for layer in scores]
-    home = ordered[0].device  # layers may be spread over devices
-    worth = torch.stack(
-        [torch.nn.functional.pad(layer, (0, width - layer.shape[-1])).to(home) for layer in ordered], dim=1
-    )
-    most = torch.stack([(layer > -torch.inf).sum(-1).amax(-1).to(home) for layer in scores], dim=1)  # (rows, layers)
-    there = torch.arange(worth.shape[-1], device=worth.device) < most.unsqueeze(-1)
-    place = rank_descending(worth.masked_fill(~there, -torch.inf).flatten(1)).view_as(worth)
-    total = torch.tensor([rank * len(scores) for rank in slots]).to(worth.device, non_blocking=True).view(-1, 1, 1)
-    counts = ((place < total) & there).sum(-1)
-    return [
-        (rank_descending(layer) < counts[:, index, None, None].to(layer.device)) & (layer > -torch.inf)
-        for index, layer in enumerate(scores)
+    wide = [
+        F.pad(layer.values.clamp_min(0.0).mean(1), (0, width - layer.values.shape[-1])).to(home) for layer in ordered
     ]
+    worth = torch.stack(wide, dim=1)
+    most = torch.stack([(layer > -torch.inf).sum(-1).amax(-1).to(home) for layer in scores], dim=1)  # (rows, layers)
+    there = torch.arange(width, device=home) < most.unsqueeze(-1)
+    place = rank_descending(worth.masked_fill(~there, -torch.inf).flatten(1)).view_as(worth)
+    total = torch.tensor([rank * len(scores) for rank in slots]).to(home, non_blocking=True).view(-1, 1, 1)
+    counts = ((place < total) & there).sum(-1)
+    kept = []
+    for index, layer in enumerate(ordered):
+        count = counts[:, index, None, None].to(layer.values.device)
+        best = torch.arange(layer.values.shape[-1], device=count.device) < count
+        best = best & (layer.values > -torch.inf)
+        kept.append(torch.zeros_like(best).scatter_(-1, layer.indices, best))
+    return kept
 
 
 def _take(block: KVBlock, kept: Tensor) -> Coreset:
