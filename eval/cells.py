@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any
 
 from transformers import Cache, DynamicCache
 
 from wildcat_kv import CompressedCache, Context
-from wildcat_kv.compressors import available
-from wildcat_kv.compressors.registry import Method
+from wildcat_kv.compressors import Compressor, available
+from wildcat_kv.compressors.registry import Method, resolve
 from wildcat_kv.config import WildCatConfig
 
 EXACT = "exact"
@@ -28,6 +28,7 @@ class Cell:
         ratio: share of the tokens to keep, or None.
         max_tokens: most tokens to store, or None.
         settings: other fields of `WildCatConfig`.
+        parameters: of the compressor itself, where they are not its own.
     """
 
     method: str
@@ -35,6 +36,7 @@ class Cell:
     ratio: float | None = None
     max_tokens: int | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
+    parameters: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def exact(self) -> bool:
@@ -50,13 +52,13 @@ class Cell:
         """A cache that has read the context and compressed it; the context stays as it is."""
         if self.compressor is None:
             return context.exact.clone()
-        return context.compress(self._config(), compressor=self.compressor, tokenizer=tokenizer)
+        return context.compress(self._config(), compressor=self._compressor(), tokenizer=tokenizer)
 
     def empty(self, model_config: Any) -> Cache:
         """A cache that compresses what it is yet to read."""
         if self.compressor is None:
             return DynamicCache(config=model_config)
-        return CompressedCache(model_config, self._config(), compressor=self.compressor)
+        return CompressedCache(model_config, self._config(), compressor=self._compressor())
 
     def check_tasks(self, *, streams: bool) -> None:
         """Refuse a method that cannot be measured on the tasks of a run.
@@ -82,7 +84,22 @@ class Cell:
             ValueError: as `CompressedCache`.
         """
         if self.compressor is not None and _methods()[self.compressor].decodes:
-            CompressedCache(model_config, self._config(), compressor=self.compressor)
+            CompressedCache(model_config, self._config(), compressor=self._compressor())
+
+    def _compressor(self) -> Compressor:
+        """The method with its parameters."""
+        assert self.compressor is not None
+        method = resolve(self.compressor, self._config())
+        if not self.parameters:
+            return method
+        known: list[str] = [field.name for field in fields(method)] if is_dataclass(method) else []
+        for name, value in self.parameters.items():
+            if name not in known:
+                raise ValueError(
+                    f"methods={self.method!r}: parameters={name!r}={value!r}: {type(method).__name__} has no such "
+                    f"parameter; it has {', '.join(known) or 'none'}"
+                )
+        return replace(method, **self.parameters)  # type: ignore[type-var]
 
     def _config(self) -> WildCatConfig:
         return WildCatConfig(**{**self.settings, "ratio": self.ratio, "max_tokens": self.max_tokens})
@@ -97,8 +114,8 @@ def make_cells(
     """The exact cache, then every method at every budget, in the order given.
 
     Args:
-        methods: names of compressors; or mappings with a "name" of their own, the "compressor", and fields of
-            `WildCatConfig`.
+        methods: names of compressors; or mappings with a "name" of their own, the "compressor", fields of
+            `WildCatConfig`, and "parameters", a mapping of the compressor's own.
         ratios: shares to keep.
         max_tokens: budgets in tokens.
         settings: fields of `WildCatConfig` for all methods.
@@ -125,14 +142,17 @@ def make_cells(
             near = difflib.get_close_matches(compressor, _methods(), n=1)
             hint = f"did you mean {near[0]!r}? " if near else ""
             raise ValueError(f"methods={compressor!r}: no such method; {hint}there are exact, {', '.join(_methods())}")
+        parameters: Any = given.pop("parameters", {})
+        if not isinstance(parameters, Mapping):
+            raise ValueError(f"methods={name!r}: parameters={parameters!r} must be a mapping, such as {{ridge: 0.0}}")
         if given.keys() & {"ratio", "max_tokens"}:
             raise ValueError(f"methods={name!r}: its budgets are those of all methods; leave ratio and max_tokens out")
         if name in seen:
             raise ValueError(f"methods: {name!r} is there twice; give a variant a name of its own")
         seen.add(name)
         for budget in budgets:
-            cell = Cell(name, compressor, settings={**settings, **given}, **budget)
-            cell._config()
+            cell = Cell(name, compressor, settings={**settings, **given}, parameters=parameters, **budget)
+            cell._compressor()
             cells.append(cell)
     return cells
 

@@ -40,8 +40,8 @@ class RunConfig(BaseModel):
         device: "cpu", "cuda", ...; a GPU if there is one.
         device_map: "auto" spreads a model over several devices.
         protocol: "context-only" compresses before the question is seen, "full-prompt" after.
-        methods: names, "all", or mappings of a name, a compressor and fields of `WildCatConfig`. The exact cache is
-            always there.
+        methods: names, "all", or mappings of a name, a compressor, fields of `WildCatConfig` and the compressor's
+            own `parameters`. The exact cache is always there.
         ratios: shares of the tokens to keep.
         max_tokens: budgets in tokens.
         settings: fields of `WildCatConfig` for all methods, beside the budget.

@@ -410,6 +410,12 @@ def test_a_variant_has_a_name_and_settings_of_its_own(model):
     assert (second.weights, second.sink, second.seed) == ("clipped", 4, 3)
 
 
+def test_a_variant_may_have_parameters_of_its_method(model):
+    methods = ["snapkv", {"name": "wider", "compressor": "snapkv", "parameters": {"kernel": 9}, "sink": 4}]
+    _, plain, wider = (cell.empty(model.config) for cell in make_cells(methods, [0.5], [], {}))
+    assert wider.compressor == replace(plain.compressor, kernel=9) != plain.compressor and wider.settings.sink == 4
+
+
 @pytest.mark.parametrize(
     ("methods", "message"),
     [
@@ -420,6 +426,9 @@ def test_a_variant_has_a_name_and_settings_of_its_own(model):
         ([{"name": "mine"}], "methods='mine': no such method; there are exact, wildcat"),
         ([{"name": "mine", "compressor": "wildcat", "sinks": 4}], "sinks=4: no such setting"),
         ([{"name": "mine", "compressor": "wildcat", "sink": -4}], "sink=-4"),
+        ([{"compressor": "snapkv", "parameters": {"kernl": 9}}], "parameters='kernl'=9: SnapKV has no such.*, kernel"),
+        ([{"compressor": "snapkv", "parameters": 9}], "parameters=9 must be a mapping"),
+        ([{"compressor": "query_wildcat", "parameters": {"ridge": -1}}], "ridge=-1 must be at least 0"),
     ],
 )
 def test_wrong_methods_are_refused(methods, message):

@@ -107,7 +107,7 @@ class QueryWildCat(SharingCompressor):
     seed: int = 0
     queries: int = 24
     attended: float = 0.125
-    recalled: float = 0.25
+    recalled: float = 0.375
     ahead: int = 64
     apart: int = 512
     carried: int = 64
