@@ -63,16 +63,17 @@ class QueryWildCat(SharingCompressor):
     """Keep what queries to come attend to, wherever it is; WildCat for the rest.
 
     WildCat's kernel is what attention looks like to queries that may point anywhere. Real ones do not. Three parts of
-    the budget answer three questions about queries to come, asked of the prompt's own queries, moved to the
-    position behind it and shown all of it:
+    the budget answer three questions about queries to come, asked of the prompt's own queries, without a causal mask:
 
-    1. What do they attend to as a rule? The items of highest root-mean-square attention of some of these queries.
-    2. What would they attend to if they repeated the text? The query of each token, and the key behind it.
+    1. What do they attend to as a rule? The items of highest root-mean-square attention of some of these queries, moved
+       to the position behind the text.
+    2. What would they attend to if they repeated the text? The query of each token, and the key behind it, far apart.
     3. Anything else: WildCat of the items that are left, in bins, weighted.
 
     Items of the first two parts keep their keys and stand for themselves. Layers compete for them; within a layer all
     heads keep equally many, so that what is counted is what is stored. At last weights and values of all slots are
     moved a little, by ridge regression, to what half of the reference queries got; the other half estimates the error.
+    Sinks are found like other tokens: a `sink` of 4 leaves more slots for the rest.
 
     Needs queries (as many as there are tokens since the last fold, for as long as the layer's survey takes), and the
     model's rotary positions. Costs WildCat's, and O(n d (q + 32)) for each query head with q reference queries.
@@ -85,7 +86,7 @@ class QueryWildCat(SharingCompressor):
         queries: reference queries of a query head, the newest among them.
         attended: share of the budget for the first part.
         recalled: share of the budget for the second part.
-        ahead: how far behind the text the queries are moved, in tokens.
+        ahead: how far behind the text the reference queries are moved, in tokens.
         apart: how far a token's query is moved from the token behind it, in tokens: beyond what heads look back for
             by habit.
         carried: queries kept from one fold to the next.
