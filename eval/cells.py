@@ -86,12 +86,13 @@ class Cell:
         if self.compressor is not None and _methods()[self.compressor].decodes:
             CompressedCache(model_config, self._config(), compressor=self._compressor())
 
-    def _compressor(self) -> Compressor:
-        """The method with its parameters."""
+    def _compressor(self) -> str | Compressor:
+        """The method, with its parameters where they are not its own."""
         assert self.compressor is not None
-        method = resolve(self.compressor, self._config())
+        settings = self._config()
         if not self.parameters:
-            return method
+            return self.compressor
+        method = resolve(self.compressor, settings)
         known: list[str] = [field.name for field in fields(method)] if is_dataclass(method) else []
         for name, value in self.parameters.items():
             if name not in known:

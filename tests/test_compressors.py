@@ -25,7 +25,6 @@ from wildcat_kv.compressors import H2O, AdaKV, Compressor, KVBlock, Scorer, Snap
 
 NAMES = [
     "wildcat",
-    "query_wildcat",
     "streaming_llm",
     "snapkv",
     "pyramidkv",
@@ -41,6 +40,7 @@ NAMES = [
     "adakv",
     "kvzip",
     "attention_matching",
+    "query_wildcat",
 ]
 BUDGETS = [{"ratio": 0.25}, {"max_tokens": 90}]
 FAMILY_SET = (*FAMILIES, "granite", "gpt_oss", "qwen3_next")
