@@ -79,6 +79,22 @@ def test_queries_of_one_repeated_token_are_equal_once_their_rotation_is_undone(f
         assert (back - back[:, :, :1]).norm(dim=-1).max() <= 1e-3 * back.norm(dim=-1).max()
 
 
+@pytest.mark.parametrize(("family", "changes"), cases())
+@pytest.mark.parametrize("alike", [False, True])
+def test_what_is_moved_is_what_it_would_be_there(family, changes, alike):
+    config = decoder_config(tiny_config(family, **changes))
+    cache = CompressedCache(config, compressor="expected_attention", ratio=1.0)
+    channels = getattr(config, "global_head_dim", None) or 16
+    vectors = torch.randn(2, 3, 11, channels, generator=torch.Generator().manual_seed(0))
+    at = torch.arange(11).expand(2, -1) + torch.tensor([[0], [20]])
+    by = torch.tensor([[30], [-7]]) if alike else torch.arange(22).view(2, 11)
+    for index, layer in enumerate(cache.layers):
+        if isinstance(layer, WildCatLayer):
+            rotation = rotation_of(config, index)
+            moved = rotation.forward(vectors, by)
+            torch.testing.assert_close(rotation.back(moved, at + by), rotation.back(vectors, at), rtol=1e-3, atol=1e-4)
+
+
 @pytest.mark.parametrize("family", LEARNED)
 def test_learned_positions_are_no_rotation(family):
     rotation, queries = rotation_of(tiny_config(family), 0), torch.randn(1, 2, 5, 16)

@@ -34,10 +34,10 @@ class Rotation:
         return self._part(vectors, cos, -sin, stretch)
 
     def forward(self, vectors: Tensor, by: Tensor) -> Tensor:
-        """Vectors (rows, heads, n, d) that stand somewhere, moved by int64 (rows, n) positions."""
+        """Vectors (rows, heads, n, d) that stand somewhere, moved by int64 (rows, n) or (rows, 1) positions."""
         if self._angles is None:
             return vectors
-        cos, sin = self._angles(by)
+        cos, sin = (angle.expand(-1, vectors.shape[2], -1) for angle in self._angles(by))
         # Scaled rotations have stretched them already.
         stretch = (cos[..., :1].square() + sin[..., :1].square()).sqrt_()
         return self._part(vectors, cos / stretch, sin / stretch)
