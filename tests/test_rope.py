@@ -82,17 +82,17 @@ def test_queries_of_one_repeated_token_are_equal_once_their_rotation_is_undone(f
 @pytest.mark.parametrize(("family", "changes"), cases())
 @pytest.mark.parametrize("alike", [False, True])
 def test_what_is_moved_is_what_it_would_be_there(family, changes, alike):
-    config = decoder_config(tiny_config(family, **changes))
-    cache = CompressedCache(config, compressor="expected_attention", ratio=1.0)
-    channels = getattr(config, "global_head_dim", None) or 16
-    vectors = torch.randn(2, 3, 11, channels, generator=torch.Generator().manual_seed(0))
-    at = torch.arange(11).expand(2, -1) + torch.tensor([[0], [20]])
-    by = torch.tensor([[30], [-7]]) if alike else torch.arange(22).view(2, 11)
+    model = tiny_model(family, **changes)
+    cache = CompressedCache(model.config, compressor="expected_attention", ratio=1.0)
+    model(torch.arange(22).view(2, 11) + 3, past_key_values=cache)
+    at, by = torch.arange(11).expand(2, -1), torch.tensor([[30], [-7]]) if alike else torch.arange(22).view(2, 11)
     for index, layer in enumerate(cache.layers):
         if isinstance(layer, WildCatLayer):
-            rotation = rotation_of(config, index)
-            moved = rotation.forward(vectors, by)
-            torch.testing.assert_close(rotation.back(moved, at + by), rotation.back(vectors, at), rtol=1e-3, atol=1e-4)
+            rotation = rotation_of(decoder_config(model.config), index)
+            moved = rotation.forward(layer.keys, by)
+            torch.testing.assert_close(
+                rotation.back(moved, at + by), rotation.back(layer.keys, at), rtol=1e-3, atol=1e-4
+            )
 
 
 @pytest.mark.parametrize("family", LEARNED)
