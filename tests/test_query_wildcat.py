@@ -20,6 +20,7 @@ from wildcat_kv.budget import block_size, kept_tokens
 from wildcat_kv.compressors import QueryWildCat, WildCat, available
 from wildcat_kv.error_report import ErrorReport
 from wildcat_kv.haystack import essays
+from wildcat_kv.rotation import Rotation
 
 SIZES = {"sink": 3, "window": 8, "bin_rank": 4}
 OURS = METHODS["query_wildcat"]
@@ -181,6 +182,13 @@ def test_what_a_query_would_look_at_if_the_text_were_repeated_is_kept_as_it_is(t
     for apart, low, high in ((method.apart, 0.9, 1.0), (method.apart + 72, 0.0, 0.1)):
         recall = method.survey(pointing(block, target, replace(method, apart=apart))).recall[0, :, target]
         assert ((recall >= low) & (recall <= high)).all()
+
+
+def test_a_model_without_rotary_positions_keeps_its_keys():
+    block = replace(make([Size(recent=40, queried=40)], 3, padding=False), rotation=Rotation(None, None))
+    before = block.keys.clone(), block.queries.clone()
+    QueryWildCat(bin_rank=4, queries=8).survey(block)
+    assert torch.equal(block.keys, before[0]) and torch.equal(block.queries, before[1])
 
 
 @pytest.mark.parametrize("padding", [False, True])

@@ -78,7 +78,11 @@ class KVBlock:
         return take_columns(entries, index.clamp_min(0).to(entries.device).unsqueeze(1))
 
     def others(self, entries: Tensor) -> Tensor:
-        """What is none of the items among entries (rows, heads, n, ...), 0 for rows with fewer columns of it."""
+        """What is none of the items among entries (rows, heads, n, ...), right-aligned, zeros before it.
+
+        Returns:
+            (rows, heads, c, ...), c the largest number of such entries of a row.
+        """
         n, columns = entries.shape[2], []
         for held, length, window in zip(self.held, self.lengths, self.window, strict=True):
             columns.append([*range(n - held, n - window - length), *range(n - window, n)])

@@ -198,7 +198,8 @@ class QueryWildCat(SharingCompressor):
             length = min(_POSITIONS_AT_ONCE, behind)
             asking = queries.narrow(2, queries.shape[2] - behind - 1, length).to(torch.float32)
             follower = block.rotation.forward(keys.narrow(1, n - behind, length).unsqueeze(1), back)
-            own = (asking * follower.mul_(block.scale)).sum(-1)
+            # Where there are no positions the follower is the model's own key: it is not to be written to.
+            own = (asking * follower).sum(-1).mul_(block.scale)
             others = torch.matmul(asking, reference.mT).add_(level[:, None, None]).logsumexp(-1)
             recall.narrow(1, n - behind, length).copy_(own.sub_(others).sigmoid_().amax(1))
         if len(set(pairs)) > 1:
