@@ -383,8 +383,11 @@ class WildCatLayer(CacheLayerMixin):
         self._shared.waiting = None
         self._state.observe(query)
         self._state.progress.end_forward(scale)
-        if not self.record_past:
-            self._settle(self.get_seq_length())
+        try:
+            if not self.record_past:
+                self._settle(self.get_seq_length())
+        finally:
+            self._state.keep_queries()
         self._rest()
 
     # What the cache reports

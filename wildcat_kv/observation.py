@@ -41,6 +41,7 @@ class QueryLog:
         self.observation = observation
         self.carried: Tensor | None = None
         self._parts: list[Tensor] = []
+        self._borrowed = False  # whether the last part is the model's own memory
 
     @property
     def columns(self) -> int:
@@ -48,9 +49,16 @@ class QueryLog:
         return sum(part.shape[2] for part in self._parts)
 
     def append(self, queries: Tensor) -> None:
-        """Take queries (rows, heads, q, d) of the newest columns."""
-        with ordinary_tensors():  # copied: the model may reuse the memory, or it may hold keys and values as well
-            self._parts.append(queries.detach().clone())
+        """Take queries (rows, heads, q, d) of the newest columns; `keep` comes when the model goes on."""
+        self._parts.append(queries.detach())
+        self._borrowed = True
+
+    def keep(self) -> None:
+        """Copy what `append` took, unless a fold has been done with it already: a whole prompt's are large."""
+        if self._borrowed:
+            with ordinary_tensors():  # the model may reuse the memory, or it may hold keys and values as well
+                self._parts[-1] = self._parts[-1].clone()
+            self._borrowed = False
         if len(self._parts) > _PARTS:
             self._join()
 
@@ -78,6 +86,7 @@ class QueryLog:
             assert queries is not None
             with ordinary_tensors():
                 self._parts = [queries[:, :, -columns:].clone()]
+            self._borrowed = False
 
     def until(self, later: int, valid: Tensor | None, counts: Sequence[int]) -> tuple[Tensor | None, list[int]]:
         """The queries that count, right-aligned.
@@ -117,6 +126,7 @@ class QueryLog:
         with ordinary_tensors():  # copies: a view would hold on to the queries of the whole prompt
             self.carried = queries[:, :, -width:].clone() if width and queries is not None else None
             self._parts = [recent[:, :, -later:].clone()] if later and recent is not None else []
+        self._borrowed = False
 
     def select_rows(self, index: Tensor) -> None:
         """Keep the rows at `index`, int64 (k,), in that order."""
@@ -135,6 +145,7 @@ class QueryLog:
         if len(self._parts) > 1:
             with ordinary_tensors():
                 self._parts = [torch.cat(self._parts, dim=2)]
+            self._borrowed = False
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> None:
         with ordinary_tensors():

@@ -167,6 +167,11 @@ class LayerState:
         if self.log is not None:
             self.log.append(queries)
 
+    def keep_queries(self) -> None:
+        """Make what `observe` took the state's own, before the model goes on."""
+        if self.log is not None:
+            self.log.keep()
+
     @property
     def croppable(self) -> int:
         """Newest columns that can be taken back: those since the last fold, whose queries and earlier ones are held."""

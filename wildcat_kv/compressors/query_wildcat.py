@@ -14,7 +14,7 @@ from typing_extensions import Self
 from wildcat_kv.bins import take_columns
 from wildcat_kv.compress import Coreset, full_precision
 from wildcat_kv.compressors.base import KVBlock, SharingCompressor
-from wildcat_kv.compressors.scorer import item_mask, rank_descending, take_items
+from wildcat_kv.compressors.scorer import item_mask, take_items
 from wildcat_kv.compressors.wildcat import WildCat
 from wildcat_kv.config import Temperature, Weights, WildCatConfig
 from wildcat_kv.observation import Observation
@@ -22,9 +22,9 @@ from wildcat_kv.observation import Observation
 # Share of the newest queries among the reference queries: one in so many.
 _NEWEST = 3
 # Entries that stand for all others in a query's normaliser; they hold most of its mass.
-_NORMALISING = 32
-# Positions of the queries whose followers are scored at once.
-_POSITIONS_AT_ONCE = 4096
+_NORMALISING = 16
+# Positions of the queries whose followers are scored at once: they stay in a processor's cache.
+_POSITIONS_AT_ONCE = 1024
 # Shares of the items that are tried until a tolerance is met.
 _TRIED = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1)
 _TINY = 1e-20
@@ -76,7 +76,7 @@ class QueryWildCat(SharingCompressor):
     Sinks are found like other tokens: a `sink` of 4 leaves more slots for the rest.
 
     Needs queries (as many as there are tokens since the last fold, for as long as the layer's survey takes), and the
-    model's rotary positions. Costs WildCat's, and O(n d (q + 32)) for each query head with q reference queries.
+    model's rotary positions. Costs WildCat's, and O(n d (q + 16)) for each query head with q reference queries.
 
     Attributes:
         bin_rank: as in WildCat.
@@ -106,7 +106,7 @@ class QueryWildCat(SharingCompressor):
     temperature: Temperature = "released"
     weights: Weights = "nystrom"
     seed: int = 0
-    queries: int = 24
+    queries: int = 16
     attended: float = 0.125
     recalled: float = 0.375
     ahead: int = 64
@@ -148,20 +148,28 @@ class QueryWildCat(SharingCompressor):
         """See `SharingCompressor`."""
         with torch.no_grad(), full_precision(block.keys.device):
             places, used = self._places(block)
-            queries = self._moved(block, places)
-            mass = _mass(block)
-            heads = range(block.keys.shape[1])
-            found = [self._survey(block, head, queries[:, head], used, mass[:, head]) for head in heads]
-        attention, recall, log_total, output, whole = (torch.stack(parts, dim=1) for parts in zip(*found, strict=True))
+            queries, mass, inside = self._moved(block, places), _mass(block), item_mask(block)
+            found = [self._attend(block, head, queries[:, head], used, mass, inside) for head in range(mass.shape[1])]
+            attention, mean, log_total, output, whole = (
+                torch.stack(parts, dim=1) for parts in zip(*found, strict=True)
+            )
+            recall = self._recall(block, mean, mass)
+            attention, recall = (block.items(scores).masked_fill(~inside, -torch.inf) for scores in (attention, recall))
         return Survey(attention, recall, queries.flatten(2, 3), log_total, output, whole, queries.shape[2])
 
-    def _survey(self, block: KVBlock, head: int, queries: Tensor, used: Tensor, mass: Tensor) -> tuple[Tensor, ...]:
-        """The survey of one key head, whose memory is O(q n): queries (rows, g, q, d), mass (rows, n)."""
+    def _attend(
+        self, block: KVBlock, head: int, queries: Tensor, used: Tensor, mass: Tensor, inside: Tensor
+    ) -> tuple[Tensor, ...]:
+        """What the reference queries of one key head, (rows, g, q, d), pay and get; its memory is O(q n).
+
+        Returns:
+            Root-mean-square and summed attention to each entry, both (rows, n), and this head's part of a survey's
+            `log_total`, `output` and `whole`.
+        """
         keys, values = (tensor[:, head].to(torch.float32) for tensor in (block.keys, block.values))
-        queries, used = queries.flatten(1, 2), used.repeat(1, queries.shape[1])
-        level, inside = mass.log(), item_mask(block)[:, head]
+        queries, used, mass = queries.flatten(1, 2), used.repeat(1, queries.shape[1]), mass[:, head]
         # What holds nothing is far below all others, without being infinitely so.
-        scores = torch.matmul(queries, keys.mT).add_(level.clamp_min(_NOTHING).unsqueeze(1))
+        scores = torch.matmul(queries, keys.mT).add_(mass.log().clamp_min_(_NOTHING).unsqueeze(1))
         most = scores.amax(-1, keepdim=True)
         # Of the library's functions this one takes the exponential fastest.
         terms = torch.maximum(scores, most + _NEGLIGIBLE, out=scores).softmax(-1)
@@ -171,40 +179,50 @@ class QueryWildCat(SharingCompressor):
         there = (mass > 0).to(torch.float32).unsqueeze(-1)
         paid = torch.cat((values * (there / mass.clamp_min(_TINY).unsqueeze(-1)), there), dim=-1)
         # Where rows are unlike, the items of one are beside some that are none.
-        offered = block.items(paid.unsqueeze(1)).squeeze(1) * inside.unsqueeze(-1)
+        offered = block.items(paid.unsqueeze(1)).squeeze(1) * inside[:, head].unsqueeze(-1)
         by_entry = terms.mT.unsqueeze(1)
         output = torch.matmul(block.items(by_entry).squeeze(1).mT, offered)
         others = block.others(by_entry).squeeze(1).mT, block.others(paid.unsqueeze(1)).squeeze(1)
         whole = output + torch.matmul(*others)
-        count = used.sum(-1, keepdim=True).clamp_min(1)
-        recall = self._recall(block, head, keys, terms.sum(1), level)
+        mean, count = terms.sum(1), used.sum(-1, keepdim=True).clamp_min(1)
         attention = terms.square_().sum(1).div_(count).sqrt_()
-        both = block.items(torch.stack((attention, recall), dim=-1).unsqueeze(1)).squeeze(1)
-        both = both.masked_fill(~inside.unsqueeze(-1), -torch.inf)
-        return both[..., 0], both[..., 1], log_total, output, whole[..., :-1]
+        return attention, mean, log_total, output, whole[..., :-1]
 
-    def _recall(self, block: KVBlock, head: int, keys: Tensor, mean: Tensor, level: Tensor) -> Tensor:
-        """How the query of each token would attend to the token behind it from afar, float32 (rows, n)."""
+    def _recall(self, block: KVBlock, mean: Tensor, mass: Tensor) -> Tensor:
+        """How the query of each token would attend to the token behind it from afar.
+
+        Args:
+            block: what is held.
+            mean: float32 (rows, heads, n), what the reference queries pay to each entry, up to a factor.
+            mass: float32 (rows, heads, n), of `_mass`.
+
+        Returns:
+            float32 (rows, heads, n).
+        """
         assert block.queries is not None and block.queried is not None and block.rotation is not None
-        n = keys.shape[1]
+        rows, heads, n = mean.shape
         likely = mean.topk(min(_NORMALISING, n), dim=-1).indices
-        reference, level = take_columns(keys.unsqueeze(1), likely.unsqueeze(1)) * block.scale, level.gather(-1, likely)
+        level = mass.gather(-1, likely).log_()[:, :, None, None]
+        reference = (take_columns(block.keys, likely).to(torch.float32) * block.scale).mT.unsqueeze(2)
         recall = torch.zeros_like(mean)
         pairs = [max(0, min(counts) - 1) for counts in zip(block.exact, block.queried, strict=True)]
         # Query -j and key -j are of one token. Keys step back: there are fewer of them than of queries.
-        queries = block.queries.unflatten(1, (block.keys.shape[1], -1))[:, head]
-        back = torch.full((keys.shape[0], 1), -self.apart, device=keys.device)
+        queries = block.queries.unflatten(1, (heads, -1))
+        back = torch.full((rows, 1), -self.apart, device=mean.device)
         for behind in range(max(pairs), 0, -_POSITIONS_AT_ONCE):
             length = min(_POSITIONS_AT_ONCE, behind)
-            asking = queries.narrow(2, queries.shape[2] - behind - 1, length).to(torch.float32)
-            follower = block.rotation.forward(keys.narrow(1, n - behind, length).unsqueeze(1), back)
-            # Where there are no positions the follower is the model's own key: it is not to be written to.
-            own = (asking * follower).sum(-1).mul_(block.scale)
-            others = torch.matmul(asking, reference.mT).add_(level[:, None, None]).logsumexp(-1)
-            recall.narrow(1, n - behind, length).copy_(own.sub_(others).sigmoid_().amax(1))
+            asking = queries.narrow(3, queries.shape[3] - behind - 1, length).to(torch.float32)
+            follower = block.keys.narrow(2, n - behind, length).to(torch.float32)
+            follower = block.rotation.forward(follower, back).transpose(1, 2).unsqueeze(-1)
+            # As products of matrices, one a token and head: queries of a head are far apart in memory.
+            own = torch.matmul(asking.permute(0, 3, 1, 2, 4), follower).squeeze(-1).mul_(block.scale)
+            others = torch.matmul(asking, reference).add_(level).logsumexp(-1)
+            score = own.permute(0, 2, 3, 1).sub(others).sigmoid_().amax(2)
+            recall.narrow(2, n - behind, length).copy_(score)
         if len(set(pairs)) > 1:
-            behind_it = n - torch.arange(n, device=keys.device)
-            recall.masked_fill_(behind_it > torch.tensor(pairs, device=keys.device).unsqueeze(-1), 0.0)
+            behind_it = n - torch.arange(n, device=mean.device)
+            there = behind_it <= torch.tensor(pairs, device=mean.device).unsqueeze(-1)
+            recall.masked_fill_(~there.unsqueeze(1), 0.0)
         return recall
 
     def _places(self, block: KVBlock) -> tuple[Tensor, Tensor]:
@@ -373,9 +391,14 @@ def _best_by_layer(scores: Sequence[Tensor], slots: Sequence[int]) -> list[Tenso
     worth = torch.stack(wide, dim=1)
     most = torch.stack([(layer > -torch.inf).sum(-1).amax(-1).to(home) for layer in scores], dim=1)  # (rows, layers)
     there = torch.arange(width, device=home) < most.unsqueeze(-1)
-    place = rank_descending(worth.masked_fill(~there, -torch.inf).flatten(1)).view_as(worth)
-    total = torch.tensor([rank * len(scores) for rank in slots]).to(home, non_blocking=True).view(-1, 1, 1)
-    counts = ((place < total) & there).sum(-1)
+    worth = worth.masked_fill_(~there, -torch.inf)
+    total = torch.tensor([rank * len(scores) for rank in slots]).to(home, non_blocking=True).unsqueeze(-1)
+    # The least that is taken, and of what is worth just that the earlier layers'.
+    best = worth.flatten(1).topk(min(max(1, *slots) * len(scores), worth[0].numel()), dim=-1).values
+    least = best.gather(-1, (total - 1).clamp(0, best.shape[-1] - 1)).unsqueeze(-1)
+    more, equal = (worth > least).sum(-1), ((worth == least) & there).sum(-1)
+    left = total - more.sum(-1, keepdim=True) - (equal.cumsum(-1) - equal)
+    counts = more + torch.minimum(left.clamp_min(0), equal)
     kept = []
     for index, layer in enumerate(ordered):
         count = counts[:, index, None, None].to(layer.values.device)
@@ -387,9 +410,12 @@ def _best_by_layer(scores: Sequence[Tensor], slots: Sequence[int]) -> list[Tenso
 
 def _take(block: KVBlock, kept: Tensor) -> Coreset:
     """The items of a mask (rows, heads, max(lengths)) as they are, right-aligned."""
-    width = int(kept.sum(-1).max())
-    index = kept.to(torch.int8).argsort(dim=-1, stable=True)[..., kept.shape[-1] - width :]
-    return replace(take_items(block, index, kept.gather(-1, index)), source=index)
+    counts, place = kept.sum(-1, keepdim=True), torch.arange(kept.shape[-1], device=kept.device)
+    width = int(counts.max())
+    # A place for each, and one behind them for what is not kept: much faster than sorting.
+    target = torch.where(kept, kept.cumsum(-1) + (width - 1 - counts), width)
+    index = counts.new_zeros(*kept.shape[:2], width + 1).scatter_(-1, target, place.expand_as(target))[..., :width]
+    return replace(take_items(block, index, place[:width] >= width - counts), source=index)
 
 
 def _merge(parts: Sequence[Coreset]) -> Coreset:
