@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import DynamicCache
 from transformers.masking_utils import create_causal_mask
 
+from tests.driver import SCALE, small_cache, tokens
 from tests.tiny import FAMILIES, SMALL, random_ids, tiny_model
 from wildcat_kv import CompressedCache, WildCatCache, WildCatConfig
 from wildcat_kv.attention import wildcat_attention
@@ -590,6 +591,26 @@ def test_mismatched_keys_and_values_are_refused(llama):
     with pytest.raises(ValueError, match="other rows, heads, channels or another dtype"):
         cache.update(torch.zeros(1, 4, 3, 16), torch.zeros(1, 4, 3, 16), 0)
     assert cache.stored_length(0) == 3
+
+
+@pytest.mark.parametrize("length", [10, 200])
+@pytest.mark.parametrize("method", ["snapkv", "query_wildcat"])
+def test_queries_are_not_the_models_memory_once_it_goes_on(method, length):
+    """Whether the pass folds or not: the model may write over them, or let go of them."""
+    cache = small_cache(layers=1, method=method, ratio=0.25)
+    keys, values = tokens(1, length)
+    queries = keys[0].repeat_interleave(2, 1)
+    layer = cache.layers[0]
+    layer.announce(1, length, None)
+    cache.update(keys[0], values[0], 0)
+    layer.after_attention(queries, SCALE)
+    log = layer.state.log
+    held = [tensor.clone() for tensor in log.tensors()]
+    assert held and sum(tensor.shape[2] for tensor in held) <= length
+    queries.zero_()
+    assert all(map(torch.equal, log.tensors(), held))
+    memory = [queries.data_ptr(), queries.data_ptr() + queries.nbytes]
+    assert not any(memory[0] <= tensor.untyped_storage().data_ptr() < memory[1] for tensor in log.tensors())
 
 
 def test_a_model_in_place_of_its_config_is_refused():

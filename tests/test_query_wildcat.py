@@ -18,6 +18,7 @@ from wildcat_kv import CompressedCache, WildCatCache, WildCatConfig, haystack
 from wildcat_kv.accounting import stored_tokens
 from wildcat_kv.budget import block_size, kept_tokens
 from wildcat_kv.compressors import QueryWildCat, WildCat, available
+from wildcat_kv.compressors.query_wildcat import Survey
 from wildcat_kv.error_report import ErrorReport
 from wildcat_kv.haystack import essays
 from wildcat_kv.rotation import Rotation
@@ -142,6 +143,40 @@ def test_a_layer_whose_queries_seek_single_tokens_gets_more_slots(seeking):
         cache.layers[layer].after_attention(queries, SCALE)
     assert stored(cache, seeking) > 1.3 * stored(cache, 1 - seeking)
     assert stored_tokens(cache) == kept_tokens(200, 0.25)
+
+
+@st.composite
+def surveyed(draw):
+    """Attention to the items of two heads in each layer, few numbers and some padding; a budget for each row."""
+    rows, layers = draw(st.integers(1, 3)), draw(st.integers(1, 3))
+    values = st.sampled_from([-torch.inf, 0.0, 0.25, 0.5, 1.0])
+    lengths = [draw(st.integers(1, 5)) for _ in range(layers)]
+    scores = [
+        torch.tensor(draw(st.lists(values, min_size=2 * rows * n, max_size=2 * rows * n))).view(rows, 2, n)
+        for n in lengths
+    ]
+    return scores, [draw(st.integers(0, max(lengths))) for _ in range(rows)]
+
+
+@given(drawn=surveyed())
+def test_layers_share_slots_by_what_the_next_items_of_their_heads_are_worth(drawn):
+    """Of equal ones an earlier layer's is taken, and within it the earlier slot."""
+    scores, budget = drawn
+    nothing = torch.zeros(())
+    surveys = [Survey(each, torch.zeros_like(each), *[nothing] * 4, group=1) for each in scores]
+    shares = QueryWildCat(attended=1.0, recalled=0.0).deal(surveys, budget)
+    for row, slots in enumerate(budget):
+        offers = []
+        for layer, attention in enumerate(scores):
+            first, second = (sorted(head.tolist(), reverse=True) for head in attention[row])
+            there = max(sum(score > -torch.inf for score in head) for head in (first, second))
+            worth = [(max(a, 0) + max(b, 0)) / 2 for a, b in zip(first, second, strict=True)]
+            offers += [(-worth[k], layer, k) for k in range(there)]
+        taken = [layer for _, layer, _ in sorted(offers)[: slots * len(scores)]]
+        for layer, (attention, (kept, _)) in enumerate(zip(scores, shares, strict=True)):
+            for head, chosen in zip(attention[row], kept[row], strict=True):
+                order = head.argsort(descending=True, stable=True)[: taken.count(layer)]
+                assert set(chosen.nonzero().flatten().tolist()) == {int(i) for i in order if head[i] > -torch.inf}
 
 
 def test_all_heads_of_a_layer_keep_equally_many(llama):
