@@ -112,7 +112,7 @@ class QueryWildCat(SharingCompressor):
     ahead: int = 64
     apart: int = 512
     carried: int = 64
-    ridge: float = 10.0
+    ridge: float = 0.3
     tolerance: float | None = None
 
     def __post_init__(self) -> None:
