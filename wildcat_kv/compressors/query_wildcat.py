@@ -36,25 +36,37 @@ _NOTHING = -1e4
 _NEGLIGIBLE = -40.0
 
 
+class Asked(NamedTuple):
+    """Some reference queries of a layer, and what they get: q of each key head, those of a query head side by side.
+
+    Attributes:
+        queries: float32 (rows, heads, q, d), scaled.
+        log_total: float32 (rows, heads, q), logarithm of what each pays to all entries; infinity for no query.
+        items: float32 (rows, heads, q, d_v + 1), what it gets from the items, and their mass, over its total.
+        others: float32 (rows, heads, q, d_v), what it gets from all other entries.
+    """
+
+    queries: Tensor
+    log_total: Tensor
+    items: Tensor
+    others: Tensor
+
+
 class Survey(NamedTuple):
-    """What queries to come are expected to attend to, in one layer; q reference queries for each key head.
+    """What queries to come are expected to attend to, in one layer.
 
     Attributes:
         attention: float32 (rows, heads, m), root-mean-square attention to each of the m items; -inf for padding.
         recall: float32 (rows, heads, m), in [0, 1]: attention to the item of a query that repeats the token before it.
-        queries: float32 (rows, heads, q, d), the reference queries, scaled.
-        log_total: float32 (rows, heads, q), logarithm of what each pays to all entries; infinity for no query.
-        output: float32 (rows, heads, q, d_v + 1), what it gets from the items, and their mass, over its total.
-        whole: float32 (rows, heads, q, d_v), what it gets from all entries.
-        group: query heads that share a key head; their reference queries lie behind each other.
+        fitted: reference queries that weights and values are fitted to.
+        judges: others, which neither `attention` nor the fit knows.
+        group: query heads that share a key head.
     """
 
     attention: Tensor
     recall: Tensor
-    queries: Tensor
-    log_total: Tensor
-    output: Tensor
-    whole: Tensor
+    fitted: Asked
+    judges: Asked
     group: int
 
 
@@ -72,7 +84,8 @@ class QueryWildCat(SharingCompressor):
 
     Items of the first two parts keep their keys and stand for themselves. Layers compete for them; within a layer all
     heads keep equally many, so that what is counted is what is stored. At last weights and values of all slots are
-    moved a little, by ridge regression, to what half of the reference queries got; the other half estimates the error.
+    moved a little, by ridge regression, to what half of the reference queries got. Other queries estimate the error:
+    neither the first part nor the fit knows what they attend to.
     Sinks are found like other tokens: a `sink` of 4 leaves more slots for the rest.
 
     Needs queries (as many as there are tokens since the last fold, for as long as the layer's survey takes), and the
@@ -84,6 +97,7 @@ class QueryWildCat(SharingCompressor):
         weights: likewise.
         seed: likewise.
         queries: reference queries of a query head, the newest among them.
+        judges: other queries of a query head, evenly spread, that estimate the error.
         attended: share of the budget for the first part.
         recalled: share of the budget for the second part.
         ahead: how far behind the text the reference queries are moved, in tokens.
@@ -107,6 +121,7 @@ class QueryWildCat(SharingCompressor):
     weights: Weights = "nystrom"
     seed: int = 0
     queries: int = 16
+    judges: int = 8
     attended: float = 0.125
     recalled: float = 0.375
     ahead: int = 64
@@ -116,11 +131,9 @@ class QueryWildCat(SharingCompressor):
     tolerance: float | None = None
 
     def __post_init__(self) -> None:
-        for name in ("queries", "carried", "ahead", "apart"):
+        for name in ("queries", "judges", "carried", "ahead", "apart"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        if self.queries % 2:
-            raise ValueError(f"queries={self.queries} must be even: every second one is fitted to, the others judge")
         if self.ridge < 0:
             raise ValueError(f"ridge={self.ridge} must be at least 0; 0 leaves weights and values as they are")
         for name in ("attended", "recalled"):
@@ -147,46 +160,20 @@ class QueryWildCat(SharingCompressor):
     def survey(self, block: KVBlock) -> Survey:
         """See `SharingCompressor`."""
         with torch.no_grad(), full_precision(block.keys.device):
-            places, used = self._places(block)
+            parts = self._places(block)
+            places, used = (torch.cat(columns, dim=-1) for columns in zip(*parts, strict=True))
             queries, mass, inside = self._moved(block, places), _mass(block), item_mask(block)
-            found = [self._attend(block, head, queries[:, head], used, mass, inside) for head in range(mass.shape[1])]
-            attention, mean, log_total, output, whole = (
-                torch.stack(parts, dim=1) for parts in zip(*found, strict=True)
+            counts = [part.shape[-1] for part, _ in parts]
+            heads = range(mass.shape[1])
+            found = [_attend(block, head, queries[:, head], used, counts, mass, inside) for head in heads]
+            attention, mean = (torch.stack(scores, dim=1) for scores in zip(*(each[:2] for each in found), strict=True))
+            fitted, judges = (
+                Asked(*(torch.stack(tensors, dim=1) for tensors in zip(*(each[place] for each in found), strict=True)))
+                for place in (2, 3)
             )
             recall = self._recall(block, mean, mass)
             attention, recall = (block.items(scores).masked_fill(~inside, -torch.inf) for scores in (attention, recall))
-        return Survey(attention, recall, queries.flatten(2, 3), log_total, output, whole, queries.shape[2])
-
-    def _attend(
-        self, block: KVBlock, head: int, queries: Tensor, used: Tensor, mass: Tensor, inside: Tensor
-    ) -> tuple[Tensor, ...]:
-        """What the reference queries of one key head, (rows, g, q, d), pay and get; its memory is O(q n).
-
-        Returns:
-            Root-mean-square and summed attention to each entry, both (rows, n), and this head's part of a survey's
-            `log_total`, `output` and `whole`.
-        """
-        keys, values = (tensor[:, head].to(torch.float32) for tensor in (block.keys, block.values))
-        queries, used, mass = queries.flatten(1, 2), used.repeat(1, queries.shape[1]), mass[:, head]
-        # What holds nothing is far below all others, without being infinitely so.
-        scores = torch.matmul(queries, keys.mT).add_(mass.log().clamp_min_(_NOTHING).unsqueeze(1))
-        most = scores.amax(-1, keepdim=True)
-        # Of the library's functions this one takes the exponential fastest.
-        terms = torch.maximum(scores, most + _NEGLIGIBLE, out=scores).softmax(-1)
-        log_total = most.sub_(terms.amax(-1, keepdim=True).log_()).squeeze(-1).masked_fill_(~used, torch.inf)
-        terms.mul_(used.unsqueeze(-1))
-        # Of slots, `values` are numerators: what they give is theirs over their mass.
-        there = (mass > 0).to(torch.float32).unsqueeze(-1)
-        paid = torch.cat((values * (there / mass.clamp_min(_TINY).unsqueeze(-1)), there), dim=-1)
-        # Where rows are unlike, the items of one are beside some that are none.
-        offered = block.items(paid.unsqueeze(1)).squeeze(1) * inside[:, head].unsqueeze(-1)
-        by_entry = terms.mT.unsqueeze(1)
-        output = torch.matmul(block.items(by_entry).squeeze(1).mT, offered)
-        others = block.others(by_entry).squeeze(1).mT, block.others(paid.unsqueeze(1)).squeeze(1)
-        whole = output + torch.matmul(*others)
-        mean, count = terms.sum(1), used.sum(-1, keepdim=True).clamp_min(1)
-        attention = terms.square_().sum(1).div_(count).sqrt_()
-        return attention, mean, log_total, output, whole[..., :-1]
+        return Survey(attention, recall, fitted, judges, queries.shape[2])
 
     def _recall(self, block: KVBlock, mean: Tensor, mass: Tensor) -> Tensor:
         """How the query of each token would attend to the token behind it from afar.
@@ -225,19 +212,27 @@ class QueryWildCat(SharingCompressor):
             recall.masked_fill_(~there.unsqueeze(1), 0.0)
         return recall
 
-    def _places(self, block: KVBlock) -> tuple[Tensor, Tensor]:
-        """Where the reference queries of each row are, int64 (rows, q), and bool, False where a row has fewer.
+    def _places(self, block: KVBlock) -> list[tuple[Tensor, Tensor]]:
+        """Where the reference queries of each row are that are fitted to, that are not, and that judge.
 
-        The newest ones, and others evenly spread over those before: a padded row takes those that it would take alone.
+        The first two are the newest ones, and others evenly spread over those before; the judges are evenly spread over
+        all. A padded row takes those that it would take alone.
+
+        Returns:
+            For each of the three int64 (rows, q), and bool, False where a row has fewer.
         """
         assert block.queries is not None and block.queried is not None
         total = block.queries.shape[2]
         count = torch.tensor(block.queried).unsqueeze(-1)
-        step = torch.arange(min(self.queries, total + total % 2))
+        step = torch.arange(min(self.queries, total))
         newest = count.clamp_max(-(-self.queries // _NEWEST))
         spread = (count - newest).clamp_max(self.queries - newest)
         back = torch.where(step < newest, step, newest + (step - newest) * (count - newest) // spread.clamp_min(1))
-        return (total - 1 - back).clamp_min_(0), (step < newest + spread).to(block.queries.device)
+        there = step < newest + spread
+        judge, judges = torch.arange(min(self.judges, total)), count.clamp_max(self.judges)
+        between = (2 * judge + 1) * count // (2 * judges).clamp_min(1)
+        parts = [(back[:, ::2], there[:, ::2]), (back[:, 1::2], there[:, 1::2]), (between, judge < judges)]
+        return [((total - 1 - back).clamp_min_(0), used.to(block.queries.device)) for back, used in parts]
 
     def _moved(self, block: KVBlock, places: Tensor) -> Tensor:
         """Queries at `places` int64 (rows, q), asked from behind the text: float32 (rows, heads, g, q, d), scaled."""
@@ -299,7 +294,7 @@ class QueryWildCat(SharingCompressor):
         coreset = _merge(parts)
         with torch.no_grad(), full_precision(block.keys.device):
             if self.ridge and any(budget):
-                fitted = _fit(coreset, survey, self.ridge)
+                fitted = _fit(coreset, survey.fitted, self.ridge)
                 # Of rows without a budget all is kept, or nothing is to be compressed.
                 there = torch.tensor([rank > 0 for rank in budget]).to(block.keys.device).view(-1, 1, 1)
                 coreset = replace(
@@ -307,11 +302,59 @@ class QueryWildCat(SharingCompressor):
                     values=torch.where(there.unsqueeze(-1), fitted.values, coreset.values),
                     weights=torch.where(there, fitted.weights, coreset.weights),
                 )
-            return replace(coreset, error=_error(coreset, survey))
+            return replace(coreset, error=_error(coreset, survey.judges, survey.group))
 
     def _kept(self, rank: int) -> int:
         """How many of `rank` slots are for items that stay as they are."""
         return int(rank * (self.attended + self.recalled))
+
+
+def _attend(
+    block: KVBlock, head: int, queries: Tensor, used: Tensor, counts: Sequence[int], mass: Tensor, inside: Tensor
+) -> tuple[Tensor, Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """What the reference queries of one key head pay and get; its memory is O(q n).
+
+    Args:
+        block: what is held.
+        head: which.
+        queries: float32 (rows, g, q, d), scaled.
+        used: bool (rows, q), False for no query.
+        counts: how many of the q are fitted to, are not, and judge.
+        mass: float32 (rows, heads, n), of `_mass`.
+        inside: bool (rows, heads, m), of `item_mask`.
+
+    Returns:
+        Root-mean-square and summed attention to each entry, both (rows, n), of those that do not judge; and this head's
+        part of `Asked` for those that are fitted to, and for those that judge.
+    """
+    keys, values, mass = (tensor[:, head].to(torch.float32) for tensor in (block.keys, block.values, mass))
+    group, last = queries.shape[1], counts[2]
+    # What holds nothing is far below all others, without being infinitely so.
+    scores = torch.matmul(queries.flatten(1, 2), keys.mT).add_(mass.log().clamp_min_(_NOTHING).unsqueeze(1))
+    most = scores.amax(-1, keepdim=True)
+    # Of the library's functions this one takes the exponential fastest.
+    terms = torch.maximum(scores, most + _NEGLIGIBLE, out=scores).softmax(-1)
+    log_total = most.sub_(terms.amax(-1, keepdim=True).log_()).view(queries.shape[:3])
+    log_total = log_total.masked_fill_(~used.unsqueeze(1), torch.inf)
+    terms = terms.unflatten(1, (group, -1)).mul_(used[:, None, :, None])
+    # Of slots, `values` are numerators: what they give is theirs over their mass.
+    there = (mass > 0).to(torch.float32).unsqueeze(-1)
+    paid = torch.cat((values * (there / mass.clamp_min(_TINY).unsqueeze(-1)), there), dim=-1)
+    # Where rows are unlike, the items of one are beside some that are none.
+    offered = block.items(paid.unsqueeze(1)).squeeze(1) * inside[:, head].unsqueeze(-1)
+    kept = block.others(paid.unsqueeze(1)).squeeze(1)[..., :-1]
+
+    def asked(part: slice) -> tuple[Tensor, ...]:
+        by_entry = terms[:, :, part].flatten(1, 2).mT.unsqueeze(1)
+        items = torch.matmul(block.items(by_entry).squeeze(1).mT, offered)
+        others = torch.matmul(block.others(by_entry).squeeze(1).mT, kept)
+        return queries[:, :, part].flatten(1, 2), log_total[:, :, part].flatten(1), items, others
+
+    found = asked(slice(0, counts[0])), asked(slice(-last, None))
+    learning = terms[:, :, :-last].flatten(1, 2)
+    count = (used[:, :-last].sum(-1, keepdim=True) * group).clamp_min_(1)
+    mean = learning.sum(1)
+    return learning.square_().sum(1).div_(count).sqrt_(), mean, *found
 
 
 def _mass(block: KVBlock) -> Tensor:
@@ -323,19 +366,18 @@ def _mass(block: KVBlock) -> Tensor:
     return there.to(torch.float32) if block.weights is None else block.weights.clamp_min(0.0) * there
 
 
-def _fit(coreset: Coreset, survey: Survey, ridge: float) -> Coreset:
-    """Numerators and weights nearer to what the reference queries got from all items.
+def _fit(coreset: Coreset, asked: Asked, ridge: float) -> Coreset:
+    """Numerators and weights nearer to what some reference queries got from all items.
 
     Least squares, drawn to what they are: with E (q, r) of entries e^(b q.k_s) over the query's total and the residual
-    R of [output, mass], the change is E^T (E E^T + ridge * mean(diag(E E^T)))^-1 R. Every second reference query is
-    fitted to, so that the others can tell what is gained.
+    R of [output, mass], the change is E^T (E E^T + ridge * mean(diag(E E^T)))^-1 R.
     """
     held = torch.cat((coreset.values.to(torch.float32), coreset.weights.unsqueeze(-1)), dim=-1)
-    terms = _terms(coreset, survey, 0)
-    rest = survey.output[:, :, ::2] - torch.matmul(terms, held)
+    terms = _terms(coreset, asked)
+    rest = asked.items - torch.matmul(terms, held)
     gram = torch.matmul(terms, terms.mT)
     # On average over the queries there are: a row beside others can have room for more.
-    count = survey.log_total[:, :, ::2].isfinite().sum(-1, keepdim=True).clamp_min_(1)
+    count = asked.log_total.isfinite().sum(-1, keepdim=True).clamp_min_(1)
     level = gram.diagonal(dim1=-2, dim2=-1).sum(-1, keepdim=True).div_(count).mul_(ridge).clamp_min_(_TINY)
     gram.diagonal(dim1=-2, dim2=-1).add_(level)
     change = torch.cholesky_solve(rest, torch.linalg.cholesky_ex(gram).L)
@@ -345,25 +387,22 @@ def _fit(coreset: Coreset, survey: Survey, ridge: float) -> Coreset:
     return replace(coreset, values=values, weights=held[..., -1])
 
 
-def _error(coreset: Coreset, survey: Survey) -> Tensor:
-    """float32 (rows, query_heads): ||o' - o|| / ||o|| over the reference queries that were not fitted to."""
+def _error(coreset: Coreset, judges: Asked, group: int) -> Tensor:
+    """float32 (rows, query_heads): ||o' - o|| / ||o|| over the queries that judge."""
     held = torch.cat((coreset.values.to(torch.float32), coreset.weights.unsqueeze(-1)), dim=-1)
-    instead = torch.matmul(_terms(coreset, survey, 1), held) - survey.output[:, :, 1::2]
-    whole = survey.whole[:, :, 1::2]
+    instead = torch.matmul(_terms(coreset, judges), held) - judges.items
+    whole = judges.items[..., :-1] + judges.others
     mass = 1 + instead[..., -1:]
     # Attention gives 0 where the mass is not positive.
     found = torch.where(mass > _LEAST_MASS, (whole + instead[..., :-1]) / mass.clamp_min(_LEAST_MASS), 0.0)
-    # A head's queries lie behind each other, and their number is even: each has as many among every second one.
-    difference, whole = (
-        tensor.unflatten(2, (survey.group, -1)).flatten(3).norm(dim=-1) for tensor in (found - whole, whole)
-    )
+    difference, whole = (tensor.unflatten(2, (group, -1)).flatten(3).norm(dim=-1) for tensor in (found - whole, whole))
     return (difference / whole.clamp_min(_TINY)).flatten(1)
 
 
-def _terms(coreset: Coreset, survey: Survey, first: int) -> Tensor:
-    """e^(b q.k_s) over the total of every second query from `first` on, (rows, heads, q / 2, r); 0 for padding."""
-    total = survey.log_total[:, :, first::2].unsqueeze(-1)
-    scores = torch.matmul(survey.queries[:, :, first::2], coreset.keys.to(torch.float32).mT).sub_(total)
+def _terms(coreset: Coreset, asked: Asked) -> Tensor:
+    """e^(b q.k_s) over each query's total, (rows, heads, q, r); 0 for padding."""
+    total = asked.log_total.unsqueeze(-1)
+    scores = torch.matmul(asked.queries, coreset.keys.to(torch.float32).mT).sub_(total)
     there = coreset.valid.unsqueeze(2) & total.isfinite()
     # Before the exponential: a padding slot's key of zeros can overflow it.
     return scores.masked_fill_(~there, -torch.inf).clamp_min_(_NEGLIGIBLE).exp_().mul_(there)
