@@ -22,6 +22,7 @@ from benchmarks.records import Label, Record
 from benchmarks.turns import Stopwatch, take_turns
 from wildcat_kv import CompressedCache, Context
 from wildcat_kv.budget import block_size
+from wildcat_kv.cache_keyword import CACHE
 
 TOKENS = (8000,)
 # Of larger batches; the others are compared at one row alone, which is dear enough.
@@ -102,7 +103,7 @@ def _filled(make: Callable[[], Cache], source: CompressedCache, rows: int) -> Ca
 
 def _forward(model: Any) -> Callable[[Tensor, Cache], Tensor]:
     """The model as it is."""
-    return lambda ids, cache: model(ids, past_key_values=cache, logits_to_keep=1).logits
+    return lambda ids, cache: model(ids, **{CACHE: cache}, logits_to_keep=1).logits
 
 
 def _measure(

@@ -16,6 +16,7 @@ from benchmarks.options import Options, Subject
 from benchmarks.records import Label, Record
 from benchmarks.turns import Stopwatch
 from wildcat_kv import WildCatCache
+from wildcat_kv.cache_keyword import CACHE
 
 TOKENS = (8000,)
 PARTS = 8  # of a generation; thousands by default
@@ -68,6 +69,6 @@ def _continue(model: Any, cache: Cache, ids: torch.Tensor, generator: torch.Gene
         # Beyond the model's positions the text is nonsense, and takes as long.
         warnings.filterwarnings("ignore", message="the text is .* positions")
         for _ in range(tokens):
-            logits = model(ids, past_key_values=cache, logits_to_keep=1).logits[:, -1]
+            logits = model(ids, **{CACHE: cache}, logits_to_keep=1).logits[:, -1]
             ids = torch.multinomial(logits.float().softmax(-1), 1, generator=generator)
     return ids

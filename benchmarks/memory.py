@@ -22,6 +22,7 @@ from benchmarks.options import Options, Subject
 from benchmarks.records import Label, Record
 from benchmarks.turns import take_turns
 from wildcat_kv import CompressedCache
+from wildcat_kv.cache_keyword import CACHE
 
 TOKENS = (8000,)
 _WARM_UP_TOKENS = 16
@@ -71,11 +72,11 @@ def prefill_memory(options: Options, dtype: str, tokens: int, name: str) -> dict
         torch.set_num_threads(options.threads)
     subject = Subject.load(options, dtype)
     ids = subject.prompt(tokens)
-    subject.model(ids[:, :_WARM_UP_TOKENS], past_key_values=_make(subject.model.config, options, tokens, name))
+    subject.model(ids[:, :_WARM_UP_TOKENS], **{CACHE: _make(subject.model.config, options, tokens, name)})
     gc.collect()
     before = _start(subject.device)
     cache = _make(subject.model.config, options, tokens, name)
-    subject.model(ids, past_key_values=cache, logits_to_keep=1)
+    subject.model(ids, **{CACHE: cache}, logits_to_keep=1)
     return {"held_bytes": held_bytes(cache), "peak_bytes": _peak(subject.device) - before}
 
 

@@ -33,6 +33,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from wildcat_kv import Coreset, compress_kv, weighted_attention
+from wildcat_kv.cache_keyword import CACHE
 from wildcat_kv.haystack import build_context
 from wildcat_kv.models import load_model
 
@@ -202,7 +203,7 @@ def read_text(model: Any, ids: Tensor, layers: Sequence[int]) -> dict[int, Layer
     before, model.config._attn_implementation = model.config._attn_implementation, "record_queries"
     cache = DynamicCache(config=model.config)
     try:
-        model(ids, past_key_values=cache, logits_to_keep=1)
+        model(ids, **{CACHE: cache}, logits_to_keep=1)
     finally:
         model.config._attn_implementation = before
     return {

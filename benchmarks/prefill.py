@@ -22,6 +22,7 @@ from benchmarks.turns import Stopwatch, take_turns
 from wildcat_kv import CompressedCache, Context, WildCatCache, WildCatConfig
 from wildcat_kv.budget import exact_ends, kept_tokens
 from wildcat_kv.cache import WildCatLayer
+from wildcat_kv.cache_keyword import CACHE
 from wildcat_kv.compressors import available
 
 TOKENS = (4096, 8000)
@@ -96,7 +97,7 @@ def _prefill(model: Any, ids: Tensor, cache: Any) -> dict[str, float]:
     """Read `ids` (1, n) into an empty cache."""
     whole, folds = Stopwatch(model.device), FoldClock(model.device)
     with whole:
-        folds.watching(lambda: model(ids, past_key_values=cache, logits_to_keep=1))
+        folds.watching(lambda: model(ids, **{CACHE: cache}, logits_to_keep=1))
     return {"seconds": whole.seconds, "fold_seconds": folds.seconds}
 
 

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from tests.driver import METHODS, assert_same, read, small_cache, state, tokens
 from tests.tiny import random_ids, tiny_model
 from wildcat_kv import WildCatCache
+from wildcat_kv.cache_keyword import CACHE
 
 BUDGETS = [{"ratio": 0.25}, {"ratio": 0.6}, {"max_tokens": 30}, {"max_tokens": 64}]
 
@@ -75,15 +76,15 @@ def test_rows_padded_on_the_right_answer_as_they_do_alone(budget):
     length = torch.tensor([[160], [97]])
     mask = (torch.arange(160) < length).long()
     cache = WildCatCache(model.config, **budget)
-    first = model(ids, attention_mask=mask, past_key_values=cache).logits
+    first = model(ids, attention_mask=mask, **{CACHE: cache}).logits
     mask = torch.cat((mask, torch.ones(2, 30, dtype=torch.int64)), 1)
-    second = model(later, attention_mask=mask, past_key_values=cache, position_ids=length + torch.arange(30)).logits
+    second = model(later, attention_mask=mask, **{CACHE: cache}, position_ids=length + torch.arange(30)).logits
     for row, own in enumerate(length.flatten().tolist()):
         alone = WildCatCache(model.config, **budget)
         pair = slice(row, row + 1)
-        expected = model(ids[pair, :own], past_key_values=alone).logits
+        expected = model(ids[pair, :own], **{CACHE: alone}).logits
         torch.testing.assert_close(first[pair, :own], expected, rtol=1e-3, atol=1e-3)
-        expected = model(later[pair], past_key_values=alone).logits
+        expected = model(later[pair], **{CACHE: alone}).logits
         torch.testing.assert_close(second[pair], expected, rtol=2e-3, atol=2e-3)
 
 
@@ -136,12 +137,12 @@ def test_rows_of_a_hybrid_are_repeated_and_selected_together():
     """Linear-attention layers of Transformers' have no such methods; the cache has."""
     model = tiny_model("qwen3_next")
     cache = WildCatCache(model.config, ratio=0.25)
-    model(random_ids(2, 100), past_key_values=cache)
+    model(random_ids(2, 100), **{CACHE: cache})
     question = random_ids(1, 5, seed=3)
-    expected = model(question.expand(2, -1), past_key_values=cache.clone()).logits
+    expected = model(question.expand(2, -1), **{CACHE: cache.clone()}).logits
     cache.batch_repeat_interleave(3)
     torch.testing.assert_close(
-        model(question.expand(6, -1), past_key_values=cache.clone()).logits, expected.repeat_interleave(3, 0)
+        model(question.expand(6, -1), **{CACHE: cache.clone()}).logits, expected.repeat_interleave(3, 0)
     )
     cache.batch_select_indices(torch.tensor([-1, 0]))
-    torch.testing.assert_close(model(question.expand(2, -1), past_key_values=cache).logits, expected.flip(0))
+    torch.testing.assert_close(model(question.expand(2, -1), **{CACHE: cache}).logits, expected.flip(0))

@@ -17,6 +17,7 @@ from benchmarks.records import Record, Run, read_runs, select
 from benchmarks.report import write_report
 from tests.eval_fixtures import tiny_folder, tokenizer  # noqa: F401
 from wildcat_kv import Context
+from wildcat_kv.cache_keyword import CACHE
 
 PNG = b"\x89PNG"
 
@@ -263,10 +264,10 @@ def test_their_caches_are_filled_as_by_reading():
     context, more = Context(model, ids), torch.tensor([[7]])
     for name, make in theirs(model.config, 320).items():
         read = make()
-        model(ids, past_key_values=read)
+        model(ids, **{CACHE: read})
         filled = fill(make(), context.exact, rows=2)
-        expected = model(more, past_key_values=read).logits
-        found = model(more.expand(2, 1), past_key_values=filled).logits
+        expected = model(more, **{CACHE: read}).logits
+        found = model(more.expand(2, 1), **{CACHE: filled}).logits
         torch.testing.assert_close(found, expected.expand_as(found), rtol=1e-4, atol=1e-4, msg=name)
         assert held_bytes(filled) >= 2 * 2 * 2 * 300 * 64 / 2
 

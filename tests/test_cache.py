@@ -22,6 +22,7 @@ from tests.tiny import FAMILIES, SMALL, random_ids, tiny_model
 from wildcat_kv import CompressedCache, WildCatCache, WildCatConfig
 from wildcat_kv.attention import wildcat_attention
 from wildcat_kv.budget import block_size, kept_tokens
+from wildcat_kv.cache_keyword import CACHE
 from wildcat_kv.compressors import Uniform
 
 
@@ -34,7 +35,7 @@ def decode(model, cache, ids, steps, mask=None):
     """Logits (rows, steps, vocabulary) of a prompt's last token and of greedy tokens after it."""
     collected = []
     for _ in range(steps):
-        out = model(ids, past_key_values=cache, attention_mask=mask)
+        out = model(ids, **{CACHE: cache}, attention_mask=mask)
         collected.append(out.logits[:, -1])
         ids = out.logits[:, -1:].argmax(-1)
         if mask is not None:
@@ -62,9 +63,9 @@ def test_the_switch_changes_nothing_for_other_caches(family):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_prompt_itself_is_read_exactly(family, attention):
     model, ids = tiny_model(family, attention), random_ids(1, 200)
-    expected = model(ids, past_key_values=DynamicCache(config=model.config)).logits
+    expected = model(ids, **{CACHE: DynamicCache(config=model.config)}).logits
     cache = WildCatCache(model.config, ratio=0.25)
-    assert torch.equal(model(ids, past_key_values=cache).logits, expected)
+    assert torch.equal(model(ids, **{CACHE: cache}).logits, expected)
     assert all(cache.stored_length(index) == 50 for index in full_layers(cache))
 
 
@@ -73,7 +74,7 @@ def test_sinks_window_and_pivots_are_the_models_own_keys(llama):
     exact = DynamicCache(config=llama.config)
     cache = WildCatCache(llama.config, ratio=0.25)
     for kind in (exact, cache):
-        llama(ids, past_key_values=kind)
+        llama(ids, **{CACHE: kind})
     for ours, theirs in zip(cache.layers, exact.layers, strict=True):
         assert torch.equal(ours.keys[:, :, :32], theirs.keys[:, :, :32])
         assert torch.equal(ours.values[:, :, :32], theirs.values[:, :, :32])
@@ -90,8 +91,8 @@ def test_a_compressed_cache_stays_near_the_exact_one(family):
     later = random_ids(1, 40, seed=8)
 
     def logits(cache):
-        model(ids, past_key_values=cache)
-        return model(later, past_key_values=cache).logits
+        model(ids, **{CACHE: cache})
+        return model(later, **{CACHE: cache}).logits
 
     expected = logits(DynamicCache(config=model.config))
     ours = logits(WildCatCache(model.config, ratio=0.5))
@@ -122,11 +123,11 @@ def test_slots_compressed_again_and_again_keep_all_mass():
 def test_ratio_is_exact_after_the_prompt_and_within_a_block_later(prompt, ratio, steps):
     model = tiny_model("llama", num_hidden_layers=1)
     cache = WildCatCache(model.config, ratio=ratio)
-    model(random_ids(1, prompt), past_key_values=cache)
+    model(random_ids(1, prompt), **{CACHE: cache})
     assert cache.stored_length(0) == kept_tokens(prompt, ratio)
     token, seen_exact = random_ids(1, 1), 0
     for step in range(steps):
-        model(token, past_key_values=cache)
+        model(token, **{CACHE: cache})
         over = cache.stored_length(0) - kept_tokens(prompt + step + 1, ratio)
         assert 0 <= over < block_size(cache.settings)
         seen_exact += over == 0
@@ -139,7 +140,7 @@ def test_max_tokens_is_never_exceeded(llama, prompt):
     cache = WildCatCache(llama.config, max_tokens=100)
     ids, held = random_ids(1, prompt), set()
     for _ in range(250):
-        ids = llama(ids, past_key_values=cache).logits[:, -1:].argmax(-1)
+        ids = llama(ids, **{CACHE: cache}).logits[:, -1:].argmax(-1)
         assert all(cache.stored_length(index) <= 100 for index in range(3))
         held.add(cache.memory_bytes())
     columns = max(100 + 1, prompt) + block_size(cache.settings)  # the prompt's own are free room afterwards, at most
@@ -151,7 +152,7 @@ def test_memory_is_counted_and_falls(llama):
     ids = random_ids(1, 1000)
     exact, cache = WildCatCache(llama.config, ratio=1.0), WildCatCache(llama.config, ratio=0.25)
     for kind in (exact, cache):
-        llama(ids, past_key_values=kind)
+        llama(ids, **{CACHE: kind})
     tokens = 3 * 2 * 2 * 16 * 4  # bytes of one token's keys and values in all layers
     assert exact.memory_bytes() >= 1000 * tokens
     held = sum(tensor.untyped_storage().nbytes() for layer in cache.layers for tensor in layer.tensors())
@@ -174,7 +175,7 @@ def test_memory_comes_back_without_the_garbage_collector(llama):
 @pytest.mark.parametrize("ratio", [1e-9, 0.01, 1.0])
 def test_free_room_is_small_whatever_the_ratio(llama, ratio):
     cache = WildCatCache(llama.config, ratio=ratio)
-    llama(random_ids(1, 300), past_key_values=cache)
+    llama(random_ids(1, 300), **{CACHE: cache})
     columns = cache.layers[0].state.storage.memory.keys.shape[2]
     assert columns <= kept_tokens(300, ratio) + 64
 
@@ -182,13 +183,13 @@ def test_free_room_is_small_whatever_the_ratio(llama, ratio):
 def test_padding_does_not_add_up_past_max_tokens(llama):
     cache, mask = WildCatCache(llama.config, max_tokens=100), torch.zeros(2, 400, dtype=torch.int64)
     mask[:, -60:] = 1
-    llama(random_ids(2, 400), past_key_values=cache, attention_mask=mask)
+    llama(random_ids(2, 400), **{CACHE: cache}, attention_mask=mask)
     for _ in range(5):
         assert cache.stored_length() <= 100
         new = torch.zeros(2, 30, dtype=torch.int64)
         new[:, -1] = 1
         mask = torch.cat((mask, new), dim=1)
-        logits = llama(random_ids(2, 30), past_key_values=cache, attention_mask=mask).logits
+        logits = llama(random_ids(2, 30), **{CACHE: cache}, attention_mask=mask).logits
         assert torch.isfinite(logits[:, -1]).all()
 
 
@@ -207,7 +208,7 @@ def test_a_padded_row_answers_as_it_does_alone(llama, budget):
         cache, collected = WildCatCache(model.config, **budget), []
         for step in range(steps):
             positions = (mask.cumsum(-1) - 1).clamp_min(0)[:, -ids.shape[1] :]
-            out = model(ids, past_key_values=cache, attention_mask=mask, position_ids=positions)
+            out = model(ids, **{CACHE: cache}, attention_mask=mask, position_ids=positions)
             collected.append(out.logits[:, -1])
             ids = forced[rows, step : step + 1]
             mask = torch.cat((mask, mask.new_ones(len(mask), 1)), dim=-1)
@@ -249,19 +250,19 @@ def test_a_row_of_padding_alone_harms_no_other(llama):
     ids, mask = random_ids(2, 100), torch.ones(2, 105, dtype=torch.int64)
     mask[0, :100] = 0
     cache, alone = WildCatCache(llama.config, ratio=0.25), WildCatCache(llama.config, ratio=0.25)
-    llama(ids, past_key_values=cache, attention_mask=mask[:, :100])
-    llama(ids[1:], past_key_values=alone)
-    logits = llama(ids[:, :5], past_key_values=cache, attention_mask=mask).logits
-    torch.testing.assert_close(logits[1:], llama(ids[1:, :5], past_key_values=alone).logits, rtol=1e-3, atol=1e-3)
+    llama(ids, **{CACHE: cache}, attention_mask=mask[:, :100])
+    llama(ids[1:], **{CACHE: alone})
+    logits = llama(ids[:, :5], **{CACHE: cache}, attention_mask=mask).logits
+    torch.testing.assert_close(logits[1:], llama(ids[1:, :5], **{CACHE: alone}).logits, rtol=1e-3, atol=1e-3)
 
 
 def test_a_mask_that_contradicts_what_is_folded_is_refused(llama):
     mask = torch.ones(1, 65, dtype=torch.int64)
     mask[:, :20] = 0
     cache = WildCatCache(llama.config, ratio=0.25)
-    llama(random_ids(1, 60), past_key_values=cache)
+    llama(random_ids(1, 60), **{CACHE: cache})
     with pytest.raises(ValueError, match=r"shows \[40\] of the first 60 tokens.*\[60\] were"):
-        llama(random_ids(1, 5), past_key_values=cache, attention_mask=mask)
+        llama(random_ids(1, 5), **{CACHE: cache}, attention_mask=mask)
     assert cache.get_seq_length() == 60
 
 
@@ -272,9 +273,9 @@ def test_padding_without_its_mask_is_refused_while_attention_is_exact(llama):
         cache = WildCatCache(llama.config, max_tokens=200)
         for at in range(0, 60, chunk):
             part = random_ids(1, 60)[:, at : at + chunk]
-            llama(part, past_key_values=cache, attention_mask=mask[:, : at + chunk])
+            llama(part, **{CACHE: cache}, attention_mask=mask[:, : at + chunk])
         with pytest.raises(ValueError, match="earlier tokens were padding"):
-            llama(random_ids(1, 5), past_key_values=cache)
+            llama(random_ids(1, 5), **{CACHE: cache})
         assert cache.get_seq_length() == 60
 
 
@@ -285,10 +286,10 @@ def test_exact_tokens_may_be_masked_later(llama, budget):
     second[0, 40:60] = 0
     logits = []
     for cache in (DynamicCache(config=llama.config), WildCatCache(llama.config, **budget)):
-        llama(random_ids(2, 60), attention_mask=first, past_key_values=cache)
-        llama(random_ids(2, 15, seed=2), attention_mask=second, past_key_values=cache)
+        llama(random_ids(2, 60), attention_mask=first, **{CACHE: cache})
+        llama(random_ids(2, 15, seed=2), attention_mask=second, **{CACHE: cache})
         mask = torch.cat((second, second[:, :1]), dim=1)
-        logits.append(llama(random_ids(2, 1, seed=4), attention_mask=mask, past_key_values=cache).logits)
+        logits.append(llama(random_ids(2, 1, seed=4), attention_mask=mask, **{CACHE: cache}).logits)
     assert torch.equal(*logits)
     assert [row.seen for row in cache.layers[0].state.count_rows(76)] == [56, 76]
 
@@ -298,26 +299,26 @@ def test_rows_without_padding_need_no_mask(llama):
     mask = torch.ones(2, 60, dtype=torch.int64)
     mask[0, :20] = 0
     cache = WildCatCache(llama.config, max_tokens=200)
-    llama(random_ids(2, 60), past_key_values=cache, attention_mask=mask)
+    llama(random_ids(2, 60), **{CACHE: cache}, attention_mask=mask)
     cache.batch_select_indices([1])
-    assert llama.generate(random_ids(1, 65), past_key_values=cache, max_new_tokens=3, do_sample=False).shape == (1, 68)
+    assert llama.generate(random_ids(1, 65), **{CACHE: cache}, max_new_tokens=3, do_sample=False).shape == (1, 68)
     cache = WildCatCache(llama.config, max_tokens=200)
-    llama(random_ids(1, 40), past_key_values=cache)
+    llama(random_ids(1, 40), **{CACHE: cache})
     late = torch.ones(1, 50, dtype=torch.int64)
     late[:, 45:] = 0
-    llama(random_ids(1, 10), past_key_values=cache, attention_mask=late)
+    llama(random_ids(1, 10), **{CACHE: cache}, attention_mask=late)
     cache.crop(-10)
-    llama(random_ids(1, 3), past_key_values=cache)
+    llama(random_ids(1, 3), **{CACHE: cache})
     assert cache.get_seq_length() == 43
     cache.reset()
-    llama(random_ids(2, 60), past_key_values=cache, attention_mask=mask)
+    llama(random_ids(2, 60), **{CACHE: cache}, attention_mask=mask)
     cache.crop(-60)
     for _ in range(2):
-        llama(random_ids(1, 3), past_key_values=cache)
+        llama(random_ids(1, 3), **{CACHE: cache})
     cache.reset()
-    llama(random_ids(2, 60), past_key_values=cache, attention_mask=mask)
+    llama(random_ids(2, 60), **{CACHE: cache}, attention_mask=mask)
     cache.reorder_cache(torch.tensor([1]))
-    llama(random_ids(1, 3), past_key_values=cache)
+    llama(random_ids(1, 3), **{CACHE: cache})
     assert cache.get_seq_length() == 63
 
 
@@ -327,10 +328,10 @@ def test_a_refused_batch_size_changes_nothing(family):
     model = tiny_model(family)
     cache, other = (WildCatCache(model.config, ratio=0.25) for _ in range(2))
     for kind in (cache, other):
-        model(random_ids(1, 100), past_key_values=kind)
+        model(random_ids(1, 100), **{CACHE: kind})
     with pytest.raises(ValueError, match=r"the batch has 2 rows and the cache holds 1.*batch_repeat_interleave\(n\)"):
-        model(random_ids(2, 5), past_key_values=cache)
-    logits = [model(random_ids(1, 5), past_key_values=kind).logits for kind in (cache, other)]
+        model(random_ids(2, 5), **{CACHE: cache})
+    logits = [model(random_ids(1, 5), **{CACHE: kind}).logits for kind in (cache, other)]
     assert torch.equal(*logits)
 
 
@@ -345,16 +346,16 @@ def test_a_forward_pass_that_failed_before_it_read_anything_is_forgotten(family)
     for count in (100, 5):
         hook = model.model.layers[0].register_forward_pre_hook(fail)
         with pytest.raises(KeyboardInterrupt):
-            model(random_ids(1, count), past_key_values=cache)
+            model(random_ids(1, count), **{CACHE: cache})
         hook.remove()
-        assert torch.isfinite(model(random_ids(1, count), past_key_values=cache).logits).all()
+        assert torch.isfinite(model(random_ids(1, count), **{CACHE: cache}).logits).all()
     assert cache.layers[2].get_seq_length() == 105
 
 
 def test_a_mask_with_other_rows_than_the_batch_is_refused(llama):
     cache = WildCatCache(llama.config, ratio=0.25)
     with pytest.raises(ValueError, match="attention_mask has 1 rows and the batch 2"):
-        llama(random_ids(2, 40), attention_mask=torch.ones(1, 40), past_key_values=cache)
+        llama(random_ids(2, 40), attention_mask=torch.ones(1, 40), **{CACHE: cache})
     assert cache.get_seq_length() == 0
 
 
@@ -362,8 +363,8 @@ def test_what_is_held_is_tied_to_no_graph(llama):
     for budget in ({"max_tokens": 500}, {"ratio": 0.25}):
         cache = WildCatCache(llama.config, **budget)
         with torch.enable_grad():
-            llama(random_ids(1, 60), past_key_values=cache)
-            llama(random_ids(1, 3), past_key_values=cache)
+            llama(random_ids(1, 60), **{CACHE: cache})
+            llama(random_ids(1, 3), **{CACHE: cache})
             fork = cache.clone()
         assert not any(tensor.requires_grad for kind in (cache, fork) for tensor in kind.layers[0].tensors())
 
@@ -374,24 +375,24 @@ def test_a_forward_pass_that_failed_is_noticed(family, broken, tmp_path):
     """Wherever it failed: in a layer of Transformers', or in one of ours."""
     model = tiny_model(family)
     cache = WildCatCache(model.config, ratio=0.25)
-    model(random_ids(1, 100), past_key_values=cache)
+    model(random_ids(1, 100), **{CACHE: cache})
 
     def fail(*args):
         raise KeyboardInterrupt
 
     hook = model.model.layers[broken].mlp.register_forward_pre_hook(fail)
     with pytest.raises(KeyboardInterrupt):
-        model(random_ids(1, 5), past_key_values=cache)
+        model(random_ids(1, 5), **{CACHE: cache})
     hook.remove()
     for retry in (
-        lambda: model(random_ids(1, 5), past_key_values=cache),
+        lambda: model(random_ids(1, 5), **{CACHE: cache}),
         lambda: cache.crop(-5),
         lambda: cache.save(tmp_path / "context.safetensors"),
     ):
         with pytest.raises(RuntimeError, match=r"failed half-way.*reset\(\)"):
             retry()
     cache.reset()
-    assert torch.isfinite(model(random_ids(1, 60), past_key_values=cache).logits).all()
+    assert torch.isfinite(model(random_ids(1, 60), **{CACHE: cache}).logits).all()
 
 
 # generate()
@@ -400,9 +401,7 @@ def test_a_forward_pass_that_failed_is_noticed(family, broken, tmp_path):
 def test_generate_is_the_step_by_step_loop(llama):
     ids = random_ids(1, 150)
     logits = decode(llama, WildCatCache(llama.config, ratio=0.25), ids, 60)
-    out = llama.generate(
-        ids, past_key_values=WildCatCache(llama.config, ratio=0.25), max_new_tokens=60, do_sample=False
-    )
+    out = llama.generate(ids, **{CACHE: WildCatCache(llama.config, ratio=0.25)}, max_new_tokens=60, do_sample=False)
     assert torch.equal(out[:, 150:], logits.argmax(-1))
 
 
@@ -414,20 +413,16 @@ def test_generation_modes_agree_with_the_exact_cache_within_budget(llama, option
     outputs = []
     for cache in (DynamicCache(config=llama.config), WildCatCache(llama.config, ratio=1.0)):
         torch.manual_seed(5)
-        outputs.append(llama.generate(ids, past_key_values=cache, max_new_tokens=30, **options))
+        outputs.append(llama.generate(ids, **{CACHE: cache}, max_new_tokens=30, **options))
     assert torch.equal(*outputs)
-    compressed = llama.generate(
-        ids, past_key_values=WildCatCache(llama.config, max_tokens=80), max_new_tokens=60, **options
-    )
+    compressed = llama.generate(ids, **{CACHE: WildCatCache(llama.config, max_tokens=80)}, max_new_tokens=60, **options)
     assert compressed.shape[1] == 100
 
 
 @pytest.mark.parametrize("chunk", [7, 64])
 def test_a_prompt_in_chunks_stays_within_its_budget(llama, chunk):
     cache = WildCatCache(llama.config, ratio=0.25)
-    llama.generate(
-        random_ids(1, 300), past_key_values=cache, max_new_tokens=2, prefill_chunk_size=chunk, do_sample=False
-    )
+    llama.generate(random_ids(1, 300), **{CACHE: cache}, max_new_tokens=2, prefill_chunk_size=chunk, do_sample=False)
     assert cache.get_seq_length() == 301
     assert 0 <= cache.stored_length() - 75 < 48
 
@@ -436,21 +431,21 @@ def test_a_context_first_and_questions_later(llama):
     """Positions continue, the context is not read again, and copies do not disturb each other."""
     ids, question = random_ids(1, 200), random_ids(1, 12, seed=3)
     cache = WildCatCache(llama.config, ratio=0.25)
-    llama(ids, past_key_values=cache)
+    llama(ids, **{CACHE: cache})
     assert cache.get_seq_length() == 200 and cache.stored_length() == 50
     fork = copy.deepcopy(cache)
     first = decode(llama, cache, question, 70)
     assert cache.get_seq_length() == 281 and fork.get_seq_length() == 200
     torch.testing.assert_close(decode(llama, fork, question, 70), first)
     full = llama.generate(
-        torch.cat((ids, question), 1), past_key_values=_prefilled(llama, ids), max_new_tokens=70, do_sample=False
+        torch.cat((ids, question), 1), **{CACHE: _prefilled(llama, ids)}, max_new_tokens=70, do_sample=False
     )
     assert torch.equal(full[:, 212:], first.argmax(-1))
 
 
 def _prefilled(model, ids):
     cache = WildCatCache(model.config, ratio=0.25)
-    model(ids, past_key_values=cache)
+    model(ids, **{CACHE: cache})
     return cache
 
 
@@ -461,8 +456,8 @@ def test_gradients_and_inference_mode_do_not_get_in_the_way(llama):
         torch.testing.assert_close(decode(llama, WildCatCache(llama.config, ratio=0.25), ids, 60), expected)
     cache = WildCatCache(llama.config, ratio=0.25)
     with torch.inference_mode():
-        llama(ids, past_key_values=cache)
-    assert torch.isfinite(llama(later, past_key_values=cache).logits).all()
+        llama(ids, **{CACHE: cache})
+    assert torch.isfinite(llama(later, **{CACHE: cache}).logits).all()
     assert cache.get_seq_length() == 260
 
 
@@ -475,13 +470,13 @@ def test_gradients_and_inference_mode_do_not_get_in_the_way(llama):
 def test_one_token_needs_no_host_synchronisation(llama, method, budget, masked):
     """Fake tensors have no data: reading one on the host raises."""
     cache = CompressedCache(llama.config, compressor=method, **budget)
-    llama(random_ids(2, 200), past_key_values=cache, attention_mask=torch.ones(2, 200, dtype=torch.int64))
+    llama(random_ids(2, 200), **{CACHE: cache}, attention_mask=torch.ones(2, 200, dtype=torch.int64))
     storage = cache.layers[0].state.storage
     before = storage.memory.keys.shape, storage.length
     with FakeTensorMode(allow_non_fake_inputs=True):
         for step in range(1, 5):
             mask = torch.ones(2, 200 + step, dtype=torch.int64) if masked else None
-            llama(torch.zeros(2, 1, dtype=torch.int64), past_key_values=cache, attention_mask=mask)
+            llama(torch.zeros(2, 1, dtype=torch.int64), **{CACHE: cache}, attention_mask=mask)
         with pytest.raises(DataDependentOutputException):
             bool(torch.ones(3).any())
     # Nothing was copied as a whole: the same memory took the tokens.
@@ -494,7 +489,7 @@ def test_one_token_copies_no_layer(dtype):
     """No operation of a decoding step makes a tensor as large as the keys of a layer."""
     model = tiny_model("llama", intermediate_size=64).to(dtype)
     cache = WildCatCache(model.config, ratio=1.0)
-    model(random_ids(1, 2000), past_key_values=cache)
+    model(random_ids(1, 2000), **{CACHE: cache})
     cache._shared.compressed = True
     largest = cache.layers[0].keys.numel()
 
@@ -508,7 +503,7 @@ def test_one_token_copies_no_layer(dtype):
             return result
 
     with Watch():
-        model(random_ids(1, 1), past_key_values=cache)
+        model(random_ids(1, 1), **{CACHE: cache})
 
 
 # What is refused
@@ -518,24 +513,24 @@ def test_a_copied_config_never_answers_wrongly(llama):
     cache = WildCatCache(copy.deepcopy(tiny_model("llama").config), ratio=0.25)
     model = tiny_model("llama")
     with pytest.raises(RuntimeError, match=r"WildCatCache\(model.config"):
-        model(random_ids(1, 50), past_key_values=cache)
+        model(random_ids(1, 50), **{CACHE: cache})
     assert cache.get_seq_length() == 0
 
 
 def test_another_attention_function_is_refused():
     model = tiny_model("llama")
     cache = WildCatCache(model.config, ratio=0.25)
-    model(random_ids(1, 50), past_key_values=cache)
+    model(random_ids(1, 50), **{CACHE: cache})
     model.set_attn_implementation("sdpa")
     with pytest.raises(RuntimeError, match="'wildcat' attention"):
-        model(random_ids(1, 1), past_key_values=cache)
+        model(random_ids(1, 1), **{CACHE: cache})
     assert cache.get_seq_length() == 50
 
 
 def test_a_4d_mask_is_refused(llama):
     cache = WildCatCache(llama.config, ratio=0.25)
     with pytest.raises(RuntimeError, match="2D attention mask"):
-        llama(random_ids(1, 5), past_key_values=cache, attention_mask=torch.ones(1, 1, 5, 5, dtype=torch.bool))
+        llama(random_ids(1, 5), **{CACHE: cache}, attention_mask=torch.ones(1, 1, 5, 5, dtype=torch.bool))
     assert cache.get_seq_length() == 0
 
 
@@ -543,15 +538,15 @@ def test_a_4d_mask_is_refused(llama):
 def test_a_mask_of_the_wrong_width_is_refused(llama, width):
     cache = WildCatCache(llama.config, ratio=0.25)
     with pytest.raises(ValueError, match=f"attention_mask has width {width}.*must have width 5"):
-        llama(random_ids(1, 5), past_key_values=cache, attention_mask=torch.ones(1, width))
+        llama(random_ids(1, 5), **{CACHE: cache}, attention_mask=torch.ones(1, width))
     assert cache.get_seq_length() == 0
 
 
 def test_another_batch_size_is_refused(llama):
     cache = WildCatCache(llama.config, ratio=0.25)
-    llama(random_ids(1, 60), past_key_values=cache)
+    llama(random_ids(1, 60), **{CACHE: cache})
     with pytest.raises(ValueError, match=r"batch_repeat_interleave\(n\)"):
-        llama(random_ids(2, 1), past_key_values=cache)
+        llama(random_ids(2, 1), **{CACHE: cache})
     assert cache.get_seq_length() == 60
 
 
@@ -560,23 +555,23 @@ def test_nan_in_keys_names_the_layer():
     model.model.layers[1].self_attn.k_proj.weight[0, 0] = float("nan")
     cache = WildCatCache(model.config, ratio=0.25)
     with pytest.raises(ValueError, match="layer 1: NaN or infinity in the keys"):
-        model(random_ids(1, 60), past_key_values=cache)
+        model(random_ids(1, 60), **{CACHE: cache})
     assert cache.layers[1].get_seq_length() == 0
     model.model.layers[1].self_attn.k_proj.weight[0, 0] = 0.0
     with pytest.raises(RuntimeError, match=r"reset\(\)"):  # layers are out of step
-        model(random_ids(1, 60), past_key_values=cache)
+        model(random_ids(1, 60), **{CACHE: cache})
     cache.reset()
-    assert torch.isfinite(model(random_ids(1, 60), past_key_values=cache).logits).all()
+    assert torch.isfinite(model(random_ids(1, 60), **{CACHE: cache}).logits).all()
 
 
 def test_nan_in_a_decoded_key_is_found_at_the_fold():
     model = tiny_model("llama")
     cache = WildCatCache(model.config, ratio=0.5)
-    model(random_ids(1, 60), past_key_values=cache)
+    model(random_ids(1, 60), **{CACHE: cache})
     model.model.layers[2].self_attn.k_proj.weight[0, 0] = float("nan")
-    assert model(random_ids(1, 1), past_key_values=cache).logits.isnan().any()  # not hidden until then
+    assert model(random_ids(1, 1), **{CACHE: cache}).logits.isnan().any()  # not hidden until then
     with pytest.raises(ValueError, match="layer 2: NaN"):
-        model(random_ids(1, 40), past_key_values=cache)  # the fold of many tokens looks at the one as well
+        model(random_ids(1, 40), **{CACHE: cache})  # the fold of many tokens looks at the one as well
     assert cache.layers[2].keys.shape[-2] > 30
 
 
@@ -640,16 +635,16 @@ def test_a_prompt_past_the_positions_warns_once():
     model = tiny_model("llama", max_position_embeddings=64)
     cache = WildCatCache(model.config, ratio=0.25)
     with pytest.warns(UserWarning, match="70 tokens long and the model has 64 positions"):
-        model(random_ids(1, 70), past_key_values=cache)
+        model(random_ids(1, 70), **{CACHE: cache})
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        model(random_ids(1, 1), past_key_values=cache)
+        model(random_ids(1, 1), **{CACHE: cache})
 
 
 def test_attention_that_changes_the_values_is_refused(llama):
     """As DiffLlama's does, which is refused by name; others may come."""
     cache = WildCatCache(llama.config, ratio=0.25)
-    llama(random_ids(1, 60), past_key_values=cache)
+    llama(random_ids(1, 60), **{CACHE: cache})
     cache.layers[0].announce(1, 1, None)
     keys, values = cache.update(torch.zeros(1, 2, 1, 16), torch.zeros(1, 2, 1, 16), 0)
     attention = llama.model.layers[0].self_attn
@@ -691,6 +686,6 @@ def test_the_switch_survives_a_copy_and_is_not_saved(tmp_path):
 
 def test_repr_says_what_is_held(llama):
     cache = WildCatCache(llama.config, ratio=0.25)
-    llama(random_ids(1, 200), past_key_values=cache)
+    llama(random_ids(1, 200), **{CACHE: cache})
     text = repr(cache)
     assert "WildCatCache(ratio=0.25" in text and "200 tokens seen, 50 stored" in text and "MiB" in text

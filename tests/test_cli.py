@@ -10,6 +10,7 @@ import pytest
 from tests.tiny import tiny_model
 from tests.words import tokenizer, words
 from wildcat_kv import CompressedContext, WildCatCache, cli, compress_context, preset_names
+from wildcat_kv.cache_keyword import CACHE
 from wildcat_kv.cli import options
 from wildcat_kv.compressors import available
 from wildcat_kv.presets import preset_schema
@@ -304,7 +305,7 @@ def test_a_document_is_saved_loaded_and_read_at_another_ratio(monkeypatch, capsy
 def test_mistakes_in_a_chat_are_one_line_and_change_nothing(monkeypatch, capsys, folder, document, tmp_path):
     other = tmp_path / "other.safetensors"
     cache = WildCatCache((model := tiny_model("qwen3")).config, ratio=0.5)
-    model(tokenizer()(words(60), return_tensors="pt").input_ids, past_key_values=cache)
+    model(tokenizer()(words(60), return_tensors="pt").input_ids, **{CACHE: cache})
     cache.save(other)
     lines = ["/nosuch", "/ratio", "/ratio many", "/ratio 7", "/save", "/save text.txt", "/load", "/load gone.txt"]
     status, out, _ = chat(

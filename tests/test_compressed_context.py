@@ -16,6 +16,7 @@ from tests.tiny import tiny_model
 from tests.words import CHAT, tokenizer, words
 from wildcat_kv import CompressedContext, WildCatCache, compress_context, join_caches
 from wildcat_kv.accounting import stored_tokens
+from wildcat_kv.cache_keyword import CACHE
 from wildcat_kv.prompts import encode_question
 
 SETTINGS = {"ratio": 0.5, "sink": 4, "window": 4, "bin_rank": 4}
@@ -45,9 +46,9 @@ def context(llama, words_tokenizer):
 def test_an_answer_is_what_the_model_generates_over_the_compressed_text(llama, words_tokenizer, context):
     before, after = encode_question(words_tokenizer, TEXT, QUESTIONS[1])
     cache = WildCatCache(llama.config, **SETTINGS)
-    llama(before, past_key_values=cache)
+    llama(before, **{CACHE: cache})
     ids = torch.cat((before, after), dim=1)
-    out = llama.generate(ids, past_key_values=cache, do_sample=False, eos_token_id=3, **SHORT)
+    out = llama.generate(ids, **{CACHE: cache}, do_sample=False, eos_token_id=3, **SHORT)
     expected = words_tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
     assert context.ask(QUESTIONS[1], **SHORT) == expected and expected
     assert context.tokens == before.shape[1] and context.cache.get_seq_length() == before.shape[1]
@@ -208,7 +209,7 @@ def test_parts_are_read_apart_and_joined():
     caches = []
     for part in ids.tensor_split(2, dim=1):
         caches.append(WildCatCache(model.config, **SETTINGS))
-        model(torch.cat((head, part), dim=1), past_key_values=caches[-1])
+        model(torch.cat((head, part), dim=1), **{CACHE: caches[-1]})
     assert_same(state(context.cache), state(join_caches(caches)))
 
 
@@ -216,7 +217,7 @@ def test_a_text_is_read_in_chunks_where_that_is_asked_for(llama, words_tokenizer
     chunked = compress_context(llama, words_tokenizer, TEXT, chunk_tokens=40, **SETTINGS)
     cache = WildCatCache(llama.config, **SETTINGS)
     for piece in chunked._ids.split(40, dim=1):
-        llama(piece, past_key_values=cache)
+        llama(piece, **{CACHE: cache})
     assert_same(state(chunked.cache), state(cache))
 
 
@@ -421,7 +422,7 @@ def test_a_question_must_ask_something(context, question):
         ({"use_cache": False}, "use_cache=False, and the text is in a cache"),
         ({"generation_config": tf.GenerationConfig(use_cache=False)}, "use_cache=False, and the text is in a cache"),
         ({"cache_implementation": "static"}, "cache_implementation='static', and the text is in a cache of ours"),
-        ({"past_key_values": tf.DynamicCache()}, "past_key_values cannot be given here"),
+        ({CACHE: tf.DynamicCache()}, f"{CACHE} cannot be given here"),
         ({"attention_mask": torch.ones(1, 3)}, "attention_mask cannot be given here"),
         ({"until": ["w5"]}, "until cannot be given here"),
         ({"max_new_tokens": 0}, "max_new_tokens=0 must be a positive integer"),

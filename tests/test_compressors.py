@@ -21,6 +21,7 @@ from tests.tiny import FAMILIES, SMALL, random_ids, tiny_model
 from wildcat_kv import CompressedCache, WildCatCache, WildCatConfig
 from wildcat_kv.accounting import stored_tokens
 from wildcat_kv.budget import block_size, kept_tokens
+from wildcat_kv.cache_keyword import CACHE
 from wildcat_kv.compressors import H2O, AdaKV, Compressor, KVBlock, Scorer, SnapKV, available, registry, resolve
 
 NAMES = [
@@ -64,7 +65,7 @@ def make(model, method, **settings):
 def test_generation_stays_within_its_budget(family, method, budget):
     model = tiny_model(family)
     cache = make(model, method, **budget)
-    out = model.generate(random_ids(2, 160), past_key_values=cache, max_new_tokens=60, do_sample=False)
+    out = model.generate(random_ids(2, 160), **{CACHE: cache}, max_new_tokens=60, do_sample=False)
     seen = out.shape[1] - 1
     limit = budget.get("max_tokens") or kept_tokens(seen, budget["ratio"]) + block_size(cache.settings)
     assert 0.6 * kept_tokens(seen, 0.25) < stored_tokens(cache) <= limit
@@ -79,7 +80,7 @@ def test_within_budget_every_logit_is_the_exact_caches(llama, method, budget):
     cache, exact = make(llama, method, **budget), DynamicCache(config=llama.config)
     ids = random_ids(2, 120)
     for part in (ids[:, :80], ids[:, 80:81], ids[:, 81:]):
-        assert torch.equal(*(llama(part, past_key_values=kind).logits for kind in (cache, exact)))
+        assert torch.equal(*(llama(part, **{CACHE: kind}).logits for kind in (cache, exact)))
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -97,9 +98,9 @@ def test_a_prompt_is_brought_to_its_budget_exactly(method, budget):
 def test_beams_and_returned_sequences_follow_their_rows(llama, method):
     options = {"max_new_tokens": 30, "num_beams": 3, "do_sample": False, "eos_token_id": None}
     ids = random_ids(2, 100)
-    within = llama.generate(ids, past_key_values=make(llama, method, ratio=1.0), **options)
-    assert torch.equal(within, llama.generate(ids, past_key_values=DynamicCache(config=llama.config), **options))
-    beyond = llama.generate(ids, past_key_values=make(llama, method, ratio=0.25), num_return_sequences=3, **options)
+    within = llama.generate(ids, **{CACHE: make(llama, method, ratio=1.0)}, **options)
+    assert torch.equal(within, llama.generate(ids, **{CACHE: DynamicCache(config=llama.config)}, **options))
+    beyond = llama.generate(ids, **{CACHE: make(llama, method, ratio=0.25)}, num_return_sequences=3, **options)
     assert beyond.shape == (6, 130)
 
 
@@ -111,10 +112,10 @@ def test_drafts_and_prompts_in_chunks(llama, method, options):
     """Within budget as the exact cache, beyond it within its share."""
     ids = random_ids(1, 50).repeat(1, 4)
     options = {**options, "max_new_tokens": 60, "do_sample": False, "eos_token_id": None}
-    exact = llama.generate(ids, past_key_values=DynamicCache(config=llama.config), **options)
-    assert torch.equal(llama.generate(ids, past_key_values=make(llama, method, ratio=1.0), **options), exact)
+    exact = llama.generate(ids, **{CACHE: DynamicCache(config=llama.config)}, **options)
+    assert torch.equal(llama.generate(ids, **{CACHE: make(llama, method, ratio=1.0)}, **options), exact)
     cache = make(llama, method, ratio=0.25)
-    assert llama.generate(ids, past_key_values=cache, **options).shape == exact.shape
+    assert llama.generate(ids, **{CACHE: cache}, **options).shape == exact.shape
     assert 50 < stored_tokens(cache) <= kept_tokens(260, 0.25) + block_size(cache.settings)
 
 
@@ -127,12 +128,12 @@ def test_a_padded_row_answers_as_it_does_alone(llama, method, budget):
     mask[0, :41] = 0
     positions = (mask.cumsum(-1) - 1).clamp_min(0)
     together = make(llama, method, **budget)
-    llama(ids, attention_mask=mask[:, :150], position_ids=positions[:, :150], past_key_values=together)
-    answers = llama(question, attention_mask=mask, position_ids=positions[:, 150:], past_key_values=together).logits
+    llama(ids, attention_mask=mask[:, :150], position_ids=positions[:, :150], **{CACHE: together})
+    answers = llama(question, attention_mask=mask, position_ids=positions[:, 150:], **{CACHE: together}).logits
     for row, start in ((0, 41), (1, 0)):
         alone, pair = make(llama, method, **budget), slice(row, row + 1)
-        llama(ids[pair, start:], past_key_values=alone)
-        expected = llama(question[pair], past_key_values=alone).logits
+        llama(ids[pair, start:], **{CACHE: alone})
+        expected = llama(question[pair], **{CACHE: alone}).logits
         torch.testing.assert_close(answers[pair], expected, rtol=2e-3, atol=2e-3)
 
 
@@ -227,7 +228,7 @@ def test_what_is_taken_back_was_never_learnt_from(method):
 @pytest.mark.parametrize("method", ["attention_matching", "query_wildcat"])
 def test_the_queries_of_a_prompt_are_let_go_after_its_fold(llama, method):
     cache = make(llama, method, ratio=0.25)
-    llama(random_ids(1, 600), past_key_values=cache)
+    llama(random_ids(1, 600), **{CACHE: cache})
     carried = METHODS[method].carried
     for layer in cache.layers:
         held = sum(tensor.untyped_storage().nbytes() for tensor in layer.state.log.tensors())
@@ -257,9 +258,9 @@ def test_no_method_reads_the_question(llama, method):
     kept = []
     for seed in (1, 2):
         cache = CompressedCache(llama.config, compressor=witness, ratio=0.25)
-        llama(context, past_key_values=cache)
+        llama(context, **{CACHE: cache})
         kept.append(state(cache))
-        llama(random_ids(1, 20, seed=seed), past_key_values=cache.clone())
+        llama(random_ids(1, 20, seed=seed), **{CACHE: cache.clone()})
         assert_same(state(cache), kept[-1])
     assert_same(*kept)
     assert set(blocks) == {300}
@@ -299,7 +300,7 @@ def test_wildcat_by_name_is_the_wildcat_cache(llama):
     first = CompressedCache(llama.config, compressor="wildcat", ratio=0.25, weights="clipped")
     second = WildCatCache(llama.config, ratio=0.25, weights="clipped")
     for cache in (first, second):
-        llama(ids, past_key_values=cache)
+        llama(ids, **{CACHE: cache})
     assert_same(state(first), state(second))
 
 
@@ -348,7 +349,7 @@ def test_a_users_own_method_is_passed_as_an_object(llama):
     cache = CompressedCache(llama.config, compressor=LongestValues(), ratio=0.25, sink=0, window=0)
     exact = DynamicCache(config=llama.config)
     for kind in (cache, exact):
-        llama(random_ids(1, 200), past_key_values=kind)
+        llama(random_ids(1, 200), **{CACHE: kind})
     for layer, whole in zip(cache.layers, exact.layers, strict=True):
         assert torch.equal(
             layer.values.norm(dim=-1).sort(descending=True).values, whole.values.norm(dim=-1).topk(50).values
@@ -372,10 +373,11 @@ def test_a_method_of_an_installed_package_is_found_by_its_name(tmp_path):
     script = (
         "import json, tests.tiny as tiny\n"
         "from wildcat_kv import CompressedCache\n"
+        "from wildcat_kv.cache_keyword import CACHE\n"
         "from wildcat_kv.compressors import available\n"
         "model = tiny.tiny_model('llama')\n"
         "cache = CompressedCache(model.config, compressor='longest', ratio=0.25)\n"
-        "model(tiny.random_ids(1, 200), past_key_values=cache)\n"
+        "model(tiny.random_ids(1, 200), **{CACHE: cache})\n"
         "last = available()[-1]\n"
         "print(json.dumps([cache.stored_length(), last.name, last.summary, last.needs_queries, last.decodes]))\n"
     )
@@ -436,7 +438,7 @@ class Plain(Scorer):
 )
 def test_a_file_is_loaded_with_the_method_that_saved_it(llama, tmp_path, saved, same, other):
     cache = CompressedCache(llama.config, compressor=saved, ratio=0.5)
-    llama(random_ids(1, 100), past_key_values=cache)
+    llama(random_ids(1, 100), **{CACHE: cache})
     path = tmp_path / "context.safetensors"
     cache.save(path)
     assert_same(state(CompressedCache.load(path, llama.config, compressor=same)), state(cache))
@@ -453,7 +455,7 @@ def test_a_file_is_loaded_with_the_method_that_saved_it(llama, tmp_path, saved, 
 
 def test_parameters_that_cannot_be_written_are_named(llama, tmp_path):
     cache = CompressedCache(llama.config, compressor=Plain(torch.ones(1)), ratio=0.5)
-    llama(random_ids(1, 100), past_key_values=cache)
+    llama(random_ids(1, 100), **{CACHE: cache})
     with pytest.raises(ValueError, match="compressor=Plain: its parameter power is a Tensor"):
         cache.save(tmp_path / "context.safetensors")
     assert not any(tmp_path.iterdir())
@@ -521,7 +523,7 @@ def test_a_method_that_only_compresses_prompts_bounds_no_generation(llama):
     with pytest.raises(ValueError, match="max_tokens=90: Once compresses the prompt alone"):
         CompressedCache(llama.config, compressor=Once(), max_tokens=90)
     cache = CompressedCache(llama.config, compressor=Once(), ratio=0.25)
-    llama.generate(random_ids(1, 200), past_key_values=cache, max_new_tokens=101, do_sample=False, eos_token_id=None)
+    llama.generate(random_ids(1, 200), **{CACHE: cache}, max_new_tokens=101, do_sample=False, eos_token_id=None)
     assert cache.stored_length() == 150  # a quarter of the prompt, and all that came later
 
 
@@ -553,7 +555,7 @@ def test_scores_of_the_wrong_shape_are_refused(llama):
 
     cache = CompressedCache(llama.config, compressor=Wrong(), ratio=0.25)
     with pytest.raises(ValueError, match=r"compressor=Wrong: its scores have shape \(1, 2, 100, 16\)"):
-        llama(random_ids(1, 100), past_key_values=cache)
+        llama(random_ids(1, 100), **{CACHE: cache})
 
 
 def test_compressors_must_say_how_they_compress():

@@ -9,6 +9,7 @@ from tests.tiny import random_ids, tiny_model
 from wildcat_kv import CompressedCache, Context
 from wildcat_kv.accounting import stored_tokens
 from wildcat_kv.budget import kept_tokens
+from wildcat_kv.cache_keyword import CACHE
 from wildcat_kv.compressors import KVzip
 from wildcat_kv.state import LayerState
 
@@ -32,14 +33,14 @@ def llama():
 def test_a_context_is_compressed_as_if_the_cache_had_read_it(llama, method, budget):
     ids = random_ids(2, 200)
     direct = CompressedCache(llama.config, compressor=METHODS[method], **budget)
-    llama(ids, past_key_values=direct)
+    llama(ids, **{CACHE: direct})
     context = Context(llama, ids)
     before = state(context.exact)
     cache = context.compress(compressor=METHODS[method], **budget)
     assert_same(state(cache), state(direct))
     assert_same(state(context.exact), before)
     question = random_ids(2, 9, seed=2)
-    assert torch.equal(*(llama(question, past_key_values=kind).logits for kind in (cache, direct)))
+    assert torch.equal(*(llama(question, **{CACHE: kind}).logits for kind in (cache, direct)))
 
 
 @pytest.mark.parametrize("family", ["gemma3", "gpt_oss", "qwen3_next", "granite4"])
@@ -48,10 +49,10 @@ def test_layers_that_are_not_compressed_come_along(family):
     context = Context(model, ids)
     first, second = (context.compress(compressor="snapkv", ratio=0.25) for _ in range(2))
     direct = CompressedCache(model.config, compressor="snapkv", ratio=0.25)
-    model(ids, past_key_values=direct)
-    expected = model(question, past_key_values=direct).logits
+    model(ids, **{CACHE: direct})
+    expected = model(question, **{CACHE: direct}).logits
     for cache in (first, second):  # one is not disturbed by what the other reads
-        assert torch.equal(model(question, past_key_values=cache).logits, expected)
+        assert torch.equal(model(question, **{CACHE: cache}).logits, expected)
 
 
 def test_padding_stays_padding(llama):
@@ -60,7 +61,7 @@ def test_padding_stays_padding(llama):
     cache = Context(llama, ids, mask).compress(compressor="h2o", ratio=0.25)
     direct = CompressedCache(llama.config, compressor="h2o", ratio=0.25)
     positions = (mask.cumsum(-1) - 1).clamp_min(0)
-    llama(ids, attention_mask=mask, position_ids=positions, past_key_values=direct)
+    llama(ids, attention_mask=mask, position_ids=positions, **{CACHE: direct})
     assert_same(state(cache), state(direct))
 
 
@@ -74,8 +75,8 @@ def test_a_padded_context_goes_on_as_the_row_alone(llama, compressor):
     question = random_ids(2, 6, seed=3)
     options = {"max_new_tokens": 20, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
     full = torch.cat((mask, torch.ones_like(question)), 1)
-    first = llama.generate(torch.cat((ids, question), 1), attention_mask=full, past_key_values=both, **options)
-    second = llama.generate(torch.cat((ids[:1, 60:], question[:1]), 1), past_key_values=alone, **options)
+    first = llama.generate(torch.cat((ids, question), 1), attention_mask=full, **{CACHE: both}, **options)
+    second = llama.generate(torch.cat((ids[:1, 60:], question[:1]), 1), **{CACHE: alone}, **options)
     for padded, expected in zip(first.logits, second.logits, strict=True):
         torch.testing.assert_close(padded[:1], expected, rtol=2e-3, atol=2e-3)
 
@@ -102,8 +103,8 @@ def repeated_attention(model, ids, chunk=2048):
         ask, answer = (tokenizer(text).input_ids.expand(ids.shape[0], -1) for text in (words, "\n"))
         again = torch.cat((ask, ids[:, max(0, start - 8) : start], answer, ids[:, start:stop]), 1)
         cache = DynamicCache(config=eager.config)
-        eager(ids, past_key_values=cache)
-        attentions = eager(again, past_key_values=cache, output_attentions=True).attentions
+        eager(ids, **{CACHE: cache})
+        attentions = eager(again, **{CACHE: cache}, output_attentions=True).attentions
         seen = [*range(min(4, start)), *range(start, stop), *range(n, n + again.shape[1])]
         for layer, probabilities in enumerate(attentions):
             part = probabilities[..., seen]
@@ -147,7 +148,7 @@ def test_a_zipped_context_generates_and_can_be_saved(llama, tmp_path):
     loaded = CompressedCache.load(tmp_path / "zipped.safetensors", llama.config)
     prompt = torch.cat((ids, random_ids(1, 5, seed=4)), 1)
     options = {"max_new_tokens": 100, "do_sample": False, "eos_token_id": None}
-    first, second = (llama.generate(prompt, past_key_values=kind, **options) for kind in (cache.clone(), loaded))
+    first, second = (llama.generate(prompt, **{CACHE: kind}, **options) for kind in (cache.clone(), loaded))
     assert torch.equal(first, second) and first.shape[1] == 305
 
 
@@ -185,18 +186,18 @@ def test_a_zipped_cache_compresses_no_other_text(llama):
     cache = Context(llama, random_ids(1, 100)).compress(compressor="kvzip", tokenizer=Letters(), ratio=0.5)
     cache.reset()
     with pytest.raises(ValueError, match=r"KVzip has no scores; call wildcat_kv.compress_context"):
-        llama(random_ids(1, 100, seed=2), past_key_values=cache)
+        llama(random_ids(1, 100, seed=2), **{CACHE: cache})
 
 
 def test_nothing_is_looked_at_again_where_nothing_will_fold(llama, monkeypatch):
     cache = Context(llama, random_ids(1, 100)).compress(compressor="kvzip", tokenizer=Letters(), ratio=0.5)
     monkeypatch.setattr(LayerState, "count_rows", lambda *_: pytest.fail("rows were counted"))
     for token in range(100):
-        llama(random_ids(1, 1, seed=token), past_key_values=cache)
+        llama(random_ids(1, 1, seed=token), **{CACHE: cache})
 
 
 def test_scores_of_another_context_are_refused(llama):
     scores = Context(llama, random_ids(1, 100)).repetition_scores(Letters())
     cache = CompressedCache(llama.config, compressor=KVzip(scores), ratio=0.25)
     with pytest.raises(ValueError, match=r"scores for 1 rows of 100 tokens.*holds 1 of 150"):
-        llama(random_ids(1, 150), past_key_values=cache)
+        llama(random_ids(1, 150), **{CACHE: cache})

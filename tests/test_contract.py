@@ -14,6 +14,7 @@ from transformers.generation import CompileConfig
 
 from tests.tiny import random_ids, tiny_model
 from wildcat_kv import WildCatCache
+from wildcat_kv.cache_keyword import CACHE, returned_cache
 
 KINDS = ["llama", "gemma2", "gpt_oss", "qwen3_next"]  # plain, softcap and sliding, sinks and sliding, linear
 BUDGETS = [{"ratio": 1.0}, {"ratio": 0.3, "sink": 2, "window": 4, "bin_rank": 3}]
@@ -29,7 +30,7 @@ MODES = {
 def generate(model, cache=None, *, seed=5, steps=8, **inputs):
     torch.manual_seed(seed)
     options = {"do_sample": False, "max_new_tokens": steps, "return_dict_in_generate": True, "output_scores": True}
-    return model.generate(past_key_values=cache, **{**options, **inputs})
+    return model.generate(**{CACHE: cache}, **{**options, **inputs})
 
 
 def left_padded(rows=2, length=30, padding=7):
@@ -56,11 +57,11 @@ def test_within_budget_all_that_generate_returns_is_the_same(family, mode):
     expected = generate(model, DynamicCache(config=model.config), input_ids=ids, attention_mask=mask, **wanted)
     cache = WildCatCache(model.config, ratio=1.0)
     found = generate(model, cache, input_ids=ids, attention_mask=mask, **wanted)
-    assert found.past_key_values is cache
+    assert returned_cache(found) is cache
     assert_same_scores(found, expected)
     for name in ("logits", "hidden_states", "attentions"):
         torch.testing.assert_close(getattr(found, name), getattr(expected, name), rtol=0, atol=0)
-    for ours, theirs in zip(cache.layers, expected.past_key_values.layers, strict=True):
+    for ours, theirs in zip(cache.layers, returned_cache(expected).layers, strict=True):
         assert ours.is_sliding == theirs.is_sliding if hasattr(theirs, "is_sliding") else type(ours) is type(theirs)
         if getattr(theirs, "keys", None) is not None:
             assert torch.equal(ours.keys, theirs.keys) and torch.equal(ours.values, theirs.values)
@@ -86,7 +87,7 @@ def test_beyond_the_budget_every_mode_runs_and_counts_right(family, mode):
 def test_a_cache_that_was_not_asked_for_is_not_returned(budget):
     model = tiny_model("llama")
     WildCatCache(model.config, **budget)
-    assert generate(model, input_ids=random_ids(1, 9), use_cache=False).past_key_values is None
+    assert returned_cache(generate(model, input_ids=random_ids(1, 9), use_cache=False)) is None
 
 
 def test_attention_probabilities_of_a_compressed_layer_are_refused():
@@ -160,10 +161,10 @@ def test_a_returned_cache_goes_on_where_generate_stopped(family, budget):
     whole = generate(model, WildCatCache(model.config, **budget), input_ids=ids, attention_mask=mask, steps=24)
     first = generate(model, WildCatCache(model.config, **budget), input_ids=ids, attention_mask=mask, steps=15)
     longer = torch.nn.functional.pad(mask, (0, 15), value=1)
-    second = generate(model, first.past_key_values, input_ids=first.sequences, attention_mask=longer, steps=9)
+    second = generate(model, returned_cache(first), input_ids=first.sequences, attention_mask=longer, steps=9)
     assert torch.equal(second.sequences, whole.sequences)
     assert all(torch.equal(*pair) for pair in zip(first.scores + second.scores, whole.scores, strict=True))
-    for ours, theirs in zip(second.past_key_values.layers, whole.past_key_values.layers, strict=True):
+    for ours, theirs in zip(returned_cache(second).layers, returned_cache(whole).layers, strict=True):
         if getattr(theirs, "keys", None) is not None:
             assert torch.equal(ours.keys, theirs.keys) and torch.equal(ours.values, theirs.values)
 
@@ -175,7 +176,7 @@ def test_embeddings_go_on_as_ids_do(budget):
     whole = generate(model, WildCatCache(model.config, **budget), inputs_embeds=embed(ids), steps=12)
     first = generate(model, WildCatCache(model.config, **budget), inputs_embeds=embed(ids), steps=7)
     longer = torch.cat((embed(ids), embed(first.sequences)), dim=1)
-    second = generate(model, first.past_key_values, inputs_embeds=longer, steps=5)
+    second = generate(model, returned_cache(first), inputs_embeds=longer, steps=5)
     assert torch.equal(torch.cat((first.sequences, second.sequences), dim=1), whole.sequences)
 
 
@@ -185,7 +186,7 @@ def test_copies_of_a_context_answer_apart(family, budget):
     """A context is read once; every copy of its cache goes on by itself."""
     model, context = tiny_model(family), random_ids(1, 60)
     cache = WildCatCache(model.config, **budget)
-    model(context, past_key_values=cache)
+    model(context, **{CACHE: cache})
     answers = [
         generate(model, copy.deepcopy(cache), input_ids=torch.cat((context, random_ids(1, 4, seed)), 1)).sequences
         for seed in (1, 2, 1)
@@ -219,9 +220,9 @@ def test_rows_can_be_repeated_picked_and_reordered(family, budget):
 
     def logits(change, rows):
         cache = WildCatCache(model.config, **budget)
-        model(ids, past_key_values=cache)
+        model(ids, **{CACHE: cache})
         change(cache)
-        return model(random_ids(3, 5, seed=9)[rows], past_key_values=cache).logits
+        return model(random_ids(3, 5, seed=9)[rows], **{CACHE: cache}).logits
 
     every = logits(lambda cache: None, [0, 1, 2])
     for change, rows in (
@@ -237,7 +238,7 @@ def test_rows_can_be_repeated_picked_and_reordered(family, budget):
 def test_rows_can_be_picked_by_any_sequence(indices):
     model = tiny_model("llama")
     cache = WildCatCache(model.config, ratio=1.0)
-    model(random_ids(3, 10), past_key_values=cache)
+    model(random_ids(3, 10), **{CACHE: cache})
     cache.batch_select_indices(indices)
     assert cache.layers[0].keys.shape[0] == 2
 
@@ -251,7 +252,7 @@ def test_the_cache_describes_itself_as_a_dynamic_one(family):
     ours, theirs = WildCatCache(model.config, ratio=0.5), DynamicCache(config=model.config)
     assert not ours.is_initialized and ours.get_seq_length() == 0
     for cache in (ours, theirs):
-        model(ids, past_key_values=cache)
+        model(ids, **{CACHE: cache})
     assert len(ours) == len(theirs) == model.config.num_hidden_layers
     for name in ("is_compileable", "is_croppable", "is_sliding", "is_linear", "is_dummy"):
         assert getattr(ours, name, None) == getattr(theirs, name, None), name  # older versions lack some

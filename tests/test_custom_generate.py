@@ -10,6 +10,7 @@ import transformers as tf
 from tests.families import REGISTRY
 from tests.tiny import random_ids, tiny_model
 from wildcat_kv import CompressedCache, WildCatCache, WildCatConfig, disable, enable, patch_config, wildcat_generate
+from wildcat_kv.cache_keyword import CACHE, returned_cache
 from wildcat_kv.custom_generate import write_folder
 
 SETTINGS = {"ratio": 0.25, "sink": 4, "window": 4, "bin_rank": 4}
@@ -48,7 +49,7 @@ def way(request, folder):
 
 def explicit(model, ids=IDS, **options):
     model = copy.deepcopy(model)
-    return model.generate(ids, past_key_values=WildCatCache(model.config, **SETTINGS), **{**GREEDY, **options})
+    return model.generate(ids, **{CACHE: WildCatCache(model.config, **SETTINGS)}, **{**GREEDY, **options})
 
 
 WAYS_TO_DECODE = [
@@ -87,7 +88,7 @@ def test_a_padded_batch_is_as_with_a_cache_made_by_hand(llama, way):
 
 def test_the_cache_is_returned_and_has_compressed(llama, way):
     outputs = [llama.generate(IDS, return_dict_in_generate=True, **way, **SETTINGS, **GREEDY) for _ in range(2)]
-    caches = [output.past_key_values for output in outputs]
+    caches = [returned_cache(output) for output in outputs]
     assert caches[0] is not caches[1] and torch.equal(outputs[0].sequences, outputs[1].sequences)
     for cache in caches:
         assert type(cache) is CompressedCache and cache.settings == WildCatConfig(**SETTINGS)
@@ -104,7 +105,7 @@ def test_a_generation_config_may_be_given(llama, way):
 def test_every_way_to_choose_settings_is_obeyed(llama, way):
     def chosen(**choice):
         output = llama.generate(IDS, return_dict_in_generate=True, max_new_tokens=1, **way, **choice)
-        cache = output.past_key_values
+        cache = returned_cache(output)
         return cache.settings, type(cache.compressor).__name__
 
     theory = WildCatConfig(temperature="theory", **SETTINGS)
@@ -166,8 +167,8 @@ def test_it_wins_over_an_enabled_model(llama, way, outer):
 @pytest.mark.parametrize(
     "choice",
     [
-        {"past_key_values": "dynamic"},
-        {"past_key_values": "wildcat"},
+        {CACHE: "dynamic"},
+        {CACHE: "wildcat"},
         {"use_cache": False},
         {"cache_implementation": "static"},
         {"cache_implementation": "dynamic"},
@@ -180,13 +181,13 @@ def test_it_wins_over_an_enabled_model(llama, way, outer):
 def test_a_cache_chosen_otherwise_is_refused(llama, way, choice):
     caches = {"dynamic": tf.DynamicCache(config=llama.config), "wildcat": WildCatCache(llama.config, ratio=0.5)}
     options = {**GREEDY, **choice}
-    if "past_key_values" in choice:
-        options["past_key_values"] = caches[choice["past_key_values"]]
+    if CACHE in choice:
+        options[CACHE] = caches[choice[CACHE]]
     if "generation_config" in choice:
         options = {"generation_config": tf.GenerationConfig(**GREEDY, **choice["generation_config"])}
     if "model" in choice:
         llama.generation_config.update(**options.pop("model"))
-    with pytest.raises(ValueError, match=r"makes a compressed cache.*leave out past_key_values") as error:
+    with pytest.raises(ValueError, match=r"makes a compressed cache.*leave out (cache|past_key_values)") as error:
         llama.generate(IDS, **way, **SETTINGS, **options)
     assert "\n" not in str(error.value)
 

@@ -15,6 +15,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from tests.families import REGISTRY
 from tests.tiny import FAMILIES, random_ids, tiny_config, tiny_model
 from wildcat_kv import CompressedCache, WildCatCache, WildCatConfig, disable, enable, patch_config
+from wildcat_kv.cache_keyword import CACHE, returned_cache
 
 SETTINGS = {"ratio": 0.25, "sink": 4, "window": 4, "bin_rank": 4}
 GREEDY = {"max_new_tokens": 10, "min_new_tokens": 10, "do_sample": False}
@@ -46,7 +47,7 @@ def build(family):
 def explicit(model, ids=IDS, **options):
     """With a cache made by hand; on a copy, so that the model's own attention is not switched."""
     model = copy.deepcopy(model)
-    return model.generate(ids, past_key_values=WildCatCache(model.config, **SETTINGS), **{**GREEDY, **options})
+    return model.generate(ids, **{CACHE: WildCatCache(model.config, **SETTINGS)}, **{**GREEDY, **options})
 
 
 def exact(model, ids=IDS, **options):
@@ -88,7 +89,7 @@ def test_a_disabled_model_is_what_it_was(family):
     model = build(family)
     output, before, parameters = exact(model), everything(model), weights(model)
     handle = enable(model, **SETTINGS)
-    compressed = exact(model, return_dict_in_generate=True).past_key_values
+    compressed = returned_cache(exact(model, return_dict_in_generate=True))
     handle.disable()
     assert everything(model) == before
     assert same_weights(parameters, model.state_dict())
@@ -130,7 +131,7 @@ def test_a_switch_made_before_it_stays(llama):
     with enable(llama, **SETTINGS):
         exact(llama)
     assert llama.config._attn_implementation == "wildcat"
-    llama(IDS, past_key_values=cache)
+    llama(IDS, **{CACHE: cache})
     assert cache.get_seq_length() == 100
 
 
@@ -166,7 +167,7 @@ def test_a_generate_of_its_own_is_used_and_given_back(llama):
     seen = []
 
     def own(model, *args, **kwargs):
-        seen.append(kwargs.get("past_key_values"))
+        seen.append(kwargs.get(CACHE))
         return type(model).generate(model, *args, **kwargs)
 
     llama.generate = MethodType(own, llama)
@@ -223,7 +224,7 @@ def test_every_way_to_decode_is_as_with_a_cache_made_by_hand(llama, options):
     options = options if "generation_config" in options else {**GREEDY, **options}
     torch.manual_seed(5)
     by_hand = copy.deepcopy(llama)
-    expected = by_hand.generate(ids, past_key_values=WildCatCache(by_hand.config, **SETTINGS), **options)
+    expected = by_hand.generate(ids, **{CACHE: WildCatCache(by_hand.config, **SETTINGS)}, **options)
     with enable(llama, **SETTINGS):
         torch.manual_seed(5)
         assert torch.equal(llama.generate(ids, **options), expected)
@@ -244,9 +245,9 @@ def test_every_call_has_a_cache_of_its_own_that_has_compressed(llama):
         first, second = (exact(llama, return_dict_in_generate=True) for _ in range(2))
         longer = exact(llama, random_ids(2, 130, seed=1), return_dict_in_generate=True)
     assert torch.equal(first.sequences, second.sequences)
-    assert first.past_key_values is not second.past_key_values
+    assert returned_cache(first) is not returned_cache(second)
     for output, length in ((first, 109), (second, 109), (longer, 139)):
-        cache = output.past_key_values
+        cache = returned_cache(output)
         assert type(cache) is CompressedCache and cache.settings == WildCatConfig(**SETTINGS)
         assert cache.get_seq_length() == length and cache.stored_length() < 60
 
@@ -280,8 +281,8 @@ def test_another_method_is_used(llama, compressor):
     with enable(llama, compressor=compressor, **SETTINGS):
         output = exact(llama, return_dict_in_generate=True)
     by_hand = CompressedCache(llama.config, compressor=compressor, **SETTINGS)
-    assert type(output.past_key_values.compressor) is type(by_hand.compressor)
-    assert torch.equal(llama.generate(IDS, past_key_values=by_hand, **GREEDY), output.sequences)
+    assert type(returned_cache(output).compressor) is type(by_hand.compressor)
+    assert torch.equal(llama.generate(IDS, **{CACHE: by_hand}, **GREEDY), output.sequences)
 
 
 def test_settings_may_be_an_object(llama):
@@ -292,7 +293,7 @@ def test_settings_may_be_an_object(llama):
 
 def test_without_settings_the_published_ones_are_used(llama):
     with enable(llama) as handle:
-        cache = exact(llama, random_ids(1, 400), return_dict_in_generate=True).past_key_values
+        cache = returned_cache(exact(llama, random_ids(1, 400), return_dict_in_generate=True))
     assert handle.recipe.settings == cache.settings == WildCatConfig(ratio=0.25, sink=32, window=32, bin_rank=12)
     assert cache.stored_length() < 160
 
@@ -312,10 +313,10 @@ def test_a_cache_of_the_callers_wins(llama):
     output = exact(llama)
     with enable(llama, **SETTINGS):
         mine = tf.DynamicCache(config=llama.config)
-        assert torch.equal(exact(llama, past_key_values=mine), output)
+        assert torch.equal(exact(llama, **{CACHE: mine}), output)
         assert mine.get_seq_length() == 109 and mine.layers[0].keys.shape[-2] == 109
         half = WildCatCache(llama.config, ratio=0.5)
-        exact(llama, past_key_values=half)
+        exact(llama, **{CACHE: half})
         assert half.get_seq_length() == 109
 
 
@@ -326,7 +327,7 @@ def test_a_cache_implementation_of_the_callers_wins(llama, name, within):
     options = {"generation_config": tf.GenerationConfig(**GREEDY, **choice)} if within else {**GREEDY, **choice}
     with enable(llama, **SETTINGS):
         found = llama.generate(IDS, **options)
-    assert not isinstance(found.past_key_values, CompressedCache) and torch.equal(found.sequences, output)
+    assert not isinstance(returned_cache(found), CompressedCache) and torch.equal(found.sequences, output)
 
 
 @pytest.mark.parametrize("where", ["argument", "generation_config", "model.generation_config"])
@@ -344,7 +345,7 @@ def test_a_caller_may_want_no_cache(llama, where):
         assert not torch.equal(compressing, output)
 
 
-@pytest.mark.parametrize("no_opinion", [{"use_cache": True}, {"past_key_values": None}, {"custom_generate": None}])
+@pytest.mark.parametrize("no_opinion", [{"use_cache": True}, {CACHE: None}, {"custom_generate": None}])
 def test_a_caller_without_a_choice_gets_a_compressed_cache(llama, no_opinion):
     expected = explicit(llama)
     with enable(llama, **SETTINGS):
@@ -352,8 +353,8 @@ def test_a_caller_without_a_choice_gets_a_compressed_cache(llama, no_opinion):
 
 
 def test_custom_generate_of_the_callers_wins(llama):
-    def recipe(model, input_ids, past_key_values=None, **_):
-        return type(past_key_values)
+    def recipe(model, input_ids, **options):
+        return type(options[CACHE])
 
     with enable(llama, **SETTINGS):
         assert llama.generate(IDS, custom_generate=recipe, **GREEDY) is tf.DynamicCache

@@ -18,6 +18,7 @@ from eval.tasks.needle import Needle
 from eval.tasks.perplexity import Perplexity
 from tests.driver import assert_same, state
 from wildcat_kv import CompressedCache
+from wildcat_kv.cache_keyword import CACHE
 from wildcat_kv.compressors import available
 from wildcat_kv.haystack import make_needles
 from wildcat_kv.prompts import encode_question
@@ -246,8 +247,8 @@ def test_drift_is_the_divergence_of_what_follows_each_word(model, plain, tokeniz
     [outcome] = measured(sample, model, tokenizer, cell)
     expected = plain(sample.ids).logits[0, 200:].double().log_softmax(-1)
     cache = CompressedCache(model.config, compressor="wildcat", ratio=0.4)
-    model(sample.ids[:, :200], past_key_values=cache)
-    found = model(sample.ids[:, 200:], past_key_values=cache).logits[0].double().log_softmax(-1)
+    model(sample.ids[:, :200], **{CACHE: cache})
+    found = model(sample.ids[:, 200:], **{CACHE: cache}).logits[0].double().log_softmax(-1)
     kl = (expected.exp() * (expected - found)).sum(-1).mean()
     nll = -found[:-1].gather(-1, sample.ids[0, 201:, None]).mean()
     assert outcome.scores["kl"] == pytest.approx(float(kl), rel=1e-3) and kl > 1e-3
@@ -337,7 +338,7 @@ def test_attention_errors_are_those_of_a_plain_softmax(method, tokens, model, ti
     cell = Cell(method, method, ratio=0.5)
     [outcome] = measured(sample, model, tokenizer, cell)
     cache = CompressedCache(model.config, compressor=method, ratio=0.5)
-    model(sample.ids[:, :200], past_key_values=cache)
+    model(sample.ids[:, :200], **{CACHE: cache})
     errors = outcome.layers["error"]
     for (queries, keys, values), layer, head in zip(
         recorded(tiny_folder, sample.ids), (0, 1, 2), (3, 0, 2), strict=False

@@ -8,6 +8,7 @@ from tests.driver import METHODS, small_cache
 from tests.tiny import random_ids, tiny_model
 from tests.words import tokenizer
 from wildcat_kv import CompressedCache, Context, WildCatCache
+from wildcat_kv.cache_keyword import CACHE
 
 SETTINGS = {"ratio": 0.25, "sink": 4, "window": 4, "bin_rank": 4}
 
@@ -21,7 +22,7 @@ def llama():
 @pytest.mark.parametrize("method", ["wildcat", "h2o", "snapkv"])
 def test_they_hold_every_token_and_the_others_their_budget(llama, exact, method):
     cache = CompressedCache(llama.config, compressor=METHODS[method], exact_layers=exact, **SETTINGS)
-    llama.generate(random_ids(1, 200), past_key_values=cache, max_new_tokens=40, min_new_tokens=40)
+    llama.generate(random_ids(1, 200), **{CACHE: cache}, max_new_tokens=40, min_new_tokens=40)
     left = {index % 3 for index in exact}
     for index in range(3):
         assert cache.stored_length(index) == 239 if index in left else cache.stored_length(index) < 80
@@ -44,8 +45,8 @@ def test_their_keys_and_values_are_those_of_an_exact_cache(llama):
     ids = random_ids(2, 120)
     cache, exact = WildCatCache(llama.config, exact_layers=[0], **SETTINGS), tf.DynamicCache(config=llama.config)
     for part in ids.split(60, dim=1):
-        llama(part, past_key_values=cache)
-        llama(part, past_key_values=exact)
+        llama(part, **{CACHE: cache})
+        llama(part, **{CACHE: exact})
     assert torch.equal(cache.layers[0].keys, exact.layers[0].keys)
     assert torch.equal(cache.layers[0].values, exact.layers[0].values)
 
@@ -54,8 +55,8 @@ def test_the_other_layers_are_as_without(llama):
     """After one pass: the first fold sees what was read exactly."""
     ids = random_ids(1, 120)
     some, all_ = (WildCatCache(llama.config, exact_layers=exact, **SETTINGS) for exact in ([0], []))
-    llama(ids, past_key_values=some)
-    llama(ids, past_key_values=all_)
+    llama(ids, **{CACHE: some})
+    llama(ids, **{CACHE: all_})
     for index in (1, 2):
         assert torch.equal(some.layers[index].keys, all_.layers[index].keys)
 
@@ -66,8 +67,8 @@ def test_a_padded_row_is_as_alone(llama):
     mask = (torch.arange(length) >= length - 100).long()[None]
     options = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False}
     caches = [WildCatCache(llama.config, exact_layers=[0], **SETTINGS) for _ in range(2)]
-    alone = llama.generate(ids, past_key_values=caches[0], **options)
-    beside = llama.generate(padded, attention_mask=mask, past_key_values=caches[1], **options)
+    alone = llama.generate(ids, **{CACHE: caches[0]}, **options)
+    beside = llama.generate(padded, attention_mask=mask, **{CACHE: caches[1]}, **options)
     assert torch.equal(alone[:, 100:], beside[:, length:])
 
 
@@ -77,11 +78,11 @@ def test_tokens_can_be_taken_back(llama):
     caches = [WildCatCache(llama.config, exact_layers=[0], **SETTINGS) for _ in range(2)]
     for cache in caches:
         cache.activate_past_recording()
-        llama(ids[:, :120], past_key_values=cache)
+        llama(ids[:, :120], **{CACHE: cache})
         cache.crop(0)
-    llama(ids[:, 120:140], past_key_values=caches[0])
+    llama(ids[:, 120:140], **{CACHE: caches[0]})
     caches[0].crop(-20)
-    outputs = [llama(ids[:, 140:], past_key_values=cache).logits for cache in caches]
+    outputs = [llama(ids[:, 140:], **{CACHE: cache}).logits for cache in caches]
     assert torch.equal(*outputs) and caches[0].stored_length(0) == 140
 
 
@@ -89,11 +90,11 @@ def test_tokens_can_be_taken_back(llama):
 def test_they_are_saved_and_loaded(llama, tmp_path, method):
     ids = random_ids(1, 150)
     cache = CompressedCache(llama.config, compressor=METHODS[method], exact_layers=[0, 2], **SETTINGS)
-    llama(ids[:, :120], past_key_values=cache)
+    llama(ids[:, :120], **{CACHE: cache})
     cache.save(tmp_path / "context.safetensors")
     again = CompressedCache.load(tmp_path / "context.safetensors", llama.config)
     assert again.settings == cache.settings and again.stored_length(0) == 120
-    outputs = [llama(ids[:, 120:], past_key_values=each).logits for each in (cache, again.clone())]
+    outputs = [llama(ids[:, 120:], **{CACHE: each}).logits for each in (cache, again.clone())]
     assert torch.equal(*outputs)
 
 

@@ -14,6 +14,7 @@ from tests.families import README, REGISTRY, block, split
 from tests.tiny import random_ids, tiny_config, tiny_model
 from wildcat_kv import WildCatCache
 from wildcat_kv.budget import block_size, kept_tokens
+from wildcat_kv.cache_keyword import CACHE, returned_cache
 
 pytestmark = pytest.mark.filterwarnings("ignore:config=Phi3Config. generate.. of this model drops any cache")
 
@@ -60,7 +61,7 @@ def greedy(model, cache, ids, mask, steps):
     """Logits (rows, steps, vocabulary) of the last token of a prompt and of greedy tokens after it."""
     collected = []
     for _ in range(steps):
-        logits = model(ids, past_key_values=cache, attention_mask=mask).logits[:, -1:]
+        logits = model(ids, **{CACHE: cache}, attention_mask=mask).logits[:, -1:]
         collected.append(logits)
         ids, mask = logits.argmax(-1), longer(mask)
     return torch.cat(collected, dim=1)
@@ -72,7 +73,7 @@ def forced(model, cache, ids, mask, tokens):
     for step in range(tokens.shape[1] + 1):
         positions = (mask.cumsum(-1) - 1).clamp_min(0)[:, -ids.shape[1] :]
         options = {"position_ids": positions} if counts else {}
-        collected.append(model(ids, past_key_values=cache, attention_mask=mask, **options).logits[:, -1:])
+        collected.append(model(ids, **{CACHE: cache}, attention_mask=mask, **options).logits[:, -1:])
         ids, mask = tokens[:, step : step + 1], longer(mask)
     return torch.cat(collected, dim=1)
 
@@ -107,12 +108,12 @@ def test_weighted_attention_does_all_that_the_family_does(family):
     later = random_ids(2, 9, seed=7)
 
     def logits(cache, force):
-        model(ids, past_key_values=cache, attention_mask=mask)
+        model(ids, **{CACHE: cache}, attention_mask=mask)
         if force:
             cache._shared.compressed = True
         seen, collected = longer(mask, 6), []
         for new in (later[:, :6], *later[:, 6:].split(1, dim=1)):
-            collected.append(model(new, past_key_values=cache, attention_mask=seen).logits)
+            collected.append(model(new, **{CACHE: cache}, attention_mask=seen).logits)
             seen = longer(seen)
         return torch.cat(collected, dim=1)
 
@@ -127,9 +128,9 @@ def test_generation_stays_within_its_share(family):
     model, ids = model_of(family), random_ids(1, 200)
     cache = WildCatCache(model.config, ratio=0.25)
     out = model.generate(
-        ids, past_key_values=cache, max_new_tokens=60, do_sample=False, output_logits=True, return_dict_in_generate=True
+        ids, **{CACHE: cache}, max_new_tokens=60, do_sample=False, output_logits=True, return_dict_in_generate=True
     )
-    assert out.past_key_values is cache and out.sequences.shape == (1, 260)
+    assert returned_cache(out) is cache and out.sequences.shape == (1, 260)
     assert all(torch.isfinite(logits).all() for logits in out.logits)
     assert cache.get_seq_length() == 259 and compressed_layers(cache)
     assert_kept(cache, 259)
@@ -156,7 +157,7 @@ def test_beams_are_the_exact_caches_within_budget_and_run_beyond(family):
 
     def beams(cache, prompt):
         options = {"num_beams": 2, "do_sample": False, "output_scores": True, "return_dict_in_generate": True}
-        return model.generate(prompt, past_key_values=cache, max_new_tokens=20, **options)
+        return model.generate(prompt, **{CACHE: cache}, max_new_tokens=20, **options)
 
     prompts = random_ids(2, 40)
     expected = beams(DynamicCache(config=model.config), prompts)
@@ -187,16 +188,16 @@ def test_generate_drops_any_cache_where_the_rope_changes(family):
     for prompt, served in ((40, 64), (100, 0)):
         with pytest.warns(UserWarning, match="drops any cache where a text grows past 64 tokens"):
             cache = WildCatCache(model.config, ratio=0.25)
-        out = model.generate(random_ids(1, prompt), past_key_values=cache, **options)
+        out = model.generate(random_ids(1, prompt), **{CACHE: cache}, **options)
         assert out.sequences.shape == (1, prompt + 30)
-        assert type(out.past_key_values) is DynamicCache
+        assert type(returned_cache(out)) is DynamicCache
         assert cache.get_seq_length() == served
     # What the warning advises: a context that is longer is read first, and then goes on being compressed.
     ids = random_ids(1, 100)
     cache = WildCatCache(model.config, ratio=0.25)
-    model(ids[:, :90], past_key_values=cache)
-    out = model.generate(ids, past_key_values=cache, **options)
-    assert out.past_key_values is cache and cache.get_seq_length() == 129 and cache.stored_length() < 80
+    model(ids[:, :90], **{CACHE: cache})
+    out = model.generate(ids, **{CACHE: cache}, **options)
+    assert returned_cache(out) is cache and cache.get_seq_length() == 129 and cache.stored_length() < 80
 
 
 def test_the_readmes_table_is_up_to_date():

@@ -8,6 +8,7 @@ from tests.driver import EVEN, METHODS, read, small_cache, tokens
 from tests.tiny import random_ids, tiny_model
 from tests.words import tokenizer
 from wildcat_kv import CompressedCache, Context, WildCatCache, WildCatConfig
+from wildcat_kv.cache_keyword import CACHE
 from wildcat_kv.joining import join_caches
 
 SETTINGS = {"sink": 4, "window": 4, "bin_rank": 4}
@@ -22,7 +23,7 @@ def parts(model, lengths, compressor="wildcat", **settings):
     caches = []
     for number, length in enumerate(lengths):
         cache = CompressedCache(model.config, compressor=METHODS[compressor], **{**SETTINGS, **settings})
-        model(random_ids(1, length, seed=number), past_key_values=cache)
+        model(random_ids(1, length, seed=number), **{CACHE: cache})
         caches.append(cache)
     return caches
 
@@ -34,15 +35,15 @@ def test_what_comes_next_sees_all_parts_at_the_positions_after_the_last(llama):
     assert joined.get_seq_length() == 60 and joined.stored_length() == 110
     caches = [tf.DynamicCache(config=llama.config) for _ in range(2)]
     for ids, cache in zip((first, last), caches, strict=True):
-        llama(ids, past_key_values=cache)
+        llama(ids, **{CACHE: cache})
     both = tf.DynamicCache(config=llama.config)
     for index in range(3):
         pairs = [(cache.layers[index].keys, cache.layers[index].values) for cache in caches]
         both.update(*(torch.cat(tensors, dim=2) for tensors in zip(*pairs, strict=True)), index)
     question = random_ids(1, 7, seed=2)
     positions = torch.arange(60, 67)[None]
-    expected = llama(question, past_key_values=both, position_ids=positions).logits
-    torch.testing.assert_close(llama(question, past_key_values=joined).logits, expected, atol=1e-5, rtol=1e-5)
+    expected = llama(question, **{CACHE: both}, position_ids=positions).logits
+    torch.testing.assert_close(llama(question, **{CACHE: joined}).logits, expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("method", sorted(METHODS))
@@ -53,7 +54,7 @@ def test_it_holds_what_its_parts_held_and_goes_on_like_the_last(llama, method):
     assert [joined.stored_length(index) for index in range(3)] == held
     grown = [cache.stored_length(0) for cache in (joined, caches[-1])]
     for cache in (joined, caches[-1]):
-        llama.generate(random_ids(1, 130), past_key_values=cache, max_new_tokens=60, min_new_tokens=60)
+        llama.generate(random_ids(1, 130), **{CACHE: cache}, max_new_tokens=60, min_new_tokens=60)
     grown = [cache.stored_length(0) - before for cache, before in zip((joined, caches[-1]), grown, strict=True)]
     if method in EVEN:  # others share by what they have read
         assert grown[0] == grown[1]
@@ -67,14 +68,14 @@ def test_max_tokens_bounds_the_whole(llama, method, length):
     settings = caches[0].settings.model_copy(update={"max_tokens": 120})
     joined = join_caches(caches, settings)
     assert joined.stored_length() <= 120 and joined.settings.max_tokens == 120
-    llama.generate(random_ids(1, length + 20), past_key_values=joined, max_new_tokens=150, min_new_tokens=150)
+    llama.generate(random_ids(1, length + 20), **{CACHE: joined}, max_new_tokens=150, min_new_tokens=150)
     assert joined.stored_length() <= 120
 
 
 def test_one_part_is_itself(llama):
     (cache,) = parts(llama, (100,), ratio=0.25)
     joined, ids = join_caches([cache]), random_ids(1, 9)
-    assert torch.equal(llama(ids, past_key_values=joined).logits, llama(ids, past_key_values=cache).logits)
+    assert torch.equal(llama(ids, **{CACHE: joined}).logits, llama(ids, **{CACHE: cache}).logits)
 
 
 def test_it_is_saved_copied_and_repeated_like_any_other(llama, tmp_path):
@@ -83,15 +84,15 @@ def test_it_is_saved_copied_and_repeated_like_any_other(llama, tmp_path):
     again, ids = CompressedCache.load(tmp_path / "joined.safetensors", llama.config), random_ids(1, 9)
     copies = joined.clone()
     copies.batch_repeat_interleave(2)
-    expected = llama(ids, past_key_values=joined).logits
-    assert torch.equal(llama(ids, past_key_values=again.clone()).logits, expected)
-    torch.testing.assert_close(llama(ids.repeat(2, 1), past_key_values=copies).logits, expected.repeat(2, 1, 1))
+    expected = llama(ids, **{CACHE: joined}).logits
+    assert torch.equal(llama(ids, **{CACHE: again.clone()}).logits, expected)
+    torch.testing.assert_close(llama(ids.repeat(2, 1), **{CACHE: copies}).logits, expected.repeat(2, 1, 1))
 
 
 def test_the_parts_stay_as_they_are(llama):
     caches = parts(llama, (80, 81), ratio=0.25)
     before = [cache.layers[1].keys.clone() for cache in caches]
-    llama(random_ids(1, 20), past_key_values=join_caches(caches))
+    llama(random_ids(1, 20), **{CACHE: join_caches(caches)})
     assert all(torch.equal(cache.layers[1].keys, keys) for cache, keys in zip(caches, before, strict=True))
 
 
@@ -101,7 +102,7 @@ def test_window_layers_go_on_from_the_last_part():
     joined = join_caches(caches)
     windows = [index for index, layer in enumerate(joined.layers) if getattr(layer, "is_sliding", False)]
     assert all(torch.equal(joined.layers[index].keys, caches[-1].layers[index].keys) for index in windows)
-    assert gemma(random_ids(1, 9), past_key_values=joined).logits.isfinite().all()
+    assert gemma(random_ids(1, 9), **{CACHE: joined}).logits.isfinite().all()
 
 
 def test_values_of_every_part_bound_the_output():
@@ -118,7 +119,7 @@ def test_what_does_not_fit_is_refused(llama):
     (other,) = parts(llama, (40,), compressor="snapkv", ratio=0.25)
     (stranger,) = parts(tiny_model("qwen2"), (40,), ratio=0.25)
     padded = CompressedCache(llama.config, compressor=METHODS["wildcat"], ratio=0.25)
-    llama(random_ids(1, 40), attention_mask=(torch.arange(40) > 3).long()[None], past_key_values=padded)
+    llama(random_ids(1, 40), attention_mask=(torch.arange(40) > 3).long()[None], **{CACHE: padded})
     hybrid = tiny_model("qwen3_next")
     for caches, message in (
         ([], "nothing to join"),

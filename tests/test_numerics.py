@@ -9,6 +9,7 @@ from tests.driver import read, small_cache
 from tests.tiny import random_ids, tiny_model
 from wildcat_kv import WildCatCache
 from wildcat_kv.budget import kept_tokens
+from wildcat_kv.cache_keyword import CACHE
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 LENGTH = 140
@@ -110,7 +111,7 @@ def test_models_in_half_precision_generate(dtype, budget):
     cache = WildCatCache(model.config, **budget)
     out = model.generate(
         random_ids(2, 150),
-        past_key_values=cache,
+        **{CACHE: cache},
         max_new_tokens=100,
         do_sample=False,
         return_dict_in_generate=True,

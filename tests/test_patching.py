@@ -9,6 +9,7 @@ import transformers as tf
 
 from tests.tiny import random_ids, tiny_config, tiny_model
 from wildcat_kv import WildCatCache, WildCatConfig, enable
+from wildcat_kv.cache_keyword import CACHE
 from wildcat_kv.compressors import SnapKV
 from wildcat_kv.patching import patch_folder, unpatch_folder
 from wildcat_kv.recipe import SECTION, Recipe
@@ -61,7 +62,7 @@ def test_enable_obeys_a_patched_folder(tmp_path):
     with enable(model):
         output = model.generate(ids, max_new_tokens=8)
     by_hand = WildCatCache(model.config, **SETTINGS)
-    assert torch.equal(output, model.generate(ids, max_new_tokens=8, past_key_values=by_hand))
+    assert torch.equal(output, model.generate(ids, max_new_tokens=8, **{CACHE: by_hand}))
     assert by_hand.stored_length() < 50
 
 

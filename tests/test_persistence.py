@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from tests.driver import assert_same, read, small_cache, state, tokens
 from tests.tiny import random_ids, tiny_model
 from wildcat_kv import CompressedCache, WildCatCache
+from wildcat_kv.cache_keyword import CACHE
 from wildcat_kv.compressors import Uniform
 
 
@@ -24,7 +25,7 @@ def llama():
 def context(model, tmp_path, rows=1, **settings):
     """A saved context of 150 tokens, and the cache."""
     cache = WildCatCache(model.config, **(settings or {"ratio": 0.25}))
-    model(random_ids(rows, 150), past_key_values=cache)
+    model(random_ids(rows, 150), **{CACHE: cache})
     path = tmp_path / "context.safetensors"
     cache.save(path)
     return cache, path
@@ -34,7 +35,7 @@ def ask(model, cache, seed=3, steps=70):
     """Logits of a question and of greedy tokens after it: long enough for folds."""
     ids, logits = random_ids(len(cache.layers[-1].keys), 9, seed), []
     for _ in range(steps):
-        logits.append(model(ids, past_key_values=cache).logits[:, -1:])
+        logits.append(model(ids, **{CACHE: cache}).logits[:, -1:])
         ids = logits[-1].argmax(-1)
     return torch.cat(logits, dim=1)
 
@@ -69,7 +70,7 @@ def test_a_file_is_mapped_and_neither_copied_nor_written_to(llama, tmp_path):
     places = [tensor.data_ptr() for tensor in loaded.layers[1].state.storage.memory.tensors()[:4]]
     for place in places:
         assert any(int(start, 16) <= place < int(stop, 16) for start, stop in spans)
-    llama(random_ids(1, 9, 5), past_key_values=loaded)  # there is room for them
+    llama(random_ids(1, 9, 5), **{CACHE: loaded})  # there is room for them
     assert places == [tensor.data_ptr() for tensor in loaded.layers[1].state.storage.memory.tensors()[:4]]
     assert path.read_bytes() == content
 
@@ -79,12 +80,12 @@ def test_padded_rows_and_half_precision_survive(tmp_path):
     mask = torch.ones(2, 151, dtype=torch.int64)
     mask[0, :40] = 0
     cache = WildCatCache(model.config, ratio=0.25)
-    model(random_ids(2, 150), attention_mask=mask[:, :150], past_key_values=cache)
+    model(random_ids(2, 150), attention_mask=mask[:, :150], **{CACHE: cache})
     cache.save(tmp_path / "context.safetensors")
     loaded = WildCatCache.load(tmp_path / "context.safetensors", model.config)
     assert loaded.layers[0].keys.dtype == torch.bfloat16
     pair = (cache, loaded.clone())
-    logits = [model(random_ids(2, 1), attention_mask=mask, past_key_values=kind).logits for kind in pair]
+    logits = [model(random_ids(2, 1), attention_mask=mask, **{CACHE: kind}).logits for kind in pair]
     assert torch.equal(*logits)
 
 
@@ -130,7 +131,7 @@ with torch.no_grad():
 
 def test_clones_are_independent(llama):
     cache = WildCatCache(llama.config, ratio=0.25)
-    llama(random_ids(1, 150), past_key_values=cache)
+    llama(random_ids(1, 150), **{CACHE: cache})
     before = state(cache)
     fork = cache.clone()
     assert fork.compressor is cache.compressor and fork.settings == cache.settings
@@ -141,7 +142,7 @@ def test_clones_are_independent(llama):
 
 def test_other_methods_are_saved_and_loaded_with_their_compressor(llama, tmp_path):
     cache = CompressedCache(llama.config, compressor=Uniform(seed=3), ratio=0.25)
-    llama(random_ids(1, 150), past_key_values=cache)
+    llama(random_ids(1, 150), **{CACHE: cache})
     path = tmp_path / "context.safetensors"
     cache.save(path)
     loaded = CompressedCache.load(path, llama.config, compressor=Uniform(seed=3))
@@ -316,7 +317,7 @@ def test_a_fold_cannot_be_put_off_for_ever(tmp_path):
         path, header_change(lambda header: [layer["progress"].update(fold_from=10**9) for layer in header["layers"]])
     )
     cache = WildCatCache.load(path, model.config)
-    model(random_ids(1, 300), past_key_values=cache)
+    model(random_ids(1, 300), **{CACHE: cache})
     assert cache.stored_length() < 170
 
 

@@ -20,6 +20,7 @@ from tests.driver import assert_same as assert_same_state
 from tests.tiny import random_ids, tiny_model
 from wildcat_kv import WildCatCache
 from wildcat_kv.bins import BinLayout
+from wildcat_kv.cache_keyword import CACHE
 from wildcat_kv.state import LayerState
 from wildcat_kv.weighted import Weighting
 
@@ -144,9 +145,7 @@ def test_an_offloaded_cache_answers_as_any_other(monkeypatch):
     model = tiny_model("gemma3")
     caches = [WildCatCache(model.config, ratio=0.25, offloading=offloading) for offloading in (False, True)]
     assert caches[1].offloading
-    out = [
-        model.generate(random_ids(2, 100), past_key_values=cache, max_new_tokens=60, num_beams=2) for cache in caches
-    ]
+    out = [model.generate(random_ids(2, 100), **{CACHE: cache}, max_new_tokens=60, num_beams=2) for cache in caches]
     assert torch.equal(*out)
     assert_same_state(state(caches[0]), state(caches[1]))
     assert_same_state(state(caches[1].clone()), state(caches[0]))
@@ -167,14 +166,14 @@ def test_dispatched_models_are_followed(tmp_path):
 
     model, ids = tiny_model("llama"), random_ids(1, 150)
     expected = model.generate(
-        ids, past_key_values=WildCatCache(model.config, ratio=0.25), max_new_tokens=40, do_sample=False
+        ids, **{CACHE: WildCatCache(model.config, ratio=0.25)}, max_new_tokens=40, do_sample=False
     )
     model.save_pretrained(tmp_path)
     places = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
     places |= {f"model.layers.{index}": "disk" if index == 1 else "cpu" for index in range(3)}
     dispatched = dispatch_model(model, places, main_device="cpu", offload_dir=str(tmp_path / "offloaded"))
     cache = WildCatCache(dispatched.config, ratio=0.25)
-    out = dispatched.generate(ids, past_key_values=cache, max_new_tokens=40, do_sample=False)
+    out = dispatched.generate(ids, **{CACHE: cache}, max_new_tokens=40, do_sample=False)
     assert torch.equal(out, expected)
 
 
@@ -197,6 +196,7 @@ from pathlib import Path
 from transformers.distributed import DistributedConfig
 from tests.tiny import random_ids
 from wildcat_kv import WildCatCache
+from wildcat_kv.cache_keyword import CACHE
 torch.set_grad_enabled(False)
 folder = Path(sys.argv[1])
 plan = DistributedConfig(tp_plan="auto")
@@ -204,7 +204,7 @@ model = transformers.AutoModelForCausalLM.from_pretrained(folder / "model", dist
 found = []
 for ratio in (1.0, 0.25):
     cache = WildCatCache(model.config, ratio=ratio)
-    out = model.generate(random_ids(1, 120), past_key_values=cache, max_new_tokens=60, do_sample=False)
+    out = model.generate(random_ids(1, 120), **{CACHE: cache}, max_new_tokens=60, do_sample=False)
     found.append([out[0].tolist(), list(cache.layers[0].keys.shape)])
 (folder / f"{os.environ['RANK']}.json").write_text(json.dumps(found))
 """

@@ -17,6 +17,7 @@ from tests.tiny import SMALL, random_ids, tiny_model
 from wildcat_kv import CompressedCache, WildCatCache, WildCatConfig, haystack
 from wildcat_kv.accounting import stored_tokens
 from wildcat_kv.budget import block_size, kept_tokens
+from wildcat_kv.cache_keyword import CACHE
 from wildcat_kv.compressors import QueryWildCat, WildCat, available
 from wildcat_kv.compressors.query_wildcat import Asked, Survey
 from wildcat_kv.error_report import ErrorReport
@@ -69,8 +70,8 @@ def test_layers_together_store_what_equal_layers_would(llama, budget, chunks):
     cache = build(llama.config, **budget)
     even = CompressedCache(llama.config, compressor="uniform", **SIZES, **budget)
     for part in ids.split(chunks, dim=1):
-        llama(part, past_key_values=cache)
-        llama(part, past_key_values=even)
+        llama(part, **{CACHE: cache})
+        llama(part, **{CACHE: even})
         assert stored_tokens(cache) == pytest.approx(stored_tokens(even), abs=0.5)
 
 
@@ -78,7 +79,7 @@ def test_layers_together_store_what_equal_layers_would(llama, budget, chunks):
 def test_what_is_generated_stays_within_the_budget(llama, budget):
     cache = build(llama.config, **budget)
     out = llama.generate(
-        random_ids(2, 120), past_key_values=cache, max_new_tokens=90, do_sample=False, prefill_chunk_size=50
+        random_ids(2, 120), **{CACHE: cache}, max_new_tokens=90, do_sample=False, prefill_chunk_size=50
     )
     seen = out.shape[1] - 1
     limit = budget.get("max_tokens") or kept_tokens(seen, budget["ratio"]) + block_size(cache.settings)
@@ -181,7 +182,7 @@ def test_layers_share_slots_by_what_the_next_items_of_their_heads_are_worth(draw
 
 def test_all_heads_of_a_layer_keep_equally_many(llama):
     cache = build(llama.config, ratio=0.25)
-    llama(random_ids(1, 200), past_key_values=cache)
+    llama(random_ids(1, 200), **{CACHE: cache})
     for layer in cache.layers:
         assert layer.state.entries.valid.all()
 
@@ -338,7 +339,7 @@ def test_a_row_that_does_not_fold_keeps_its_estimate():
 
 def test_exact_layers_have_no_error(llama):
     cache = build(llama.config, ratio=0.25, exact_layers=[1])
-    llama(random_ids(1, 150), past_key_values=cache)
+    llama(random_ids(1, 150), **{CACHE: cache})
     assert set(cache.error_report().errors) == {0, 2}
 
 
@@ -348,7 +349,7 @@ def test_there_is_no_report_without_an_estimate(llama, tmp_path):
         cache.error_report()
     with pytest.raises(ValueError, match="WildCat does not estimate its error; take compressor='query_wildcat'"):
         WildCatCache(llama.config, ratio=0.25).error_report()
-    llama(random_ids(1, 100), past_key_values=cache)
+    llama(random_ids(1, 100), **{CACHE: cache})
     cache.save(tmp_path / "context.safetensors")
     with pytest.raises(ValueError, match="nothing was compressed in this process"):
         CompressedCache.load(tmp_path / "context.safetensors", llama.config).error_report()
@@ -363,7 +364,7 @@ def test_there_is_no_report_without_an_estimate(llama, tmp_path):
 @pytest.mark.parametrize("tolerance", [0.02, 0.1, 0.3])
 def test_every_layer_meets_the_tolerance(llama, tolerance):
     cache = build(llama.config, ratio="auto", tolerance=tolerance)
-    llama(random_ids(2, 150), past_key_values=cache)
+    llama(random_ids(2, 150), **{CACHE: cache})
     report = cache.error_report()
     assert all(float(error.mean(-1).max()) <= tolerance for error in report.errors.values())
 

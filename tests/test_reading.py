@@ -5,6 +5,7 @@ import torch
 from transformers import DynamicCache
 
 from wildcat_kv import WildCatCache
+from wildcat_kv.cache_keyword import CACHE
 from wildcat_kv.reading import generate, join, loglikelihood, pad_left, read, token_losses
 
 pytest_plugins = ["tests.eval_fixtures"]
@@ -205,7 +206,7 @@ def test_a_stop_text_is_looked_for_in_the_answer_alone(model, plain, tokenizer, 
 def test_a_compressed_prompt_is_answered_as_generate_answers_it(model, tokenizer, count):
     ids = words(1, 300)
     options = {"max_new_tokens": count, "do_sample": False}
-    direct = model.generate(ids, past_key_values=compressed(model), **options)[0, 300:]
+    direct = model.generate(ids, **{CACHE: compressed(model)}, **options)[0, 300:]
     cache = compressed(model)
     logits = read(model, cache, ids)[:, -1]
     assert cache.stored_length() < 100
@@ -217,7 +218,7 @@ def test_a_compressed_prompt_is_answered_as_generate_answers_it(model, tokenizer
 def test_compressed_prompts_of_unequal_length_are_answered_as_generate_answers_them(model, tokenizer):
     ids, mask = pad_left([row(300, 1), row(190, 2)], 2)
     options = {"max_new_tokens": 15, "do_sample": False, "pad_token_id": 2}
-    direct = model.generate(ids, attention_mask=mask, past_key_values=compressed(model), **options)[:, 300:]
+    direct = model.generate(ids, attention_mask=mask, **{CACHE: compressed(model)}, **options)[:, 300:]
     found = answer(model, tokenizer, compressed(model), ids, mask, known=True, max_new_tokens=15)
     assert found == tokenizer.batch_decode(direct, skip_special_tokens=True)
 
@@ -301,10 +302,10 @@ def test_answers_after_a_compressed_context_are_read_from_it(model, known):
     [found] = loglikelihood(model, cache, ids, None, [expected], after if known else None)
     text, total = torch.cat((ids[0], expected))[None], 0.0
     if not known:
-        after = model(ids[:, cut:], past_key_values=copy).logits[:, -1]
+        after = model(ids[:, cut:], **{CACHE: copy}).logits[:, -1]
     for place, token in enumerate(expected):
         total += float(after[0].log_softmax(-1)[token])
-        after = model(text[:, 320 + place : 321 + place], past_key_values=copy).logits[:, -1]
+        after = model(text[:, 320 + place : 321 + place], **{CACHE: copy}).logits[:, -1]
     assert found.total == pytest.approx(total, rel=1e-4)
 
 

@@ -13,6 +13,7 @@ from eval.config import RunConfig
 from eval.records import Folder
 from eval.run import run
 from wildcat_kv import WildCatCache
+from wildcat_kv.cache_keyword import CACHE
 from wildcat_kv.compress import token_mass
 from wildcat_kv.haystack import build_context
 from wildcat_kv.models import default_model
@@ -89,15 +90,15 @@ def test_a_run_leaves_records_tables_plots_and_a_report(run_folder):
 def test_within_budget_the_answer_is_the_exact_one(default, essay_ids):
     model, _ = default
     options = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
-    expected = model.generate(essay_ids, past_key_values=DynamicCache(config=model.config), **options)
-    ours = model.generate(essay_ids, past_key_values=WildCatCache(model.config, max_tokens=2000), **options)
+    expected = model.generate(essay_ids, **{CACHE: DynamicCache(config=model.config)}, **options)
+    ours = model.generate(essay_ids, **{CACHE: WildCatCache(model.config, max_tokens=2000)}, **options)
     assert torch.equal(ours, expected)
 
 
 def test_budget_is_exact_in_every_layer(default, essay_ids):
     model, _ = default
     cache = WildCatCache(model.config, ratio=0.25)
-    model(essay_ids, past_key_values=cache, logits_to_keep=1)
+    model(essay_ids, **{CACHE: cache}, logits_to_keep=1)
     kept = int(essay_ids.shape[1] * 0.25 + 0.5)
     assert {cache.stored_length(layer) for layer in range(30)} == {kept}
     assert not any((layer.state.storage.entries.valid == 0).any() for layer in cache.layers)
@@ -110,7 +111,7 @@ def test_a_saved_context_answers_another_process_as_it_does_here(default, tmp_pa
     questions = ("What is this text about?", "Who wrote it?", "Name one person in it.")
     pairs = [encode_question(tokenizer, text, question) for question in questions]
     cache = WildCatCache(model.config, ratio=0.25)
-    model(pairs[0][0], past_key_values=cache, logits_to_keep=1)
+    model(pairs[0][0], **{CACHE: cache}, logits_to_keep=1)
     cache.save(tmp_path / "context.safetensors")
     prompts = [torch.cat(pair, dim=1).tolist() for pair in pairs]
     (tmp_path / "prompts.json").write_text(json.dumps(prompts))
@@ -135,7 +136,7 @@ def answers(model, cache, prompts):
     """Greedy answers to prompts (1, n) of which the cache has read the beginning."""
     options = {"max_new_tokens": 40, "do_sample": False, "pad_token_id": 0}
     ids = [torch.tensor(prompt) for prompt in prompts]
-    out = [model.generate(prompt, past_key_values=cache.clone(), **options) for prompt in ids]
+    out = [model.generate(prompt, **{CACHE: cache.clone()}, **options) for prompt in ids]
     return [answer[0, prompt.shape[1] :].tolist() for answer, prompt in zip(out, ids, strict=True)]
 
 
@@ -143,7 +144,7 @@ def test_real_keys_are_spread_so_that_part_of_the_tokens_lives_on(default, essay
     """The diagnostic of design 2: between nothing and everything on a real model's keys."""
     model, _ = default
     cache = DynamicCache(config=model.config)
-    model(essay_ids, past_key_values=cache, logits_to_keep=1)
+    model(essay_ids, **{CACHE: cache}, logits_to_keep=1)
     n = essay_ids.shape[1]
     mass = torch.stack([token_mass(layer.keys[0], rank=n // 4, bins=n // 48).median() for layer in cache.layers[::6]])
     assert (mass > 0.005).all() and (mass < 1.05).all()

@@ -15,6 +15,7 @@ import transformers as tf
 from tests.test_enable import llava
 from tests.tiny import random_ids, tiny_config, tiny_model
 from wildcat_kv import CompressedCache, WildCatCache, WildCatConfig, enable, load_preset, patch_config
+from wildcat_kv.cache_keyword import CACHE
 from wildcat_kv.compressors import SnapKV
 from wildcat_kv.recipe import Recipe, read_section
 
@@ -65,7 +66,7 @@ def test_another_process_obeys_what_was_saved(tmp_path):
         model.save_pretrained(folder)
         torch.save(IDS, folder / "ids.pt")
         cache = CompressedCache(model.config, compressor=compressor, exact_layers=[-1], **SETTINGS)
-        expected[str(folder)] = generated(model, past_key_values=cache)[0].tolist()
+        expected[str(folder)] = generated(model, **{CACHE: cache})[0].tolist()
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     reader = subprocess.run(
         [sys.executable, "-c", READER, *expected],
@@ -123,7 +124,7 @@ def test_the_config_of_a_vision_model_holds_it(tmp_path):
     again = tf.LlavaForConditionalGeneration.from_pretrained(tmp_path)
     with enable(again):
         output = generated(again)
-    assert torch.equal(output, generated(again, past_key_values=WildCatCache(again.config, **SETTINGS)))
+    assert torch.equal(output, generated(again, **{CACHE: WildCatCache(again.config, **SETTINGS)}))
     assert not torch.equal(output, generated(again))
 
 

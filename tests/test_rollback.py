@@ -12,6 +12,7 @@ from tests.driver import METHODS, assert_same, read, small_cache, state, tokens
 from tests.tiny import random_ids, tiny_model
 from wildcat_kv import WildCatCache
 from wildcat_kv.budget import block_size
+from wildcat_kv.cache_keyword import CACHE
 
 BUDGETS = [{"ratio": 0.25}, {"ratio": 0.5}, {"max_tokens": 24}, {"max_tokens": 60}, {"ratio": 1.0}]
 
@@ -180,12 +181,12 @@ def test_cropping_nothing_is_nothing():
 
 def test_all_of_an_unfolded_text_can_be_taken_back(llama):
     cache = WildCatCache(llama.config, max_tokens=200)
-    first = llama(random_ids(1, 60), past_key_values=cache).logits
+    first = llama(random_ids(1, 60), **{CACHE: cache}).logits
     cache.crop(-60)
     assert cache.get_seq_length() == cache.stored_length() == 0
-    assert torch.equal(llama(random_ids(1, 60), past_key_values=cache).logits, first)
+    assert torch.equal(llama(random_ids(1, 60), **{CACHE: cache}).logits, first)
     cache.crop(-60)
-    llama(random_ids(3, 10), past_key_values=cache)  # another batch, even
+    llama(random_ids(3, 10), **{CACHE: cache})  # another batch, even
     assert cache.get_seq_length() == 10
 
 
@@ -213,9 +214,9 @@ def test_a_text_that_is_taken_back_whole_leaves_a_hybrid_as_new():
     model = tiny_model("lfm2")
     cache = WildCatCache(model.config, max_tokens=200)
     cache.activate_past_recording()
-    model(random_ids(1, 40), past_key_values=cache)
+    model(random_ids(1, 40), **{CACHE: cache})
     cache.crop(-40)
-    model(random_ids(1, 5), past_key_values=cache)
+    model(random_ids(1, 5), **{CACHE: cache})
     assert cache.get_seq_length(1) == 5
 
 
@@ -228,8 +229,8 @@ def test_prompt_lookup_within_budget_is_the_exact_caches(family, budget):
     model = tiny_model(family)
     ids = random_ids(1, 20).repeat(1, 4)
     options = {"max_new_tokens": 50, "do_sample": False, "prompt_lookup_num_tokens": 6}
-    expected = model.generate(ids, past_key_values=DynamicCache(config=model.config), **options)
-    assert torch.equal(model.generate(ids, past_key_values=WildCatCache(model.config, **budget), **options), expected)
+    expected = model.generate(ids, **{CACHE: DynamicCache(config=model.config)}, **options)
+    assert torch.equal(model.generate(ids, **{CACHE: WildCatCache(model.config, **budget)}, **options), expected)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
@@ -239,7 +240,7 @@ def test_prompt_lookup_compresses(family, budget):
     ids = random_ids(1, 50).repeat(1, 4)
     cache = WildCatCache(model.config, **budget)
     out = model.generate(
-        ids, past_key_values=cache, max_new_tokens=120, do_sample=False, prompt_lookup_num_tokens=6, eos_token_id=None
+        ids, **{CACHE: cache}, max_new_tokens=120, do_sample=False, prompt_lookup_num_tokens=6, eos_token_id=None
     )
     assert out.shape[1] == 320
     kept = cache.settings.max_tokens or cache.settings.ratio * 320
@@ -255,9 +256,9 @@ def test_assisted_decoding(llama, budget):
     ids = random_ids(1, 120)
     options = {"max_new_tokens": 60, "do_sample": False, "assistant_model": assistant}
     cache = WildCatCache(llama.config, **budget)
-    out = llama.generate(ids, past_key_values=cache, **options)
+    out = llama.generate(ids, **{CACHE: cache}, **options)
     if budget == {"ratio": 1.0}:
-        assert torch.equal(out, llama.generate(ids, past_key_values=DynamicCache(config=llama.config), **options))
+        assert torch.equal(out, llama.generate(ids, **{CACHE: DynamicCache(config=llama.config)}, **options))
     assert out.shape[1] == 180
     assert cache.stored_length() <= (cache.settings.max_tokens or cache.settings.ratio * 180 + 48)
 
@@ -267,9 +268,9 @@ def test_prompt_lookup_over_a_filled_cache_is_refused_where_a_mask_shows_it(llam
     ids, mask = random_ids(1, 100), torch.ones(1, 100, dtype=torch.int64)
     mask[:, :3] = 0
     cache = WildCatCache(llama.config, ratio=0.25)
-    llama(ids[:, :80], attention_mask=mask[:, :80], past_key_values=cache)
+    llama(ids[:, :80], attention_mask=mask[:, :80], **{CACHE: cache})
     with pytest.raises(ValueError, match="attention_mask has width 100"):
-        llama.generate(ids, attention_mask=mask, past_key_values=cache, max_new_tokens=5, prompt_lookup_num_tokens=4)
+        llama.generate(ids, attention_mask=mask, **{CACHE: cache}, max_new_tokens=5, prompt_lookup_num_tokens=4)
     assert cache.get_seq_length() == 80
 
 
@@ -278,13 +279,13 @@ def test_a_step_too_many_is_undone_as_a_deferred_stop_does_it(llama):
     cache, other = (WildCatCache(llama.config, ratio=0.25) for _ in range(2))
     later = random_ids(1, 61, seed=3)
     for kind in (cache, other):
-        llama(random_ids(1, 150), past_key_values=kind)
+        llama(random_ids(1, 150), **{CACHE: kind})
     cache.activate_past_recording()
     for step in range(60):
-        llama(later[:, step : step + 1], past_key_values=cache)
+        llama(later[:, step : step + 1], **{CACHE: cache})
         cache.crop(0)
-        llama(later[:, step : step + 1], past_key_values=other)
-    llama(later[:, 60:], past_key_values=cache)
+        llama(later[:, step : step + 1], **{CACHE: other})
+    llama(later[:, 60:], **{CACHE: cache})
     cache.crop(-1)
     for layer in cache.layers:
         layer.record_past = False
@@ -297,7 +298,7 @@ def test_a_step_too_many_is_undone_as_a_deferred_stop_does_it(llama):
 def test_layers_that_cannot_go_back_are_named_before_anything_changes():
     model = tiny_model("gemma3")
     cache = WildCatCache(model.config, max_tokens=200)
-    model(random_ids(1, 60), past_key_values=cache)
+    model(random_ids(1, 60), **{CACHE: cache})
     with pytest.raises(ValueError, match=r"DynamicSlidingWindowLayer.*activate_past_recording"):
         cache.crop(-5)
     assert all(layer.get_seq_length() == 60 for layer in cache.layers)
@@ -309,12 +310,12 @@ def test_hybrid_caches_roll_back_together():
     cache, other = (WildCatCache(model.config, ratio=0.25) for _ in range(2))
     for kind in (cache, other):
         kind.activate_past_recording()
-        model(random_ids(1, 80), past_key_values=kind)
+        model(random_ids(1, 80), **{CACHE: kind})
         kind.crop(0)
-    model(random_ids(1, 5, seed=2), past_key_values=cache)
+    model(random_ids(1, 5, seed=2), **{CACHE: cache})
     cache.crop(-5)
     fork = copy.deepcopy(cache)
     assert_same(state(cache), state(other))
     question = random_ids(1, 7, seed=4)
-    logits = [model(question, past_key_values=kind).logits for kind in (cache, other, fork)]
+    logits = [model(question, **{CACHE: kind}).logits for kind in (cache, other, fork)]
     assert torch.equal(logits[0], logits[1]) and torch.equal(logits[0], logits[2])

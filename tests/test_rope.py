@@ -8,6 +8,7 @@ import torch
 from tests.families import REGISTRY
 from tests.tiny import tiny_config, tiny_model
 from wildcat_kv.cache import CompressedCache
+from wildcat_kv.cache_keyword import CACHE
 from wildcat_kv.layer import WildCatLayer
 from wildcat_kv.rope import rotation_of
 from wildcat_kv.support import decoder_config
@@ -69,7 +70,7 @@ def test_queries_of_one_repeated_token_are_equal_once_their_rotation_is_undone(f
         if name.endswith("sinks"):  # their share of the attention falls as tokens come
             parameter.data.fill_(-1e4)
     cache = CompressedCache(model.config, compressor="expected_attention", ratio=1.0)
-    model(torch.full((2, LENGTH), 7), past_key_values=cache)
+    model(torch.full((2, LENGTH), 7), **{CACHE: cache})
     for index, layer in enumerate(cache.layers):
         if not isinstance(layer, WildCatLayer):
             continue
@@ -84,7 +85,7 @@ def test_queries_of_one_repeated_token_are_equal_once_their_rotation_is_undone(f
 def test_what_is_moved_is_what_it_would_be_there(family, changes, alike):
     model = tiny_model(family, **changes)
     cache = CompressedCache(model.config, compressor="expected_attention", ratio=1.0)
-    model(torch.arange(22).view(2, 11) + 3, past_key_values=cache)
+    model(torch.arange(22).view(2, 11) + 3, **{CACHE: cache})
     at, by = torch.arange(11).expand(2, -1), torch.tensor([[30], [-7]]) if alike else torch.arange(22).view(2, 11)
     for index, layer in enumerate(cache.layers):
         if isinstance(layer, WildCatLayer):

@@ -15,6 +15,7 @@ from transformers import CompileConfig
 from tests.driver import METHODS, SCALE, assert_same, state, tokens
 from tests.tiny import random_ids, tiny_config, tiny_model
 from wildcat_kv import CompressedCache, WildCatCache, WildCatConfig, compile_decoding, compressors
+from wildcat_kv.cache_keyword import CACHE
 
 BUDGET = {"max_tokens": 30, "sink": 2, "window": 6, "bin_rank": 4}
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
@@ -37,7 +38,7 @@ def graphs():
 
 def read(model, cache, ids, mask=None):
     """Read `ids`; the tokens that come next."""
-    return model(ids, past_key_values=cache, attention_mask=mask).logits[:, -1:].argmax(-1)
+    return model(ids, **{CACHE: cache}, attention_mask=mask).logits[:, -1:].argmax(-1)
 
 
 def decode(step, token, count):
@@ -50,7 +51,7 @@ def decode(step, token, count):
 
 
 def eagerly(model, cache):
-    return lambda token: model(token, past_key_values=cache).logits
+    return lambda token: model(token, **{CACHE: cache}).logits
 
 
 def compiled(model, cache, backend="eager"):
@@ -213,7 +214,7 @@ def test_steps_after_a_prompt_with_a_padded_row(model, length):
     for _ in range(40):
         mask = torch.cat((mask, torch.ones_like(mask[:, :1])), 1)
         found.append(step(token))
-        torch.testing.assert_close(found[-1], model(token, past_key_values=other, attention_mask=mask).logits, **CLOSE)
+        torch.testing.assert_close(found[-1], model(token, **{CACHE: other}, attention_mask=mask).logits, **CLOSE)
         token = found[-1].argmax(-1)
 
 
@@ -227,7 +228,7 @@ def generate(model, cache, ids, mask=None, compile_steps=False, **options):
     return model.generate(
         ids,
         attention_mask=torch.ones_like(ids) if mask is None else mask,
-        past_key_values=cache,
+        **{CACHE: cache},
         do_sample=False,
         max_new_tokens=40,
         return_dict_in_generate=True,

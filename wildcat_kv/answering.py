@@ -8,6 +8,8 @@ from typing import Any
 
 from transformers import GenerationConfig
 
+from wildcat_kv.cache_keyword import CACHE, OLD
+
 DEFAULT_LENGTH = 256
 # Given by whoever generates, or of no use where there is one answer to a text that was read.
 _OURS = (
@@ -15,7 +17,8 @@ _OURS = (
     "input_ids",
     "attention_mask",
     "position_ids",
-    "past_key_values",
+    CACHE,
+    OLD,
     "tokenizer",
     "until",
     "next_logits",

@@ -17,6 +17,7 @@ from typing_extensions import Self
 from wildcat_kv import persistence
 from wildcat_kv.accounting import cache_bytes, layer_tensors, stored_entries, stored_tokens
 from wildcat_kv.attention import NAME, AttentionName
+from wildcat_kv.cache_keyword import CACHE
 from wildcat_kv.compressors import Compressor, resolve
 from wildcat_kv.config import WildCatConfig
 from wildcat_kv.error_report import ErrorReport
@@ -31,10 +32,10 @@ from wildcat_kv.support import cache_layers, decoder_config, dropped_from
 class CompressedCache(Cache):
     """A Transformers cache that keeps its full-attention layers within a budget, by any method.
 
-    Pass it to `generate(past_key_values=...)` or to the model. Constructing it switches the config's
-    attention implementation to "wildcat", which does what the previous one did wherever nothing is
-    compressed, with other caches too; the switch can stay. It is for inference: compressed layers keep keys
-    and values without their gradients.
+    Pass it to `generate(cache=...)` or to the model; before Transformers 5.24 that argument is `past_key_values=...`.
+    Constructing it switches the config's attention implementation to "wildcat", which does what the previous one did
+    wherever nothing is compressed, with other caches too; the switch can stay. It is for inference: compressed layers
+    keep keys and values without their gradients.
 
     Args:
         config: the model's own config, `model.config`; a copy of it never reaches the model.
@@ -55,7 +56,7 @@ class CompressedCache(Cache):
 
     Example:
         cache = CompressedCache(model.config, compressor="snapkv", ratio=0.25)
-        out = model.generate(**inputs, past_key_values=cache)
+        out = model.generate(**inputs, cache=cache)
     """
 
     # Of a class that has one.
@@ -102,7 +103,7 @@ class CompressedCache(Cache):
         if (length := dropped_from(decoder)) is not None:
             warnings.warn(
                 f"config={type(config).__name__}: generate() of this model drops any cache where a text grows past "
-                f"{length} tokens; read longer prompts by model(input_ids, past_key_values=cache) before generate()",
+                f"{length} tokens; read longer prompts by model(input_ids, {CACHE}=cache) before generate()",
                 stacklevel=2,
             )
         current = decoder._attn_implementation
@@ -164,7 +165,7 @@ class CompressedCache(Cache):
 
         Example:
             cache = CompressedCache(model.config, compressor="query_wildcat", ratio=0.25)
-            model.generate(**inputs, past_key_values=cache)
+            model.generate(**inputs, cache=cache)
             print(cache.error_report())
         """
         if not self.compressor.estimates:
@@ -452,7 +453,7 @@ class WildCatCache(CompressedCache):
 
     Example:
         cache = WildCatCache(model.config, ratio=0.25)
-        out = model.generate(**inputs, past_key_values=cache)
+        out = model.generate(**inputs, cache=cache)
     """
 
     _only_method = "wildcat"

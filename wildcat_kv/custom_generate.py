@@ -8,10 +8,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from torch import Tensor
+from transformers import StoppingCriteriaList
 from transformers.generation.utils import GENERATION_MODES_MAPPING
 
+from wildcat_kv.cache_keyword import CACHE, OLD, given_cache
 from wildcat_kv.config import WildCatConfig
 from wildcat_kv.files import replacing
+from wildcat_kv.read_check import with_read_check
 from wildcat_kv.recipe import Recipe, chooses_a_cache
 from wildcat_kv.support import check_prompt
 
@@ -61,7 +64,7 @@ The same without trusting remote code: `custom_generate=wildcat_kv.wildcat_gener
 }
 
 _OTHERWISE = (
-    "custom_generate makes a compressed cache, and generate() was told otherwise; leave out past_key_values, "
+    f"custom_generate makes a compressed cache, and generate() was told otherwise; leave out {CACHE}, "
     "cache_implementation and use_cache, or leave out custom_generate"
 )
 
@@ -113,7 +116,7 @@ def wildcat_generate(
     """
     check_prompt(model)
     chosen = {name: arguments.pop(name) for name in _OURS if arguments.get(name) is not None}
-    prepared = arguments.get("past_key_values")
+    prepared = given_cache(arguments)
     without = generation_config.use_cache is False or generation_config.cache_implementation is not None
     if without or getattr(prepared, "_is_user_defined", False):
         raise ValueError(_OTHERWISE)
@@ -121,13 +124,16 @@ def wildcat_generate(
     decode = getattr(type(model), GENERATION_MODES_MAPPING[mode], None)
     if decode is None:  # the name of a repository
         raise ValueError(f"custom_generate: {mode.value} has left Transformers; decode in another way")
-    arguments["past_key_values"] = Recipe.choose(model.config, **chosen).cache(model.config)
+    cache = Recipe.choose(model.config, **chosen).cache(model.config)
+    arguments = {name: value for name, value in arguments.items() if name not in (CACHE, OLD)}
+    _, checked = with_read_check(model, cache, (), {"stopping_criteria": stopping_criteria})
     return decode(
         model,
         input_ids,
         logits_processor=logits_processor,
-        stopping_criteria=stopping_criteria,
+        stopping_criteria=StoppingCriteriaList(checked["stopping_criteria"]),
         generation_config=generation_config,
+        **{CACHE: cache},
         **arguments,
     )
 
@@ -145,8 +151,9 @@ def generate(*inputs: Any, model: Any, **arguments: Any) -> Any:
     chosen = {name: given.pop(name) for name in _OURS if name in given}
     if chooses_a_cache(model, inputs, given):
         raise ValueError(_OTHERWISE)
-    given["past_key_values"] = Recipe.choose(model.config, **chosen).cache(model.config)
-    return type(model).generate(model, *inputs, **given)
+    cache = Recipe.choose(model.config, **chosen).cache(model.config)
+    inputs, given = with_read_check(model, cache, inputs, given)
+    return type(model).generate(model, *inputs, **{CACHE: cache}, **given)
 
 
 def write_folder(folder: str | Path) -> list[Path]:

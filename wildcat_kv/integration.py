@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +16,30 @@ from transformers import GenerationMixin
 from typing_extensions import Self
 
 from wildcat_kv.attention import AttentionName
+from wildcat_kv.cache_keyword import CACHE, OLD
 from wildcat_kv.compressors import Compressor
 from wildcat_kv.config import WildCatConfig
 from wildcat_kv.custom_generate import generate as recipe_of_folder
 from wildcat_kv.presets import Preset
+from wildcat_kv.read_check import with_read_check
 from wildcat_kv.recipe import SECTION, Recipe, chooses_a_cache
 from wildcat_kv.support import check_prompt, decoder_config
 
 # Attributes of an enabled model.
 _STATE = "_wildcat_kv"
 _GENERATE = "generate"
+
+
+class _Calls:
+    """Calls of `generate()` under way, in any thread. A copy of the model has its own."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.running = 0
+        self.disabled = False
+
+    def __reduce__(self) -> tuple[type[_Calls], tuple[()]]:
+        return _Calls, ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,12 +51,49 @@ class _Enabled:
         generate: of the model, as it is now.
         replaced: a `generate` of the model's own, in the place of its class's; None for none.
         attention: the configs whose attention a cache switches, each with the implementation that it had.
+        _calls: calls of `generate()` under way.
     """
 
     recipe: Recipe
     generate: Any
     replaced: Any
     attention: list[tuple[Any, Any]]
+    _calls: _Calls = field(default_factory=_Calls)
+
+    @contextmanager
+    def call(self, model: Any, streamer: Any) -> Iterator[None]:
+        """One call of `generate()`, which keeps the attention that it began with, whoever disables the model meanwhile.
+
+        Whoever reads a `streamer` of the caller's waits for its end: a call that fails ends it.
+        """
+        with self._calls.lock:
+            self._calls.running += 1
+        try:
+            yield
+        except BaseException:
+            if streamer is not None:
+                streamer.end()
+            raise
+        finally:
+            with self._calls.lock:
+                self._calls.running -= 1
+                last = self._calls.disabled and not self._calls.running
+            if last:
+                self._give_back(model)
+
+    def end(self, model: Any) -> None:
+        """Give the configs their attention back, once the calls that are under way have ended."""
+        with self._calls.lock:
+            self._calls.disabled = True
+            idle = not self._calls.running
+        if idle:
+            self._give_back(model)
+
+    def _give_back(self, model: Any) -> None:
+        if _STATE in vars(model):  # enabled again meanwhile
+            return
+        for config, before in self.attention:
+            config._attn_implementation_internal = _attention_before(config._attn_implementation, before)
 
 
 class Handle:
@@ -81,7 +135,7 @@ def enable(
 ) -> Handle:
     """Give every `generate()` of a model a fresh compressed cache, unless the caller passes one.
 
-    A call that names a cache of its own by `past_key_values` or `cache_implementation`, that wants none
+    A call that names a cache of its own by `cache` or `cache_implementation`, that wants none
     (`use_cache=False`), or that brings `custom_generate` is left alone, and so are those of an assistant, whose guesses
     are taken back. Works with pipelines, with models dispatched by accelerate, and with PEFT adapters, whether they
     were put on before or are put on after. A copy of the model, or one that was pickled, is enabled by itself.
@@ -139,8 +193,7 @@ def disable(model: Any) -> None:
         delattr(inner, _GENERATE)
         if state.replaced is not None:
             setattr(inner, _GENERATE, state.replaced)
-    for config, before in state.attention:
-        config._attn_implementation_internal = _attention_before(config._attn_implementation, before)
+    state.end(inner)
 
 
 def patch_config(
@@ -184,13 +237,16 @@ def _generate(model: Any, *args: Any, **kwargs: Any) -> Any:
     if state is None:  # disabled, and called by what others put around it
         return type(model).generate(model, *args, **kwargs)
     replaced = state.replaced
-    if kwargs.get("custom_generate") is None and not chooses_a_cache(model, args, kwargs):
-        check_prompt(model)
-        _check_state(model)
-        kwargs["past_key_values"] = state.recipe.cache(model.config)
-        if getattr(replaced, "func", None) is recipe_of_folder:  # which would make a cache too
-            replaced = None
-    return replaced(*args, **kwargs) if replaced is not None else type(model).generate(model, *args, **kwargs)
+    with state.call(model, kwargs.get("streamer")):
+        if kwargs.get("custom_generate") is None and not chooses_a_cache(model, args, kwargs):
+            check_prompt(model)
+            _check_state(model)
+            cache = state.recipe.cache(model.config)
+            args, kwargs = with_read_check(model, cache, args, kwargs)
+            kwargs = {name: value for name, value in kwargs.items() if name != OLD} | {CACHE: cache}
+            if getattr(replaced, "func", None) is recipe_of_folder:  # which would make a cache too
+                replaced = None
+        return replaced(*args, **kwargs) if replaced is not None else type(model).generate(model, *args, **kwargs)
 
 
 def _attention_before(current: Any, before: Any) -> Any:

@@ -43,7 +43,7 @@ def join_caches(caches: Sequence[CompressedCache], settings: WildCatConfig | Non
     Example:
         parts = [WildCatCache(model.config, ratio=0.25) for _ in passages]
         for part, ids in zip(parts, passages):
-            model(ids, past_key_values=part)
+            model(ids, cache=part)
         cache = join_caches(parts)
     """
     caches = list(caches)

@@ -13,6 +13,8 @@ from torch import Tensor
 from transformers import Cache, GenerationConfig, RepetitionPenaltyLogitsProcessor, StoppingCriteria
 
 from wildcat_kv.answering import AnswerOptions
+from wildcat_kv.cache_keyword import CACHE
+from wildcat_kv.read_check import check_read, with_read_check
 
 
 @dataclass(frozen=True)
@@ -76,13 +78,8 @@ def read(model: Any, cache: Cache, ids: Tensor, mask: Tensor | None = None, *, l
         options["attention_mask"] = mask
         if "position_ids" in inspect.signature(model.forward).parameters:  # as generate() counts them
             options["position_ids"] = (mask.long().cumsum(-1) - 1).clamp_min(0)[:, start:]
-    logits = model(ids[:, start:], past_key_values=cache, **options).logits
-    if (seen := cache.get_seq_length()) != ids.shape[1]:
-        raise RuntimeError(
-            f"the model was given {ids.shape[1]} tokens, and its cache has seen {seen}: it does without the cache, or "
-            "adds tokens of its own; call model.eval() and model.gradient_checkpointing_disable(), and leave out "
-            "PEFT's learned prompts"
-        )
+    logits = model(ids[:, start:], **{CACHE: cache}, **options).logits
+    check_read(model, cache, ids.shape[1])
     return logits.float()
 
 
@@ -146,12 +143,13 @@ def generate_tokens(
             max_new_tokens = 0
     if max_new_tokens:
         plan.config.max_new_tokens = max_new_tokens
+        _, others = with_read_check(model, cache, (), plan.others)
         ids = model.generate(
             ids,
             attention_mask=torch.ones_like(ids) if mask is None else mask,
-            past_key_values=cache,
+            **{CACHE: cache},
             generation_config=plan.config,
-            **plan.others,
+            **others,
         )
     return [list(itertools.takewhile(lambda token: token not in plan.ends, row)) for row in ids[:, prompt:].tolist()]
 
@@ -226,7 +224,8 @@ def token_losses(model: Any, cache: Cache, ids: Tensor, *, chunk: int) -> Tensor
 def _chunks(model: Any, cache: Cache, ids: Tensor, chunk: int) -> Iterator[tuple[Tensor, Tensor]]:
     for start in range(0, ids.shape[1] - 1, chunk):
         stop = min(start + chunk, ids.shape[1] - 1)
-        logits = model(ids[:, start:stop], past_key_values=cache).logits[0].float()
+        logits = model(ids[:, start:stop], **{CACHE: cache}).logits[0].float()
+        check_read(model, cache, stop)
         yield logits, ids[0, start + 1 : stop + 1]
 
 

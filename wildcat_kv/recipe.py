@@ -10,6 +10,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from wildcat_kv.cache import CompressedCache
+from wildcat_kv.cache_keyword import given_cache
 from wildcat_kv.compressors import Compressor, resolve
 from wildcat_kv.config import WildCatConfig
 from wildcat_kv.presets import Preset, load_preset
@@ -152,7 +153,7 @@ def chooses_a_cache(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     )
     if use_cache is None:
         use_cache = model.generation_config.use_cache
-    named = kwargs.get("past_key_values") is not None or implementation is not None
+    named = given_cache(kwargs) is not None or implementation is not None
     return named or use_cache is False or getattr(config, "is_assistant", False)
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from wildcat_kv.attention import Forward, mark
+from wildcat_kv.cache_keyword import CACHE
 from wildcat_kv.layer import Shared, WildCatLayer
 from wildcat_kv.state import LayerState
 from wildcat_kv.storage import ordinary_tensors
@@ -319,7 +320,7 @@ def compile_decoding(model: nn.Module, cache: Any, **options: Any) -> Callable[[
 
     Example:
         cache = WildCatCache(model.config, max_tokens=1024, static=True)
-        token = model(prompt, past_key_values=cache).logits[:, -1:].argmax(-1)
+        token = model(prompt, cache=cache).logits[:, -1:].argmax(-1)
         step = compile_decoding(model, cache)
         for _ in range(100):
             token = step(token).argmax(-1)
@@ -337,7 +338,7 @@ def compile_decoding(model: nn.Module, cache: Any, **options: Any) -> Callable[[
         mask = cache.announce_step(ids.shape[0])
         shared.announced = False  # not read yet: where torch does not compile, the model asks for the length
         try:
-            logits = compiled(input_ids=ids, attention_mask=mask, past_key_values=cache).logits
+            logits = compiled(input_ids=ids, attention_mask=mask, **{CACHE: cache}).logits
         except BaseException:
             shared.announced = not shared.stale
             shared.catch_up()  # the device knows which layers have read the token, if any

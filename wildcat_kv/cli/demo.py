@@ -22,6 +22,7 @@ from wildcat_kv.cli.streaming import TextStream, layers_seen, steps
 from wildcat_kv.config import WildCatConfig
 from wildcat_kv.haystack import build_context, make_needles
 from wildcat_kv.prompts import encode_question
+from wildcat_kv.reading import read
 
 
 def demo(
@@ -81,11 +82,11 @@ def _ask(
     """Read `context` once, then answer each question (text, beginning of the answer) on a copy of the cache."""
     before, _ = encode_question(tokenizer, context, "")
     before = before.to(model.device)
-    read = progress.add_task(f"{name}: reading {before.shape[1]} tokens", total=None)
+    task = progress.add_task(f"{name}: reading {before.shape[1]} tokens", total=None)
     reading = TimedStreamer()
-    with layers_seen(model, progress, read):
+    with layers_seen(model, progress, task):
         reading.put(before)
-        logits = model(before, past_key_values=cache, logits_to_keep=1).logits
+        logits = read(model, cache, before)
         reading.put(logits.argmax(-1))
     stored, mebibytes = stored_tokens(cache), cache_bytes(cache) / 2**20
     answers, speeds = [], []

@@ -14,9 +14,11 @@ from transformers import Cache
 
 from wildcat_kv.accounting import TimedStreamer, Timing, cache_bytes, stored_tokens
 from wildcat_kv.answering import pad_id
+from wildcat_kv.cache_keyword import CACHE
 from wildcat_kv.cli import options
 from wildcat_kv.cli.streaming import TextStream, layers_seen, steps
 from wildcat_kv.prompts import encode_prompt
+from wildcat_kv.read_check import with_read_check
 from wildcat_kv.recipe import Recipe
 
 
@@ -72,15 +74,17 @@ def decode(
 ) -> Timing:
     """Greedy decoding, each new token handed to `on_token` as it comes."""
     streamer = TimedStreamer(on_token)
+    _, checked = with_read_check(model, cache, (), {})
     model.generate(
         ids,
         attention_mask=torch.ones_like(ids),
-        past_key_values=cache,
+        **{CACHE: cache},
         max_new_tokens=max_new_tokens,
         do_sample=False,
         pad_token_id=pad_id(tokenizer),
         streamer=streamer,
         stop_strings=stop_strings,
         tokenizer=tokenizer if stop_strings else None,
+        **checked,
     )
     return streamer.timing

@@ -1,0 +1,74 @@
+"""Check that a model reads into the cache it was given: a cache that is dropped answers nothing, and says nothing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache, StoppingCriteria
+
+from wildcat_kv.cache_keyword import CACHE
+
+# Where `generate()` takes its stopping criteria by position.
+_PLACE = 3
+
+
+def check_read(model: Any, cache: Cache, tokens: int) -> None:
+    """Refuse to go on from a forward pass that did not reach the cache.
+
+    Args:
+        model: the model that ran.
+        cache: the cache it was given.
+        tokens: how many the cache must have seen by now, padding included.
+
+    Raises:
+        RuntimeError: it has seen another number.
+    """
+    if (seen := cache.get_seq_length()) != tokens:
+        raise RuntimeError(_fault(model, tokens, seen))
+
+
+def with_read_check(
+    model: Any, cache: Cache, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of `generate()`, and a check after its first forward pass that `cache` has read the prompt.
+
+    Args:
+        model: the model that generates.
+        cache: the cache that the call is given.
+        args: of the call, in their order.
+        kwargs: of the call, by name.
+    """
+    check = _ReadCheck(model, cache)
+    if len(args) > _PLACE:
+        return (*args[:_PLACE], [*(args[_PLACE] or ()), check], *args[_PLACE + 1 :]), kwargs
+    return args, {**kwargs, "stopping_criteria": [*(kwargs.get("stopping_criteria") or ()), check]}
+
+
+class _ReadCheck(StoppingCriteria):
+    """Never ends a text. Transformers calls it after the first token, in every way to decode and in the same thread."""
+
+    def __init__(self, model: Any, cache: Cache) -> None:
+        self._model, self._cache = model, cache
+        self._before = cache.get_seq_length()
+        self._read = False
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
+        if not self._read:
+            # The newest token is not read yet. Prompts of embeddings have no ids.
+            least = max(self._before + 1, input_ids.shape[1] - 1)
+            if (seen := self._cache.get_seq_length()) < least:
+                raise RuntimeError(_fault(self._model, least, seen))
+            self._read = True
+        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+
+
+def _fault(model: Any, tokens: int, seen: int) -> str:
+    name = type(model).__name__
+    return (
+        f"model={name}: its cache should have seen {tokens} tokens and has seen {seen}. Either its forward() does not "
+        f"use the cache that it is given as {CACHE}=...; or it trains with gradient checkpointing, then call "
+        "model.eval(); or it adds tokens of its own, as PEFT's learned prompts do; or it drops caches past a length, "
+        "as Phi-3 does. Use DynamicCache for it"
+    )
