@@ -9,10 +9,9 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-import importlib
-import math
+import inspect
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -122,7 +121,7 @@ def tiny(name: str, image: bool = False, **changes: Any) -> Tiny:
     model.generation_config.update(
         eos_token_id=None, bos_token_id=None, pad_token_id=0, forced_bos_token_id=None, forced_eos_token_id=None
     )
-    return Tiny(name, model, _picture(name, model) if image else None)
+    return Tiny(name, model, _picture(model) if image else None)
 
 
 def small_config(name: str, **changes: Any) -> Any:
@@ -138,15 +137,15 @@ def small_config(name: str, **changes: Any) -> Any:
 def _small(config: Any, own: Mapping[str, Any]) -> Any:
     """Build the config anew, its fields shrunk by their names, except those given in `own`."""
     cls = type(config)
-    names = {field.name for field in dataclasses.fields(cls)} & vars(config).keys()
-    old = {name: getattr(config, name) for name in names}
+    # By vars(): some fields differ from layer to layer, and getattr() refuses to name one value.
+    old = {field.name: vars(config)[field.name] for field in dataclasses.fields(cls) if field.name in vars(config)}
     fields = _unlike_the_class(cls, old) | _layers(config, own)
     for name, value in old.items():
         if isinstance(value, tf.PreTrainedConfig):
             fields[name] = _small(value, own.get(name) or {})
         elif name.endswith(("_token_id", "_token_index")) and isinstance(value, int):
             fields[name] = _special(name)
-        elif name in _SIZES and value is not None and not isinstance(value, str | list | tuple):
+        elif name in _SIZES and (value is not None or name == "head_dim") and not isinstance(value, str | list | tuple):
             fields[name] = _SIZES[name]
     fields |= _heads(config, old) | _vision(old)
     fields |= {name: value for name, value in own.items() if not isinstance(fields.get(name), tf.PreTrainedConfig)}
@@ -238,8 +237,67 @@ def _spread(model: Any) -> None:
             parameter.data = torch.ones(parameter.shape)
 
 
-def _picture(name: str, model: Any) -> Picture | None:
+def _picture(model: Any) -> Picture | None:
+    """Make the image that the model takes, in the first of the usual layouts that its forward pass accepts."""
+    config = model.config
+    token = getattr(config, "image_token_id", None) or getattr(config, "image_token_index", None)
+    features = getattr(model, "get_image_features", None)
+    if not isinstance(token, int) or features is None:
+        return None
+    named = inspect.signature(model.forward).parameters
+    types = {name: 1 for name in ("mm_token_type_ids", "token_type_ids") if name in named}
+    start, end = (
+        next((getattr(config, name) for name in names if isinstance(getattr(config, name, None), int)), None)
+        for names in (
+            ("vision_start_token_id", "image_start_token_id", "boi_token_id", "boi_token_index"),
+            ("vision_end_token_id", "image_end_token_id", "eoi_token_id", "eoi_token_index"),
+        )
+    )
+    for pixels in _layouts(model):
+        with contextlib.suppress(Exception), torch.no_grad():
+            count = _count(features(**pixels))
+            tokens = [*[start] * (start is not None), *[token] * count, *[end] * (end is not None)]
+            made = Tiny("", model, Picture(torch.tensor([tokens]), token, pixels, types))
+            inputs = made.inputs(8)
+            one = model(**inputs).logits
+            other = model(**{**inputs, "pixel_values": inputs["pixel_values"].flip(-1)}).logits
+            if torch.isfinite(one).all() and not torch.equal(one, other):
+                return made.picture
     return None
+
+
+def _layouts(model: Any) -> Iterator[dict[str, Any]]:
+    """The ways in which families take the pixels of one image."""
+    generator = torch.Generator().manual_seed(5)
+    vision = getattr(model.config, "vision_config", model.config)
+    patch, merge = getattr(vision, "patch_size", 14), getattr(vision, "temporal_patch_size", 1)
+    size, channels = getattr(vision, "image_size", None), getattr(vision, "num_channels", None) or 3
+    size = size[0] if isinstance(size, list | tuple) else size
+    patch = patch[0] if isinstance(patch, list | tuple) else patch
+    sides = [size] * isinstance(size, int) + [8 * patch, 4 * patch, 384, 224]
+
+    def noise(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    if "image_grid_thw" in inspect.signature(model.forward).parameters:
+        for depth in dict.fromkeys((merge, 1)):
+            pixels = noise(64, channels * depth * patch * patch)
+            yield {"pixel_values": pixels, "image_grid_thw": torch.tensor([[1, 8, 8]])}
+    for side in dict.fromkeys(sides):
+        yield {"pixel_values": noise(1, channels, side, side)}
+        yield {"pixel_values": noise(1, channels, side, side), "image_sizes": torch.tensor([[side, side]])}
+        yield {"pixel_values": noise(1, 1, channels, side, side)}
+        yield {"pixel_values": noise(1, 3, channels, side, side), "image_sizes": torch.tensor([[side, side]])}
+
+
+def _count(features: Any) -> int:
+    """The number of tokens that an image's features stand for."""
+    for name in ("pooler_output", "last_hidden_state"):
+        if getattr(features, name, None) is not None:
+            features = getattr(features, name)
+            break
+    parts = features if isinstance(features, list | tuple) else [features]
+    return sum(part.numel() // part.shape[-1] for part in parts)
 
 
 _DEPTHS = (
@@ -318,5 +376,81 @@ _SIZES: dict[str, Any] = {
 # What a class cannot be made without.
 _DEFAULTS: dict[str, dict[str, Any]] = {}
 # Fields that no rule of names gets right.
-_OWN: dict[str, dict[str, Any]] = {}
+_MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_n_groups": 1, "mamba_chunk_size": 16}
+_MROPE = {"text_config": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}}}
+_MAPS = {
+    "vocabulary_map": {
+        "<|extra_200|>": 140,
+        "<image>": 141,
+        **{f"<|visual token {i:06d}|>": 142 + i for i in range(40)},
+    }
+}
+_COMPASS = {
+    "layer_types": ["sliding_attention", "full_attention", "full_attention"],
+    "rope_parameters": {
+        kind: {"rope_type": "default", "rope_theta": 1e4} for kind in ("sliding_attention", "full_attention")
+    },
+}
+_DECODER = {"is_decoder": True}
+_GEMMA4 = {
+    "global_head_dim": 32,
+    "num_global_key_value_heads": 1,
+    "hidden_size_per_layer_input": 0,
+    "vocab_size_per_layer_input": VOCABULARY,
+}
+_QWEN4 = {
+    "hc_lowrank": 16,
+    "indexer_n_heads": 2,
+    "indexer_kv_heads": 1,
+    "indexer_head_dim": 16,
+    "indexer_budget": 16,
+    "indexer_compress_ratio": 4,
+}
+_OWN: dict[str, dict[str, Any]] = {
+    **dict.fromkeys(
+        (
+            "bert bert-generation big_bird camembert data2vec-text electra ernie megatron-bert rembert roberta "
+            "roberta-prelayernorm roc_bert roformer xlm-roberta xlm-roberta-xl xmod reformer"
+        ).split(),
+        _DECODER,
+    ),
+    "xmod": {**_DECODER, "default_language": "en_XX"},
+    "roc_bert": {**_DECODER, "pronunciation_vocab_size": VOCABULARY, "shape_vocab_size": VOCABULARY},
+    "bamba": {"attn_layer_indices": [1, 2], **_MAMBA},
+    "granitemoehybrid": {"layer_types": ["mamba", "attention", "attention"], **_MAMBA},
+    "jamba": {"attn_layer_offset": 1, "attn_layer_period": 2, "mamba_d_state": 8},
+    "falcon_h1": {"mamba_d_ssm": 128, **_MAMBA},
+    "mamba2": {"num_heads": 8},
+    "codegen": {"rotary_dim": 8},
+    "gptj": {"rotary_dim": 8},
+    "cohere_compass_text": _COMPASS,
+    "cohere_compass": {"text_config": _COMPASS},
+    "deepseek_v2": {"n_group": 1, "topk_group": 1, "num_experts_per_tok": 2, "topk_method": "greedy"},
+    "dots1": {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1, "n_group": 1, "topk_group": 1},
+    "dory": {"n_input_layers": 1, "n_recurrent_layers": 1, "n_output_layers": 1},
+    **dict.fromkeys("glm46v glm4v glm_ocr glmga paddleocr_vl qwen2_5_vl qwen2_vl hunyuan_vl".split(), _MROPE),
+    "nemotron": {"num_key_value_heads": 2},
+    "step3p7": {"text_config": {"sliding_window": WINDOW}},
+    "dots3_note_text": {
+        "swa_head_dim": 16,
+        "swa_qk_nope_head_dim": 8,
+        "swa_v_head_dim": 16,
+        "swa_q_lora_rank": 24,
+        "swa_kv_lora_rank": 16,
+        "swa_num_attention_heads": 4,
+        "swa_num_key_value_heads": 4,
+    },
+    "granite4_vision": {"deepstack_layer_map": [[0, 0]]},
+    "gemma3n_text": {"num_kv_shared_layers": 1},
+    "gemma4_text": _GEMMA4,
+    "gemma4": {"text_config": _GEMMA4},
+    "gemma4_unified_text": _GEMMA4,
+    "gemma4_unified": {"text_config": _GEMMA4},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention", "full_attention"]},
+    "longcat_flash": {"head_dim": 8, "zero_expert_num": 2},
+    "qwen4_exp": {"text_config": _QWEN4},
+    "qwen4_exp_text": _QWEN4,
+    "zaya": {"num_experts_per_tok": 1},
+    "reformer": {"axial_pos_embds": False, **_DECODER},
+}
 _NEEDS_MORE: dict[str, str] = {}
