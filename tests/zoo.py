@@ -1,7 +1,7 @@
 """Tiny random models of every family that Transformers knows, for text and for text with images.
 
 `text_families()` and `image_families()` are names (`model_type`s); `tiny(name)` builds one, or says why it cannot.
-Nothing here is a list of families that work: fields are shrunk by their names, and a few families get fields of their own.
+Fields are shrunk by their names; a few families have fields of their own. Nothing here says which families work.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ WORDS = range(4, 120)  # Tokens of random texts; no special token is among them.
 WINDOW = 24
 
 
-class NotBuilt(Exception):
+class NotBuiltError(Exception):
     """Says why the zoo has no tiny model of a family."""
 
 
@@ -102,10 +102,10 @@ def tiny(name: str, image: bool = False, **changes: Any) -> Tiny:
         **changes: fields of the config, beside those of the zoo.
 
     Raises:
-        NotBuilt: says why there is none.
+        NotBuiltError: says why there is none.
     """
     if name in _NEEDS_MORE:
-        raise NotBuilt(_NEEDS_MORE[name])
+        raise NotBuiltError(_NEEDS_MORE[name])
     auto = tf.AutoModelForImageTextToText if image else tf.AutoModelForCausalLM
     try:
         config = small_config(name, **changes)
@@ -114,9 +114,9 @@ def tiny(name: str, image: bool = False, **changes: Any) -> Tiny:
             warnings.simplefilter("ignore")
             model = auto.from_config(config).float().eval()
     except Exception as error:
-        raise NotBuilt(f"{type(error).__name__}: {' '.join(str(error).split())[:160]}") from error
+        raise NotBuiltError(f"{type(error).__name__}: {' '.join(str(error).split())[:160]}") from error
     if not hasattr(model, "generate"):
-        raise NotBuilt(f"{type(model).__name__} has no generate()")
+        raise NotBuiltError(f"{type(model).__name__} has no generate()")
     _spread(model)
     model.generation_config.update(
         eos_token_id=None, bos_token_id=None, pad_token_id=0, forced_bos_token_id=None, forced_eos_token_id=None
@@ -274,7 +274,7 @@ def _layouts(model: Any) -> Iterator[dict[str, Any]]:
     size, channels = getattr(vision, "image_size", None), getattr(vision, "num_channels", None) or 3
     size = size[0] if isinstance(size, list | tuple) else size
     patch = patch[0] if isinstance(patch, list | tuple) else patch
-    sides = [size] * isinstance(size, int) + [8 * patch, 4 * patch, 384, 224]
+    sides = [*([size] if isinstance(size, int) else []), 8 * patch, 4 * patch, 384, 224]
 
     def noise(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator)
@@ -282,7 +282,13 @@ def _layouts(model: Any) -> Iterator[dict[str, Any]]:
     if "image_grid_thw" in inspect.signature(model.forward).parameters:
         for depth in dict.fromkeys((merge, 1)):
             pixels = noise(64, channels * depth * patch * patch)
-            yield {"pixel_values": pixels, "image_grid_thw": torch.tensor([[1, 8, 8]])}
+            grid = {"image_grid_thw": torch.tensor([[1, 8, 8]])}
+            yield {"pixel_values": pixels, **grid}
+            yield {"pixel_values": pixels, **grid, "image_merge_sizes": torch.tensor([2])}
+            yield {"pixel_values": pixels.view(1, 64, channels * depth, patch, patch), **grid}
+    if "image_position_ids" in inspect.signature(model.forward).parameters:
+        places = torch.cartesian_prod(torch.arange(6), torch.arange(6)).flip(-1)[None]
+        yield {"pixel_values": noise(1, 36, channels * patch * patch), "image_position_ids": places}
     for side in dict.fromkeys(sides):
         yield {"pixel_values": noise(1, channels, side, side)}
         yield {"pixel_values": noise(1, channels, side, side), "image_sizes": torch.tensor([[side, side]])}
@@ -300,6 +306,11 @@ def _count(features: Any) -> int:
     return sum(part.numel() // part.shape[-1] for part in parts)
 
 
+def _each(names: str, value: Any) -> dict[str, Any]:
+    """The same value for several names."""
+    return {name: value for name in names.split()}
+
+
 _DEPTHS = (
     "num_hidden_layers",
     "num_layers",
@@ -314,67 +325,56 @@ _DEPTHS = (
     "num_blocks",
 )
 _TOKENS = {"pad_token_id": 0, "bos_token_id": 198, "eos_token_id": 199, "decoder_start_token_id": 198}
-_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_routed_experts")
 _SIZES: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "max_position_embeddings": 4096,
     "n_positions": 4096,
     "initializer_range": 0.2,
-    **dict.fromkeys(
-        (
-            "hidden_size d_model n_embd embed_dim word_embed_proj_dim projection_dim out_hidden_size text_hidden_size "
-            "embedding_size hidden_dim dim output_dim projector_hidden_size encoder_hidden_size emb_dim "
-            "attention_hidden_size encoder_hidden_dim lm_hidden_size n_embed"
-        ).split(),
+    **_each(
+        "hidden_size d_model n_embd embed_dim word_embed_proj_dim projection_dim out_hidden_size "
+        "text_hidden_size embedding_size hidden_dim dim output_dim projector_hidden_size encoder_hidden_size "
+        "emb_dim attention_hidden_size encoder_hidden_dim lm_hidden_size n_embed",
         64,
     ),
-    **dict.fromkeys(
-        (
-            "intermediate_size ffn_dim decoder_ffn_dim encoder_ffn_dim n_inner mlp_dim d_ff ffn_hidden_size dff "
-            "intermediate_size_mlp dense_intermediate_size encoder_intermediate_dim decoder_intermediate_dim"
-        ).split(),
+    **_each(
+        "intermediate_size ffn_dim decoder_ffn_dim encoder_ffn_dim n_inner mlp_dim d_ff ffn_hidden_size dff "
+        "intermediate_size_mlp dense_intermediate_size encoder_intermediate_dim decoder_intermediate_dim",
         96,
     ),
-    **dict.fromkeys(
-        (
-            "moe_intermediate_size shared_expert_intermediate_size shared_intermediate_size share_expert_dim "
-            "expert_ffn_hidden_size moe_shared_expert_intermediate_size expert_intermediate_size "
-            "shared_experts_intermediate_size"
-        ).split(),
+    **_each(
+        "moe_intermediate_size shared_expert_intermediate_size shared_intermediate_size share_expert_dim "
+        "expert_ffn_hidden_size moe_shared_expert_intermediate_size expert_intermediate_size "
+        "shared_experts_intermediate_size",
         32,
     ),
-    **dict.fromkeys(
-        (
-            "num_attention_heads n_head n_heads num_heads attention_heads encoder_attention_heads "
-            "decoder_attention_heads num_encoder_attention_heads num_decoder_attention_heads "
-            "swa_num_attention_heads num_sliding_attention_heads linear_num_value_heads linear_num_heads"
-        ).split(),
+    **_each(
+        "num_attention_heads n_head n_heads num_heads attention_heads encoder_attention_heads "
+        "decoder_attention_heads num_encoder_attention_heads num_decoder_attention_heads "
+        "swa_num_attention_heads num_sliding_attention_heads linear_num_value_heads linear_num_heads",
         4,
     ),
-    **dict.fromkeys("linear_num_key_heads index_n_heads n_mamba_heads".split(), 2),
-    **dict.fromkeys(
-        (
-            "head_dim global_head_dim swa_head_dim v_head_dim qk_head_dim kv_channels attention_head_dim d_kv "
-            "linear_key_head_dim linear_value_head_dim linear_head_dim index_head_dim kv_lora_rank mamba_d_head "
-            "mamba_head_dim mamba_chunk_size chunk_size"
-        ).split(),
+    **_each("linear_num_key_heads index_n_heads n_mamba_heads", 2),
+    **_each(
+        "head_dim global_head_dim swa_head_dim v_head_dim qk_head_dim kv_channels attention_head_dim d_kv "
+        "linear_key_head_dim linear_value_head_dim linear_head_dim index_head_dim kv_lora_rank mamba_d_head "
+        "mamba_head_dim mamba_chunk_size chunk_size",
         16,
     ),
-    **dict.fromkeys("qk_rope_head_dim qk_nope_head_dim mamba_d_state state_size ssm_state_size index_topk".split(), 8),
+    **_each("qk_rope_head_dim qk_nope_head_dim mamba_d_state state_size ssm_state_size index_topk", 8),
     "q_lora_rank": 24,
     "mamba_n_heads": 8,
     "mamba_num_heads": 8,
     "mamba_n_groups": 1,
     "n_groups": 1,
-    **dict.fromkeys(_EXPERTS, 4),
-    **dict.fromkeys("num_experts_per_tok moe_k moe_topk num_experts_per_token top_k_experts".split(), 2),
-    **dict.fromkeys("n_group topk_group num_expert_group topk_groups".split(), 1),
-    **dict.fromkeys("sliding_window sliding_window_size attention_window local_window_size".split(), WINDOW),
+    **_each("num_experts num_local_experts n_routed_experts moe_num_experts num_routed_experts", 4),
+    **_each("num_experts_per_tok moe_k moe_topk num_experts_per_token top_k_experts", 2),
+    **_each("n_group topk_group num_expert_group topk_groups", 1),
+    **_each("sliding_window sliding_window_size attention_window local_window_size", WINDOW),
     "attention_chunk_size": WINDOW,
     "first_k_dense_replace": 1,
 }
 # What a class cannot be made without.
-_DEFAULTS: dict[str, dict[str, Any]] = {}
+_DEFAULTS = _each("gemma4 gemma4_unified", {"vision_config": {}})
 # Fields that no rule of names gets right.
 _MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_n_groups": 1, "mamba_chunk_size": 16}
 _MROPE = {"text_config": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}}}
@@ -407,11 +407,9 @@ _QWEN4 = {
     "indexer_compress_ratio": 4,
 }
 _OWN: dict[str, dict[str, Any]] = {
-    **dict.fromkeys(
-        (
-            "bert bert-generation big_bird camembert data2vec-text electra ernie megatron-bert rembert roberta "
-            "roberta-prelayernorm roc_bert roformer xlm-roberta xlm-roberta-xl xmod reformer"
-        ).split(),
+    **_each(
+        "bert bert-generation big_bird camembert data2vec-text electra ernie megatron-bert rembert roberta "
+        "roberta-prelayernorm roc_bert roformer xlm-roberta xlm-roberta-xl xmod reformer",
         _DECODER,
     ),
     "xmod": {**_DECODER, "default_language": "en_XX"},
@@ -428,7 +426,10 @@ _OWN: dict[str, dict[str, Any]] = {
     "deepseek_v2": {"n_group": 1, "topk_group": 1, "num_experts_per_tok": 2, "topk_method": "greedy"},
     "dots1": {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1, "n_group": 1, "topk_group": 1},
     "dory": {"n_input_layers": 1, "n_recurrent_layers": 1, "n_output_layers": 1},
-    **dict.fromkeys("glm46v glm4v glm_ocr glmga paddleocr_vl qwen2_5_vl qwen2_vl hunyuan_vl".split(), _MROPE),
+    **_each("glm46v glm4v glm_ocr glmga paddleocr_vl qwen2_5_vl qwen2_vl hunyuan_vl", _MROPE),
+    **_each("gemma3 shieldgemma2", {"mm_tokens_per_image": 4}),
+    "aria": {"projector_patch_to_query_dict": {16: 4}},
+    "vipllava": {"vision_feature_layers": [-1, -2]},
     "nemotron": {"num_key_value_heads": 2},
     "step3p7": {"text_config": {"sliding_window": WINDOW}},
     "dots3_note_text": {
