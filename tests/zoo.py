@@ -308,7 +308,7 @@ def _count(features: Any) -> int:
 
 def _each(names: str, value: Any) -> dict[str, Any]:
     """The same value for several names."""
-    return {name: value for name in names.split()}
+    return dict.fromkeys(names.split(), value)
 
 
 _DEPTHS = (
