@@ -430,6 +430,7 @@ _OWN: dict[str, dict[str, Any]] = {
     **_each("gemma3 shieldgemma2", {"mm_tokens_per_image": 4}),
     "aria": {"projector_patch_to_query_dict": {16: 4}},
     "vipllava": {"vision_feature_layers": [-1, -2]},
+    "mllama": {"text_config": {"num_hidden_layers": 4, "cross_attention_layers": [1]}},
     "nemotron": {"num_key_value_heads": 2},
     "step3p7": {"text_config": {"sliding_window": WINDOW}},
     "dots3_note_text": {
