@@ -431,6 +431,19 @@ _OWN: dict[str, dict[str, Any]] = {
     "aria": {"projector_patch_to_query_dict": {16: 4}},
     "vipllava": {"vision_feature_layers": [-1, -2]},
     "mllama": {"text_config": {"num_hidden_layers": 4, "cross_attention_layers": [1]}},
+    "glm4v_moe": {
+        "text_config": {
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 1e4,
+                "partial_rotary_factor": 0.5,
+                "mrope_section": [2, 1, 1],
+            }
+        }
+    },
+    "idefics2": {"text_config": {"sliding_window": None}},
+    "qwen2_5_omni_thinker": {**_MROPE, "vision_start_token_id": 152},
+    "qwen3_omni_moe_thinker": {**_MROPE, "vision_start_token_id": 152},
     "nemotron": {"num_key_value_heads": 2},
     "step3p7": {"text_config": {"sliding_window": WINDOW}},
     "dots3_note_text": {

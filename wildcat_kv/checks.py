@@ -279,6 +279,7 @@ def _prompt_lookup(subject: Subject) -> None:
 
 
 def _saved(subject: Subject) -> None:
+    _baseline(lambda: subject.logits(subject.exact(), subject.ids))
     cache = subject.cache()
     subject.logits(cache, subject.ids[:, :-1])
     with tempfile.TemporaryDirectory() as folder:
@@ -313,6 +314,7 @@ def _rollback(subject: Subject) -> None:
 
 
 def _enabled(subject: Subject) -> None:
+    _baseline(lambda: subject.generate(subject.exact()))
     settings = WildCatConfig(ratio=RATIO)
     expected = subject.generate(WildCatCache(subject.model.config, settings)).sequences
     try:
@@ -365,7 +367,7 @@ _CHECKS: dict[str, Callable[[Subject], str | None]] = {
 
 
 def _subject(model: Any, prompt: Mapping[str, Any] | None, seed: int) -> Subject:
-    vocabulary = model.get_input_embeddings().weight.shape[0]
+    vocabulary = next(size for config in _configs(model.config) if (size := vars(config).get("vocab_size")))
     # Special tokens stand at either end of a vocabulary.
     words = set(range(vocabulary // 20, vocabulary // 2)) - _special(model)
     table = torch.tensor(sorted(words))

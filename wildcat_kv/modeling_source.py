@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, Cache
+from transformers.masking_utils import create_causal_mask
 
 INSTEAD = "use DynamicCache(config=model.config) for this model"
 OWN_CACHE = "give this model no cache, and it makes its own"
@@ -49,6 +50,8 @@ def unfit_attention(config: Any) -> str | None:
         return None
     if not hasattr(module, "ALL_ATTENTION_FUNCTIONS"):
         return f"{_OWN_WAY}; {INSTEAD}"
+    if not any(getattr(value, "__module__", None) == create_causal_mask.__module__ for value in vars(module).values()):
+        return f"its model makes its masks by itself, out of reach of mask functions; {INSTEAD}"
     for name, value in vars(module).items():
         if isinstance(value, type) and issubclass(value, Cache) and value.__module__ == module.__name__:
             return f"its model takes no cache but its own {name}; {OWN_CACHE}"
@@ -92,7 +95,11 @@ def _findings(module: str) -> tuple[Finding, ...]:
     found = [finding for node in ast.walk(tree) for finding in _of_statement(node)]
     classes = [node for node in tree.body if isinstance(node, ast.ClassDef) and "Cross" not in node.name]
     functions = [item for node in classes for item in node.body if isinstance(item, ast.FunctionDef)]
-    return (*found, *(finding for function in functions for finding in _of_function(function)))
+    caching = [function for function in functions if any(map(_is_update, ast.walk(function)))]
+    # A file may hold attention of other kinds too, of an encoder for example.
+    if caching and not any(map(_calls, caching)):
+        found.append(Finding(_OWN_WAY))
+    return (*found, *(finding for function in caching for finding in _of_function(function)))
 
 
 def _of_statement(node: ast.AST) -> Iterator[Finding]:
@@ -105,16 +112,8 @@ def _of_statement(node: ast.AST) -> Iterator[Finding]:
 def _of_function(function: ast.FunctionDef) -> Iterator[Finding]:
     """What a method does with the keys and values that it gets back from a cache."""
     updates = [node for node in ast.walk(function) if isinstance(node, ast.Assign) and _is_update(node.value)]
-    if not updates:
-        return
-    calls = [
-        node for node in ast.walk(function) if isinstance(node, ast.Call) and _name(node.func) in _attends(function)
-    ]
-    if not calls:
-        yield Finding(_OWN_WAY)
-        return
     kept = {name for update in updates for name in _targets(update)}
-    for call in calls:
+    for call in _calls(function):
         given = dict(zip(("key", "value", "attention_mask"), map(_name, call.args[2:5]), strict=False))
         given |= {keyword.arg: _name(keyword.value) for keyword in call.keywords if keyword.arg}
         if not {given.get("key"), given.get("value")} <= kept:
@@ -135,6 +134,12 @@ def _unguarded(body: list[ast.stmt], switch: str = "") -> Iterator[tuple[ast.Ass
             yield node, switch
         elif isinstance(node, ast.If) and isinstance(node.test, ast.Attribute) and _name(node.test.value) == "self":
             yield from _unguarded(node.body, node.test.attr)
+
+
+def _calls(function: ast.FunctionDef) -> list[ast.Call]:
+    """The calls of Transformers' attention functions."""
+    names = _attends(function)
+    return [node for node in ast.walk(function) if isinstance(node, ast.Call) and _name(node.func) in names]
 
 
 def _attends(function: ast.FunctionDef) -> set[str]:
