@@ -7,7 +7,7 @@ EXTRAS ?= dev,eval,docs
 READY := $(VENV)/.ready
 OLDEST := 5.17.0
 REFERENCE := kvpress==0.5.5 transformers==5.2.0
-CACHE_TESTS := $(addprefix tests/test_,$(addsuffix .py,batches cache compressed_context compressors context contract \
+CACHE_TESTS := $(addprefix tests/test_,$(addsuffix .py,batches cache compressed_context compressors checks context contract \
 	custom_generate enable exact_layers families fuzz joining numerics patching persistence placement prompts reading \
 	recipe rollback rope static storage weighted))
 
@@ -53,9 +53,10 @@ $(READY): pyproject.toml $(CONSTRAINTS)
 test-oldest: .constraints-oldest.txt
 	$(MAKE) test VENV=.venv-oldest CONSTRAINTS=.constraints-oldest.txt EXTRAS=dev TESTS="$(CACHE_TESTS)"
 
-# Thousands of random sequences; too long for every change.
+# Thousands of random sequences, and every family of Transformers; too long for every change.
 nightly: $(READY)
 	HYPOTHESIS_PROFILE=nightly $(BIN)/python -m pytest $(CACHE_TESTS)
+	$(BIN)/python -m tests.survey
 
 # Transformers' own tests of its caches: make test-upstream SOURCE=a-checkout-of-the-same-version
 test-upstream: $(READY)

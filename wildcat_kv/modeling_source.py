@@ -112,6 +112,8 @@ def _of_statement(node: ast.AST) -> Iterator[Finding]:
 def _of_function(function: ast.FunctionDef) -> Iterator[Finding]:
     """What a method does with the keys and values that it gets back from a cache."""
     updates = [node for node in ast.walk(function) if isinstance(node, ast.Assign) and _is_update(node.value)]
+    if not updates:  # the result is taken apart at once, in a way that is not read here
+        return
     kept = {name for update in updates for name in _targets(update)}
     for call in _calls(function):
         given = dict(zip(("key", "value", "attention_mask"), map(_name, call.args[2:5]), strict=False))
