@@ -1,5 +1,6 @@
 """One context, many questions."""
 
+import re
 import threading
 import warnings
 
@@ -468,8 +469,12 @@ def test_a_model_that_does_without_its_cache_is_noticed(words_tokenizer):
     model = tiny_model("llama")
     model.gradient_checkpointing_enable()
     model.train()
-    with pytest.raises(RuntimeError, match=r"its cache has seen 0: .* call model.eval\(\)"):
-        compress_context(model, words_tokenizer, TEXT, **SETTINGS)
+    try:  # from 5.24 on the cache is left out only where gradients are recorded
+        read = compress_context(model, words_tokenizer, TEXT, **SETTINGS)
+    except RuntimeError as error:
+        assert re.search(r"has seen 0\. .* call model.eval\(\)", str(error))
+    else:
+        assert read.cache.get_seq_length() == read.tokens
     model.eval()
     assert compress_context(model, words_tokenizer, TEXT, **SETTINGS).cache.stored_length()
 

@@ -65,6 +65,10 @@ class CompressedLayer(Protocol):
         """Take note, for all layers of the cache, that a forward pass over `queries` new tokens has begun."""
         ...
 
+    def check_reading(self, query: Tensor, config: Any, options: dict[str, Any]) -> None:
+        """Refuse new tokens that the cache has read before."""
+        ...
+
     def attend(self, query: Tensor, keys: Tensor, values: Tensor, scale: float, options: dict[str, Any]) -> Tensor:
         """Weighted attention of the newest tokens' queries to what `update` returned, (rows, heads, q, d_v)."""
         ...
@@ -139,6 +143,8 @@ def wildcat_attention(
         return _fallback(module)(module, query, key, value, attention_mask, *args, **kwargs)
     scale = kwargs.get("scaling")
     scale = query.shape[-1] ** -0.5 if scale is None else scale
+    if query.shape[2] > 1:  # looking at one token would stall the path of decoding
+        layer.check_reading(query, module.config, kwargs)
     if layer.exact:
         output, probabilities = _fallback(module)(module, query, key, value, attention_mask, *args, **kwargs)
     else:

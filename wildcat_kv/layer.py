@@ -16,6 +16,7 @@ from wildcat_kv.attention import NAME, Forward, MarkedLength, mark
 from wildcat_kv.compressors import Compressor, Everything
 from wildcat_kv.config import WildCatConfig
 from wildcat_kv.progress import Progress
+from wildcat_kv.rereading import rereading
 from wildcat_kv.rotation import Rotation
 from wildcat_kv.state import LayerState
 from wildcat_kv.storage import Entries
@@ -306,6 +307,11 @@ class WildCatLayer(CacheLayerMixin):
                 f"the batch has {rows} rows and the cache holds {self.batch_rows}; call "
                 "cache.batch_repeat_interleave(n) to ask several questions of one context"
             )
+        if not queries:
+            raise ValueError(
+                f"there are no new tokens: the cache has read {seen}, and the prompt has no more; pass generate() the "
+                "whole text with at least one token more, or call cache.reset() to read a text anew"
+            )
         if mask is not None and mask.shape[0] != rows:
             raise ValueError(f"attention_mask has {mask.shape[0]} rows and the batch {rows}; pass a row for each")
         relabelled = False
@@ -333,6 +339,29 @@ class WildCatLayer(CacheLayerMixin):
             relabelled = relabelled or before.relabelled
         shared.forward = Forward(seen, queries, mask, exact=not shared.compressed, relabelled=relabelled)
         return shared.forward
+
+    def check_reading(self, query: Tensor, config: Any, options: dict[str, Any]) -> None:
+        """Refuse new tokens that the cache has read before; the first layer answers for all.
+
+        Args:
+            query: (rows, heads, q, d), of the newest tokens.
+            config: the decoder's config.
+            options: keyword arguments of the attention call.
+
+        Raises:
+            ValueError: see `rereading`. The layer is left as it was before the pass.
+        """
+        queries, forward = query.shape[2], self._shared.forward
+        assert forward is not None
+        if self._index != next(iter(self._shared.states)) or not forward.seen:
+            return
+        before = [row.seen for row in self._state.count_rows(forward.seen)]
+        if fault := rereading(options, config, queries, before, forward.new_valid(query.device)):
+            self._state.observe(query)
+            self._state.keep_queries()
+            self._state.take_back(queries)
+            self._shared.forward = self._shared.waiting = None
+            raise ValueError(fault)
 
     @property
     def exact(self) -> bool:
