@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from decimal import Decimal
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -26,8 +27,36 @@ _EXACT_LAYERS_HELP = "exact_layers are the layers to leave uncompressed, a list 
 _SEED_HELP = "seed is an integer in [0, 2**63)"
 
 
+# The share that is dropped, as kvpress and others name it.
+DROPPED = "compression_ratio"
+
+
+def share_kept(compression_ratio: Any) -> float:
+    """The `ratio` that keeps what `compression_ratio` does not drop.
+
+    Args:
+        compression_ratio: share of the tokens to drop, in [0, 1).
+
+    Raises:
+        ValueError: no such number.
+
+    Example:
+        >>> share_kept(0.9)
+        0.1
+    """
+    number = isinstance(compression_ratio, (int, float)) and not isinstance(compression_ratio, bool)
+    if not number or not 0 <= compression_ratio < 1:
+        raise ValueError(
+            f"{DROPPED}={compression_ratio!r}: the share of the tokens to drop, a number in [0, 1), for example 0.75 "
+            "to keep a quarter"
+        )
+    return float(1 - Decimal(str(compression_ratio)))  # 1 - 0.9 in binary would keep a token less
+
+
 class WildCatConfig(BaseModel):
     """Settings of a compressed cache; exactly one of `ratio` and `max_tokens` is given.
+
+    `compression_ratio=0.75`, the share to *drop* as kvpress has it, is another spelling of `ratio=0.25`.
 
     Args:
         ratio: share of the seen tokens to keep, in (0, 1]. Exact right after every fold. Or "auto": every layer keeps
@@ -78,6 +107,21 @@ class WildCatConfig(BaseModel):
         except ValidationError as error:
             raise ValueError(one_line(error, type(self))) from None
 
+    @model_validator(mode="before")
+    @classmethod
+    def _read_compression_ratio(cls, fields: Any) -> Any:
+        if not isinstance(fields, dict) or DROPPED not in fields:
+            return fields
+        fields = dict(fields)
+        dropped = fields.pop(DROPPED)
+        if dropped is None:
+            return fields
+        if (ratio := fields.get("ratio")) is not None:
+            raise ValueError(
+                f"ratio={ratio} and {DROPPED}={dropped}: the share kept and the share dropped; pass one of them"
+            )
+        return {**fields, "ratio": share_kept(dropped)}
+
     @model_validator(mode="after")
     def _check_budget(self) -> WildCatConfig:
         if (self.ratio is None) == (self.max_tokens is None):
@@ -126,7 +170,7 @@ class WildCatConfig(BaseModel):
             (None, 512, 64)
         """
         kept = self.model_dump()
-        if fields.keys() & {"ratio", "max_tokens"}:
+        if fields.keys() & {"ratio", "max_tokens", DROPPED}:
             del kept["ratio"], kept["max_tokens"], kept["tolerance"]
         if fields.get("max_tokens") is not None:
             del kept["exact_layers"]

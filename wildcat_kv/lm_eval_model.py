@@ -22,7 +22,7 @@ from transformers import Cache, DynamicCache
 
 from wildcat_kv.cache import CompressedCache
 from wildcat_kv.compressors import available
-from wildcat_kv.config import WildCatConfig
+from wildcat_kv.config import DROPPED, WildCatConfig
 from wildcat_kv.context import Context
 from wildcat_kv.models import default_model_path
 from wildcat_kv.prompts import encode_parts
@@ -46,6 +46,7 @@ class WildCatLM(HFLM):
         protocol: "context-only" compresses a document's context before the question is read, as published results
             do; "full-prompt" compresses after the whole prompt and takes every task.
         ratio: share of the tokens to keep.
+        compression_ratio: share of the tokens to drop, instead of a ratio.
         max_tokens: most tokens to store, instead of a ratio.
         sink: see `WildCatConfig`.
         window: see `WildCatConfig`.
@@ -71,6 +72,7 @@ class WildCatLM(HFLM):
         method: str = "wildcat",
         protocol: Literal["context-only", "full-prompt"] = "context-only",
         ratio: float | None = None,
+        compression_ratio: float | None = None,
         max_tokens: int | None = None,
         sink: int | None = None,
         window: int | None = None,
@@ -84,6 +86,7 @@ class WildCatLM(HFLM):
     ) -> None:
         fields = {
             "ratio": ratio,
+            DROPPED: compression_ratio,
             "max_tokens": max_tokens,
             "sink": sink,
             "window": window,
