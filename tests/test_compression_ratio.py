@@ -91,5 +91,5 @@ def test_commands_and_evaluations_take_it_too():
     with pytest.raises(ValueError, match="pass one of them"):
         options.chosen(None, None, ratio=0.5, compression_ratio=0.5)
     assert RunConfig(tasks=["drift"], methods=["wildcat"], compression_ratios=[0.75, 0.9]).ratios == [0.25, 0.1]
-    with pytest.raises(ValueError, match=r"compression_ratios=\[0.5\] and ratios=\[0.5\]: give one of them"):
+    with pytest.raises(ValueError, match=r"compression_ratios=\[0.5\] given beside ratios=\[0.5\]; give one"):
         RunConfig(tasks=["drift"], ratios=[0.5], compression_ratios=[0.5])

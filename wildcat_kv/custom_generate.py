@@ -55,7 +55,8 @@ out = model.generate(**inputs, custom_generate=REPO, trust_remote_code=True, rat
 
 | argument | meaning |
 | --- | --- |
-| `ratio` or `max_tokens` | share of the tokens to keep (or `compression_ratio`, the share to drop), or most tokens to store in a layer |
+| `ratio` or `max_tokens` | share of the tokens to keep, or most tokens to store in a layer |
+| `compression_ratio` | share of the tokens to drop, instead of `ratio` |
 | `preset` | settings by name, such as `"published"` |
 | `compressor` | another method, such as `"snapkv"` |
 | `sink`, `window`, `bin_rank`, `weights`, `exact_layers`, `seed` | as in `WildCatConfig` |

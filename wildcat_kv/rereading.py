@@ -55,8 +55,9 @@ def _restart(positions: Tensor, before: list[int], valid: Tensor | None, least: 
             count in a grid, fall behind the number of tokens.
     """
     positions = positions.expand(len(before), -1)
-    first = 0 if valid is None else valid.to(positions.device).int().argmax(-1, keepdim=True)
-    starts = positions[:, :1] if valid is None else positions.gather(1, first)
+    starts = positions[:, :1]
+    if valid is not None:
+        starts = positions.gather(1, valid.to(positions.device).int().argmax(-1, keepdim=True))
     for start, read in zip(starts[:, 0].tolist(), before, strict=True):
         if start < (read if least is None else min(least, read)):
             return int(start)
