@@ -8,10 +8,11 @@ import transformers as tf
 
 from tests.tiny import random_ids, tiny_config, tiny_model
 from tests.words import tokenizer, words
-from wildcat_kv import Context, WildCatCache, compress_context, enable, wildcat_generate
+from wildcat_kv import Context, WildCatCache, compress_context, enable, patch_config, wildcat_generate
 from wildcat_kv.cache_keyword import CACHE, OLD, given_cache, returned_cache
 from wildcat_kv.cli.generate import decode
 from wildcat_kv.custom_generate import write_folder
+from wildcat_kv.prompts import encode_context, encode_follow_up
 from wildcat_kv.reading import generate, loglikelihood, token_losses
 
 SETTINGS = {"ratio": 0.25, "sink": 4, "window": 4, "bin_rank": 4}
@@ -104,12 +105,36 @@ def test_a_sound_model_is_read_without_a_warning(way, tmp_path):
     assert way(tiny_model("llama"), tmp_path) is not None
 
 
+def by_section(model, folder):
+    patch_config(model.config, **SETTINGS)
+    with enable(model):
+        return model.generate(IDS, **GREEDY)
+
+
 @pytest.mark.filterwarnings("error::FutureWarning")
-def test_all_ways_write_what_the_explicit_cache_writes(tmp_path):
+@pytest.mark.parametrize(
+    "way",
+    [by_enable, by_enable_with_positional_arguments, by_section, by_function, by_folder],
+    ids=lambda way: way.__name__,
+)
+def test_every_way_writes_what_the_explicit_cache_writes(way, tmp_path):
     model = tiny_model("llama")
     expected = model.generate(IDS, **{CACHE: WildCatCache(model.config, **SETTINGS)}, **GREEDY)
-    for way in (by_enable, by_enable_with_positional_arguments, by_function, by_folder):
-        assert torch.equal(way(tiny_model("llama"), tmp_path), expected), way.__name__
+    assert torch.equal(way(tiny_model("llama"), tmp_path), expected)
+    assert not torch.equal(tiny_model("llama").generate(IDS, **GREEDY), expected), "compressed, or this tells nothing"
+
+
+@pytest.mark.filterwarnings("error::FutureWarning")
+def test_a_context_answers_what_the_explicit_cache_writes():
+    model, words_only = tiny_model("llama"), tokenizer()
+    context = compress_context(model, words_only, words(90), **SETTINGS)
+    head, body = encode_context(words_only, words(90))
+    read = torch.cat((head, body), dim=1)
+    cache = WildCatCache(model.config, **SETTINGS)
+    model(read, **{CACHE: cache})
+    ids = torch.cat((read, encode_follow_up(words_only, "w5 w6")), dim=1)
+    tokens = model.generate(ids, **{CACHE: cache}, max_new_tokens=8, do_sample=False, eos_token_id=3)[0, ids.shape[1] :]
+    assert context.ask("w5 w6", max_new_tokens=8) == words_only.decode(tokens, skip_special_tokens=True)
 
 
 @pytest.mark.parametrize("options", [{"num_beams": 3}, {"do_sample": True}, {"prefill_chunk_size": 30}], ids=str)
