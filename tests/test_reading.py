@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
+from tests.tiny import random_ids, tiny_model
 from wildcat_kv import WildCatCache
 from wildcat_kv.cache_keyword import CACHE
 from wildcat_kv.reading import generate, join, loglikelihood, pad_left, read, token_losses
