@@ -53,6 +53,16 @@ def share_kept(compression_ratio: Any) -> float:
     return float(1 - Decimal(str(compression_ratio)))  # 1 - 0.9 in binary would keep a token less
 
 
+def _name_compression_ratio(schema: dict[str, Any]) -> None:
+    """Let editors know the other spelling of `ratio`, which is no field of the settings."""
+    schema["properties"][DROPPED] = {
+        "type": "number",
+        "minimum": 0,
+        "exclusiveMaximum": 1,
+        "description": f"{DROPPED} is the share of the tokens to drop, in [0, 1), instead of a ratio, for example 0.75",
+    }
+
+
 class WildCatConfig(BaseModel):
     """Settings of a compressed cache; exactly one of `ratio` and `max_tokens` is given.
 
@@ -84,7 +94,7 @@ class WildCatConfig(BaseModel):
         32
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", json_schema_extra=_name_compression_ratio)
 
     ratio: Annotated[float, Field(gt=0, le=1, strict=True, allow_inf_nan=False)] | Literal["auto"] | None = Field(
         None, description=_RATIO_HELP
