@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict, JsonValue
+from transformers import PreTrainedConfig
 
 # Parameters that are looked at, evenly spread over the model, and numbers of each.
 _PARAMETERS = 8
@@ -30,6 +31,7 @@ class ModelIdentity(BaseModel):
         head_dim: channels of a key, None where it follows from the others.
         vocab_size: tokens of the vocabulary.
         rope_parameters: of the rotary positions, None where there are none.
+        senses: the configs of the other parts (vision, audio) by name, empty where there are none.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
@@ -44,20 +46,58 @@ class ModelIdentity(BaseModel):
     head_dim: JsonValue
     vocab_size: JsonValue
     rope_parameters: JsonValue
+    senses: dict[str, dict[str, JsonValue]]
 
     @staticmethod
-    def of(decoder: Any) -> ModelIdentity:
-        """The identity of the decoder with this Transformers config; what it does not have is None."""
+    def of(decoder: Any, config: Any) -> ModelIdentity:
+        """Describe a decoder; what it does not have is None.
+
+        Args:
+            decoder: its Transformers config.
+            config: that of the whole model.
+        """
         found = decoder.to_dict()  # attributes raise where layers differ
-        return ModelIdentity.model_validate({name: plain(found.get(name)) for name in ModelIdentity.model_fields})
+        fields = {name: plain(found.get(name)) for name in ModelIdentity.model_fields}
+        return ModelIdentity.model_validate({**fields, "senses": _senses(decoder, config)})
+
+    def without_senses(self) -> ModelIdentity:
+        """The same for a cache that has read text alone, which the other parts do not matter to."""
+        return self.model_copy(update={"senses": {}})
 
     def difference(self, other: ModelIdentity) -> str | None:
-        """The first field in which they differ, as "name: this one's and that one's"; None for alike."""
+        """The first field in which they differ, as "name: this one's and that one's"; None for alike.
+
+        The senses count as far as this one has any.
+        """
         for name in type(self).model_fields:
             mine, theirs = getattr(self, name), getattr(other, name)
+            if name == "senses":
+                name, mine, theirs = _differing_sense(mine, theirs)
             if mine != theirs:
                 return f"{name} is {mine!r} in the one and {theirs!r} in the other"
         return None
+
+
+def _senses(decoder: Any, config: Any) -> dict[str, dict[str, JsonValue]]:
+    """The configs beside the decoder's, without the fields that every config has."""
+    parts = {name: getattr(config, name, None) for name in getattr(config, "sub_configs", {})}
+    common = PreTrainedConfig().to_dict().keys() - {"model_type"}
+    return {
+        name: {key: plain(value) for key, value in part.to_dict().items() if key not in common}
+        for name, part in parts.items()
+        if isinstance(part, PreTrainedConfig) and part is not decoder
+    }
+
+
+def _differing_sense(mine: dict[str, Any], theirs: dict[str, Any]) -> tuple[str, Any, Any]:
+    """The first field that differs, with both its values; of fields that one version has, none do."""
+    for part, fields in mine.items():
+        if part not in theirs:
+            return part, fields.get("model_type"), None
+        for name in fields.keys() & theirs[part].keys():
+            if fields[name] != theirs[part][name]:
+                return f"{part}.{name}", fields[name], theirs[part][name]
+    return "senses", None, None
 
 
 def plain(value: Any) -> JsonValue:
