@@ -81,7 +81,7 @@ class ModelIdentity(BaseModel):
 def _senses(decoder: Any, config: Any) -> dict[str, dict[str, JsonValue]]:
     """The configs beside the decoder's, without the fields that every config has."""
     parts = {name: getattr(config, name, None) for name in getattr(config, "sub_configs", {})}
-    common = PreTrainedConfig().to_dict().keys() - {"model_type"}
+    common = (PreTrainedConfig().to_dict().keys() if parts else set()) - {"model_type"}
     return {
         name: {key: plain(value) for key, value in part.to_dict().items() if key not in common}
         for name, part in parts.items()
@@ -94,9 +94,9 @@ def _differing_sense(mine: dict[str, Any], theirs: dict[str, Any]) -> tuple[str,
     for part, fields in mine.items():
         if part not in theirs:
             return part, fields.get("model_type"), None
-        for name in fields.keys() & theirs[part].keys():
-            if fields[name] != theirs[part][name]:
-                return f"{part}.{name}", fields[name], theirs[part][name]
+        for name, value in fields.items():
+            if name in theirs[part] and value != theirs[part][name]:
+                return f"{part}.{name}", value, theirs[part][name]
     return "senses", None, None
 
 

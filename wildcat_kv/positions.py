@@ -55,9 +55,23 @@ class RopeDeltas:
     _holder: weakref.ref | None = None
     _placed: Tensor | None = None
 
-    def at(self, seen: int) -> Step | None:
-        """The positions that hold after `seen` tokens; None where nothing is read."""
-        return next((step for step in reversed(self.steps) if step.start < seen), None)
+    def after(self, seen: int, model: Any) -> Tensor | None:
+        """The deltas (rows, 1) that hold after `seen` tokens, at least one; None to count tokens alone.
+
+        Args:
+            seen: tokens read.
+            model: the module that goes on, for the message.
+
+        Raises:
+            ValueError: they are not known.
+        """
+        step = next((step for step in reversed(self.steps) if step.start < seen), None)
+        if step is None or not step.known:
+            raise ValueError(
+                f"model={type(model).__name__} keeps rotary positions of its own, and those of the {seen} tokens in "
+                "the cache were given as position_ids=...; give position_ids for the tokens that follow, too"
+            )
+        return step.deltas
 
     def carry(self, seen: int) -> list[Step]:
         """The steps that have an effect after `seen` tokens."""
@@ -77,16 +91,10 @@ class RopeDeltas:
         holder = _holder(names.get("self"))
         if holder is None:
             return
-        step = self.at(seen)
-        if seen and (step is None or not step.known):
-            raise ValueError(
-                f"model={type(holder).__name__} keeps rotary positions of its own, and those of the {seen} tokens in "
-                "the cache were given as position_ids=...; give position_ids for the tokens that follow, too"
-            )
-        rows = next((name for name in _ROWS if isinstance(names.get(name), Tensor)), None)
-        deltas = None if step is None else step.deltas
-        if deltas is not None and rows is not None:
-            deltas = _fitted(deltas, names[rows])
+        deltas = self.after(seen, holder) if seen else None
+        batch = next((names[name] for name in _ROWS if isinstance(names.get(name), Tensor)), None)
+        if deltas is not None and batch is not None:
+            deltas = _fitted(deltas, batch)
         setattr(holder, NAME, deltas)
         self._holder, self._placed = weakref.ref(holder), deltas
 
