@@ -44,8 +44,9 @@ class Seeing:
         vision: fields of the vision part's config beside the usual ones.
         top: further fields of the whole config.
         model: name of its model class, where it is not that of the config.
-        frames: frames of a patch.
+        frames: frames of a patch; 0 for patches side by side in a strip.
         tokens: tokens of the image.
+        kinds: whether it wants to be told the kind of each token.
         folded: whether its patches come as (patches, channels, height, width).
     """
 
@@ -56,6 +57,7 @@ class Seeing:
     model: str = ""
     frames: int = 2
     tokens: int = _TOKENS
+    kinds: bool = True
     folded: bool = False
 
 
@@ -63,7 +65,12 @@ _EXPERTS = {"num_experts": 2, "num_local_experts": 2, "num_experts_per_tok": 1, 
 _QWEN3 = {"rope_parameters": {**_ROPE, "mrope_section": [4, 2, 2], "mrope_interleaved": True}}
 _HALF = {**_ROPE, "partial_rotary_factor": 0.5, "mrope_section": [1, 1, 2]}
 _FOUR = {**_ROPE, "mrope_section": [2, 2, 2, 2]}
-_ERNIE = {"rope_parameters": {**_ROPE, "mrope_section": [2, 2, 4]}, "moe_num_experts": 2, "moe_k": 1, "moe_intermediate_size": [32, 32]}
+_ERNIE = {
+    "rope_parameters": {**_ROPE, "mrope_section": [2, 2, 4]},
+    "moe_num_experts": 2,
+    "moe_k": 1,
+    "moe_intermediate_size": [32, 32],
+}
 _LINEAR = {
     "layer_types": ["linear_attention", "full_attention", "full_attention"],
     "linear_num_value_heads": 4,
@@ -101,10 +108,12 @@ SEEING = {
     "cohere_compass": Seeing("CohereCompassConfig", {"rope_parameters": {"full_attention": _ROPE}}),
     "cosmos3_edge": Seeing("Cosmos3EdgeConfig", frames=1),
     "cosmos3_omni": Seeing("Cosmos3OmniConfig"),
-    "exaone4_5": Seeing("Exaone4_5_Config", {"model_type": "exaone4", "layer_types": ["full_attention"] * 3}),
-    "qwen2_5_omni": Seeing("Qwen2_5OmniThinkerConfig", top=_AUDIO, vision={"fullatt_block_indexes": [1]}),
-    "qwen3_omni_moe": Seeing("Qwen3OmniMoeThinkerConfig", {**_QWEN3, **_EXPERTS}, _DEEP, _AUDIO),
-    "hyperclovax_vision_v2": Seeing("HyperCLOVAXVisionV2Config"),
+    "exaone4_5": Seeing(
+        "Exaone4_5_Config", {"model_type": "exaone4", "layer_types": ["full_attention"] * 3}, kinds=False
+    ),
+    "qwen2_5_omni": Seeing("Qwen2_5OmniThinkerConfig", top=_AUDIO, vision={"fullatt_block_indexes": [1]}, kinds=False),
+    "qwen3_omni_moe": Seeing("Qwen3OmniMoeThinkerConfig", {**_QWEN3, **_EXPERTS}, _DEEP, _AUDIO, kinds=False),
+    "hyperclovax_vision_v2": Seeing("HyperCLOVAXVisionV2Config", kinds=False),
 }
 
 
@@ -132,19 +141,12 @@ def image_prompt(family: str, rows: int = 1, before: int = 30, after: int = 40, 
     ids = torch.cat((random_ids(rows, before, seed + 1), start, image, random_ids(rows, after, seed + 2)), dim=1)
     generator = torch.Generator().manual_seed(seed + 5)
     side = _VISION["patch_size"]
+    prompt = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if entry.kinds:
+        prompt["mm_token_type_ids"] = (ids == _IMAGE).long()
+    if not entry.frames:
+        strip = torch.randn(1, 3, side, rows * _SIDE**2 * side, generator=generator)
+        return {**prompt, "pixel_values": strip, "target_sizes": torch.tensor([[_SIDE, _SIDE]] * rows)}
     pixels = torch.randn(rows * _SIDE**2, 3 * entry.frames * side**2, generator=generator)
-    if entry.frames == 0:
-        return {
-            "input_ids": ids,
-            "attention_mask": torch.ones_like(ids),
-            "pixel_values": torch.randn(1, 3, side, rows * _SIDE**2 * side, generator=generator),
-            "target_sizes": torch.tensor([[_SIDE, _SIDE]] * rows),
-            "mm_token_type_ids": (ids == _IMAGE).long(),
-        }
-    return {
-        "input_ids": ids,
-        "attention_mask": torch.ones_like(ids),
-        "pixel_values": pixels.view(-1, 3, side, side) if entry.folded else pixels,
-        "image_grid_thw": torch.tensor([[1, _SIDE, _SIDE]] * rows),
-        "mm_token_type_ids": (ids == _IMAGE).long(),
-    }
+    pixels = pixels.view(-1, 3, side, side) if entry.folded else pixels
+    return {**prompt, "pixel_values": pixels, "image_grid_thw": torch.tensor([[1, _SIDE, _SIDE]] * rows)}

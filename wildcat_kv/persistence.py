@@ -71,12 +71,13 @@ class _Text(BaseModel):
 
 
 class _Positions(BaseModel):
-    """Positions from one token on, see `Step`; the deltas are a tensor."""
+    """Positions from one token on, see `Step`; the deltas, where there are any, are a tensor."""
 
     model_config = ConfigDict(extra="forbid")
 
     start: int
     known: bool
+    deltas: bool
 
 
 class Header(BaseModel):
@@ -217,7 +218,7 @@ def write(cache: Any, path: str | os.PathLike[str], text: SavedText | None = Non
         settings=cache.settings,
         compressor=describe(cache.compressor),
         layers=layers,
-        positions=[_Positions(start=step.start, known=step.known) for step in steps],
+        positions=[_Positions(start=one.start, known=one.known, deltas=one.deltas is not None) for one in steps],
         text=None if text is None else _Text(tokens=text.tokens, weights=text.weights),
     )
     if text is not None:
@@ -360,7 +361,11 @@ def _rope(header: Header, tensors: dict[str, Tensor]) -> RopeDeltas:
     for number, step in enumerate(header.positions):
         deltas = tensors.pop(f"{_POSITIONS}{number}", None)
         fits = deltas is None or (step.known and {deltas.shape} == {torch.Size((rows, 1)) for _, rows in numbers})
-        if not fits or (deltas is not None and deltas.dtype not in (torch.int64, torch.float32)):
+        if (
+            not fits
+            or step.deltas != (deltas is not None)
+            or (deltas is not None and deltas.dtype not in (torch.int64, torch.float32))
+        ):
             raise _DamageError("the positions of its rows do not fit")
         steps.append(Step(step.start, deltas, step.known))
     starts = [step.start for step in steps]
