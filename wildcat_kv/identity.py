@@ -177,9 +177,9 @@ class WeightWatch:
         return differing_weight(self.samples, model)
 
 
-def _adapter_state(model: Any) -> list[tuple[int, list[str]]]:
-    """Which adapters act in which layer."""
-    return [(id(layer), _acting(layer)) for layer in _adapted(model)]
+def _adapter_state(model: Any) -> list[Any]:
+    """Which adapters act in which layer, and which are merged into its weights."""
+    return [(id(layer), _acting(layer), list(layer.merged_adapters)) for layer in _adapted(model)]
 
 
 def _adapted(model: Any) -> list[Any]:
