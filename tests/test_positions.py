@@ -13,7 +13,15 @@ from tests.test_persistence import header_change, rewrite
 from tests.tiny import random_ids, tiny_model
 from tests.vision import SEEING, image_prompt, seeing_model
 from tests.words import tokenizer, words
-from wildcat_kv import CompressedCache, Context, WildCatCache, compile_decoding, compress_context, join_caches
+from wildcat_kv import (
+    CompressedCache,
+    CompressedContext,
+    Context,
+    WildCatCache,
+    compile_decoding,
+    compress_context,
+    join_caches,
+)
 from wildcat_kv.cache_keyword import CACHE
 from wildcat_kv.reading import read
 
@@ -189,6 +197,29 @@ def test_a_text_context_does_not_depend_on_the_vision_part(tmp_path, models):
     models("qwen2_vl")(random_ids(1, 80), **{CACHE: cache})
     cache.save(tmp_path / "context.safetensors")
     WildCatCache.load(tmp_path / "context.safetensors", other.config)
+
+
+@pytest.mark.parametrize("family", THREE)
+def test_questions_about_an_image(family, tmp_path):
+    """A cache that has read an image, as a context; and a model whose vision part has other weights."""
+    model, path, ids = seeing_model(family), tmp_path / "context.safetensors", image_prompt(family)["input_ids"]
+    questions = ["w5 w9 w7", "w80", "w33 w44 w55 w66 w77"]
+    context = CompressedContext(model, tokenizer(None), seen(model, family), ids, ids.shape[1])
+    alone = [context.ask(question, max_new_tokens=6) for question in questions]
+    disturb(model, family)
+    assert context.ask_many(questions, max_new_tokens=6) == alone
+    context.save(path)
+    other = seeing_model(family)
+    loaded = CompressedContext.load(path, other, tokenizer(None))
+    assert loaded.ask_many(questions, max_new_tokens=6) == alone
+    for weight in other.model.visual.parameters():
+        weight.mul_(1.5)
+    left = other.model.rope_deltas
+    for refused in (lambda: CompressedContext.load(path, other, tokenizer(None)), lambda: loaded.ask("w5")):
+        with pytest.raises(ValueError, match=r"other weights.*visual\..* differs") as error:
+            refused()
+        assert "\n" not in str(error.value)
+    assert other.model.rope_deltas is left
 
 
 # Whatever happens in between
@@ -444,6 +475,19 @@ def test_compiled_steps_after_an_image(family, backend, models):
     logits = [step(ids) for ids in tokens.split(1, 1)]
     disturb(model, family)
     expected = [model(ids, use_cache=True, **{CACHE: eager}).logits for ids in tokens.split(1, 1)]
+    torch.testing.assert_close(torch.cat(logits), torch.cat(expected), rtol=1e-4, atol=1e-4)
+
+
+def test_compiled_steps_after_a_text(models):
+    torch._dynamo.reset()
+    model, caches = models("qwen2_vl"), []
+    for static in (True, False):
+        caches.append(WildCatCache(model.config, max_tokens=64, static=static, **SMALL))
+        model(random_ids(2, 70), **{CACHE: caches[-1]})
+        disturb(model, "qwen2_vl")
+    step, tokens = compile_decoding(model, caches[0], backend="eager"), random_ids(2, 9, 6)
+    logits = [step(ids) for ids in tokens.split(1, 1)]
+    expected = [model(ids, **{CACHE: caches[1]}).logits for ids in tokens.split(1, 1)]
     torch.testing.assert_close(torch.cat(logits), torch.cat(expected), rtol=1e-4, atol=1e-4)
 
 

@@ -212,8 +212,9 @@ def _parameters(model: Any) -> tuple[dict[str, torch.Tensor], dict[str, dict[str
             for name, parameter in part.named_parameters() if part is not None else ():
                 adapter = name.split(".")[0]
                 adapter_of[id(parameter)] = adapter if adapter in acting else None
-        if layer.merged_adapters:
-            adapter_of.update(dict.fromkeys(map(id, layer.base_layer.parameters())))
+        base = layer._modules.get("base_layer")
+        if layer.merged_adapters and base is not None:
+            adapter_of.update(dict.fromkeys(map(id, base.parameters())))
     own: dict[str, torch.Tensor] = {}
     adapters: dict[str, dict[str, torch.Tensor]] = {}
     for name, parameter in model.named_parameters():
