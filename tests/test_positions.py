@@ -187,6 +187,16 @@ def test_an_image_context_is_refused_for_a_model_with_another_vision_part(family
     with pytest.raises(ValueError, match=r"another model than config=\w+: vision_config.depth is 2 in the one and 3"):
         WildCatCache.load(path, other.config)
     assert other.config.get_text_config()._attn_implementation == "sdpa"
+    cache = seen(models(family), family)
+    WildCatCache(other.config, ratio=1.0)  # switches its attention
+    for ask_it in (lambda: ask(other, cache), lambda: generate(other, cache, image_prompt(family)["input_ids"])):
+        with pytest.raises(
+            ValueError, match=r"is another than the one that read .*: vision_config.depth is 2"
+        ) as error:
+            ask_it()
+        assert "\n" not in str(error.value)
+    assert other.model.rope_deltas is None
+    assert_equal([ask(models(family), cache)], [ask(models(family), seen(models(family), family))])
 
 
 def test_a_text_context_does_not_depend_on_the_vision_part(tmp_path, models):
@@ -463,8 +473,16 @@ def test_positions_of_inference_mode_serve_elsewhere(models):
 # Compiled steps
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "glm4v"])
+@pytest.mark.parametrize(
+    ("family", "backend"),
+    [
+        ("qwen2_vl", "aot_eager"),
+        ("qwen2_vl", "eager"),
+        ("qwen2_5_vl", "eager"),
+        ("qwen3_vl", "eager"),
+        ("glm4v", "eager"),
+    ],
+)
 def test_compiled_steps_after_an_image(family, backend, models):
     torch._dynamo.reset()
     model = models(family)

@@ -232,12 +232,12 @@ class CompressedCache(Cache):
         """Tokens seen, padding included. A caller that keeps positions on the model finds this cache's in place.
 
         Raises:
-            ValueError: its positions are not known.
+            ValueError: its positions are not known, or the model is another than the one that read.
         """
         seen = super().get_seq_length(layer_idx)
         # Only what runs can be looked at, not what is traced.
         if not torch.compiler.is_compiling() and names_positions(caller := sys._getframe(1)):
-            self._shared.rope.place(caller, seen)
+            self._shared.rope.place(caller, seen, self._model)
         return seen
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:

@@ -67,7 +67,7 @@ class ModelIdentity(BaseModel):
     def difference(self, other: ModelIdentity) -> str | None:
         """The first field in which they differ, as "name: this one's and that one's"; None for alike.
 
-        The senses count as far as this one has any.
+        The senses count as far as both have them.
         """
         for name in type(self).model_fields:
             mine, theirs = getattr(self, name), getattr(other, name)
@@ -76,6 +76,11 @@ class ModelIdentity(BaseModel):
             if mine != theirs:
                 return f"{name} is {mine!r} in the one and {theirs!r} in the other"
         return None
+
+    def differing_sense(self, config: Any) -> str | None:
+        """The first field of the senses that is another in the whole model's config, as in `difference`."""
+        decoder = config.get_text_config(decoder=True)
+        return self.difference(self.model_copy(update={"senses": _senses(decoder, config)}))
 
 
 def _senses(decoder: Any, config: Any) -> dict[str, dict[str, JsonValue]]:
@@ -90,12 +95,10 @@ def _senses(decoder: Any, config: Any) -> dict[str, dict[str, JsonValue]]:
 
 
 def _differing_sense(mine: dict[str, Any], theirs: dict[str, Any]) -> tuple[str, Any, Any]:
-    """The first field that differs, with both its values; of fields that one version has, none do."""
+    """The first field that differs, with both its values; of parts and fields that one alone has, none do."""
     for part, fields in mine.items():
-        if part not in theirs:
-            return part, fields.get("model_type"), None
         for name, value in fields.items():
-            if name in theirs[part] and value != theirs[part][name]:
+            if part in theirs and name in theirs[part] and value != theirs[part][name]:
                 return f"{part}.{name}", value, theirs[part][name]
     return "senses", None, None
 

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from wildcat_kv.identity import ModelIdentity
 from wildcat_kv.storage import ordinary_tensors
 
 NAME = "rope_deltas"
@@ -54,6 +55,8 @@ class RopeDeltas:
     # The module whose deltas are to be noted, once it has computed them, and those that it was given.
     _holder: weakref.ref | None = None
     _placed: Tensor | None = None
+    # The last one that was found to be of the model that read.
+    _checked: weakref.ref | None = None
 
     def after(self, seen: int, model: Any) -> Tensor | None:
         """The deltas (rows, 1) that hold after `seen` tokens, at least one; None to count tokens alone.
@@ -77,15 +80,17 @@ class RopeDeltas:
         """The steps that have an effect after `seen` tokens."""
         return [step for step in self.steps if step.start < seen]
 
-    def place(self, caller: FrameType, seen: int) -> None:
+    def place(self, caller: FrameType, seen: int, reader: ModelIdentity) -> None:
         """Put the positions in place, where the caller is about to go on with them.
 
         Args:
             caller: the frame that asks for the length; its function names `rope_deltas`.
             seen: tokens read.
+            reader: the model that read them.
 
         Raises:
-            ValueError: the positions of what was read are not known, or do not fit the caller's rows.
+            ValueError: the positions of what was read are not known, do not fit the caller's rows, or are of an image
+                that another model saw.
         """
         names = caller.f_locals
         holder = _holder(names.get("self"))
@@ -93,10 +98,22 @@ class RopeDeltas:
             return
         deltas = self.after(seen, holder) if seen else None
         batch = next((names[name] for name in _ROWS if isinstance(names.get(name), Tensor)), None)
-        if deltas is not None and batch is not None:
-            deltas = _fitted(deltas, batch)
+        if deltas is not None:
+            self._check(holder, reader)
+            deltas = deltas if batch is None else _fitted(deltas, batch)
         setattr(holder, NAME, deltas)
         self._holder, self._placed = weakref.ref(holder), deltas
+
+    def _check(self, holder: Any, reader: ModelIdentity) -> None:
+        """Refuse a model with another vision part than the one that read."""
+        if self._checked is not None and self._checked() is holder:
+            return
+        if difference := reader.differing_sense(holder.config):
+            raise ValueError(
+                f"model={type(holder).__name__} is another than the one that read what is in the cache: {difference}; "
+                "go on with that one, or read it again"
+            )
+        self._checked = weakref.ref(holder)
 
     def begin(self, seen: int, rows: int) -> None:
         """Note the positions of a forward pass; the model has computed them.
