@@ -15,6 +15,7 @@ from transformers.cache_utils import CacheLayerMixin
 from wildcat_kv.attention import NAME, Forward, MarkedLength, mark
 from wildcat_kv.compressors import Compressor, Everything
 from wildcat_kv.config import WildCatConfig
+from wildcat_kv.positions import RopeDeltas
 from wildcat_kv.progress import Progress
 from wildcat_kv.rereading import rereading
 from wildcat_kv.rotation import Rotation
@@ -41,6 +42,7 @@ class Shared:
         states: what each layer holds, by its index.
         exact_layers: indices of layers that never fold.
         warned: whether the user knows that the text is longer than the model's positions.
+        rope: positions that the model would keep on itself.
     """
 
     settings: WildCatConfig
@@ -54,6 +56,7 @@ class Shared:
     begun: bool = False
     states: dict[int, LayerState] = field(default_factory=dict)
     exact_layers: frozenset[int] = frozenset()
+    rope: RopeDeltas = field(default_factory=RopeDeltas)
 
     @property
     def leading(self) -> int:
@@ -74,6 +77,7 @@ class Shared:
         """Back to before the first forward pass."""
         self.forward = self.waiting = None
         self.compressed = self.padded = self.warned = self.begun = False
+        self.rope = RopeDeltas()
 
 
 class WildCatLayer(CacheLayerMixin):
@@ -314,6 +318,7 @@ class WildCatLayer(CacheLayerMixin):
             )
         if mask is not None and mask.shape[0] != rows:
             raise ValueError(f"attention_mask has {mask.shape[0]} rows and the batch {rows}; pass a row for each")
+        shared.rope.begin(seen, rows)
         relabelled = False
         if mask is None:
             self._check_unpadded(queries)

@@ -13,7 +13,9 @@ from torch import Tensor
 from transformers import Cache, GenerationConfig, RepetitionPenaltyLogitsProcessor, StoppingCriteria
 
 from wildcat_kv.answering import AnswerOptions
+from wildcat_kv.cache import CompressedCache
 from wildcat_kv.cache_keyword import CACHE
+from wildcat_kv.positions import holds_positions
 from wildcat_kv.read_check import check_read, with_read_check
 
 
@@ -80,9 +82,21 @@ def read(model: Any, cache: Cache, ids: Tensor, mask: Tensor | None = None, *, l
         # As generate() counts them: left to itself, Bamba begins at 0 in each pass.
         counted = torch.ones_like(ids) if mask is None else mask.long()
         options["position_ids"] = (counted.cumsum(-1) - 1).clamp_min(0)[:, start:]
+        if isinstance(cache, CompressedCache) and holds_positions(model):
+            options["position_ids"] = options["position_ids"] + _offsets(model, cache, ids)
     logits = model(ids[:, start:], **{CACHE: cache}, **options).logits
     check_read(model, cache, ids.shape[1])
     return logits.float()
+
+
+def _offsets(model: Any, cache: CompressedCache, ids: Tensor) -> Tensor:
+    """How far the positions of the next tokens are off the count of valid ones, int64 (rows, 1); the cache notes it."""
+    seen = cache.get_seq_length()
+    deltas = cache.rope.after(seen, model) if seen else None
+    if deltas is not None:
+        return deltas.to(ids)
+    cache.rope.note(seen, torch.zeros_like(ids[:, :1]))
+    return torch.zeros_like(ids[:, :1])
 
 
 def generate(

@@ -105,6 +105,8 @@ def _reason(config: Any, decoder: Any) -> str | None:
         return "layers that share keys and values are not supported"
     if decoder.model_type == "diffllama":
         return "differential attention splits the values after they are cached"
+    if decoder.model_type == "glm_image_text":
+        return "the model keeps the positions of the image that it draws on itself, where a cache cannot carry them"
     module = _modeling_module(type(decoder).__module__)
     if module is not None and not hasattr(module, "ALL_ATTENTION_FUNCTIONS"):
         return "its modeling file attends in a way of its own (ALiBi, for example), out of reach of attention functions"
