@@ -1,0 +1,215 @@
+"""Find out what each attention layer does to its queries and keys, by one pass of the model without its weights.
+
+The model is built from its config on the meta device, so that it takes no memory. Its own code then reads four tokens,
+with stand-ins for whatever needs weights: every token has the same hidden state, so that what differs between the
+queries of one layer comes from their positions. A layer is left as soon as it attends.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+from transformers import AutoModel, AutoModelForCausalLM, DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+from wildcat_kv.attention import AttentionName, Forward, MarkedLength, mark
+from wildcat_kv.cache_keyword import CACHE
+
+# Far enough apart for slow frequencies to show, and close enough for every model to have such positions.
+_POSITIONS = (0, 1, 7, 250)
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What one layer hands to the attention function for tokens that differ in their positions alone.
+
+    Attributes:
+        query: float32 (1, query_heads, n, d).
+        keys: float32 (1, kv_heads, n, d).
+    """
+
+    query: Tensor
+    keys: Tensor
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Result of one probe.
+
+    Attributes:
+        model: the model on the meta device; its rotary modules alone are real.
+        positions: int64 (1, n), where the tokens stand.
+        layers: what was seen in each layer, by its index.
+    """
+
+    model: nn.Module
+    positions: Tensor
+    layers: dict[int, Seen]
+
+    def rotaries(self) -> list[nn.Module]:
+        """Modules that make cosines and sines, one for each class and config."""
+        return list({(type(m), id(m.config)): m for m in _rotaries(self.model)}.values())
+
+
+def probe(config: Any, layers: Sequence[int]) -> Probe:
+    """Read four tokens with the model of this config and watch the full-attention layers.
+
+    Args:
+        config: the decoder's config; it is left as it is.
+        layers: indices of all full-attention layers.
+
+    Raises:
+        Exception: whatever the model's code raises when it cannot be run in this way.
+        NotImplementedError: a layer did not attend through the "wildcat" attention.
+    """
+    with torch.no_grad():
+        model = _hollow(config)
+        seen: dict[int, Seen] = {}
+        with torch.device("cpu"), _StandIns():
+            _read(model, layers, seen)
+    if missing := sorted(set(layers) - set(seen)):
+        raise NotImplementedError(f"layer {missing[0]} was not seen to attend")
+    return Probe(model, torch.tensor([_POSITIONS], device="cpu"), seen)
+
+
+def _hollow(config: Any) -> nn.Module:
+    """The model of this config, without memory but for its rotary frequencies."""
+    config = copy.deepcopy(config)
+    config._attn_implementation = "eager"
+    known = AutoModelForCausalLM._model_mapping
+    mapping = known if type(config) in known else AutoModel._model_mapping
+    with torch.device("meta"):
+        model: nn.Module = mapping[type(config)](config).eval()
+    config._attn_implementation = AttentionName("eager")
+    with torch.device("cpu"):
+        for rotary in _rotaries(model):
+            vars(rotary).update(vars(type(rotary)(rotary.config).eval()))
+    return model
+
+
+def _rotaries(model: nn.Module) -> Iterable[Any]:
+    """All modules that make cosines and sines of text positions."""
+    for module in model.modules():
+        name = type(module).__name__
+        if name.endswith("RotaryEmbedding") and "Vision" not in name:
+            yield module
+
+
+def _read(model: nn.Module, layers: Sequence[int], seen: dict[int, Seen]) -> None:
+    """Run the model's own forward pass, and of its decoder layers those that are asked for, up to their attention."""
+    config: Any = model.config
+    cache = DynamicCache(config=config)
+    for index in layers:
+        cache.layers[index] = _Watched(index, seen)
+    for blocks in model.modules():
+        if isinstance(blocks, nn.ModuleList) and len(blocks) == config.num_hidden_layers:
+            for index, block in enumerate(blocks):
+                block.forward = _until_it_attends(block.forward if index in layers else None)
+    names = inspect.signature(model.forward).parameters
+    positions = torch.tensor([_POSITIONS])
+    arguments = {"input_ids": torch.zeros_like(positions), CACHE: cache, "use_cache": True}
+    if "position_ids" in names:
+        arguments["position_ids"] = positions
+    try:
+        model(**arguments)
+    except Exception:  # behind the last layer nothing matters
+        if not set(layers) <= set(seen):
+            raise
+
+
+def _until_it_attends(forward: Callable | None) -> Callable:
+    """A decoder layer's forward pass that ends where the layer attends, and returns what it was given."""
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        hidden = args[0] if args else kwargs.pop("hidden_states")
+        if forward is not None:
+            with contextlib.suppress(_Attended):
+                forward(hidden.as_subclass(Tensor), *args[1:], **kwargs)
+        return hidden.as_subclass(_Result)
+
+    return run
+
+
+class _Result(Tensor):
+    """Hidden states that pass for a layer's result, whether the model takes it as a tensor, a pair or the first of several."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    def __getitem__(self, index: Any) -> Tensor:
+        return self
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter((self, None))
+
+
+class _Attended(Exception):
+    """A layer has come to its attention."""
+
+
+class _Watched(DynamicLayer):
+    """A cache layer that takes note of the first queries and keys that come with it to the attention function."""
+
+    is_compileable = False
+    exact = False
+
+    def __init__(self, index: int, seen: dict[int, Seen]) -> None:
+        super().__init__()
+        self._index, self._seen = index, seen
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        return mark(key_states, self), mark(value_states, self)
+
+    def get_seq_length(self) -> int:
+        return 0
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return MarkedLength(query_length, self), 0
+
+    def announce(self, rows: int, queries: int, mask: Tensor | None) -> Forward:
+        return Forward(0, queries, None, exact=False)
+
+    def attend(self, query: Tensor, keys: Tensor, values: Tensor, scale: float, options: dict[str, Any]) -> NoReturn:
+        self._seen.setdefault(self._index, Seen(query.float(), keys.float()))
+        raise _Attended
+
+    def after_attention(self, query: Tensor, scale: float) -> None:
+        """Never reached."""
+
+
+class _StandIns(TorchFunctionMode):
+    """Have the model's code run on weights that are not there."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is functional.linear and args[1].is_meta:
+            return _features(args[0], args[1].shape[0])
+        if func is torch.addmm and args[2].is_meta:  # GPT-2's linear layer
+            return _features(args[1], args[2].shape[1])
+        if func is functional.embedding and args[1].is_meta:
+            return torch.ones(*args[0].shape, args[1].shape[1])
+        if func is torch.Tensor.device.__get__:  # type: ignore[attr-defined]
+            return torch.device("cpu")
+        if getattr(func, "__name__", "") == "__get__":
+            return func(*args, **kwargs)
+        return func(*(_real(value) for value in args), **{name: _real(value) for name, value in kwargs.items()})
+
+
+def _features(inputs: Tensor, channels: int) -> Tensor:
+    """Output of a linear layer (..., channels): the same for every token, and unlike between channels."""
+    return torch.sin(1.3 * torch.arange(channels) + 0.7).expand(*inputs.shape[:-1], -1).contiguous()
+
+
+def _real(value: Any) -> Any:
+    """What stands for a tensor on the meta device, without memory; anything else as it is."""
+    if isinstance(value, Tensor) and value.is_meta:
+        return torch.ones((), dtype=value.dtype).expand(value.shape)
+    return type(value)(map(_real, value)) if type(value) in (list, tuple) else value
