@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import importlib
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -47,17 +48,15 @@ class Probe:
 
     Attributes:
         model: the model on the meta device; its rotary modules alone are real.
+        rotaries: modules that make cosines and sines, one for each class and config.
         positions: int64 (1, n), where the tokens stand.
         layers: what was seen in each layer, by its index.
     """
 
     model: nn.Module
+    rotaries: list[Any]
     positions: Tensor
     layers: dict[int, Seen]
-
-    def rotaries(self) -> list[nn.Module]:
-        """Modules that make cosines and sines, one for each class and config."""
-        return list({(type(m), id(m.config)): m for m in _rotaries(self.model)}.values())
 
 
 def probe(config: Any, layers: Sequence[int]) -> Probe:
@@ -78,22 +77,34 @@ def probe(config: Any, layers: Sequence[int]) -> Probe:
             _read(model, layers, seen)
     if missing := sorted(set(layers) - set(seen)):
         raise NotImplementedError(f"layer {missing[0]} was not seen to attend")
-    return Probe(model, torch.tensor([_POSITIONS], device="cpu"), seen)
+    rotaries = {(type(rotary), id(getattr(rotary, "config", None))): rotary for rotary in _rotaries(model)}
+    return Probe(model, list(rotaries.values()), torch.tensor([_POSITIONS], device="cpu"), seen)
 
 
 def _hollow(config: Any) -> nn.Module:
     """The model of this config, without memory but for its rotary frequencies."""
     config = copy.deepcopy(config)
     config._attn_implementation = "eager"
-    known = AutoModelForCausalLM._model_mapping
-    mapping = known if type(config) in known else AutoModel._model_mapping
     with torch.device("meta"):
-        model: nn.Module = mapping[type(config)](config).eval()
-    config._attn_implementation = AttentionName("eager")
+        model: Any = _model_class(type(config))(config).eval()
+    model.config._attn_implementation = AttentionName("eager")  # some make a copy of their config
     with torch.device("cpu"):
         for rotary in _rotaries(model):
-            vars(rotary).update(vars(type(rotary)(rotary.config).eval()))
+            vars(rotary).update(vars(type(rotary)(getattr(rotary, "config", config)).eval()))
     return model
+
+
+def _model_class(config_class: type) -> Any:
+    """The class of the models with this config, one without an encoder if there is a choice."""
+    for mapping in (AutoModelForCausalLM._model_mapping, AutoModel._model_mapping):
+        if config_class in mapping:
+            return mapping[config_class]
+    # Decoders of models with images need no entry of their own.
+    module = importlib.import_module(config_class.__module__.replace("configuration_", "modeling_"))
+    for name, value in vars(module).items():
+        if name.endswith("ForCausalLM") and getattr(value, "config_class", None) is config_class:
+            return value
+    raise NotImplementedError("no model class found")
 
 
 def _rotaries(model: nn.Module) -> Iterable[Any]:
@@ -110,10 +121,11 @@ def _read(model: nn.Module, layers: Sequence[int], seen: dict[int, Seen]) -> Non
     cache = DynamicCache(config=config)
     for index in layers:
         cache.layers[index] = _Watched(index, seen)
-    for blocks in model.modules():
-        if isinstance(blocks, nn.ModuleList) and len(blocks) == config.num_hidden_layers:
-            for index, block in enumerate(blocks):
-                block.forward = _until_it_attends(block.forward if index in layers else None)
+    wanted = set(layers)
+    for blocks in [module for module in model.modules() if isinstance(module, nn.ModuleList)]:
+        for block in blocks:
+            if indices := {module.layer_idx for module in block.modules() if hasattr(module, "layer_idx")}:
+                block.forward = _until_it_attends(block.forward if indices & wanted else None)
     names = inspect.signature(model.forward).parameters
     positions = torch.tensor([_POSITIONS])
     arguments = {"input_ids": torch.zeros_like(positions), CACHE: cache, "use_cache": True}
@@ -122,7 +134,7 @@ def _read(model: nn.Module, layers: Sequence[int], seen: dict[int, Seen]) -> Non
     try:
         model(**arguments)
     except Exception:  # behind the last layer nothing matters
-        if not set(layers) <= set(seen):
+        if not wanted <= set(seen):
             raise
 
 

@@ -78,7 +78,7 @@ def _rotation(seen: Probe, index: int) -> Rotation:
     if _explains(Rotation(None, None), layer, seen.positions):
         return Rotation(None, None)
     fault = "no rotary embedding found"
-    for rotary in seen.rotaries():
+    for rotary in seen.rotaries:
         try:
             rotation = _family_rotation(rotary, sys.modules[type(seen.model).__module__], index)
         except Exception as error:
