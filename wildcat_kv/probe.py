@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
-from transformers import AutoModel, AutoModelForCausalLM, DynamicCache
+from transformers import AutoModel, AutoModelForCausalLM, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from wildcat_kv.attention import AttentionName, Forward, MarkedLength, mark
@@ -27,6 +27,8 @@ from wildcat_kv.cache_keyword import CACHE
 
 # Far enough apart for slow frequencies to show, and close enough for every model to have such positions.
 _POSITIONS = (0, 1, 7, 250)
+# A length that no text has.
+_NEVER = 1 << 40
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ class Probe:
     """Result of one probe.
 
     Attributes:
-        model: the model on the meta device; its rotary modules alone are real.
+        model: the model on the meta device; its rotary modules alone are real, with the frequencies of short texts.
         rotaries: modules that make cosines and sines, one for each class and config.
         positions: int64 (1, n), where the tokens stand.
         layers: what was seen in each layer, by its index.
@@ -91,7 +93,20 @@ def _hollow(config: Any) -> nn.Module:
     with torch.device("cpu"):
         for rotary in _rotaries(model):
             vars(rotary).update(vars(type(rotary)(getattr(rotary, "config", config)).eval()))
+            _steady(rotary)
     return model
+
+
+def _steady(rotary: Any) -> None:
+    """Have the frequencies of short texts hold for texts of any length, where the model changes them."""
+    rotary.max_seq_len_cached = rotary.original_max_seq_len = _NEVER
+    config: Any = getattr(rotary, "config", None)
+    parameters = getattr(config, "rope_parameters", None) or {}
+    for each in (parameters, *parameters.values()):
+        if isinstance(each, dict) and each.get("rope_type") == "longrope":
+            each["original_max_position_embeddings"] = _NEVER
+            if hasattr(config, "original_max_position_embeddings"):  # the parameters are filled in from it again
+                config.original_max_position_embeddings = _NEVER
 
 
 def _model_class(config_class: type) -> Any:
@@ -99,12 +114,13 @@ def _model_class(config_class: type) -> Any:
     for mapping in (AutoModelForCausalLM._model_mapping, AutoModel._model_mapping):
         if config_class in mapping:
             return mapping[config_class]
-    # Decoders of models with images need no entry of their own.
+    # Decoders of models with images have no entry in some families.
     module = importlib.import_module(config_class.__module__.replace("configuration_", "modeling_"))
-    for name, value in vars(module).items():
-        if name.endswith("ForCausalLM") and getattr(value, "config_class", None) is config_class:
-            return value
-    raise NotImplementedError("no model class found")
+    for value in vars(module).values():
+        model: Any = value if isinstance(value, type) and issubclass(value, PreTrainedModel) else PreTrainedModel
+        if model.config_class is config_class and CACHE in inspect.signature(model.forward).parameters:
+            return model
+    raise NotImplementedError(f"no model with a {config_class.__name__} found")
 
 
 def _rotaries(model: nn.Module) -> Iterable[Any]:
@@ -144,7 +160,7 @@ def _until_it_attends(forward: Callable | None) -> Callable:
     def run(*args: Any, **kwargs: Any) -> Any:
         hidden = args[0] if args else kwargs.pop("hidden_states")
         if forward is not None:
-            with contextlib.suppress(_Attended):
+            with contextlib.suppress(_AttendedError):
                 forward(hidden.as_subclass(Tensor), *args[1:], **kwargs)
         return hidden.as_subclass(_Result)
 
@@ -152,9 +168,9 @@ def _until_it_attends(forward: Callable | None) -> Callable:
 
 
 class _Result(Tensor):
-    """Hidden states that pass for a layer's result, whether the model takes it as a tensor, a pair or the first of several."""
+    """Hidden states that pass for the result of any layer: a tensor, a pair, or the first of several."""
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     def __getitem__(self, index: Any) -> Tensor:
         return self
@@ -163,14 +179,13 @@ class _Result(Tensor):
         return iter((self, None))
 
 
-class _Attended(Exception):
+class _AttendedError(Exception):
     """A layer has come to its attention."""
 
 
 class _Watched(DynamicLayer):
     """A cache layer that takes note of the first queries and keys that come with it to the attention function."""
 
-    is_compileable = False
     exact = False
 
     def __init__(self, index: int, seen: dict[int, Seen]) -> None:
@@ -191,7 +206,7 @@ class _Watched(DynamicLayer):
 
     def attend(self, query: Tensor, keys: Tensor, values: Tensor, scale: float, options: dict[str, Any]) -> NoReturn:
         self._seen.setdefault(self._index, Seen(query.float(), keys.float()))
-        raise _Attended
+        raise _AttendedError
 
     def after_attention(self, query: Tensor, scale: float) -> None:
         """Never reached."""
@@ -207,8 +222,8 @@ class _StandIns(TorchFunctionMode):
         if func is torch.addmm and args[2].is_meta:  # GPT-2's linear layer
             return _features(args[1], args[2].shape[1])
         if func is functional.embedding and args[1].is_meta:
-            return torch.ones(*args[0].shape, args[1].shape[1])
-        if func is torch.Tensor.device.__get__:  # type: ignore[attr-defined]
+            return torch.ones(*args[0].shape, args[1].shape[1], dtype=torch.float32)
+        if func is torch.Tensor.device.__get__:
             return torch.device("cpu")
         if getattr(func, "__name__", "") == "__get__":
             return func(*args, **kwargs)
@@ -217,7 +232,8 @@ class _StandIns(TorchFunctionMode):
 
 def _features(inputs: Tensor, channels: int) -> Tensor:
     """Output of a linear layer (..., channels): the same for every token, and unlike between channels."""
-    return torch.sin(1.3 * torch.arange(channels) + 0.7).expand(*inputs.shape[:-1], -1).contiguous()
+    feature = torch.sin(1.3 * torch.arange(channels, dtype=torch.float32) + 0.7)
+    return feature.expand(*inputs.shape[:-1], -1).contiguous()
 
 
 def _real(value: Any) -> Any:

@@ -6,9 +6,10 @@ interleaved rotations are the model's own; what the probe has seen must confirm 
 
 from __future__ import annotations
 
+import functools
 import inspect
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ def rotations_of(config: Any, layers: Sequence[int]) -> dict[int, Rotation]:
     """Find the rotation of each full-attention layer.
 
     Args:
-        config: the decoder's config.
+        config: the decoder's config; it is left as it is.
         layers: indices of all full-attention layers.
 
     Returns:
@@ -37,9 +38,10 @@ def rotations_of(config: Any, layers: Sequence[int]) -> dict[int, Rotation]:
         ValueError: a layer rotates in a way that is not understood.
     """
     try:
-        with torch.no_grad():
+        with torch.no_grad(), torch.device("cpu"):
             seen = probe(config, layers)
-            return {index: _rotation(seen, index) for index in layers}
+            family = functools.cache(functools.partial(_family_rotation, sys.modules[type(seen.model).__module__]))
+            return {index: _rotation(seen, index, _kind(config, index), family) for index in layers}
     except Exception as error:
         raise ValueError(
             f"config={type(config).__name__}: the rotary positions of this family are not understood "
@@ -52,15 +54,39 @@ def rotation_of(config: Any, layer_idx: int) -> Rotation:
     return rotations_of(config, cache_layers(config)[1])[layer_idx]
 
 
+def rotation_limit(config: Any, rotations: dict[int, Rotation]) -> int | None:
+    """Find the length of text beyond which a model rotates by other frequencies than before.
+
+    Keys that are cached by then keep the frequencies they have, so that no one rotation holds for all.
+
+    Args:
+        config: the decoder's config.
+        rotations: the rotations of its layers, by their indices.
+
+    Returns:
+        The length in tokens; None if there is none.
+    """
+    limits = []
+    for kind in {_kind(config, index) for index, rotation in rotations.items() if rotation.rotates}:
+        parameters = getattr(config, "rope_parameters", None) or {}
+        parameters = parameters.get(kind, parameters)
+        name = parameters.get("rope_type") or "default"
+        if "dynamic" in name:
+            limits.append(config.max_position_embeddings)
+        elif name == "longrope":
+            limits.append(parameters["original_max_position_embeddings"])
+    return min(limits, default=None)
+
+
 def check_images(config: Any, decoder: Any, rotations: dict[int, Rotation]) -> None:
     """Refuse a model of images and text whose images have positions in time, height and width.
 
-    No layer is told these positions, and a rotation is undone by the count of tokens.
+    The cache is never told these positions; a rotation is undone by the count of tokens.
 
     Args:
         config: the config that the user gave.
         decoder: its decoder's config.
-        rotations: of the decoder's layers.
+        rotations: the rotations of the decoder's layers.
 
     Raises:
         ValueError: says what to use instead.
@@ -72,49 +98,43 @@ def check_images(config: Any, decoder: Any, rotations: dict[int, Rotation]) -> N
         )
 
 
-def _rotation(seen: Probe, index: int) -> Rotation:
+def _kind(config: Any, index: int) -> str:
+    """The type of a layer, by which some families choose its frequencies."""
+    kinds = getattr(config, "layer_types", None)
+    return kinds[index] if kinds else ""
+
+
+def _rotation(seen: Probe, index: int, kind: str, family: Callable[[Any, str], Rotation]) -> Rotation:
     """The rotation that explains what was seen in one layer."""
-    layer = seen.layers[index]
-    if _explains(Rotation(None, None), layer, seen.positions):
-        return Rotation(None, None)
-    fault = "no rotary embedding found"
-    for rotary in seen.rotaries:
-        try:
-            rotation = _family_rotation(rotary, sys.modules[type(seen.model).__module__], index)
-        except Exception as error:
-            fault = f"{type(error).__name__}: {error}"
-            continue
-        if _explains(rotation, layer, seen.positions):
+    for rotary in (None, *seen.rotaries):
+        rotation = Rotation(None, None) if rotary is None else family(rotary, kind)
+        if _explains(rotation, seen.layers[index], seen.positions):
             return rotation
-        fault = f"{type(rotary).__name__} does not explain the queries and keys of layer {index}"
-    raise NotImplementedError(fault)
+    raise NotImplementedError(f"layer {index} tells positions apart in another way")
 
 
 def _explains(rotation: Rotation, layer: Seen, positions: Tensor) -> bool:
-    """Whether the rotation is all that sets apart queries, and keys, of one hidden state at several positions."""
+    """Whether the rotation alone sets apart the queries, and the keys, of one hidden state at several positions."""
     for vectors in (layer.query, layer.keys):
         back = rotation.back(vectors, positions)
-        if not (back - back[:, :, :1]).abs().max() <= _EQUAL * back.abs().max():
-            return False
-        at_zero = rotation.back(vectors[:, :, :1], positions[:, :1])
-        again = rotation.average(at_zero, positions[:, -1:])
-        if not (again - vectors[:, :, -1:]).abs().max() <= _EQUAL * vectors.abs().max():
-            return False
+        last = rotation.average(back[:, :, :1], positions[:, -1:])
+        for one, other in ((back, back[:, :, :1]), (last, vectors[:, :, -1:])):
+            if not (one - other).abs().max() <= _EQUAL * vectors.abs().max():
+                return False
     return True
 
 
-def _family_rotation(rotary: Any, module: Any, index: int) -> Rotation:
-    """The rotation by a family's own `rotary` module and the apply function of its modeling file."""
-    apply, config = module.apply_rotary_pos_emb, rotary.config
-    by_type = [config.layer_types[index]] if "layer_type" in inspect.signature(rotary.forward).parameters else []
+def _family_rotation(module: Any, rotary: Any, kind: str) -> Rotation:
+    """The rotation by a family's `rotary` embedding and the apply function of its modeling file."""
+    apply = module.apply_rotary_pos_emb
+    by_type = [kind] if "layer_type" in inspect.signature(rotary.forward).parameters else []
     pairs = "k" in inspect.signature(apply).parameters  # takes queries and keys at once
     grids = hasattr(rotary, "mrope_section")  # positions in time, height and width, which are one in text
-    until = _frozen(rotary, *by_type)
 
     def both(positions: Tensor) -> tuple[Tensor, Tensor]:
         device = positions.device
         positions = positions.expand(3, -1, -1) if grids else positions
-        return rotary.to(device)(torch.zeros(1, device=device), positions, *by_type)
+        return rotary.to(device)(torch.zeros(1, dtype=torch.float32, device=device), positions, *by_type)
 
     # Some have one cosine for a pair of channels, instead of one for each.
     frequencies = getattr(rotary, "_".join([*by_type, "inv_freq"]))
@@ -132,22 +152,5 @@ def _family_rotation(rotary: Any, module: Any, index: int) -> Rotation:
 
     near, far = angles(torch.tensor([[7]])), angles(torch.tensor([[7, 1 << 22]]))
     if not all(torch.equal(one, other[:, :1]) for one, other in zip(near, far, strict=True)):
-        raise NotImplementedError("its frequencies change with the length of the text")
-    return Rotation(angles, turn, until, grids)
-
-
-def _frozen(rotary: Any, *by_type: str) -> int | None:
-    """Keep the frequencies of short texts, and tell the length beyond which the model takes others, if it does."""
-    kinds = getattr(rotary, "rope_type", "default")
-    kind, parameters = kinds, getattr(rotary.config, "rope_parameters", None)
-    if isinstance(kinds, dict):
-        kind, parameters = kinds[by_type[0]], parameters[by_type[0]]
-    if "dynamic" in kind:
-        until = rotary.original_max_seq_len
-    elif kind == "longrope":
-        until = parameters["original_max_position_embeddings"]
-    else:
-        return None
-    # Transformers looks this name up in each pass, to change the frequencies or not.
-    rotary.rope_type = dict.fromkeys(kinds, "default") if isinstance(kinds, dict) else "default"
-    return int(until)
+        raise NotImplementedError("frequencies change with the length of the text")
+    return Rotation(angles, turn, grids)
