@@ -9,7 +9,7 @@ OLDEST := 5.17.0
 REFERENCE := kvpress==0.5.5 transformers==5.2.0
 CACHE_TESTS := $(addprefix tests/test_,$(addsuffix .py,batches cache compressed_context compressors context contract \
 	custom_generate enable exact_layers families fuzz joining numerics patching persistence placement prompts reading \
-	recipe rollback rope static storage weighted))
+	recipe rollback rope rope_families static storage weighted))
 
 .PHONY: demo test lint docs smoke ruler bench test-oldest nightly test-upstream parity clean
 
