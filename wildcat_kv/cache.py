@@ -25,7 +25,7 @@ from wildcat_kv.error_report import ErrorReport
 from wildcat_kv.identity import ModelIdentity
 from wildcat_kv.layer import Shared, WildCatLayer
 from wildcat_kv.positions import RopeDeltas, names_positions
-from wildcat_kv.rope import rotation_of
+from wildcat_kv.rope import check_images, rotation_limit, rotations_of
 from wildcat_kv.state import LayerState
 from wildcat_kv.static import StaticShared, StaticWildCatLayer
 from wildcat_kv.support import cache_layers, decoder_config, dropped_from
@@ -92,8 +92,11 @@ class CompressedCache(Cache):
             _check_static(settings, compressor, offloading, len(full) < len(layers) or window is not None)
         exact = _exact_layers(settings, layers, full)
         positions = getattr(decoder, "max_position_embeddings", None)
-        self._shared = (StaticShared if static else Shared)(settings, compressor, positions, exact_layers=exact)
-        rotations = {index: rotation_of(decoder, index) for index in full} if compressor.needs_rotation else {}
+        rotations = rotations_of(decoder, full) if compressor.needs_rotation else {}
+        check_images(config, decoder, rotations)
+        limit = rotation_limit(decoder, rotations)
+        shared = StaticShared if static else Shared
+        self._shared = shared(settings, compressor, positions, exact_layers=exact, rotation_limit=limit)
         sharing = [place for place, index in enumerate(full) if index not in exact]
         for place, index in enumerate(full):
             kind = StaticWildCatLayer if static else WildCatLayer

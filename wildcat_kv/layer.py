@@ -41,6 +41,7 @@ class Shared:
         begun: whether layers of Transformers' have read tokens that ours have not come to yet.
         states: what each layer holds, by its index.
         exact_layers: indices of layers that never fold.
+        rotation_limit: tokens that the method's rotations hold for, None for any number.
         warned: whether the user knows that the text is longer than the model's positions.
         rope: positions that the model would keep on itself.
     """
@@ -56,6 +57,7 @@ class Shared:
     begun: bool = False
     states: dict[int, LayerState] = field(default_factory=dict)
     exact_layers: frozenset[int] = frozenset()
+    rotation_limit: int | None = None
     rope: RopeDeltas = field(default_factory=RopeDeltas)
 
     @property
@@ -302,8 +304,8 @@ class WildCatLayer(CacheLayerMixin):
             mask: bool (rows, seen + queries), False for padding, or None.
 
         Raises:
-            ValueError: another batch size than before, or a mask that contradicts what is folded. Nothing has
-                changed then.
+            ValueError: another batch size than before, a mask that contradicts what is folded, or a text longer than
+                the method's rotations hold for. Nothing has changed then.
         """
         shared, leader, seen = self._shared, self._shared.leader, self.get_seq_length()
         if self.batch_rows not in (0, rows):
@@ -318,6 +320,12 @@ class WildCatLayer(CacheLayerMixin):
             )
         if mask is not None and mask.shape[0] != rows:
             raise ValueError(f"attention_mask has {mask.shape[0]} rows and the batch {rows}; pass a row for each")
+        if shared.rotation_limit is not None and seen + queries > shared.rotation_limit:
+            raise ValueError(
+                f"the text is {seen + queries} tokens long: beyond {shared.rotation_limit} this model rotates by other "
+                f"frequencies, which {type(shared.compressor).__name__} does not follow; use a shorter text, or a "
+                "method that needs no positions, such as snapkv"
+            )
         shared.rope.begin(seen, rows)
         relabelled = False
         if mask is None:
