@@ -7,9 +7,9 @@ EXTRAS ?= dev,eval,docs
 READY := $(VENV)/.ready
 OLDEST := 5.17.0
 REFERENCE := kvpress==0.5.5 transformers==5.2.0
-CACHE_TESTS := $(addprefix tests/test_,$(addsuffix .py,batches cache compressed_context compression_ratio compressors \
-	context contract custom_generate enable exact_layers families fuzz joining numerics patching persistence placement \
-	positions prompts read_check reading recipe rereading rollback rope rope_families static storage weighted))
+CACHE_TESTS := $(addprefix tests/test_,$(addsuffix .py,batches cache checks compressed_context compression_ratio \
+	compressors context contract custom_generate enable exact_layers families fuzz joining numerics patching persistence \
+	placement positions prompts read_check reading recipe rereading rollback rope rope_families static storage weighted))
 
 .PHONY: demo test lint docs smoke ruler bench test-oldest test-latest nightly test-upstream parity clean
 
@@ -66,9 +66,10 @@ test-latest:
 	.venv-latest/bin/python -m pip list | grep -E '^(torch|transformers|accelerate|lm_eval|peft) '
 	$(MAKE) test VENV=.venv-latest CONSTRAINTS=constraints.txt
 
-# Thousands of random sequences; too long for every change.
+# Thousands of random sequences, and every family of Transformers; too long for every change.
 nightly: $(READY)
 	HYPOTHESIS_PROFILE=nightly $(BIN)/python -m pytest $(CACHE_TESTS)
+	$(BIN)/python -m tests.survey
 
 # Transformers' own tests of its caches: make test-upstream SOURCE=a-checkout-of-the-same-version
 test-upstream: $(READY)

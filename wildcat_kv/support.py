@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import importlib
-import sys
 from typing import Any
 
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from wildcat_kv.modeling_source import INSTEAD as _INSTEAD
+from wildcat_kv.modeling_source import OWN_CACHE as _NONE_INSTEAD
+from wildcat_kv.modeling_source import unfit_attention
+
 # Layers that Transformers keeps and that live beside ours: their masks are made apart from the causal one.
 _BESIDE = {"DynamicSlidingWindowLayer", "LinearAttentionLayer", "DummyLayer"}
-_INSTEAD = "use DynamicCache(config=model.config) for this model"
+# Nothing in their configs or attention classes tells: the mask is made so in the model's own forward().
+_ALWAYS_IN_BLOCKS = ("gemma4_unified",)
 
 
 def decoder_config(config: Any) -> Any:
@@ -27,9 +30,12 @@ def decoder_config(config: Any) -> Any:
     if not hasattr(config, "get_text_config"):
         hint = "; pass model.config" if hasattr(config, "config") else ""
         raise TypeError(f"config={type(config).__name__} is no Transformers config{hint}")
-    decoder = config.get_text_config(decoder=True)
+    try:
+        decoder = config.get_text_config(decoder=True)
+    except ValueError as error:  # several decoders
+        raise ValueError(f"config={type(config).__name__}: {_line(error)}; {_NONE_INSTEAD}") from None
     if reason := _reason(config, decoder):
-        raise ValueError(f"config={type(config).__name__}: {reason}; {_INSTEAD}")
+        raise ValueError(f"config={type(config).__name__}: {reason}")
     return decoder
 
 
@@ -39,7 +45,12 @@ def cache_layers(decoder: Any) -> tuple[list[Any], list[int]]:
     Raises:
         ValueError: there are none, or others that share their mask.
     """
-    layers = DynamicCache(config=decoder).layers
+    try:
+        layers = DynamicCache(config=decoder).layers
+    except Exception as error:  # Transformers reads fields that not every config has
+        raise ValueError(
+            f"config={type(decoder).__name__}: Transformers cannot tell its layers ({_line(error)}); {_NONE_INSTEAD}"
+        ) from None
     positions = getattr(decoder, "max_position_embeddings", None) or float("inf")
     full = [index for index, layer in enumerate(layers) if _sees_everything(layer, positions)]
     kinds = {type(layer).__name__ for index, layer in enumerate(layers) if index not in full}
@@ -86,6 +97,10 @@ def dropped_from(decoder: Any) -> int | None:
     return length if length and positions and length < positions else None
 
 
+def _line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
 def _sees_everything(layer: Any, positions: float) -> bool:
     """Whether a layer of Transformers' keeps all tokens, as one with a window wider than the positions does too."""
     # Exactly these classes: subclasses keep what they need by themselves.
@@ -95,32 +110,27 @@ def _sees_everything(layer: Any, positions: float) -> bool:
 
 
 def _reason(config: Any, decoder: Any) -> str | None:
-    """What speaks against compressing this model, None for nothing."""
-    if getattr(config, "is_encoder_decoder", False):
-        return "encoder-decoder models attend across to the encoder, which is not supported"
-    if getattr(decoder, "kv_lora_rank", None):
-        return "multi-head latent attention (MLA) caches latents from which keys are made later, not keys"
-    sharing = getattr(decoder, "kv_sharing_modes", None) or ()
-    if getattr(decoder, "num_kv_shared_layers", 0) or "reuse" in sharing:
-        return "layers that share keys and values are not supported"
-    if decoder.model_type == "diffllama":
-        return "differential attention splits the values after they are cached"
+    """What speaks against compressing this model, and what to use instead; None for nothing."""
+    if _field(config, "is_encoder_decoder"):
+        return f"encoder-decoder models attend across to the encoder, which is not supported; {_INSTEAD}"
+    if _field(decoder, "kv_lora_rank"):
+        return "multi-head latent attention (MLA) caches latents from which keys are made later, not keys; " + _INSTEAD
+    if _field(decoder, "num_kv_shared_layers") or "reuse" in (_field(decoder, "kv_sharing_modes") or ()):
+        return f"layers that share keys and values are not supported; {_INSTEAD}"
+    if _field(decoder, "cross_attention_layers"):
+        return f"layers that attend across to an image keep its keys in the cache, which is not supported; {_INSTEAD}"
+    if _field(decoder, "use_bidirectional_attention") in (True, "all"):
+        return f"its tokens see later ones, which cannot be compressed; {_INSTEAD}"
+    if config.model_type in _ALWAYS_IN_BLOCKS and _field(decoder, "use_bidirectional_attention"):
+        return f"its model masks texts in blocks, as it does images, even where there is no image; {_INSTEAD}"
     if decoder.model_type == "glm_image_text":
-        return "the model keeps the positions of the image that it draws on itself, where a cache cannot carry them"
-    module = _modeling_module(type(decoder).__module__)
-    if module is not None and not hasattr(module, "ALL_ATTENTION_FUNCTIONS"):
-        return "its modeling file attends in a way of its own (ALiBi, for example), out of reach of attention functions"
-    return None
+        return f"the model keeps the positions of the image that it draws, where no cache can carry them; {_INSTEAD}"
+    return unfit_attention(decoder)
 
 
-def _modeling_module(configuration: str) -> Any:
-    """The modeling file beside a configuration file; None if there is none of that name."""
-    name = configuration.replace("configuration_", "modeling_")
-    if name == configuration:
-        return None
-    if name in sys.modules or not configuration.startswith("transformers.models."):
-        return sys.modules.get(name)
+def _field(config: Any, name: str) -> Any:
+    """A field of a config, None if it has none of that name; any layer's where they differ from layer to layer."""
     try:
-        return importlib.import_module(name)
-    except ImportError:  # an optional dependency of that model: its absence shows when the model is built
-        return None
+        return getattr(config, name, None)
+    except Exception:  # Transformers refuses to name one value for all layers
+        return vars(config).get(name)

@@ -8,6 +8,7 @@ import sys
 import typer
 
 from wildcat_kv.cli.chat import chat
+from wildcat_kv.cli.checking import check
 from wildcat_kv.cli.demo import demo
 from wildcat_kv.cli.evaluating import lm_eval
 from wildcat_kv.cli.folders import custom_generate, patch
@@ -20,7 +21,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (demo, generate, chat, methods, presets, inspect, patch):
+for command in (demo, generate, chat, check, methods, presets, inspect, patch):
     app.command()(command)
 app.command(name="custom-generate")(custom_generate)
 app.command(
