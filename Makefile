@@ -8,8 +8,9 @@ READY := $(VENV)/.ready
 OLDEST := 5.17.0
 REFERENCE := kvpress==0.5.5 transformers==5.2.0
 CACHE_TESTS := $(addprefix tests/test_,$(addsuffix .py,batches cache checks compressed_context compression_ratio \
-	compressors context contract custom_generate enable exact_layers families fuzz joining numerics patching persistence \
-	placement positions prompts read_check reading recipe rereading rollback rope rope_families static storage weighted))
+	compressors context contract custom_generate dtypes enable exact_layers families fuzz joining masks numerics \
+	patching persistence placement positions prompts read_check reading recipe rereading rollback rope rope_families \
+	static storage weighted))
 
 .PHONY: demo test lint docs smoke ruler bench test-oldest test-latest nightly test-upstream parity clean
 

@@ -295,19 +295,21 @@ class WildCatLayer(CacheLayerMixin):
 
     # What the "wildcat" attention and mask functions call
 
-    def announce(self, rows: int, queries: int, mask: Tensor | None) -> Forward:
+    def announce(self, rows: int, queries: int, mask: Tensor | None, *, causal: bool = True) -> Forward:
         """Take note, for all layers of the cache, that a forward pass has begun.
 
         Args:
             rows: of the batch.
             queries: new tokens.
             mask: bool (rows, seen + queries), False for padding, or None.
+            causal: whether no new token sees later ones.
 
         Raises:
-            ValueError: another batch size than before, a mask that contradicts what is folded, or a text longer than
-                the method's rotations hold for. Nothing has changed then.
+            ValueError: another batch size than before, a mask that contradicts what is folded, a text longer than the
+                method's rotations hold for, or tokens that see later ones where the cache is compressed. Nothing has
+                changed then.
         """
-        shared, leader, seen = self._shared, self._shared.leader, self.get_seq_length()
+        shared, seen = self._shared, self.get_seq_length()
         if self.batch_rows not in (0, rows):
             raise ValueError(
                 f"the batch has {rows} rows and the cache holds {self.batch_rows}; call "
@@ -325,6 +327,12 @@ class WildCatLayer(CacheLayerMixin):
                 f"the text is {seen + queries} tokens long: beyond {shared.rotation_limit} this model rotates by other "
                 f"frequencies, which {type(shared.compressor).__name__} does not follow; use a shorter text, or a "
                 "method that needs no positions, such as snapkv"
+            )
+        if not causal and (shared.compressed or self._folds_first):
+            raise ValueError(
+                "mask_function shows later tokens to earlier ones (those of an image, for example), and the cache is "
+                "compressed already: call cache.reset() and read the whole prompt, images included, in its first "
+                "forward pass"
             )
         shared.rope.begin(seen, rows)
         relabelled = False
@@ -345,7 +353,7 @@ class WildCatLayer(CacheLayerMixin):
                 stacklevel=2,
             )
             shared.warned = True
-        if self.record_past and leader.will_fold(self._beyond_rollback()):
+        if self._folds_first:
             shared.compressed = True  # every layer folds in its `update`, too late to change the mask
         before = shared.forward  # generate() may ask for the mask of a forward pass twice
         if before is not None and before is not self._forward and before.seen == seen:
@@ -535,6 +543,11 @@ class WildCatLayer(CacheLayerMixin):
         return not torch.equal(earlier[:, progress.folded_at :].to(exact.device), exact)
 
     # Inside
+
+    @property
+    def _folds_first(self) -> bool:
+        """Whether the next `update` folds before it reads, for the cache to stay bounded."""
+        return self.record_past and self._shared.leader.will_fold(self._beyond_rollback())
 
     def _beyond_rollback(self) -> int:
         """The column up to which nothing need be taken back, whatever `crop` follows."""

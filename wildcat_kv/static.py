@@ -243,14 +243,14 @@ class StaticWildCatLayer(WildCatLayer):
 
     # Between forward passes
 
-    def announce(self, rows: int, queries: int, mask: Tensor | None) -> Forward:
+    def announce(self, rows: int, queries: int, mask: Tensor | None, *, causal: bool = True) -> Forward:
         """See `WildCatLayer`. The pass of a single token may be traced: all that the host has to do is done here."""
         shared = self._shared
         shared.note_step()
         if queries > 1 or shared.due:
             shared.catch_up()
             shared.settle()  # again, where it has failed before
-        forward = super().announce(rows, queries, mask)
+        forward = super().announce(rows, queries, mask, causal=causal)
         if queries == 1 and self.is_initialized:
             forward.exact = False
             shared.load()
