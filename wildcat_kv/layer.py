@@ -322,12 +322,7 @@ class WildCatLayer(CacheLayerMixin):
             )
         if mask is not None and mask.shape[0] != rows:
             raise ValueError(f"attention_mask has {mask.shape[0]} rows and the batch {rows}; pass a row for each")
-        if shared.rotation_limit is not None and seen + queries > shared.rotation_limit:
-            raise ValueError(
-                f"the text is {seen + queries} tokens long: beyond {shared.rotation_limit} this model rotates by other "
-                f"frequencies, which {type(shared.compressor).__name__} does not follow; use a shorter text, or a "
-                "method that needs no positions, such as snapkv"
-            )
+        self._check_rotations(seen + queries)
         if not causal and (shared.compressed or self._folds_first):
             raise ValueError(
                 "mask_function shows later tokens to earlier ones (those of an image, for example), and the cache is "
@@ -521,6 +516,16 @@ class WildCatLayer(CacheLayerMixin):
             shared.padded = not bool(storage.entries.valid.all())
         if shared.padded:
             raise ValueError("attention_mask=None, but earlier tokens were padding; pass the mask of all tokens so far")
+
+    def _check_rotations(self, length: int) -> None:
+        """Refuse a text too long for the rotations that the method undoes."""
+        shared = self._shared
+        if shared.rotation_limit is not None and length > shared.rotation_limit:
+            raise ValueError(
+                f"the text is {length} tokens long: beyond {shared.rotation_limit} this model rotates by other "
+                f"frequencies, which {type(shared.compressor).__name__} does not follow; use a shorter text, or a "
+                "method that needs no positions, such as snapkv"
+            )
 
     def _check_mask(self, queries: int, mask: Tensor) -> bool:
         """Refuse a mask that hides tokens which are folded, or shows padding which was dropped by a fold.

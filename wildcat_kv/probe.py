@@ -201,7 +201,7 @@ class _Watched(DynamicLayer):
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return MarkedLength(query_length, self), 0
 
-    def announce(self, rows: int, queries: int, mask: Tensor | None, *, causal: bool = True) -> Forward:
+    def announce(self, rows: int, queries: int, mask: Tensor | None, **told: Any) -> Forward:
         return Forward(0, queries, None, exact=False)
 
     def check_reading(self, query: Tensor, config: Any, options: dict[str, Any]) -> None:
