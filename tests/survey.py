@@ -158,8 +158,8 @@ def page(rows: list[Row]) -> str:
         *textwrap.wrap(
             f"Transformers {tf.__version__} has {len(text)} families of causal language models, and "
             f"{len(rows) - len(text)} that answer images and text. A tiny random model of each was checked. At ratio 1 "
-            "it must be bit-equal to `DynamicCache`: prompts, chunks, decoding, beams, prompt lookup. With a quarter of "
-            "the tokens the budget, padding, saving, rollback and `enable()` are checked.",
+            "it must be bit-equal to `DynamicCache`: prompts, chunks, decoding, beams, prompt lookup. With a quarter "
+            "of the tokens the budget, padding, saving, rollback and `enable()` are checked.",
             width=118,
         ),
         "",

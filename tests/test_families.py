@@ -1,4 +1,4 @@
-"""Every family of the README's table, by a tiny random model: exact within its budget and true beyond, or refused.
+"""A family of each kind, by a tiny random model: exact within its budget and true beyond, or refused.
 
 A test is named after its family: `pytest tests/test_families.py -k "[gemma2]"`.
 """
@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from tests.families import README, REGISTRY, block, split
+from tests.families import REGISTRY
 from tests.tiny import random_ids, tiny_config, tiny_model
 from wildcat_kv import WildCatCache
 from wildcat_kv.budget import block_size, kept_tokens
@@ -205,7 +205,3 @@ def test_generate_drops_any_cache_where_the_rope_changes(family):
     model(ids[:, :90], **{CACHE: cache})
     out = model.generate(ids, **{CACHE: cache}, **options)
     assert returned_cache(out) is cache and cache.get_seq_length() == 129 and cache.stored_length() < 80
-
-
-def test_the_readmes_table_is_up_to_date():
-    assert split(README.read_text(encoding="utf-8"))[1] == block(), "run: python -m tests.families --write"

@@ -121,7 +121,11 @@ def tiny(name: str, image: bool = False, **changes: Any) -> Tiny:
     model.generation_config.update(
         eos_token_id=None, bos_token_id=None, pad_token_id=0, forced_bos_token_id=None, forced_eos_token_id=None
     )
-    return Tiny(name, model, _picture(model) if image else None)
+    picture = _picture(model) if image else None
+    for module in model.modules():  # some keep the positions of the last image that they saw
+        if hasattr(module, "rope_deltas"):
+            module.rope_deltas = None
+    return Tiny(name, model, picture)
 
 
 def small_config(name: str, **changes: Any) -> Any:

@@ -33,7 +33,9 @@ def check(
     loaded, _ = options.load(model, dtype, device)
     compressed, layers = _compressed(loaded.config)
     start, results = time.perf_counter(), _results(loaded)
-    table = Table("check", "result", "", box=None, padding=(0, 2, 0, 0))
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for name, wraps in (("check", False), ("result", False), ("", True)):
+        table.add_column(name, no_wrap=not wraps)
     for result in results:
         table.add_row(result.name, _MARKS[result.status], result.reason)
     console = Console(highlight=False)
