@@ -14,7 +14,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from tests.driver import METHODS, assert_same, state
 from tests.tiny import tiny_model
-from tests.words import CHAT, tokenizer, words
+from tests.words import CHAT, PARTS, Processor, tokenizer, words
 from wildcat_kv import CompressedContext, WildCatCache, compress_context, join_caches
 from wildcat_kv.accounting import stored_tokens
 from wildcat_kv.cache_keyword import CACHE
@@ -42,6 +42,25 @@ def context(llama, words_tokenizer):
 
 
 # Asking
+
+
+def test_a_processor_serves_as_its_tokenizer(llama, tmp_path):
+    """Its template takes messages as lists of parts, as those of models for images and text do."""
+    plain = compress_context(llama, tokenizer(CHAT), TEXT, **SETTINGS)
+    processor = Processor(tokenizer(None), chat_template=PARTS)
+    context = compress_context(llama, processor, TEXT, **SETTINGS)
+    assert context.tokens == plain.tokens
+    context.save(tmp_path / "context.safetensors")
+    loaded = CompressedContext.load(tmp_path / "context.safetensors", llama, processor)
+    for each in (context, loaded):
+        assert each.ask_many(QUESTIONS, **SHORT) == plain.ask_many(QUESTIONS, **SHORT)
+    assert list(context.stream(QUESTIONS[0], **SHORT)) == list(plain.stream(QUESTIONS[0], **SHORT))
+    talks = [each.conversation() for each in (context, plain)]
+    for question in QUESTIONS[:2]:
+        first, second = (talk.ask(question, **SHORT) for talk in talks)
+        assert first == second
+    twice = [compress_context(llama, each, TEXT, compressor="kvzip", **SETTINGS) for each in (processor, tokenizer())]
+    assert twice[0].ask("w5", **SHORT) == twice[1].ask("w5", **SHORT)
 
 
 def test_an_answer_is_what_the_model_generates_over_the_compressed_text(llama, words_tokenizer, context):

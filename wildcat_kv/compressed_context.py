@@ -21,7 +21,7 @@ from wildcat_kv.context import Context, reads_twice
 from wildcat_kv.identity import WeightWatch, differing_weight
 from wildcat_kv.joining import join_caches, unjoinable
 from wildcat_kv.presets import Preset
-from wildcat_kv.prompts import encode_context, encode_follow_up
+from wildcat_kv.prompts import encode_context, encode_follow_up, text_tokenizer
 from wildcat_kv.reading import generate, generate_tokens, join, pad_left, text_of
 from wildcat_kv.recipe import Recipe
 from wildcat_kv.streaming import streamed
@@ -149,13 +149,14 @@ class CompressedContext:
         Args:
             path: of the file.
             model: that read the text. Its shape is compared, and samples of its weights.
-            tokenizer: of the model.
+            tokenizer: of the model, or its processor of images and text.
 
         Raises:
             FileNotFoundError: there is no such file.
             ValueError: no file of ours, a damaged one, one of another version or model, or one that a cache alone was
                 saved to.
         """
+        tokenizer = text_tokenizer(tokenizer)
         _check(model, tokenizer)
         saved = persistence.read(path, model.config, model.device)
         if saved.text is None:
@@ -270,7 +271,7 @@ def compress_context(
 
     Args:
         model: a Transformers decoder.
-        tokenizer: of the model.
+        tokenizer: of the model, or its processor of images and text.
         text_or_file: the text; or the path of a UTF-8 file, as a `Path`.
         settings: of the cache; or:
         preset: a preset's name, file or object; by default the model's own section, or "published".
@@ -289,6 +290,7 @@ def compress_context(
         context = compress_context(model, tokenizer, Path("report.txt"), ratio=0.25)
         answers = context.ask_many(["Who wrote it?", "What is it about?"])
     """
+    tokenizer = text_tokenizer(tokenizer)
     _check(model, tokenizer)
     recipe = Recipe.choose(model.config, settings, preset=preset, compressor=compressor, **fields)
     twice = reads_twice(recipe.compressor)

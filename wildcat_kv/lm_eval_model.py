@@ -25,7 +25,7 @@ from wildcat_kv.compressors import available
 from wildcat_kv.config import DROPPED, WildCatConfig
 from wildcat_kv.context import Context
 from wildcat_kv.models import default_model_path
-from wildcat_kv.prompts import encode_parts
+from wildcat_kv.prompts import encode_parts, messages_for
 from wildcat_kv.reading import generate, join, loglikelihood, pad_left, read, token_losses
 from wildcat_kv.splits import cut_middle, split_prompt
 
@@ -108,6 +108,10 @@ class WildCatLM(HFLM):
         """For the record of results: the method, its settings and the protocol, too."""
         settings = {} if self._settings is None else self._settings.model_dump(exclude_none=True)
         return {**super().get_model_info(), "method": self._method, "protocol": self._protocol, "cache": settings}
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """A prompt of messages, also where the template takes them as lists of parts."""
+        return super().apply_chat_template(messages_for(self.tokenizer, chat_history), add_generation_prompt)
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Answers, in the order of the requests."""
