@@ -7,11 +7,12 @@ EXTRAS ?= dev,eval,docs
 READY := $(VENV)/.ready
 OLDEST := 5.17.0
 REFERENCE := kvpress==0.5.5 transformers==5.2.0
-CACHE_TESTS := $(addprefix tests/test_,$(addsuffix .py,batches cache checks compressed_context compressors context \
-	contract custom_generate enable exact_layers families fuzz joining numerics patching persistence placement prompts reading \
-	recipe rollback rope static storage weighted))
+CACHE_TESTS := $(addprefix tests/test_,$(addsuffix .py,batches cache checks compressed_context compression_ratio \
+	compressors context contract custom_generate dtypes enable exact_layers families fuzz joining masks numerics \
+	patching persistence placement positions prompts read_check reading recipe rereading rollback rope rope_families \
+	static storage weighted))
 
-.PHONY: demo test lint docs smoke ruler bench test-oldest nightly test-upstream parity clean
+.PHONY: demo test lint docs smoke ruler bench test-oldest test-latest nightly test-upstream parity clean
 
 demo: $(READY)
 	$(BIN)/wildcat-kv demo
@@ -53,6 +54,19 @@ $(READY): pyproject.toml $(CONSTRAINTS)
 test-oldest: .constraints-oldest.txt
 	$(MAKE) test VENV=.venv-oldest CONSTRAINTS=.constraints-oldest.txt EXTRAS=dev TESTS="$(CACHE_TESTS)"
 
+# Everything, with the newest releases of the day it runs; by hand, before work is called done. torch stays the pinned
+# one by default, since newer builds that plain pip finds may need several GB: make test-latest TORCH=torch takes them.
+TORCH ?= $(shell grep '^torch==' constraints.txt)
+test-latest:
+	rm -rf .venv-latest
+	$(PYTHON) -m venv .venv-latest
+	.venv-latest/bin/python -m pip install --quiet --upgrade pip
+	.venv-latest/bin/python -m pip install --quiet $(TORCH)
+	.venv-latest/bin/python -m pip install --quiet --editable '.[dev,eval]'
+	touch .venv-latest/.ready
+	.venv-latest/bin/python -m pip list | grep -E '^(torch|transformers|accelerate|lm_eval|peft) '
+	$(MAKE) test VENV=.venv-latest CONSTRAINTS=constraints.txt
+
 # Thousands of random sequences, and every family of Transformers; too long for every change.
 nightly: $(READY)
 	HYPOTHESIS_PROFILE=nightly $(BIN)/python -m pytest $(CACHE_TESTS)
@@ -78,4 +92,4 @@ parity: $(READY) .venv-parity/.ready
 	touch $@
 
 clean:
-	rm -rf .venv .venv-oldest .venv-parity build *.egg-info
+	rm -rf .venv .venv-oldest .venv-latest .venv-parity build *.egg-info

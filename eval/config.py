@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from eval.cells import Cell, make_cells
 from eval.lm_eval_tasks import members
@@ -17,7 +17,7 @@ from eval.tasks.harness import HarnessTask
 from eval.tasks.needle import Needle
 from eval.tasks.perplexity import Perplexity
 from wildcat_kv.compressors import available
-from wildcat_kv.config import WildCatConfig
+from wildcat_kv.config import WildCatConfig, share_kept
 from wildcat_kv.haystack import Half
 
 ALL = "all"
@@ -42,7 +42,7 @@ class RunConfig(BaseModel):
         protocol: "context-only" compresses before the question is seen, "full-prompt" after.
         methods: names, "all", or mappings of a name, a compressor, fields of `WildCatConfig` and the compressor's
             own `parameters`. The exact cache is always there.
-        ratios: shares of the tokens to keep.
+        ratios: shares of the tokens to keep; or `compression_ratios`, shares to drop.
         max_tokens: budgets in tokens.
         settings: fields of `WildCatConfig` for all methods, beside the budget.
         seed: of samples and pivots.
@@ -74,6 +74,21 @@ class RunConfig(BaseModel):
     chat_template: bool = False
     data_dir: Path | None = None
     tasks: list[str | dict[str, Any]] = Field(min_length=1)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_compression_ratios(cls, fields: dict[str, Any]) -> dict[str, Any]:
+        dropped = fields.get("compression_ratios")
+        if dropped is None:
+            return fields
+        if fields.get("ratios"):
+            raise ValueError(
+                f"compression_ratios={dropped!r} given beside ratios={fields['ratios']!r}; give one of them"
+            )
+        if not isinstance(dropped, list):
+            raise ValueError(f"compression_ratios={dropped!r} must be a list of shares to drop, such as [0.75]")
+        rest = {name: value for name, value in fields.items() if name != "compression_ratios"}
+        return {**rest, "ratios": [share_kept(share) for share in dropped]}
 
     @field_validator("methods")
     @classmethod

@@ -22,6 +22,7 @@ from lm_eval.tasks import TaskManager
 
 from eval.data import expected_files, find_local
 from eval.tasks.base import Setting
+from wildcat_kv.prompts import messages_for
 
 RULER = ("niah_", "ruler_")
 
@@ -168,6 +169,7 @@ def requests_of(task: Any, document: dict[str, Any], tokenizer: Any) -> list[Any
 
 def _render(tokenizer: Any, messages: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
     """As lm-eval does it: templates that know no system role get the messages without it."""
+    messages = messages_for(tokenizer, messages)
     options = {"add_generation_prompt": add_generation_prompt, "continue_final_message": not add_generation_prompt}
     try:
         return tokenizer.apply_chat_template(messages, tokenize=False, **options)

@@ -25,3 +25,9 @@ def _seeded(request):
     torch.manual_seed(0)
     with torch.no_grad():
         yield
+
+
+@pytest.fixture(autouse=True)
+def _no_message_of_slow_work(monkeypatch):
+    """Show no "Loading ..." on a slow machine: what a command says must not depend on how fast it is."""
+    monkeypatch.setattr("wildcat_kv.downloads.DELAY", 3600.0)

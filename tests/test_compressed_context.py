@@ -1,5 +1,6 @@
 """One context, many questions."""
 
+import re
 import threading
 import warnings
 
@@ -13,7 +14,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from tests.driver import METHODS, assert_same, state
 from tests.tiny import tiny_model
-from tests.words import CHAT, tokenizer, words
+from tests.words import CHAT, PARTS, Processor, tokenizer, words
 from wildcat_kv import CompressedContext, WildCatCache, compress_context, join_caches
 from wildcat_kv.accounting import stored_tokens
 from wildcat_kv.cache_keyword import CACHE
@@ -41,6 +42,25 @@ def context(llama, words_tokenizer):
 
 
 # Asking
+
+
+def test_a_processor_serves_as_its_tokenizer(llama, tmp_path):
+    """Its template takes messages as lists of parts, as those of models for images and text do."""
+    plain = compress_context(llama, tokenizer(CHAT), TEXT, **SETTINGS)
+    processor = Processor(tokenizer(None), chat_template=PARTS)
+    context = compress_context(llama, processor, TEXT, **SETTINGS)
+    assert context.tokens == plain.tokens
+    context.save(tmp_path / "context.safetensors")
+    loaded = CompressedContext.load(tmp_path / "context.safetensors", llama, processor)
+    for each in (context, loaded):
+        assert each.ask_many(QUESTIONS, **SHORT) == plain.ask_many(QUESTIONS, **SHORT)
+    assert list(context.stream(QUESTIONS[0], **SHORT)) == list(plain.stream(QUESTIONS[0], **SHORT))
+    talks = [each.conversation() for each in (context, plain)]
+    for question in QUESTIONS[:2]:
+        first, second = (talk.ask(question, **SHORT) for talk in talks)
+        assert first == second
+    twice = [compress_context(llama, each, TEXT, compressor="kvzip", **SETTINGS) for each in (processor, tokenizer())]
+    assert twice[0].ask("w5", **SHORT) == twice[1].ask("w5", **SHORT)
 
 
 def test_an_answer_is_what_the_model_generates_over_the_compressed_text(llama, words_tokenizer, context):
@@ -303,6 +323,117 @@ def test_a_model_with_an_adapter_is_told_from_others(tmp_path, reader, asked, fi
             CompressedContext.load(path, asked(), tokenizer())
 
 
+def with_two_adapters():
+    """A model with the adapters a and b, of which a acts."""
+    config = peft.LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    torch.manual_seed(3)
+    model = peft.get_peft_model(tiny_model("llama"), config, adapter_name="a")
+    model.add_adapter("b", config)
+    return model.eval()
+
+
+SWAPS = {
+    "another": lambda model: model.set_adapter("b"),
+    "both": lambda model: model.base_model.set_adapter(["a", "b"]),
+    "none": lambda model: model.base_model.disable_adapter_layers(),
+    "another merged": lambda model: model.merge_adapter(["b"]),
+    "none left": lambda model: model.unload(),
+    "the base model": lambda model: [
+        weight.mul_(1.5) for name, weight in model.named_parameters() if "lora" not in name
+    ],
+    "trained on": lambda model: [weight.mul_(1.5) for name, weight in model.named_parameters() if ".a." in name],
+}
+
+
+@pytest.mark.parametrize("swap", SWAPS.values(), ids=SWAPS)
+def test_a_model_that_has_become_another_is_refused(tmp_path, swap):
+    """An adapter was swapped, for example: the text was read by one model, and another would answer."""
+    model = with_two_adapters()
+    context = compress_context(model, tokenizer(), TEXT, **SETTINGS)
+    talk = context.conversation()
+    talk.ask("w5", **SHORT)
+    context.save(tmp_path / "before.safetensors")
+    content = (tmp_path / "before.safetensors").read_bytes()
+    before = state(context.cache)
+    swap(model)
+    for go_on in (
+        lambda: context.ask("w5"),
+        lambda: context.ask_many(["w5", "w6"]),
+        lambda: context.stream("w5"),
+        lambda: talk.ask("w5"),
+        lambda: talk.stream("w5"),
+        lambda: context.save(tmp_path / "before.safetensors"),
+    ):
+        with pytest.raises(ValueError, match=r"has other weights than when it read the text, .* differs; set") as error:
+            go_on()
+        assert "\n" not in str(error.value)
+    with pytest.raises(ValueError, match="is of a model with other weights"):
+        CompressedContext.load(tmp_path / "before.safetensors", model, tokenizer())
+    assert_same(before, state(context.cache))
+    assert (tmp_path / "before.safetensors").read_bytes() == content
+
+
+def test_the_adapter_that_read_a_text_may_go_and_come_back(tmp_path):
+    model = with_two_adapters()
+    context = compress_context(model, tokenizer(), TEXT, **SETTINGS)
+    expected = context.ask_many(QUESTIONS, **SHORT)
+    model.set_adapter("b")
+    other = compress_context(model, tokenizer(), TEXT, **SETTINGS)
+    assert other.ask_many(QUESTIONS, **SHORT) != expected
+    with model.disable_adapter(), pytest.raises(ValueError, match="has other weights"):
+        other.ask("w5")
+    model.set_adapter("a")
+    assert context.ask_many(QUESTIONS, **SHORT) == expected
+    model.merge_adapter()  # the same, in other weights
+    assert context.ask(QUESTIONS[0], **SHORT) == expected[0]
+    context.save(tmp_path / "context.safetensors")
+    assert CompressedContext.load(tmp_path / "context.safetensors", model, tokenizer()).ask("w5", **SHORT)
+
+
+def test_an_adapter_that_comes_later_is_refused():
+    """Put into the model itself, which stays of its class."""
+    model = tiny_model("llama")
+    context = compress_context(model, tokenizer(), TEXT, **SETTINGS)
+    expected = context.ask("w5", **SHORT)
+    config = peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False)
+    peft.inject_adapter_in_model(config, model, adapter_name="new")
+    model.eval()
+    with pytest.raises(ValueError, match=r"model=LlamaForCausalLM has other weights .* adapter:new:.*lora_A"):
+        context.ask("w5")
+    for layer in model.model.layers:
+        layer.self_attn.q_proj.enable_adapters(False)
+    assert context.ask("w5", **SHORT) == expected
+
+
+class Packed(torch.Tensor):
+    """A weight as quantisation libraries make them: it passes for a float tensor, and cannot be indexed."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        if function in (torch.Tensor.__getitem__, torch.Tensor.flatten):
+            raise NotImplementedError(f"{function} of a packed weight")
+        result = super().__torch_function__(function, types, args, kwargs)
+        kept = function in (torch.Tensor.detach, torch.Tensor.requires_grad_) or not isinstance(result, torch.Tensor)
+        return result if kept else result.as_subclass(torch.Tensor)
+
+
+def test_weights_of_a_class_of_their_own_are_passed_over(tmp_path):
+    def packed():
+        model = tiny_model("llama")
+        for layer in model.model.layers:
+            layer.mlp.down_proj.weight = torch.nn.Parameter(layer.mlp.down_proj.weight.as_subclass(Packed))
+            layer.self_attn.q_proj.weight = torch.nn.Parameter(layer.self_attn.q_proj.weight.as_subclass(Packed))
+        return model
+
+    path, model = tmp_path / "context.safetensors", packed()
+    context = compress_context(model, tokenizer(), TEXT, **SETTINGS)
+    context.save(path)
+    for asked in (model, packed(), tiny_model("llama")):
+        assert CompressedContext.load(path, asked, tokenizer()).ask("w5", **SHORT) == context.ask("w5", **SHORT)
+    with pytest.raises(ValueError, match="is of a model with other weights"):
+        CompressedContext.load(path, another_model(), tokenizer())
+
+
 def another_model():
     torch.manual_seed(2)
     config = tiny_model("llama").config
@@ -468,8 +599,12 @@ def test_a_model_that_does_without_its_cache_is_noticed(words_tokenizer):
     model = tiny_model("llama")
     model.gradient_checkpointing_enable()
     model.train()
-    with pytest.raises(RuntimeError, match=r"its cache has seen 0: .* call model.eval\(\)"):
-        compress_context(model, words_tokenizer, TEXT, **SETTINGS)
+    try:  # from 5.24 on the cache is left out only where gradients are recorded
+        read = compress_context(model, words_tokenizer, TEXT, **SETTINGS)
+    except RuntimeError as error:
+        assert re.search(r"has seen 0\. .* call model.eval\(\)", str(error))
+    else:
+        assert read.cache.get_seq_length() == read.tokens
     model.eval()
     assert compress_context(model, words_tokenizer, TEXT, **SETTINGS).cache.stored_length()
 

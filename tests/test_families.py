@@ -108,16 +108,23 @@ def test_weighted_attention_does_all_that_the_family_does(family):
     later = random_ids(2, 9, seed=7)
 
     def logits(cache, force):
-        model(ids, **{CACHE: cache}, attention_mask=mask)
+        positions = (longer(mask, 9).cumsum(-1) - 1).clamp_min(0)
+
+        def read(new, seen):
+            options = {"position_ids": positions[:, seen.shape[1] - new.shape[1] : seen.shape[1]]} if counts else {}
+            return model(new, **{CACHE: cache}, attention_mask=seen, **options).logits
+
+        read(ids, mask)
         if force:
             cache._shared.compressed = True
         seen, collected = longer(mask, 6), []
         for new in (later[:, :6], *later[:, 6:].split(1, dim=1)):
-            collected.append(model(new, **{CACHE: cache}, attention_mask=seen).logits)
+            collected.append(read(new, seen))
             seen = longer(seen)
         return torch.cat(collected, dim=1)
 
     model = model_of(family, "eager")
+    counts = "position_ids" in inspect.signature(model.forward).parameters
     expected = logits(DynamicCache(config=model.config), force=False)
     ours = logits(WildCatCache(model.config, max_tokens=200), force=True)
     torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)

@@ -22,6 +22,7 @@ from eval.lm_eval_tasks import known_tasks, members, scores_of
 from eval.tasks.base import Setting
 from eval.tasks.harness import HarnessTask
 from tests.tiny import tiny_config
+from tests.words import PARTS
 from wildcat_kv.models import default_model_path
 
 TASKS = Path(lm_eval.__file__).parent / "tasks"
@@ -634,3 +635,9 @@ def test_a_template_without_a_system_role_gets_no_description(own_tasks, setting
     finally:
         tokenizer.chat_template = template
     assert "one word" not in sample.prompt and sample.prompt.startswith("<user>Mary went")
+
+
+def test_a_template_that_takes_parts_loses_no_text(own_tasks, setting, tokenizer, monkeypatch):
+    monkeypatch.setattr(tokenizer, "chat_template", PARTS)
+    [sample] = HarnessTask(task="my_answer").samples(setting(chat_template=True, limit=1))
+    assert "one word" in sample.prompt and "<user> Mary went" in sample.prompt

@@ -18,6 +18,7 @@ from lm_eval.tasks import TaskManager
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 from tests.tiny import tiny_config
+from tests.words import PARTS
 from wildcat_kv.lm_eval_model import WildCatLM
 from wildcat_kv.models import default_model_path
 
@@ -105,6 +106,15 @@ def test_it_is_made_from_an_argument_string(folder):
     assert (made.batch_size, info["method"], info["protocol"]) == (2, "snapkv", "full-prompt")
     assert (info["cache"]["max_tokens"], info["cache"]["window"]) == (64, 16)
     assert info["model_num_parameters"] == made.model.num_parameters()
+
+
+def test_a_template_that_takes_parts_loses_no_text(make, monkeypatch):
+    lm = make("exact")
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why?"}]
+    monkeypatch.setattr(lm.tokenizer, "chat_template", PARTS)
+    assert lm.apply_chat_template(messages) == "<system> Be brief. <end> <user> Why? <end> <assistant> "
+    answered = [*messages, {"role": "assistant", "content": "So"}]
+    assert lm.apply_chat_template(answered, add_generation_prompt=False).endswith("<end> <assistant> So")
 
 
 # As lm-eval's own model

@@ -5,8 +5,18 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from tests.words import CHAT, PARTS, Processor
+from tests.words import tokenizer as words_tokenizer
 from wildcat_kv.models import default_model_path
-from wildcat_kv.prompts import encode_context, encode_follow_up, encode_question
+from wildcat_kv.prompts import (
+    encode_context,
+    encode_follow_up,
+    encode_prompt,
+    encode_question,
+    messages_for,
+    repeat_request,
+    text_tokenizer,
+)
 
 # As the families have them, cut down to what matters here: where they put text, spaces and line ends.
 TEMPLATES = {
@@ -155,3 +165,47 @@ def test_a_template_that_loses_text_is_refused(smol, template):
             encode_context(smol, CONTEXT)
     finally:
         smol.chat_template = own
+
+
+# Templates of models for images and text
+
+STRICT = (
+    "{% for m in messages %}{% if m['content'] is string %}{{ raise_exception('parts only') }}{% endif %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("template", [PARTS, STRICT + PARTS], ids=["silent", "strict"])
+def test_a_template_that_takes_parts_gives_what_one_that_takes_strings_gives(template):
+    plain, parts = words_tokenizer(CHAT), words_tokenizer(template)
+    for encode in (
+        lambda tokenizer: encode_prompt(tokenizer, "w5 w6"),
+        lambda tokenizer: torch.cat(encode_context(tokenizer, "w5 w6"), dim=1),
+        lambda tokenizer: encode_follow_up(tokenizer, "w7"),
+        lambda tokenizer: encode_follow_up(tokenizer, "w7", first=False),
+        lambda tokenizer: torch.cat(encode_question(tokenizer, "w5 w6", "w7", "w8"), dim=1),
+        lambda tokenizer: torch.cat(repeat_request(tokenizer, first=True), dim=1),
+    ):
+        wanted = encode(plain)
+        assert torch.equal(encode(parts), wanted) and wanted.numel()
+
+
+def test_a_template_that_loses_a_prompt_is_refused():
+    for template in ("{{ 'always the same' }}", "{% for m in messages %}{{ m.content[:5] }}{% endfor %}"):
+        with pytest.raises(ValueError, match=r"its chat template changes or leaves out .*tokenizer.chat_template"):
+            encode_prompt(words_tokenizer(template), "w5 w6")
+
+
+def test_messages_of_parts_stay_as_they_are():
+    parts = [{"role": "user", "content": [{"type": "text", "text": "w5"}]}, {"role": "assistant", "content": "w6"}]
+    assert messages_for(words_tokenizer(CHAT), parts) == parts
+    wanted = [parts[0], {"role": "assistant", "content": [{"type": "text", "text": "w6"}]}]
+    assert messages_for(words_tokenizer(PARTS), parts) == wanted
+
+
+def test_a_processor_is_taken_for_its_tokenizer_with_its_own_template():
+    inner = words_tokenizer(None)
+    found = text_tokenizer(Processor(inner, chat_template=PARTS))
+    assert found.chat_template == PARTS and inner.chat_template is None
+    assert torch.equal(encode_prompt(found, "w5 w6"), encode_prompt(words_tokenizer(CHAT), "w5 w6"))
+    assert text_tokenizer(Processor(inner)) is inner
+    assert text_tokenizer(inner) is inner

@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
+from tests.tiny import random_ids, tiny_model
 from wildcat_kv import WildCatCache
 from wildcat_kv.cache_keyword import CACHE
 from wildcat_kv.reading import generate, join, loglikelihood, pad_left, read, token_losses
@@ -316,3 +317,14 @@ def test_the_losses_of_a_text_are_those_of_one_forward_pass(model, plain, chunk)
     losses = token_losses(model, empty(model), ids, chunk=chunk)
     assert losses.shape == (49,) and losses.dtype == torch.float32
     torch.testing.assert_close(losses, expected, **CLOSE)
+
+
+@pytest.mark.parametrize("family", ["llama", "bamba", "gpt2", "gemma3"])
+def test_a_text_may_be_read_in_several_passes(family):
+    """Whatever the family makes of positions that it is not given."""
+    model, ids = tiny_model(family), random_ids(1, 40)
+    whole = read(model, WildCatCache(model.config, ratio=1.0), ids, last=8)
+    cache = WildCatCache(model.config, ratio=1.0)
+    for stop in (12, 32):
+        read(model, cache, ids[:, :stop])
+    torch.testing.assert_close(read(model, cache, ids, last=8), whole, rtol=1e-3, atol=1e-3)

@@ -13,6 +13,7 @@ from tests.tiny import random_ids, tiny_model
 from wildcat_kv import WildCatCache
 from wildcat_kv.budget import block_size
 from wildcat_kv.cache_keyword import CACHE
+from wildcat_kv.models import default_model
 
 BUDGETS = [{"ratio": 0.25}, {"ratio": 0.5}, {"max_tokens": 24}, {"max_tokens": 60}, {"ratio": 1.0}]
 
@@ -261,6 +262,27 @@ def test_assisted_decoding(llama, budget):
         assert torch.equal(out, llama.generate(ids, **{CACHE: DynamicCache(config=llama.config)}, **options))
     assert out.shape[1] == 180
     assert cache.stored_length() <= (cache.settings.max_tokens or cache.settings.ratio * 180 + 48)
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("budget", [{"ratio": 1.0}, {"ratio": 0.25}, {"max_tokens": 128}], ids=str)
+def test_prompt_lookup_is_greedy_decoding_until_a_fold_comes_at_another_time(budget):
+    """A fold belongs to the end of a forward pass, and prompt lookup has fewer of them: docs/limits.md says so."""
+    model, tokenizer = default_model()
+    text = "The code word of the day is swordfish. The sun rises in the east. Paris is the capital of France. " * 12
+    ids = tokenizer(text, return_tensors="pt").input_ids
+    options = {"max_new_tokens": 64, "min_new_tokens": 64, "do_sample": False}
+    caches = [WildCatCache(model.config, **budget) for _ in range(2)]
+    greedy, lookup = (
+        model.generate(ids, **{CACHE: cache}, **options, **more, output_logits=True, return_dict_in_generate=True)
+        for cache, more in zip(caches, ({}, {"prompt_lookup_num_tokens": 6}), strict=True)
+    )
+    until = 64 if budget == {"ratio": 1.0} else block_size(caches[0].settings) - 6
+    torch.testing.assert_close(
+        torch.stack(greedy.logits[:until]), torch.stack(lookup.logits[:until]), rtol=1e-3, atol=1e-3
+    )
+    assert torch.equal(greedy.sequences[:, : ids.shape[1] + until], lookup.sequences[:, : ids.shape[1] + until])
+    assert abs(caches[0].stored_length() - caches[1].stored_length()) <= block_size(caches[0].settings)
 
 
 def test_prompt_lookup_over_a_filled_cache_is_refused_where_a_mask_shows_it(llama):

@@ -4,13 +4,14 @@ import sys
 
 import pytest
 import torch
+import transformers as tf
 
 from tests.families import REGISTRY
-from tests.tiny import tiny_config, tiny_model
+from tests.tiny import SMALL, random_ids, tiny_config, tiny_model
 from wildcat_kv.cache import CompressedCache
 from wildcat_kv.cache_keyword import CACHE
 from wildcat_kv.layer import WildCatLayer
-from wildcat_kv.rope import rotation_of
+from wildcat_kv.rope import rotation_of, rotations_of
 from wildcat_kv.support import decoder_config
 
 pytestmark = pytest.mark.filterwarnings("ignore:config=Phi3Config. generate.. of this model drops any cache")
@@ -125,3 +126,126 @@ def test_a_family_that_rotates_in_another_way_is_refused(monkeypatch):
     monkeypatch.setattr(module, "apply_rotary_pos_emb", lambda q, k, cos, sin: (q * cos, k * cos))
     with pytest.raises(ValueError, match="LlamaConfig: the rotary positions of this family are not understood"):
         CompressedCache(config, compressor="expected_attention", ratio=0.5)
+
+
+def test_an_attention_that_rotates_by_other_angles_is_refused(monkeypatch):
+    attention = sys.modules["transformers.models.llama.modeling_llama"].LlamaAttention
+    plain = attention.forward
+
+    def slower(self, hidden_states, position_embeddings, *args, **kwargs):
+        cos, sin = position_embeddings
+        return plain(self, hidden_states, (cos.flip(-1), sin.flip(-1)), *args, **kwargs)
+
+    monkeypatch.setattr(attention, "forward", slower)
+    with pytest.raises(ValueError, match="layer 0 tells positions apart in another way"):
+        rotation_of(tiny_config("llama"), 0)
+
+
+def test_a_layer_is_judged_by_itself(monkeypatch):
+    attention = sys.modules["transformers.models.llama.modeling_llama"].LlamaAttention
+    plain = attention.forward
+
+    def none_in_the_second(self, hidden_states, position_embeddings, *args, **kwargs):
+        if self.layer_idx == 1:
+            position_embeddings = tuple(angles[:, :1].expand_as(angles) for angles in position_embeddings)
+        return plain(self, hidden_states, position_embeddings, *args, **kwargs)
+
+    monkeypatch.setattr(attention, "forward", none_in_the_second)
+    rotations = rotations_of(tiny_config("llama"), [0, 1, 2])
+    assert [rotation.rotates for rotation in rotations.values()] == [True, False, True]
+
+
+def test_a_probe_leaves_no_trace():
+    config = tiny_config("gemma3")
+    fields, name = config.to_dict(), config._attn_implementation
+    state = torch.get_rng_state()
+    try:
+        torch.set_default_dtype(torch.bfloat16)
+        torch.set_default_device("meta")
+        rotation = rotation_of(config, 2)
+        assert (torch.get_default_dtype(), torch.get_default_device().type) == (torch.bfloat16, "meta")
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)
+    assert rotation.rotates
+    assert torch.equal(torch.get_rng_state(), state)
+    assert (config.to_dict(), config._attn_implementation) == (fields, name)
+
+
+def test_a_model_larger_than_memory_is_probed():
+    experts = {"num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 8192}
+    config = tf.Qwen3MoeConfig(
+        hidden_size=8192, num_hidden_layers=80, num_attention_heads=64, num_key_value_heads=8, head_dim=128, **experts
+    )
+    rotations = rotations_of(config, range(80))
+    assert len(rotations) == 80 and all(rotation.rotates for rotation in rotations.values())
+
+
+LONGROPE = {"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [4.0] * 8, "factor": 4.0}
+# Frequencies that are others in texts longer than 64 tokens.
+LONGER = {
+    "llama with dynamic frequencies": (
+        "llama",
+        {
+            "max_position_embeddings": 64,
+            "rope_parameters": {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0},
+        },
+    ),
+    "llama with long rope": (
+        "llama",
+        {"rope_parameters": {**LONGROPE, "rope_theta": 10000.0, "original_max_position_embeddings": 64}},
+    ),
+    "phi3 with long rope": (
+        "phi3",
+        {
+            "original_max_position_embeddings": 64,
+            "rope_parameters": {**LONGROPE, "rope_theta": 10000.0, "original_max_position_embeddings": 64},
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("case", LONGER)
+def test_positions_to_come_are_rotated_by_the_frequencies_of_the_text_at_hand(case):
+    family, changes = LONGER[case]
+    rotation, vectors = rotation_of(tiny_config(family, **changes), 1), torch.randn(1, 2, 3, 16)
+    near, far = torch.tensor([[3, 20, 60]]), torch.tensor([[300]])
+    moved = rotation.forward(rotation.forward(vectors, near + far), -far)
+    torch.testing.assert_close(moved, rotation.forward(vectors, near), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("case", LONGER)
+@pytest.mark.parametrize("method", ["expected_attention", "query_wildcat"])
+def test_a_text_that_changes_the_frequencies_is_refused_before_it_is_read(case, method):
+    family, changes = LONGER[case]
+    model = tiny_model(family, **changes)
+    cache = CompressedCache(model.config, compressor=method, ratio=0.5)
+    model(random_ids(1, 60), **{CACHE: cache})
+    with pytest.raises(ValueError, match="65 tokens long: beyond 64 this model rotates by other frequencies"):
+        model(random_ids(1, 5), **{CACHE: cache})
+    model(random_ids(1, 4), **{CACHE: cache})
+    assert cache.get_seq_length() == 64
+    plain = CompressedCache(model.config, compressor="snapkv", ratio=0.5)
+    model(random_ids(1, 70), **{CACHE: plain})
+    assert plain.get_seq_length() == 70
+
+
+VISION = {"depth": 1, "embed_dim": 32, "hidden_size": 64, "num_heads": 2, "mlp_ratio": 2}
+
+
+def test_images_with_positions_in_time_height_and_width_are_refused_and_text_alone_is_not():
+    rope = {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 10000.0}
+    config = tf.Qwen2VLConfig(text_config={**SMALL, "rope_parameters": rope}, vision_config=VISION)
+    with pytest.raises(ValueError, match=r"images have positions in time, height and width.*get_text_config"):
+        CompressedCache(config, compressor="query_wildcat", ratio=0.5)
+    CompressedCache(config, compressor="snapkv", ratio=0.5)
+    cache = CompressedCache(config.get_text_config(), compressor="query_wildcat", ratio=0.5)
+    torch.manual_seed(1)
+    model = tf.Qwen2VLForConditionalGeneration(config).eval()
+    model(random_ids(1, 50), **{CACHE: cache})
+    assert cache.get_seq_length() == 50
+
+
+def test_images_with_positions_of_a_text_are_not_refused():
+    config = tf.LlavaConfig(text_config=tiny_config("llama"), vision_config=tf.CLIPVisionConfig())
+    CompressedCache(config, compressor="query_wildcat", ratio=0.5)

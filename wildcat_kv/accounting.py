@@ -15,10 +15,10 @@ from transformers.generation.streamers import BaseStreamer
 def cache_bytes(cache: Any) -> int:
     """Bytes of all tensors that a Transformers cache holds, free room included; shared memory counts once."""
     storages = {}
-    for layer in cache.layers:
-        for tensor in layer_tensors(layer):
-            storage = tensor.untyped_storage()
-            storages[storage._cdata] = storage.nbytes()
+    positions = cache.rope.tensors() if hasattr(cache, "rope") else []
+    for tensor in (*positions, *(tensor for layer in cache.layers for tensor in layer_tensors(layer))):
+        storage = tensor.untyped_storage()
+        storages[storage._cdata] = storage.nbytes()
     return sum(storages.values())
 
 

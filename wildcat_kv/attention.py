@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import causal_mask_function
 
+from wildcat_kv.pattern import Pattern, pattern_of
+
 NAME = "wildcat"
 
 
@@ -61,8 +63,12 @@ class CompressedLayer(Protocol):
         """Tokens seen, the newest included."""
         ...
 
-    def announce(self, rows: int, queries: int, mask: Tensor | None) -> Forward:
+    def announce(self, rows: int, queries: int, mask: Tensor | None, *, causal: bool = True) -> Forward:
         """Take note, for all layers of the cache, that a forward pass over `queries` new tokens has begun."""
+        ...
+
+    def check_reading(self, query: Tensor, config: Any, options: dict[str, Any]) -> None:
+        """Refuse new tokens that the cache has read before."""
         ...
 
     def attend(self, query: Tensor, keys: Tensor, values: Tensor, scale: float, options: dict[str, Any]) -> Tensor:
@@ -139,6 +145,8 @@ def wildcat_attention(
         return _fallback(module)(module, query, key, value, attention_mask, *args, **kwargs)
     scale = kwargs.get("scaling")
     scale = query.shape[-1] ** -0.5 if scale is None else scale
+    if query.shape[2] > 1:  # looking at one token would stall the path of decoding
+        layer.check_reading(query, module.config, kwargs)
     if layer.exact:
         output, probabilities = _fallback(module)(module, query, key, value, attention_mask, *args, **kwargs)
     else:
@@ -174,10 +182,12 @@ def wildcat_mask(
 
     A length that one of our caches has marked announces the forward pass to that cache. Where the cache is
     compressed no mask is needed (causality among new tokens is known, everything folded is visible), and
-    padding is kept by the cache. Otherwise the mask is the fallback's.
+    padding is kept by the cache. Otherwise the mask is the fallback's, and new tokens may see later ones of the
+    same pass, such as those of an image.
 
     Raises:
-        ValueError: a mask pattern other than the causal one, or a 2D mask of the wrong width.
+        ValueError: a mask that hides earlier tokens, one that shows tokens of a later pass, one that shows later
+            tokens to the queries of a compressed cache, or a 2D mask of the wrong width.
     """
     fallback = _fallback_mask(kwargs.get("config"))
     window = kwargs.get("local_size")
@@ -186,18 +196,26 @@ def wildcat_mask(
         kv_length = int(kv_length)
     if isinstance(kv_length, MarkedLength):
         plain = mask_function is causal_mask_function or (window is not None and kwargs.get("allow_is_causal_skip"))
-        if not plain:
-            raise ValueError(
-                "mask_function is not the causal one (image blocks or packed sequences, for example): tokens that "
-                "see later ones cannot be compressed; use DynamicCache for this input"
-            )
         if attention_mask is not None and attention_mask.shape[-1] != kv_length:
             raise ValueError(
                 f"attention_mask has width {attention_mask.shape[-1]}, but the cache has seen "
                 f"{kv_length - q_length} tokens and {q_length} are new: it must have width {int(kv_length)}; pass the "
                 "mask of all tokens so far, or reset() the cache before a new text"
             )
-        forward = kv_length.layer.announce(batch_size, q_length, attention_mask)
+        pattern = Pattern.CAUSAL
+        if not plain:  # with token types even text has one of its own: it is read, not its name
+            pattern = pattern_of(
+                mask_function,
+                batch_size,
+                kv_length - q_length,
+                q_length,
+                attention_mask,
+                use_vmap=kwargs.get("use_vmap", False),
+                device=kwargs.get("device", "cpu"),
+            )
+            _check_pattern(pattern)
+        causal = pattern is Pattern.CAUSAL
+        forward = kv_length.layer.announce(batch_size, q_length, attention_mask, causal=causal)
         if not forward.exact:
             # A static cache has the mask made ahead of the traced pass, which does without only if there is one.
             single = q_length == 1 and kv_length.layer.is_compileable
@@ -214,6 +232,20 @@ def wildcat_mask(
         attention_mask=attention_mask,
         **kwargs,
     )
+
+
+def _check_pattern(pattern: Pattern) -> None:
+    """Refuse masks that no pass of a compressed cache can have."""
+    if pattern is Pattern.NARROWER:
+        raise ValueError(
+            "mask_function hides earlier tokens from later ones (packed sequences, for example), which compressed "
+            "layers cannot follow; give each text a row of its own, or use DynamicCache for this input"
+        )
+    if pattern is Pattern.SPLIT:
+        raise ValueError(
+            "mask_function shows new tokens to some that the cache has read already (an image split between two "
+            "forward passes, for example); call cache.reset() and read all tokens of an image in one pass"
+        )
 
 
 def _fallback_name(config: Any) -> str:

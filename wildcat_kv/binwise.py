@@ -23,6 +23,7 @@ from wildcat_kv.nystrom import (
     nystrom_weights,
     pivoted_cholesky,
 )
+from wildcat_kv.precision import saturate_
 from wildcat_kv.temperature import constant_temperature, squared_temperature
 
 # From this rank of a bin on, rejection sampling in blocks is faster than one step a pivot.
@@ -206,12 +207,11 @@ class BinwiseFold:
             computed = found & ~lossless
         order = position_order(pivots, found)
         summed, weights = self._sums(points, factor, log_scale, values, mass, order)
-        limit = min(torch.finfo(self.values.dtype).max, torch.finfo(torch.float32).max)
         return Slots(
             pivots.gather(-1, order),
             found.gather(-1, order),
             None if computed is None else computed.gather(-1, order),
-            summed.clamp_(-limit, limit).to(self.values.dtype),
+            saturate_(summed, self.values.dtype),
             weights,
         )
 

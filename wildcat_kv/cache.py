@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import operator
 import os
+import sys
 import warnings
 from collections.abc import Sequence
 from typing import Any, ClassVar
@@ -23,7 +24,8 @@ from wildcat_kv.config import WildCatConfig
 from wildcat_kv.error_report import ErrorReport
 from wildcat_kv.identity import ModelIdentity
 from wildcat_kv.layer import Shared, WildCatLayer
-from wildcat_kv.rope import rotation_of
+from wildcat_kv.positions import RopeDeltas, names_positions
+from wildcat_kv.rope import check_images, rotation_limit, rotations_of
 from wildcat_kv.state import LayerState
 from wildcat_kv.static import StaticShared, StaticWildCatLayer
 from wildcat_kv.support import cache_layers, decoder_config, dropped_from
@@ -90,8 +92,11 @@ class CompressedCache(Cache):
             _check_static(settings, compressor, offloading, len(full) < len(layers) or window is not None)
         exact = _exact_layers(settings, layers, full)
         positions = getattr(decoder, "max_position_embeddings", None)
-        self._shared = (StaticShared if static else Shared)(settings, compressor, positions, exact_layers=exact)
-        rotations = {index: rotation_of(decoder, index) for index in full} if compressor.needs_rotation else {}
+        rotations = rotations_of(decoder, full) if compressor.needs_rotation else {}
+        check_images(config, decoder, rotations)
+        limit = rotation_limit(decoder, rotations)
+        shared = StaticShared if static else Shared
+        self._shared = shared(settings, compressor, positions, exact_layers=exact, rotation_limit=limit)
         sharing = [place for place, index in enumerate(full) if index not in exact]
         for place, index in enumerate(full):
             kind = StaticWildCatLayer if static else WildCatLayer
@@ -99,7 +104,7 @@ class CompressedCache(Cache):
         super().__init__(layers=layers, offloading=offloading, offload_only_non_sliding=offload_only_non_sliding)
         # To start anew from: not every layer of Transformers' can be reset in every version.
         self._beside = {index: copy.deepcopy(layer) for index, layer in enumerate(layers) if index not in full}
-        self._model = ModelIdentity.of(decoder)
+        self._model = ModelIdentity.of(decoder, config)
         if (length := dropped_from(decoder)) is not None:
             warnings.warn(
                 f"config={type(config).__name__}: generate() of this model drops any cache where a text grows past "
@@ -134,6 +139,11 @@ class CompressedCache(Cache):
     def model(self) -> ModelIdentity:
         """What the cache was built for."""
         return self._model
+
+    @property
+    def rope(self) -> RopeDeltas:
+        """The positions that the model would keep on itself."""
+        return self._shared.rope
 
     def replace_compressor(self, compressor: Compressor) -> None:
         """Compress by another method from now on; it must learn from the same queries and remember as much."""
@@ -218,6 +228,20 @@ class CompressedCache(Cache):
         for layer in self.layers:
             if tokens_to_remove or getattr(layer, "record_past", True):
                 layer.crop(tokens_to_remove)
+        if tokens_to_remove:
+            self._shared.rope.crop(self._compressed_layers()[0].get_seq_length())
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Tokens seen, padding included. A caller that keeps positions on the model finds this cache's in place.
+
+        Raises:
+            ValueError: its positions are not known, or the model is another than the one that read.
+        """
+        seen = super().get_seq_length(layer_idx)
+        # Only what runs can be looked at, not what is traced.
+        if not torch.compiler.is_compiling() and names_positions(caller := sys._getframe(1)):
+            self._shared.rope.place(caller, seen, self._model)
+        return seen
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         """Length and offset for the mask of a forward pass, which begins with this call.
@@ -255,6 +279,7 @@ class CompressedCache(Cache):
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Row i becomes what row beam_idx[i] was; int64 (k,), rows may be left out or repeated."""
         self._shared.padded = self._shared.padded and None
+        self._shared.rope.select_rows(beam_idx)
         # Read by the host once, and only where rows differ in what they hold.
         on_host = None if all(layer.state.alike for layer in self._compressed_layers()) else beam_idx.tolist()
         for layer in self.layers:
@@ -294,6 +319,10 @@ class CompressedCache(Cache):
                 "(k,), or a bool mask over all rows with at least one of them True"
             )
         self.reorder_cache(torch.where(kept < 0, kept + rows, kept))
+
+    def go_on_from(self, other: CompressedCache) -> None:
+        """Take over the positions of a cache that has read as many tokens and rows."""
+        self._shared.rope = RopeDeltas(other.rope.carry(self.get_seq_length()))
 
     def clone(self) -> Self:
         """An independent copy: what is read into one is not seen by the other. The same as `copy.deepcopy`."""

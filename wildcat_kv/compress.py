@@ -229,7 +229,7 @@ def token_mass(
     """
     # The weights are linear in the inputs, so the identity in place of the values reads off W.
     n = keys.shape[-2]
-    identity = torch.eye(n, device=keys.device).expand(*keys.shape[:-2], n, n)
+    identity = torch.eye(n, dtype=torch.float32, device=keys.device).expand(*keys.shape[:-2], n, n)
     return compress_kv(
         keys, identity, rank=rank, scale=scale, temperature=temperature, bins=bins, noise=noise
     ).values.sum(-2)
@@ -308,10 +308,10 @@ class _Drawn:
 
     def gumbel(self, heads: range, bins: range) -> Tensor:
         shape = (1, len(heads), len(bins), self._layout.bin_rank, self._layout.longest)
-        return torch.empty(shape, device=self._device).exponential_().log_().neg_()
+        return torch.empty(shape, dtype=torch.float32, device=self._device).exponential_().log_().neg_()
 
     def uniform(self, heads: range, bins: range, turn: int) -> Tensor:
-        return torch.rand(1, len(heads), len(bins), 3, BLOCK, device=self._device)
+        return torch.rand(1, len(heads), len(bins), 3, BLOCK, dtype=torch.float32, device=self._device)
 
 
 def _check(

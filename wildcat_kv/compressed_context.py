@@ -18,10 +18,10 @@ from wildcat_kv.cache import CompressedCache
 from wildcat_kv.compressors import Compressor
 from wildcat_kv.config import WildCatConfig
 from wildcat_kv.context import Context, reads_twice
-from wildcat_kv.identity import differing_weight, weight_samples
+from wildcat_kv.identity import WeightWatch, differing_weight
 from wildcat_kv.joining import join_caches, unjoinable
 from wildcat_kv.presets import Preset
-from wildcat_kv.prompts import encode_context, encode_follow_up
+from wildcat_kv.prompts import encode_context, encode_follow_up, text_tokenizer
 from wildcat_kv.reading import generate, generate_tokens, join, pad_left, text_of
 from wildcat_kv.recipe import Recipe
 from wildcat_kv.streaming import streamed
@@ -50,6 +50,7 @@ class CompressedContext:
         self.cache = cache
         self.tokens = tokens
         self._ids = ids  # int64 (1, cache.get_seq_length())
+        self._weights = WeightWatch(model)
 
     def ask(self, question: str, *, max_new_tokens: int | None = None, **options: Any) -> str:
         """Answer a question about the text.
@@ -60,8 +61,9 @@ class CompressedContext:
             **options: of `generate()`, such as a `streamer`; greedy decoding by default.
 
         Raises:
-            ValueError: an empty question, or an option that cannot be followed: one that would read the text again
-                (prompt lookup, an assistant, use_cache=False) or write several answers.
+            ValueError: an empty question, a model with other weights than when it read the text (another adapter), or
+                an option that cannot be followed: one that would read the text again (prompt lookup, an assistant,
+                use_cache=False) or write several answers.
         """
         return self.ask_many([question], max_new_tokens=max_new_tokens, **options)[0]
 
@@ -87,6 +89,7 @@ class CompressedContext:
             raise ValueError(f"questions={questions!r} is one text; give a list, or call ask()")
         if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
             raise ValueError(f"batch_size={batch_size!r} must be a positive integer, the questions at once")
+        self._check_weights()
         plan = AnswerOptions.of(self.model, self.tokenizer, max_new_tokens, **options)
         if unjoinable(self.cache):  # states that would read the padding of shorter questions
             batch_size = 1
@@ -132,9 +135,11 @@ class CompressedContext:
         """Write it to a safetensors file, for `load`; see `CompressedCache.save`.
 
         Raises:
+            ValueError: the model has other weights than when it read the text.
             OSError: the file cannot be written.
         """
-        text = persistence.SavedText(self._ids, self.tokens, weight_samples(self.model))
+        self._check_weights()
+        text = persistence.SavedText(self._ids, self.tokens, self._weights.samples)
         persistence.write(self.cache, path, text)
 
     @classmethod
@@ -144,13 +149,14 @@ class CompressedContext:
         Args:
             path: of the file.
             model: that read the text. Its shape is compared, and samples of its weights.
-            tokenizer: of the model.
+            tokenizer: of the model, or its processor of images and text.
 
         Raises:
             FileNotFoundError: there is no such file.
             ValueError: no file of ours, a damaged one, one of another version or model, or one that a cache alone was
                 saved to.
         """
+        tokenizer = text_tokenizer(tokenizer)
         _check(model, tokenizer)
         saved = persistence.read(path, model.config, model.device)
         if saved.text is None:
@@ -174,6 +180,18 @@ class CompressedContext:
     def __repr__(self) -> str:
         mebibytes = self.cache.memory_bytes() / 2**20
         return f"CompressedContext({self.tokens} tokens, {stored_tokens(self.cache):.0f} stored, {mebibytes:.1f} MiB)"
+
+    def _check_weights(self) -> None:
+        """Refuse to go on with a model that is another by now.
+
+        Raises:
+            ValueError: names the parameter.
+        """
+        if (name := self._weights.difference(self.model)) is not None:
+            raise ValueError(
+                f"model={type(self.model).__name__} has other weights than when it read the text, {name} differs; set "
+                "the adapter that read it, or read the text again"
+            )
 
     def _copies(self, rows: int) -> CompressedCache:
         """A copy of the cache with that many rows, to be used up."""
@@ -215,6 +233,7 @@ class Conversation:
             ValueError: as `CompressedContext.ask`.
         """
         context = self.context
+        context._check_weights()
         options["num_beams"] = 1
         plan = AnswerOptions.of(context.model, context.tokenizer, max_new_tokens, **options)
         turn = encode_follow_up(context.tokenizer, _asked(question), first=not self._begun).to(self._ids)
@@ -252,7 +271,7 @@ def compress_context(
 
     Args:
         model: a Transformers decoder.
-        tokenizer: of the model.
+        tokenizer: of the model, or its processor of images and text.
         text_or_file: the text; or the path of a UTF-8 file, as a `Path`.
         settings: of the cache; or:
         preset: a preset's name, file or object; by default the model's own section, or "published".
@@ -271,6 +290,7 @@ def compress_context(
         context = compress_context(model, tokenizer, Path("report.txt"), ratio=0.25)
         answers = context.ask_many(["Who wrote it?", "What is it about?"])
     """
+    tokenizer = text_tokenizer(tokenizer)
     _check(model, tokenizer)
     recipe = Recipe.choose(model.config, settings, preset=preset, compressor=compressor, **fields)
     twice = reads_twice(recipe.compressor)
@@ -327,5 +347,6 @@ def _streamed(
     """The pieces of an answer, all of it checked before a thread is started."""
     if options.get("streamer") is not None:
         raise ValueError("streamer cannot be given to stream(), which makes one; call ask(..., streamer=...)")
+    context._check_weights()
     AnswerOptions.of(context.model, context.tokenizer, max_new_tokens, **options)
     return streamed(ask, context.tokenizer, _asked(question), {"max_new_tokens": max_new_tokens, **options})

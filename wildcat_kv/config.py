@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from decimal import Decimal
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -26,8 +27,46 @@ _EXACT_LAYERS_HELP = "exact_layers are the layers to leave uncompressed, a list 
 _SEED_HELP = "seed is an integer in [0, 2**63)"
 
 
+# The share that is dropped, as kvpress and others name it.
+DROPPED = "compression_ratio"
+
+
+def share_kept(compression_ratio: Any) -> float:
+    """The `ratio` that keeps what `compression_ratio` does not drop.
+
+    Args:
+        compression_ratio: share of the tokens to drop, in [0, 1).
+
+    Raises:
+        ValueError: no such number.
+
+    Example:
+        >>> share_kept(0.9)
+        0.1
+    """
+    number = isinstance(compression_ratio, (int, float)) and not isinstance(compression_ratio, bool)
+    if not number or not 0 <= compression_ratio < 1:
+        raise ValueError(
+            f"{DROPPED}={compression_ratio!r}: the share of the tokens to drop, a number in [0, 1), for example 0.75 "
+            "to keep a quarter"
+        )
+    return float(1 - Decimal(str(compression_ratio)))  # 1 - 0.9 in binary would keep a token less
+
+
+def _name_compression_ratio(schema: dict[str, Any]) -> None:
+    """Let editors know the other spelling of `ratio`, which is no field of the settings."""
+    schema["properties"][DROPPED] = {
+        "type": "number",
+        "minimum": 0,
+        "exclusiveMaximum": 1,
+        "description": f"{DROPPED} is the share of the tokens to drop, in [0, 1), instead of a ratio, for example 0.75",
+    }
+
+
 class WildCatConfig(BaseModel):
     """Settings of a compressed cache; exactly one of `ratio` and `max_tokens` is given.
+
+    `compression_ratio=0.75`, the share to *drop* as kvpress has it, is another spelling of `ratio=0.25`.
 
     Args:
         ratio: share of the seen tokens to keep, in (0, 1]. Exact right after every fold. Or "auto": every layer keeps
@@ -55,7 +94,7 @@ class WildCatConfig(BaseModel):
         32
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", json_schema_extra=_name_compression_ratio)
 
     ratio: Annotated[float, Field(gt=0, le=1, strict=True, allow_inf_nan=False)] | Literal["auto"] | None = Field(
         None, description=_RATIO_HELP
@@ -77,6 +116,21 @@ class WildCatConfig(BaseModel):
             super().__init__(**fields)
         except ValidationError as error:
             raise ValueError(one_line(error, type(self))) from None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_compression_ratio(cls, fields: Any) -> Any:
+        if not isinstance(fields, dict) or DROPPED not in fields:
+            return fields
+        fields = dict(fields)
+        dropped = fields.pop(DROPPED)
+        if dropped is None:
+            return fields
+        if (ratio := fields.get("ratio")) is not None:
+            raise ValueError(
+                f"ratio={ratio} and {DROPPED}={dropped}: the share kept and the share dropped; pass one of them"
+            )
+        return {**fields, "ratio": share_kept(dropped)}
 
     @model_validator(mode="after")
     def _check_budget(self) -> WildCatConfig:
@@ -126,7 +180,7 @@ class WildCatConfig(BaseModel):
             (None, 512, 64)
         """
         kept = self.model_dump()
-        if fields.keys() & {"ratio", "max_tokens"}:
+        if fields.keys() & {"ratio", "max_tokens", DROPPED}:
             del kept["ratio"], kept["max_tokens"], kept["tolerance"]
         if fields.get("max_tokens") is not None:
             del kept["exact_layers"]

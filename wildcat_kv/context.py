@@ -107,6 +107,7 @@ class Context:
             queries = state.log.recent()
             assert queries is not None
             layer.after_attention(queries, state.progress.scale)
+        cache.go_on_from(self._exact)
         if twice is not None:
             cache.replace_compressor(twice)  # the scores are of this context alone, and large
         return cache

@@ -12,14 +12,15 @@ from transformers import StoppingCriteriaList
 from transformers.generation.utils import GENERATION_MODES_MAPPING
 
 from wildcat_kv.cache_keyword import CACHE, OLD, given_cache
-from wildcat_kv.config import WildCatConfig
+from wildcat_kv.config import DROPPED, WildCatConfig
 from wildcat_kv.files import replacing
 from wildcat_kv.read_check import with_read_check
 from wildcat_kv.recipe import Recipe, chooses_a_cache
 from wildcat_kv.support import check_prompt
 
 # Taken from the arguments of generate(), where `temperature` is another one: that of sampling.
-_OURS = ("settings", "preset", "compressor", *(name for name in WildCatConfig.model_fields if name != "temperature"))
+_FIELDS = (*(name for name in WildCatConfig.model_fields if name != "temperature"), DROPPED)
+_OURS = ("settings", "preset", "compressor", *_FIELDS)
 
 _README = "README.md"
 _FILES = {
@@ -55,6 +56,7 @@ out = model.generate(**inputs, custom_generate=REPO, trust_remote_code=True, rat
 | argument | meaning |
 | --- | --- |
 | `ratio` or `max_tokens` | share of the tokens to keep, or most tokens to store in a layer |
+| `compression_ratio` | share of the tokens to drop, instead of `ratio` |
 | `preset` | settings by name, such as `"published"` |
 | `compressor` | another method, such as `"snapkv"` |
 | `sink`, `window`, `bin_rank`, `weights`, `exact_layers`, `seed` | as in `WildCatConfig` |

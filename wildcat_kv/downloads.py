@@ -24,6 +24,8 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 CACHE_VARIABLE = "WILDCAT_KV_CACHE"
+# Seconds before a message is shown, so that quick work shows nothing.
+DELAY = 2.0
 
 
 class DownloadError(RuntimeError):
@@ -77,14 +79,14 @@ def file_sha256(path: Path) -> str:
 
 
 @contextmanager
-def progress(message: str, delay: float = 2.0) -> Iterator[None]:
+def progress(message: str, delay: float | None = None) -> Iterator[None]:
     """Show a message with the elapsed time on stderr while the block runs.
 
     On a terminal it is a spinner that vanishes at the end; elsewhere (a log file) it is one line.
 
     Args:
         message: what is going on, one line.
-        delay: seconds before anything is shown, so that quick work shows nothing.
+        delay: seconds before anything is shown; `DELAY` by default.
     """
     # The stream is bound now: code inside the block may redirect sys.stderr to silence others.
     console = Console(file=sys.stderr, highlight=False, soft_wrap=True)
@@ -112,7 +114,7 @@ def progress(message: str, delay: float = 2.0) -> Iterator[None]:
             else:
                 console.print(f"{message} ...", markup=False)
 
-    timer = threading.Timer(delay, show)
+    timer = threading.Timer(DELAY if delay is None else delay, show)
     timer.daemon = True
     timer.start()
     try:

@@ -67,6 +67,7 @@ def join_caches(caches: Sequence[CompressedCache], settings: WildCatConfig | Non
         entries = _entries(states, row.sink)
         carried = log.carried if log is not None and row.carried else None
         layer.restore(progress, entries, entries.keys.shape[2], _span(states), carried)
+    joined.go_on_from(last)
     return joined
 
 

@@ -15,7 +15,9 @@ from transformers.cache_utils import CacheLayerMixin
 from wildcat_kv.attention import NAME, Forward, MarkedLength, mark
 from wildcat_kv.compressors import Compressor, Everything
 from wildcat_kv.config import WildCatConfig
+from wildcat_kv.positions import RopeDeltas
 from wildcat_kv.progress import Progress
+from wildcat_kv.rereading import rereading
 from wildcat_kv.rotation import Rotation
 from wildcat_kv.state import LayerState
 from wildcat_kv.storage import Entries
@@ -39,7 +41,9 @@ class Shared:
         begun: whether layers of Transformers' have read tokens that ours have not come to yet.
         states: what each layer holds, by its index.
         exact_layers: indices of layers that never fold.
+        rotation_limit: tokens that the method's rotations hold for, None for any number.
         warned: whether the user knows that the text is longer than the model's positions.
+        rope: positions that the model would keep on itself.
     """
 
     settings: WildCatConfig
@@ -53,6 +57,8 @@ class Shared:
     begun: bool = False
     states: dict[int, LayerState] = field(default_factory=dict)
     exact_layers: frozenset[int] = frozenset()
+    rotation_limit: int | None = None
+    rope: RopeDeltas = field(default_factory=RopeDeltas)
 
     @property
     def leading(self) -> int:
@@ -73,6 +79,7 @@ class Shared:
         """Back to before the first forward pass."""
         self.forward = self.waiting = None
         self.compressed = self.padded = self.warned = self.begun = False
+        self.rope = RopeDeltas()
 
 
 class WildCatLayer(CacheLayerMixin):
@@ -288,26 +295,41 @@ class WildCatLayer(CacheLayerMixin):
 
     # What the "wildcat" attention and mask functions call
 
-    def announce(self, rows: int, queries: int, mask: Tensor | None) -> Forward:
+    def announce(self, rows: int, queries: int, mask: Tensor | None, *, causal: bool = True) -> Forward:
         """Take note, for all layers of the cache, that a forward pass has begun.
 
         Args:
             rows: of the batch.
             queries: new tokens.
             mask: bool (rows, seen + queries), False for padding, or None.
+            causal: whether no new token sees later ones.
 
         Raises:
-            ValueError: another batch size than before, or a mask that contradicts what is folded. Nothing has
+            ValueError: another batch size than before, a mask that contradicts what is folded, a text longer than the
+                method's rotations hold for, or tokens that see later ones where the cache is compressed. Nothing has
                 changed then.
         """
-        shared, leader, seen = self._shared, self._shared.leader, self.get_seq_length()
+        shared, seen = self._shared, self.get_seq_length()
         if self.batch_rows not in (0, rows):
             raise ValueError(
                 f"the batch has {rows} rows and the cache holds {self.batch_rows}; call "
                 "cache.batch_repeat_interleave(n) to ask several questions of one context"
             )
+        if not queries:
+            raise ValueError(
+                f"there are no new tokens: the cache has read {seen}, and the prompt has no more; pass generate() the "
+                "whole text with at least one token more, or call cache.reset() to read a text anew"
+            )
         if mask is not None and mask.shape[0] != rows:
             raise ValueError(f"attention_mask has {mask.shape[0]} rows and the batch {rows}; pass a row for each")
+        self._check_rotations(seen + queries)
+        if not causal and (shared.compressed or self._folds_first):
+            raise ValueError(
+                "mask_function shows later tokens to earlier ones (those of an image, for example), and the cache is "
+                "compressed already: call cache.reset() and read the whole prompt, images included, in its first "
+                "forward pass"
+            )
+        shared.rope.begin(seen, rows)
         relabelled = False
         if mask is None:
             self._check_unpadded(queries)
@@ -326,13 +348,36 @@ class WildCatLayer(CacheLayerMixin):
                 stacklevel=2,
             )
             shared.warned = True
-        if self.record_past and leader.will_fold(self._beyond_rollback()):
+        if self._folds_first:
             shared.compressed = True  # every layer folds in its `update`, too late to change the mask
         before = shared.forward  # generate() may ask for the mask of a forward pass twice
         if before is not None and before is not self._forward and before.seen == seen:
             relabelled = relabelled or before.relabelled
         shared.forward = Forward(seen, queries, mask, exact=not shared.compressed, relabelled=relabelled)
         return shared.forward
+
+    def check_reading(self, query: Tensor, config: Any, options: dict[str, Any]) -> None:
+        """Refuse new tokens that the cache has read before; the first layer answers for all.
+
+        Args:
+            query: (rows, heads, q, d), of the newest tokens.
+            config: the decoder's config.
+            options: keyword arguments of the attention call.
+
+        Raises:
+            ValueError: see `rereading`. The layer is left as it was before the pass.
+        """
+        queries, forward = query.shape[2], self._shared.forward
+        assert forward is not None
+        if self._index != next(iter(self._shared.states)) or not forward.seen:
+            return
+        before = [row.seen for row in self._state.count_rows(forward.seen)]
+        if fault := rereading(options, config, queries, before, forward.new_valid(query.device)):
+            self._state.observe(query)
+            self._state.keep_queries()
+            self._state.take_back(queries)
+            self._shared.forward = self._shared.waiting = None
+            raise ValueError(fault)
 
     @property
     def exact(self) -> bool:
@@ -472,6 +517,16 @@ class WildCatLayer(CacheLayerMixin):
         if shared.padded:
             raise ValueError("attention_mask=None, but earlier tokens were padding; pass the mask of all tokens so far")
 
+    def _check_rotations(self, length: int) -> None:
+        """Refuse a text too long for the rotations that the method undoes."""
+        shared = self._shared
+        if shared.rotation_limit is not None and length > shared.rotation_limit:
+            raise ValueError(
+                f"the text is {length} tokens long: beyond {shared.rotation_limit} this model rotates by other "
+                f"frequencies, which {type(shared.compressor).__name__} does not follow; use a shorter text, or a "
+                "method that needs no positions, such as snapkv"
+            )
+
     def _check_mask(self, queries: int, mask: Tensor) -> bool:
         """Refuse a mask that hides tokens which are folded, or shows padding which was dropped by a fold.
 
@@ -493,6 +548,11 @@ class WildCatLayer(CacheLayerMixin):
         return not torch.equal(earlier[:, progress.folded_at :].to(exact.device), exact)
 
     # Inside
+
+    @property
+    def _folds_first(self) -> bool:
+        """Whether the next `update` folds before it reads, for the cache to stay bounded."""
+        return self.record_past and self._shared.leader.will_fold(self._beyond_rollback())
 
     def _beyond_rollback(self) -> int:
         """The column up to which nothing need be taken back, whatever `crop` follows."""

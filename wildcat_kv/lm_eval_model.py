@@ -22,10 +22,10 @@ from transformers import Cache, DynamicCache
 
 from wildcat_kv.cache import CompressedCache
 from wildcat_kv.compressors import available
-from wildcat_kv.config import WildCatConfig
+from wildcat_kv.config import DROPPED, WildCatConfig
 from wildcat_kv.context import Context
 from wildcat_kv.models import default_model_path
-from wildcat_kv.prompts import encode_parts
+from wildcat_kv.prompts import encode_parts, messages_for
 from wildcat_kv.reading import generate, join, loglikelihood, pad_left, read, token_losses
 from wildcat_kv.splits import cut_middle, split_prompt
 
@@ -46,6 +46,7 @@ class WildCatLM(HFLM):
         protocol: "context-only" compresses a document's context before the question is read, as published results
             do; "full-prompt" compresses after the whole prompt and takes every task.
         ratio: share of the tokens to keep.
+        compression_ratio: share of the tokens to drop, instead of a ratio.
         max_tokens: most tokens to store, instead of a ratio.
         sink: see `WildCatConfig`.
         window: see `WildCatConfig`.
@@ -71,6 +72,7 @@ class WildCatLM(HFLM):
         method: str = "wildcat",
         protocol: Literal["context-only", "full-prompt"] = "context-only",
         ratio: float | None = None,
+        compression_ratio: float | None = None,
         max_tokens: int | None = None,
         sink: int | None = None,
         window: int | None = None,
@@ -84,6 +86,7 @@ class WildCatLM(HFLM):
     ) -> None:
         fields = {
             "ratio": ratio,
+            DROPPED: compression_ratio,
             "max_tokens": max_tokens,
             "sink": sink,
             "window": window,
@@ -105,6 +108,10 @@ class WildCatLM(HFLM):
         """For the record of results: the method, its settings and the protocol, too."""
         settings = {} if self._settings is None else self._settings.model_dump(exclude_none=True)
         return {**super().get_model_info(), "method": self._method, "protocol": self._protocol, "cache": settings}
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """A prompt of messages, also where the template takes them as lists of parts."""
+        return super().apply_chat_template(messages_for(self.tokenizer, chat_history), add_generation_prompt)
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Answers, in the order of the requests."""

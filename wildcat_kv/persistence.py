@@ -27,13 +27,14 @@ from wildcat_kv.config import WildCatConfig
 from wildcat_kv.files import replacing
 from wildcat_kv.identity import ModelIdentity
 from wildcat_kv.layer import WildCatLayer
+from wildcat_kv.positions import RopeDeltas, Step
 from wildcat_kv.progress import Progress
 from wildcat_kv.storage import Entries
 from wildcat_kv.support import cache_layers, decoder_config
 from wildcat_kv.value_range import ValueRange
 
 FORMAT = "wildcat_kv context"
-VERSION = 3
+VERSION = 4
 
 # Tensors of a layer of ours: its entries, and the box around folded values, where there is one.
 _NAMES = ("keys", "values", "weights", "valid")
@@ -43,6 +44,8 @@ _MEMORY = "memory"
 _QUERIES = ("queries.carried", "queries.recent")
 # The token ids that the cache has read, where a text was saved with it.
 _IDS = "input_ids"
+# Positions that the model would keep on itself, by the number of the step.
+_POSITIONS = "positions."
 # What a layer of Transformers' learns with the first tokens; all else is as in a new one.
 _LEARNT = ("cumulative_length", "conv_kernel_size")
 
@@ -67,6 +70,16 @@ class _Text(BaseModel):
     weights: dict[str, list[float]]
 
 
+class _Positions(BaseModel):
+    """Positions from one token on, see `Step`; the deltas, where there are any, are a tensor."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    start: int
+    known: bool
+    deltas: bool
+
+
 class Header(BaseModel):
     """What stands beside the tensors, as JSON in the metadata of the file."""
 
@@ -76,6 +89,7 @@ class Header(BaseModel):
     settings: WildCatConfig
     compressor: JsonValue
     layers: list[_Layer]
+    positions: list[_Positions] = []
     text: _Text | None = None
 
 
@@ -130,6 +144,7 @@ class SavedContext:
         settings: of the cache that was saved.
         compressor: what the file says of the method.
         layers: of ours, or the attributes of one of Transformers'.
+        rope: positions that the model would keep on itself.
         text: what was saved of the text, None where a cache alone was.
         path: where it came from.
     """
@@ -137,6 +152,7 @@ class SavedContext:
     settings: WildCatConfig
     compressor: JsonValue
     layers: list[_Ours | dict[str, Any]]
+    rope: RopeDeltas
     text: SavedText | None
     path: str
 
@@ -184,6 +200,7 @@ class SavedContext:
                 layer.restore(saved.progress, saved.memory, saved.length, saved.folded_range, *saved.queries)
             else:
                 vars(layer).update(saved)
+        cache.rope.steps = self.rope.steps
 
 
 def write(cache: Any, path: str | os.PathLike[str], text: SavedText | None = None) -> None:
@@ -193,11 +210,14 @@ def write(cache: Any, path: str | os.PathLike[str], text: SavedText | None = Non
     cache.check_in_step()
     tensors: dict[str, Tensor] = {}
     layers = [_layer(layer, f"layers.{index}.", tensors) for index, layer in enumerate(cache.layers)]
+    steps = cache.rope.carry(cache.get_seq_length())
+    tensors |= {f"{_POSITIONS}{number}": step.deltas for number, step in enumerate(steps) if step.deltas is not None}
     header = Header(
-        model=cache.model,
+        model=cache.model.without_senses() if all(step.deltas is None for step in steps) else cache.model,
         settings=cache.settings,
         compressor=describe(cache.compressor),
         layers=layers,
+        positions=[_Positions(start=one.start, known=one.known, deltas=one.deltas is not None) for one in steps],
         text=None if text is None else _Text(tokens=text.tokens, weights=text.weights),
     )
     if text is not None:
@@ -213,7 +233,7 @@ def write(cache: Any, path: str | os.PathLike[str], text: SavedText | None = Non
 def read(path: str | os.PathLike[str], config: Any, device: torch.device | str) -> SavedContext:
     """Read and check a file, for the model of `config`; see `CompressedCache.load`."""
     decoder = decoder_config(config)
-    identity, (layers, full) = ModelIdentity.of(decoder), cache_layers(decoder)
+    identity, (layers, full) = ModelIdentity.of(decoder, config), cache_layers(decoder)
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
@@ -236,10 +256,11 @@ def read(path: str | os.PathLike[str], config: Any, device: torch.device | str) 
         )
     try:
         text = _text(header, tensors)
+        rope = _rope(header, tensors)
         checked = _check(header, layers, tensors, torch.device(device))
     except _DamageError as fault:
         raise ValueError(f"path={name!r} is damaged: {fault}; save it again") from None
-    return SavedContext(header.settings, header.compressor, checked, text, name)
+    return SavedContext(header.settings, header.compressor, checked, rope, text, name)
 
 
 @dataclass(frozen=True)
@@ -330,6 +351,26 @@ def _text(header: Header, tensors: dict[str, Tensor]) -> SavedText | None:
     if ids is None or ids.dtype != torch.int64 or {ids.shape} != {torch.Size((1, number)) for number in seen}:
         raise _DamageError("the tokens of its text do not fit")
     return SavedText(ids, header.text.tokens, header.text.weights)
+
+
+def _rope(header: Header, tensors: dict[str, Tensor]) -> RopeDeltas:
+    """The positions that the model would keep on itself; their tensors are taken out of `tensors`."""
+    numbers = {(layer.progress.seen, len(layer.progress.rows)) for layer in header.layers if layer.progress is not None}
+    steps = []
+    for number, step in enumerate(header.positions):
+        deltas = tensors.pop(f"{_POSITIONS}{number}", None)
+        fits = deltas is None or (step.known and {deltas.shape} == {torch.Size((rows, 1)) for _, rows in numbers})
+        if (
+            not fits
+            or step.deltas != (deltas is not None)
+            or (deltas is not None and deltas.dtype not in (torch.int64, torch.float32))
+        ):
+            raise _DamageError("the positions of its rows do not fit")
+        steps.append(Step(step.start, deltas, step.known))
+    starts = [step.start for step in steps]
+    if starts[:1] != [0] or starts != sorted(set(starts)) or any(seen <= starts[-1] for seen, _ in numbers):
+        raise _DamageError("its positions do not fit the tokens read")
+    return RopeDeltas(steps)
 
 
 def _check(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import ProcessorMixin
 
 # Characters for private use: in no text, and no space that a template might trim.
 _CONTEXT, _QUESTION, _ANSWER, _NEXT = (f"\ue000{name}\ue001" for name in ("context", "question", "answer", "next"))
@@ -48,11 +50,55 @@ class Frame:
             gap, tail = rest.split(_QUESTION)
             between, _ = again.split(_ANSWER)[1].split(_NEXT)
         except (ValueError, IndexError):
-            raise ValueError(
-                f"tokenizer={type(tokenizer).__name__}: its chat template changes or leaves out what messages say; set "
-                "tokenizer.chat_template to another one, or to None"
-            ) from None
+            raise _loses(tokenizer) from None
         return Frame(head, gap, tail, between, special=False)
+
+
+def text_tokenizer(given: Any) -> Any:
+    """Take the tokenizer out of a processor of images and text, with the processor's chat template.
+
+    Args:
+        given: a processor; anything else is returned as it is.
+    """
+    inner = getattr(given, "tokenizer", None) if isinstance(given, ProcessorMixin) else None
+    if inner is None:
+        return given
+    template = getattr(given, "chat_template", None)
+    if template is None or template == inner.chat_template:
+        return inner
+    inner = copy.copy(inner)  # the processor's own stays as it is
+    inner.chat_template = template
+    return inner
+
+
+def messages_for(tokenizer: Any, messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Give messages the form that a chat template takes: the text as it is, or as a list of parts.
+
+    Templates of models for images and text go through the parts of a message. Of a string some make nothing.
+
+    Args:
+        tokenizer: whose template is tried with a short message.
+        messages: role and content; content that is no string stays as it is.
+
+    Raises:
+        ValueError: the template leaves the text out in either form.
+    """
+    refused = []
+    for form in (_as_text, _as_parts):
+        try:
+            probe = [{"role": "user", "content": form(_QUESTION)}]
+            text = tokenizer.apply_chat_template(probe, tokenize=False, add_generation_prompt=True)
+        except Exception:  # whatever a template raises
+            refused.append(form)
+            continue
+        if text.count(_QUESTION) == 1:  # in a list that is written out, it is escaped
+            return [
+                {**message, "content": form(said) if isinstance(said := message["content"], str) else said}
+                for message in messages
+            ]
+    if _as_text in refused:  # the messages themselves may be welcome, or what they raise is the reason
+        return list(messages)
+    raise _loses(tokenizer)
 
 
 def encode_prompt(tokenizer: Any, text: str, *, chat: bool = True) -> Tensor:
@@ -155,20 +201,36 @@ def repeat_request(tokenizer: Any, *, first: bool) -> tuple[Tensor, Tensor]:
 
     Source: arXiv 2505.23416.
     """
-    part = "" if first else "part of the "
+    tokenizer, part = text_tokenizer(tokenizer), "" if first else "part of the "
     request = f"\n\nRepeat the {part}previous context exactly{'.' if first else ', starting with'}"
     return _encode(tokenizer, request), _encode(tokenizer, Frame.of(tokenizer).tail)
 
 
 def _render(tokenizer: Any, messages: list[dict[str, str]]) -> str:
+    fitting = messages_for(tokenizer, messages)
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return tokenizer.apply_chat_template(fitting, tokenize=False, add_generation_prompt=True)
     except Exception as error:  # whatever a template raises
         reason = " ".join(str(error).split())
         raise ValueError(
             f"tokenizer={type(tokenizer).__name__}: its chat template takes no messages of user and assistant alone "
             f"({reason}); set tokenizer.chat_template to another one, or to None"
         ) from None
+
+
+def _as_text(text: str) -> str:
+    return text
+
+
+def _as_parts(text: str) -> list[dict[str, str]]:
+    return [{"type": "text", "text": text}]
+
+
+def _loses(tokenizer: Any) -> ValueError:
+    return ValueError(
+        f"tokenizer={type(tokenizer).__name__}: its chat template changes or leaves out what messages say; set "
+        "tokenizer.chat_template to another one, or to None"
+    )
 
 
 def _encode(tokenizer: Any, text: str, *, add_special_tokens: bool = False) -> Tensor:

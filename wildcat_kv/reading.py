@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,9 @@ from torch import Tensor
 from transformers import Cache, GenerationConfig, RepetitionPenaltyLogitsProcessor, StoppingCriteria
 
 from wildcat_kv.answering import AnswerOptions
+from wildcat_kv.cache import CompressedCache
 from wildcat_kv.cache_keyword import CACHE
+from wildcat_kv.positions import holds_positions
 from wildcat_kv.read_check import check_read, with_read_check
 
 
@@ -76,11 +78,25 @@ def read(model: Any, cache: Cache, ids: Tensor, mask: Tensor | None = None, *, l
     options: dict[str, Any] = {"logits_to_keep": min(last, ids.shape[1] - start)}
     if mask is not None:
         options["attention_mask"] = mask
-        if "position_ids" in inspect.signature(model.forward).parameters:  # as generate() counts them
-            options["position_ids"] = (mask.long().cumsum(-1) - 1).clamp_min(0)[:, start:]
+    if "position_ids" in inspect.signature(model.forward).parameters:
+        # As generate() counts them: left to itself, Bamba begins at 0 in each pass.
+        counted = torch.ones_like(ids) if mask is None else mask.long()
+        options["position_ids"] = (counted.cumsum(-1) - 1).clamp_min(0)[:, start:]
+        if isinstance(cache, CompressedCache) and holds_positions(model):
+            options["position_ids"] = options["position_ids"] + _offsets(model, cache, ids)
     logits = model(ids[:, start:], **{CACHE: cache}, **options).logits
     check_read(model, cache, ids.shape[1])
     return logits.float()
+
+
+def _offsets(model: Any, cache: CompressedCache, ids: Tensor) -> Tensor:
+    """How far the positions of the next tokens are off the count of valid ones, int64 (rows, 1); the cache notes it."""
+    seen = cache.get_seq_length()
+    deltas = cache.rope.after(seen, model) if seen else None
+    if deltas is not None:
+        return deltas.to(ids)
+    cache.rope.note(seen, torch.zeros_like(ids[:, :1]))
+    return torch.zeros_like(ids[:, :1])
 
 
 def generate(
@@ -216,17 +232,11 @@ def token_losses(model: Any, cache: Cache, ids: Tensor, *, chunk: int) -> Tensor
         chunk: tokens.
     """
     losses = []
-    for logits, expected in _chunks(model, cache, ids, chunk):
-        losses.append(torch.nn.functional.cross_entropy(logits, expected, reduction="none"))
-    return torch.cat(losses)
-
-
-def _chunks(model: Any, cache: Cache, ids: Tensor, chunk: int) -> Iterator[tuple[Tensor, Tensor]]:
     for start in range(0, ids.shape[1] - 1, chunk):
         stop = min(start + chunk, ids.shape[1] - 1)
-        logits = model(ids[:, start:stop], **{CACHE: cache}).logits[0].float()
-        check_read(model, cache, stop)
-        yield logits, ids[0, start + 1 : stop + 1]
+        logits = read(model, cache, ids[:, :stop], last=stop - start)[0]
+        losses.append(torch.nn.functional.cross_entropy(logits, ids[0, start + 1 : stop + 1], reduction="none"))
+    return torch.cat(losses)
 
 
 class _Until(StoppingCriteria):

@@ -14,15 +14,23 @@ class Rotation:
     Args:
         angles: takes positions int64 (rows, n) to cosines and sines (rows, n, r); None for a layer without positions.
         turn: takes vectors (rows, heads, n, r), cosines and sines to rotated vectors.
+        grids: whether tokens of images have positions in time, height and width.
     """
 
     def __init__(
         self,
         angles: Callable[[Tensor], tuple[Tensor, Tensor]] | None,
         turn: Callable[[Tensor, Tensor, Tensor], Tensor] | None,
+        grids: bool = False,
     ) -> None:
         self._angles = angles
         self._turn = turn
+        self.grids = grids
+
+    @property
+    def rotates(self) -> bool:
+        """Whether positions change anything."""
+        return self._angles is not None
 
     def back(self, vectors: Tensor, positions: Tensor) -> Tensor:
         """Undo the rotation of vectors (rows, heads, n, d) that stand at positions int64 (rows, n)."""

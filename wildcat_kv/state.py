@@ -337,8 +337,9 @@ class LayerState:
         Raises:
             ValueError: names the layer.
         """
-        # A sum is one pass; only if it overflows is every key looked at.
-        if not bool(torch.isfinite(keys.sum(dtype=torch.float32))) and not bool(torch.isfinite(keys).all()):
+        # A sum is one pass; only if it overflows is every key looked at, in the dtype that folds compute in.
+        finite = bool(torch.isfinite(keys.sum(dtype=torch.float32)))
+        if not finite and not bool(torch.isfinite(keys.to(torch.float32)).all()):
             raise ValueError(
                 f"layer {self._index}: NaN or infinity in the keys; the model has overflowed, try bfloat16 or "
                 "float32, and call cache.reset(): other layers may have read the tokens"

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from wildcat_kv.attention import Forward, mark
 from wildcat_kv.cache_keyword import CACHE
 from wildcat_kv.layer import Shared, WildCatLayer
+from wildcat_kv.positions import Step, holds_positions
 from wildcat_kv.state import LayerState
 from wildcat_kv.storage import ordinary_tensors
 from wildcat_kv.weighted import Weighting, coreset_attention
@@ -242,14 +243,14 @@ class StaticWildCatLayer(WildCatLayer):
 
     # Between forward passes
 
-    def announce(self, rows: int, queries: int, mask: Tensor | None) -> Forward:
+    def announce(self, rows: int, queries: int, mask: Tensor | None, *, causal: bool = True) -> Forward:
         """See `WildCatLayer`. The pass of a single token may be traced: all that the host has to do is done here."""
         shared = self._shared
         shared.note_step()
         if queries > 1 or shared.due:
             shared.catch_up()
             shared.settle()  # again, where it has failed before
-        forward = super().announce(rows, queries, mask)
+        forward = super().announce(rows, queries, mask, causal=causal)
         if queries == 1 and self.is_initialized:
             forward.exact = False
             shared.load()
@@ -301,6 +302,33 @@ class StaticWildCatLayer(WildCatLayer):
             self.activate_past_recording()
 
 
+class _NextPositions:
+    """Positions of the next token, where the model would count them by a mask that static caches have not.
+
+    Raises:
+        ValueError: those of what was read are not known.
+    """
+
+    def __init__(self, model: nn.Module, cache: Any) -> None:
+        self._model, self._cache = model, cache
+        self._steps: list[Step] = []  # as they were when the padding was counted
+        self._padding: Tensor | None = None  # int64 (rows, 1), columns of each row that are padding
+        cache.rope.after(cache.get_seq_length(), model)
+
+    def next(self, ids: Tensor) -> Tensor:
+        """Positions int64 (rows, 1) of the tokens `ids` (rows, 1)."""
+        shared, seen = self._cache._shared, self._cache.get_seq_length()
+        deltas = shared.rope.after(seen, self._model)
+        positions = torch.full_like(ids, seen)
+        if deltas is None:
+            return positions
+        if self._padding is None or self._steps is not shared.rope.steps or shared.forward.queries > 1:
+            shared.catch_up()
+            valid = [[row.seen] for row in shared.leader.count_rows(seen)]
+            self._steps, self._padding = shared.rope.steps, seen - torch.tensor(valid, device=ids.device)
+        return positions - self._padding + deltas.to(ids)
+
+
 def compile_decoding(model: nn.Module, cache: Any, **options: Any) -> Callable[[Tensor], Tensor]:
     """A compiled forward pass of one token, for a cache built with `static=True`.
 
@@ -316,7 +344,7 @@ def compile_decoding(model: nn.Module, cache: Any, **options: Any) -> Callable[[
         A function from token ids, int64 (rows, 1), to logits (rows, 1, vocabulary).
 
     Raises:
-        ValueError: the cache is not static, or has read nothing.
+        ValueError: the cache is not static, has read nothing, or the positions of what it has read are not known.
 
     Example:
         cache = WildCatCache(model.config, max_tokens=1024, static=True)
@@ -329,16 +357,18 @@ def compile_decoding(model: nn.Module, cache: Any, **options: Any) -> Callable[[
         raise ValueError(f"cache={cache!r} has no fixed shapes; build it with max_tokens=... and static=True")
     if not cache.get_seq_length():
         raise ValueError(f"cache={cache!r} is empty: read a prompt with the model before compiled steps")
+    positions = _NextPositions(model, cache) if holds_positions(model) else None
     compiled = torch.compile(model.forward, **{"fullgraph": True, "dynamic": False, **options})
 
     shared: StaticShared = cache._shared
 
     @torch.no_grad()
     def step(ids: Tensor) -> Tensor:
+        counted = {} if positions is None else {"position_ids": positions.next(ids)}
         mask = cache.announce_step(ids.shape[0])
         shared.announced = False  # not read yet: where torch does not compile, the model asks for the length
         try:
-            logits = compiled(input_ids=ids, attention_mask=mask, **{CACHE: cache}).logits
+            logits = compiled(input_ids=ids, attention_mask=mask, **counted, **{CACHE: cache}).logits
         except BaseException:
             shared.announced = not shared.stale
             shared.catch_up()  # the device knows which layers have read the token, if any

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from wildcat_kv.bins import take_columns
 from wildcat_kv.compress import Coreset
+from wildcat_kv.precision import at_least_float32, saturate_
 from wildcat_kv.weighted import Weighting, mass_of
 
 # Free columns where more are allocated than needed: this many, or this part of what is in use if that is more.
@@ -52,22 +53,21 @@ class Entries:
     @staticmethod
     def of(coreset: Coreset, like: Entries) -> Entries:
         """The slots of a coreset as entries beside `like`, in its dtypes."""
-        limit = torch.finfo(like.values.dtype).max
-        values = coreset.values.to(torch.float32) / mass_of(coreset.weights).unsqueeze(-1)
+        values = coreset.values.to(at_least_float32(coreset.values.dtype)) / mass_of(coreset.weights).unsqueeze(-1)
         memory = coreset.memory
         if memory is None:
             memory = like.memory.new_zeros(*coreset.valid.shape, like.memory.shape[-1])
         return Entries(
             coreset.keys,
-            values.clamp_(-limit, limit).to(like.values.dtype),
+            saturate_(values, like.values.dtype),
             coreset.weights.masked_fill(~coreset.valid, 0.0),
             coreset.valid,
             memory,
         )
 
     def numerators(self) -> Tensor:
-        """float32 (rows, heads, n, d_v), U."""
-        return self.values.to(torch.float32) * mass_of(self.weights).unsqueeze(-1)
+        """U, float32 (rows, heads, n, d_v); float64 where the values are."""
+        return self.values.to(at_least_float32(self.values.dtype)) * mass_of(self.weights).unsqueeze(-1)
 
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """The tensors, in the order of the attributes."""
@@ -118,9 +118,9 @@ class Storage:
             self._memory = Entries(
                 allocate(*shape, first.keys.shape[-1], dtype=first.keys.dtype, device=device),
                 allocate(*shape, first.values.shape[-1], dtype=first.values.dtype, device=device),
-                torch.zeros(shape, device=device),
+                torch.zeros(shape, dtype=torch.float32, device=device),
                 torch.zeros(shape, dtype=torch.bool, device=device),
-                torch.zeros(*shape, first.memory.shape[-1], device=device),
+                torch.zeros(*shape, first.memory.shape[-1], dtype=torch.float32, device=device),
             )
             self.length = self._write(0, parts)
         # Where a fixed storage comes back to; it leaves it only for more tokens at once than the limit.

@@ -208,7 +208,8 @@ def _fused(
 def _log_weights(weights: Tensor, query: Tensor) -> Tensor:
     """The bias of the scores; a finite number where the weight is 0, so that a query that sees nothing gives no NaN."""
     bias = weights.log()
-    if query.device.type != "cpu":  # elsewhere the kernels want the dtype of the query
+    # Off the CPU, and for float64, the kernels want the dtype of the query.
+    if query.device.type != "cpu" or query.dtype == torch.float64:
         bias = bias.to(query.dtype)
     return bias.clamp_min_(torch.finfo(query.dtype).min)
 
@@ -274,7 +275,7 @@ def _check_shapes(query: Tensor, keys: Tensor, values: Tensor, weights: Tensor |
 def _columns(keys: Tensor, weights: Tensor | None) -> Tensor:
     """float32 (..., n, 2): w and |w|, the two sums of the denominator in one product."""
     if weights is None:
-        return torch.ones(*keys.shape[:-1], 2, device=keys.device)
+        return torch.ones(*keys.shape[:-1], 2, dtype=torch.float32, device=keys.device)
     return torch.stack((weights, weights.abs()), dim=-1)
 
 

@@ -13,6 +13,7 @@ from wildcat_kv.accounting import TimedStreamer, Timing, stored_tokens
 from wildcat_kv.cli import options
 from wildcat_kv.cli.streaming import TextStream, layers_seen, steps
 from wildcat_kv.compressed_context import CompressedContext, compress_context
+from wildcat_kv.config import DROPPED
 from wildcat_kv.context import reads_twice
 
 _HELP = """\
@@ -28,6 +29,7 @@ def chat(
     model: options.ModelOption = None,
     method: options.MethodOption = None,
     ratio: options.RatioOption = None,
+    compression_ratio: options.DropOption = None,
     max_tokens: options.MaxTokensOption = None,
     preset: options.PresetOption = None,
     chunk_tokens: Annotated[int | None, typer.Option(help="Tokens to read at once, where memory is short.")] = None,
@@ -38,7 +40,8 @@ def chat(
 ) -> None:
     """Talk about a document that was read once and compressed."""
     twice = reads_twice(method or "")  # of a method that only contexts have
-    choice = options.chosen(preset, None if twice else method, ratio=ratio, max_tokens=max_tokens, seed=seed)
+    fields = {"ratio": ratio, "compression_ratio": compression_ratio, "max_tokens": max_tokens, "seed": seed}
+    choice = options.chosen(preset, None if twice else method, **fields)
     choice["compressor"] = method
     if not _is_saved(context):
         options.read_text(context, "context")  # before a model is loaded
@@ -132,7 +135,7 @@ class Session:
             raise ValueError(f"ratio={argument!r} must be a number in (0, 1], for example /ratio 0.25") from None
         if self._text is None:
             raise ValueError("the document was loaded compressed, its text is not at hand; /load the text file first")
-        kept = {name: value for name, value in self._choice.items() if name != "max_tokens"}
+        kept = {name: value for name, value in self._choice.items() if name not in ("max_tokens", DROPPED)}
         choice = {**kept, "ratio": ratio}
         self._take(self._compress(self._text, choice), self._text)
         self._choice = choice

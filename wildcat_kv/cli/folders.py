@@ -17,12 +17,14 @@ def patch(
     preset: options.PresetOption = None,
     method: options.MethodOption = None,
     ratio: options.RatioOption = None,
+    compression_ratio: options.DropOption = None,
     max_tokens: options.MaxTokensOption = None,
     seed: options.SeedOption = None,
     undo: Annotated[bool, typer.Option("--undo", help="Take back what an earlier patch did.")] = False,
 ) -> None:
     """Write into a model's config.json how its cache is to be compressed; wildcat_kv.enable(model) obeys it."""
-    given = {"preset": preset, "method": method, "ratio": ratio, "max_tokens": max_tokens, "seed": seed}
+    fields = {"ratio": ratio, "compression_ratio": compression_ratio, "max_tokens": max_tokens, "seed": seed}
+    given = {"preset": preset, "method": method, **fields}
     if undo:
         if name := next((name for name, value in given.items() if value is not None), None):
             raise ValueError(f"{name}={given[name]!r} given beside undo; leave one of them out")
@@ -31,7 +33,7 @@ def patch(
         return
     if not any(value is not None for value in given.values()):
         raise ValueError("nothing to write; give a preset, such as --preset balanced, or --ratio, or --undo")
-    choice = options.chosen(preset, method, ratio=ratio, max_tokens=max_tokens, seed=seed)
+    choice = options.chosen(preset, method, **fields)
     recipe = patch_folder(model_dir, **choice)
     print(f"{model_dir}: {recipe.compressor}, {recipe.settings}")
 

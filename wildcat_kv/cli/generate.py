@@ -27,6 +27,7 @@ def generate(
     model: options.ModelOption = None,
     method: options.MethodOption = None,
     ratio: options.RatioOption = None,
+    compression_ratio: options.DropOption = None,
     max_tokens: options.MaxTokensOption = None,
     preset: options.PresetOption = None,
     max_new_tokens: Annotated[int, typer.Option(help="Length of the answer.", min=1)] = 128,
@@ -36,7 +37,9 @@ def generate(
     seed: options.SeedOption = None,
 ) -> None:
     """Answer a prompt with a compressed cache; the answer goes to stdout, the accounting to stderr."""
-    choice = options.chosen(preset, method, ratio=ratio, max_tokens=max_tokens, seed=seed)
+    choice = options.chosen(
+        preset, method, ratio=ratio, compression_ratio=compression_ratio, max_tokens=max_tokens, seed=seed
+    )
     prompt = options.read_text(prompt_file, "prompt_file")
     loaded, tokenizer = options.load(model, dtype, device)
     ids = encode_prompt(tokenizer, prompt, chat=chat).to(loaded.device)

@@ -25,6 +25,10 @@ PresetOption = Annotated[
     typer.Option(help="Settings by name, `wildcat-kv presets` lists them, or a YAML file. Default: the model's own."),
 ]
 RatioOption = Annotated[float | None, typer.Option(help="Share of the tokens to keep, in (0, 1].")]
+DropOption = Annotated[
+    float | None,
+    typer.Option("--compression-ratio", help="Share of the tokens to drop, in [0, 1), instead of a ratio."),
+]
 MaxTokensOption = Annotated[int | None, typer.Option(help="Most tokens to store, instead of a ratio.")]
 DtypeOption = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
 DeviceOption = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps ... Default: cuda if there is one.")]

@@ -14,6 +14,7 @@ from wildcat_kv.compress import Coreset, full_precision
 from wildcat_kv.compressors.base import Compressor, KVBlock
 from wildcat_kv.compressors.scorer import best_items, item_mask, take_items
 from wildcat_kv.observation import Observation
+from wildcat_kv.precision import saturate_
 
 # Against the squared norm of each regressor: with fewer queries than slots, a fit stays near the tokens' own values.
 _RIDGE = 1e-4
@@ -92,9 +93,8 @@ class AttentionMatching(Compressor):
             terms.div_(terms.sum(-1, keepdim=True).clamp_min_(torch.finfo(torch.float32).tiny))
             mean = own.values.to(torch.float32) / torch.where(own.weights > 0, own.weights, 1.0).unsqueeze(-1)
             fitted = _least_squares(terms, output * weight.unsqueeze(-1), mean)
-        limit = torch.finfo(block.values.dtype).max
-        numerators = (fitted * weights.unsqueeze(-1)).clamp_(-limit, limit)
-        return replace(own, values=numerators.to(block.values.dtype), weights=weights)
+        numerators = saturate_(fitted * weights.unsqueeze(-1), block.values.dtype)
+        return replace(own, values=numerators, weights=weights)
 
     def _reference(self, block: KVBlock) -> tuple[Tensor, Tensor]:
         """float32 (rows, heads, q, d), scaled queries of each key head, and their weights (rows, heads, q), 0 or 1."""

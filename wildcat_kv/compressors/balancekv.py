@@ -16,6 +16,7 @@ from wildcat_kv.compress import Coreset, full_precision
 from wildcat_kv.compressors.base import Compressor, KVBlock
 from wildcat_kv.compressors.scorer import item_mask, rank_descending, take_items
 from wildcat_kv.noise import uniform_noise
+from wildcat_kv.precision import saturate_
 
 # e^80: beyond it a step of the walk is certain, and float32 ends at e^88.
 _LOG_LARGEST_KERNEL = 80.0
@@ -90,10 +91,9 @@ class BalanceKV(Compressor):
         index, order = index.masked_fill(weights == 0, -1).sort(dim=-1)
         index, weights = index.clamp_min(0), weights.gather(-1, order)
         coreset = take_items(block, index, weights > 0)
-        limit = torch.finfo(values.dtype).max
         factor = weights / coreset.weights.clamp_min(1.0)
-        numerators = (coreset.values.to(torch.float32) * factor.unsqueeze(-1)).clamp_(-limit, limit)
-        return replace(coreset, values=numerators.to(values.dtype), weights=weights)
+        numerators = saturate_(coreset.values.to(torch.float32) * factor.unsqueeze(-1), values.dtype)
+        return replace(coreset, values=numerators, weights=weights)
 
     def _kernel(self, keys: Tensor, values: Tensor, used: Tensor) -> Tensor:
         """float32 (rows, heads, walks, block, block): e^<x_i, x_j> <v_i, v_j>, 0 where not used."""
@@ -108,10 +108,10 @@ class BalanceKV(Compressor):
     def _walk(self, kernel: Tensor, noise: Tensor) -> Tensor:
         """The sides, 1 or -1, that tokens take one after the other: float32 (rows, heads, walks * block)."""
         noise = F.pad(noise, (0, kernel.shape[2] * self.block - noise.shape[-1])).unflatten(-1, (-1, self.block))
-        signs = torch.zeros_like(kernel[..., 0])
+        signs, side = torch.zeros_like(kernel[..., 0]), kernel.new_ones(())
         for step in range(self.block):
             imbalance = (kernel[..., step, :] * signs).sum(-1)
-            signs[..., step] = torch.where(noise[..., step] < 0.5 - self.gamma * imbalance, 1.0, -1.0)
+            signs[..., step] = torch.where(noise[..., step] < 0.5 - self.gamma * imbalance, side, -side)
         return signs.flatten(2)
 
     def _noise(self, block: KVBlock, draw: int, shape: torch.Size) -> Tensor:

@@ -29,8 +29,8 @@ class KVBlock:
 
     Attributes:
         keys: (rows, heads, n, d), rotated as the model stores them.
-        values: (rows, heads, n, d_v), those of exact tokens. With `weights`, float32 numerators U; without, an
-            earlier slot, which is none of the items, has its numerator over its weight.
+        values: (rows, heads, n, d_v), those of exact tokens. With `weights`, numerators U, in float32 or
+            float64; without, an earlier slot, which is none of the items, has its numerator over its weight.
         valid: bool (rows, heads, n), False for padding slots of an earlier coreset.
         held: entries of each row.
         lengths: items of each row, the entries to compress.

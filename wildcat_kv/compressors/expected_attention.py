@@ -11,6 +11,7 @@ from torch import Tensor
 from wildcat_kv.compressors.base import KVBlock
 from wildcat_kv.compressors.scorer import Scorer
 from wildcat_kv.observation import Observation
+from wildcat_kv.precision import at_least_float32
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,8 @@ class ExpectedAttention(Scorer):
         valid = block.valid[:, :, sink:]
         scores = expected.masked_fill(~valid.unsqueeze(2), -torch.inf).softmax(-1).mean(2)
         if self.value_norm:
-            scores = scores * torch.linalg.vector_norm(block.values[:, :, sink:], dim=-1, dtype=torch.float32)
+            values = block.values[:, :, sink:]
+            scores = scores * torch.linalg.vector_norm(values, dim=-1, dtype=at_least_float32(values.dtype))
         first = scores.new_full((*scores.shape[:2], sink), torch.inf)
         return torch.cat((first, scores), dim=-1)
 
@@ -80,7 +82,7 @@ class ExpectedAttention(Scorer):
         positions = seen - total + torch.arange(total, device=seen.device)
         queries = block.rotation.back(block.queries.to(torch.float32), positions)
         counted = (positions >= self.sink) | (seen <= self.sink)
-        share = (counted / counted.sum(-1, keepdim=True)).to(torch.float32)
+        share = counted.to(torch.float32) / counted.sum(-1, keepdim=True)
         mean = torch.einsum("bm,bhmd->bhd", share, queries).unsqueeze(2)
         future = seen + torch.arange(self.future, device=seen.device)
         average = block.rotation.average

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from wildcat_kv.compressors.base import KVBlock
 from wildcat_kv.compressors.scorer import Scorer
+from wildcat_kv.precision import at_least_float32
 
 
 @dataclass(frozen=True)
@@ -26,4 +27,4 @@ class KNorm(Scorer):
 
     def score(self, block: KVBlock) -> Tensor:
         """See `Scorer`."""
-        return -torch.linalg.vector_norm(block.keys, dim=-1, dtype=torch.float32)
+        return -torch.linalg.vector_norm(block.keys, dim=-1, dtype=at_least_float32(block.keys.dtype))

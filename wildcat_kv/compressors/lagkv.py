@@ -44,7 +44,7 @@ class LagKV(Scorer):
     def score(self, block: KVBlock) -> Tensor:
         """See `Scorer`."""
         rows, heads, n, _ = block.keys.shape
-        recency = torch.arange(n, device=block.keys.device) / n
+        recency = torch.arange(n, dtype=torch.float32, device=block.keys.device) / n
         partitions = (n - self.sink) // self.lag
         # What is always kept has equal scores: of these the newest go last, and then the first.
         ends = torch.where(torch.arange(n, device=recency.device) < self.sink, 1.0, recency)
@@ -55,7 +55,8 @@ class LagKV(Scorer):
             self._variation(tensor[:, :, self.sink : stop].to(torch.float32).unflatten(2, (partitions, self.lag)))
             for tensor in (block.keys, block.values)
         ]
-        ranks = (parts[0] + parts[1]).argsort(dim=-1, stable=True).argsort(dim=-1).flatten(2) / self.lag
+        ranks = (parts[0] + parts[1]).argsort(dim=-1, stable=True).argsort(dim=-1).flatten(2)
+        ranks = ranks.to(torch.float32) / self.lag
         scores = F.pad(ranks, (self.sink, n - self.sink - ranks.shape[-1]), value=1.0)
         return torch.where(scores == 1.0, 1.0 + ends, scores)
 

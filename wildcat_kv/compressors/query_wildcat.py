@@ -18,6 +18,7 @@ from wildcat_kv.compressors.scorer import item_mask, take_items
 from wildcat_kv.compressors.wildcat import WildCat
 from wildcat_kv.config import Temperature, Weights, WildCatConfig
 from wildcat_kv.observation import Observation
+from wildcat_kv.precision import saturate_
 
 # Share of the newest queries among the reference queries: one in so many.
 _NEWEST = 3
@@ -382,9 +383,7 @@ def _fit(coreset: Coreset, asked: Asked, ridge: float) -> Coreset:
     gram.diagonal(dim1=-2, dim2=-1).add_(level)
     change = torch.cholesky_solve(rest, torch.linalg.cholesky_ex(gram).L)
     held = torch.addcmul(held, torch.matmul(terms.mT, change), coreset.valid.unsqueeze(-1).to(held.dtype))
-    limit = torch.finfo(coreset.values.dtype).max
-    values = held[..., :-1].clamp(-limit, limit).to(coreset.values.dtype)
-    return replace(coreset, values=values, weights=held[..., -1])
+    return replace(coreset, values=saturate_(held[..., :-1].clone(), coreset.values.dtype), weights=held[..., -1])
 
 
 def _error(coreset: Coreset, judges: Asked, group: int) -> Tensor:

@@ -1,0 +1,64 @@
+"""Notice a forward pass that reads again what a cache has read. Plain caches take it for new text, and say nothing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+
+def rereading(
+    options: dict[str, Any], config: Any, queries: int, before: list[int], valid: Tensor | None
+) -> str | None:
+    """Say why a pass does not continue the text that a cache has read; None where it does.
+
+    Args:
+        options: keyword arguments of the attention call. Most families hand on `position_ids`, int64 (rows or 1, q),
+            and `use_cache`.
+        config: the decoder's config.
+        queries: q, the new tokens.
+        before: tokens that each row has read before this pass, without padding.
+        valid: bool (rows, q), False for new tokens that are padding; None where no mask was passed.
+    """
+    seen, positions = max(before), options.get("position_ids")
+    if not seen:
+        return None
+    start = None
+    if isinstance(positions, Tensor) and positions.dim() == 2 and positions.shape[1] == queries:
+        grids = "mrope_section" in (getattr(config, "rope_parameters", None) or {})
+        start = _restart(positions, before, valid, least=1 if grids else None)
+    elif options.get("use_cache") is False and queries == seen + 1:  # as `generate()` reads without a cache
+        start = 0
+    if start is None:
+        return None
+    if options.get("use_cache") is False:
+        return (
+            f"use_cache=False, so the model reads all tokens again in each step, and the cache has read {seen}; set "
+            "use_cache=True in the call or in model.generation_config, or leave the cache out"
+        )
+    return (
+        f"the new tokens have positions from {start} on, and the cache has read {seen} tokens: they would be read "
+        "twice. Pass generate() the whole text, of which the cache holds the beginning, with at least one token more "
+        "than it has read; call cache.reset() to read a text anew; or, for a model that counts positions from 0 in "
+        "every pass, give the position_ids"
+    )
+
+
+def _restart(positions: Tensor, before: list[int], valid: Tensor | None, least: int | None) -> int | None:
+    """The position at which a row goes back to where it has been; None where all rows go on.
+
+    Args:
+        positions: int64 (rows or 1, q).
+        before: tokens that each row has read.
+        valid: bool (rows, q), False for padding.
+        least: the position that a row must reach; by default as many as it has read. Positions of images, which
+            count in a grid, fall behind the number of tokens.
+    """
+    positions = positions.expand(len(before), -1)
+    starts = positions[:, :1]
+    if valid is not None:
+        starts = positions.gather(1, valid.to(positions.device).int().argmax(-1, keepdim=True))
+    for start, read in zip(starts[:, 0].tolist(), before, strict=True):
+        if start < (read if least is None else min(least, read)):
+            return int(start)
+    return None
