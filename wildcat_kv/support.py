@@ -13,8 +13,6 @@ from wildcat_kv.modeling_source import unfit_attention
 
 # Layers that Transformers keeps and that live beside ours: their masks are made apart from the causal one.
 _BESIDE = {"DynamicSlidingWindowLayer", "LinearAttentionLayer", "DummyLayer"}
-# Nothing in their configs or attention classes tells: the mask is made so in the model's own forward().
-_ALWAYS_IN_BLOCKS = ("gemma4_unified",)
 
 
 def decoder_config(config: Any) -> Any:
@@ -121,8 +119,6 @@ def _reason(config: Any, decoder: Any) -> str | None:
         return f"layers that attend across to an image keep its keys in the cache, which is not supported; {_INSTEAD}"
     if config is decoder and _field(decoder, "use_bidirectional_attention") in (True, "all"):
         return f"its tokens see later ones, which cannot be compressed; {_INSTEAD}"
-    if config.model_type in _ALWAYS_IN_BLOCKS and _field(decoder, "use_bidirectional_attention"):
-        return f"its model masks texts in blocks, as it does images, even where there is no image; {_INSTEAD}"
     if decoder.model_type == "glm_image_text":
         return f"the model keeps the positions of the image that it draws, where no cache can carry them; {_INSTEAD}"
     return unfit_attention(decoder)
