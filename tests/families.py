@@ -214,6 +214,7 @@ REGISTRY: dict[str, Family] = {
     "mllama": _refused("MllamaConfig", "cross-attention to an image", "attend across to an image"),
     "dory": _refused("DoryConfig", "layers that run twice", "runs layers again"),
     "kosmos2": _refused("Kosmos2Config", "masks of its own", "makes its masks by itself"),
+    "gemma3_encoder": _refused("Gemma3TextConfig", "an encoder", "see later ones", use_bidirectional_attention=True),
     "dots3_note": _refused("Dots3NoteTextConfig", "latent (MLA), fields that differ from layer to layer", "latent"),
     "blt": _refused("BltConfig", "bytes in patches", "cannot tell its layers"),
     "bert_encoder": _refused("BertConfig", "an encoder", "is_decoder=False makes it an encoder"),

@@ -128,7 +128,7 @@ def _limits(results: Iterable[Result]) -> list[str]:
     short = {
         "prompt lookup is exact at ratio 1": "no prompt lookup",
         "tokens taken back leave no trace": "no tokens taken back",
-        "a padded row answers as the row alone": "no padding without the model's own positions",
+        "a padded row answers as the row alone": "a padded row differs from the row alone",
         "rotary positions are understood": "not for methods that need positions",
     }
     return [
@@ -168,7 +168,8 @@ def page(rows: list[Row]) -> str:
         *(f"| {_TITLES[status]} | {count} |" for status, count in counts.items() if count),
         "",
         "`wildcat-kv check MODEL` makes the same checks with a model of yours. `python -m tests.survey` writes this",
-        "page. Where nothing else is said, use `DynamicCache(config=model.config)` for a family that is refused.",
+        "page. Where nothing else is said, use `DynamicCache(config=model.config)` for a family that is refused. What a",
+        "row says does not work, such as prompt lookup, does not work with `DynamicCache` either.",
     ]
     for image, title in ((False, "Causal language models"), (True, "Images and text")):
         lines += ["", f"## {title}"]

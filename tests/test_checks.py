@@ -25,6 +25,10 @@ def test_all_pass_with_a_model_that_works(family):
     assert statuses(tiny_model(family)) == dict.fromkeys(names(), "passed")
 
 
+def test_all_pass_with_a_model_that_masks_every_text_in_blocks():
+    assert statuses(zoo.tiny("gemma4_unified").model) == dict.fromkeys(names(), "passed")
+
+
 def test_what_transformers_own_cache_cannot_do_is_not_applicable():
     found = {result.name: result for result in run_checks(tiny_model("qwen3_5"))}
     lookup = found["prompt lookup is exact at ratio 1"]

@@ -7,9 +7,7 @@ from typing import Any
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from wildcat_kv.modeling_source import INSTEAD as _INSTEAD
-from wildcat_kv.modeling_source import OWN_CACHE as _NONE_INSTEAD
-from wildcat_kv.modeling_source import unfit_attention
+from wildcat_kv.modeling_source import INSTEAD, OWN_CACHE, unfit_attention
 
 # Layers that Transformers keeps and that live beside ours: their masks are made apart from the causal one.
 _BESIDE = {"DynamicSlidingWindowLayer", "LinearAttentionLayer", "DummyLayer"}
@@ -31,7 +29,7 @@ def decoder_config(config: Any) -> Any:
     try:
         decoder = config.get_text_config(decoder=True)
     except ValueError as error:  # several decoders
-        raise ValueError(f"config={type(config).__name__}: {_line(error)}; {_NONE_INSTEAD}") from None
+        raise ValueError(f"config={type(config).__name__}: {_line(error)}; {OWN_CACHE}") from None
     if reason := _reason(config, decoder):
         raise ValueError(f"config={type(config).__name__}: {reason}")
     return decoder
@@ -47,7 +45,7 @@ def cache_layers(decoder: Any) -> tuple[list[Any], list[int]]:
         layers = DynamicCache(config=decoder).layers
     except Exception as error:  # Transformers reads fields that not every config has
         raise ValueError(
-            f"config={type(decoder).__name__}: Transformers cannot tell its layers ({_line(error)}); {_NONE_INSTEAD}"
+            f"config={type(decoder).__name__}: Transformers cannot tell its layers ({_line(error)}); {OWN_CACHE}"
         ) from None
     positions = getattr(decoder, "max_position_embeddings", None) or float("inf")
     full = [index for index, layer in enumerate(layers) if _sees_everything(layer, positions)]
@@ -55,12 +53,12 @@ def cache_layers(decoder: Any) -> tuple[list[Any], list[int]]:
     if not full:
         raise ValueError(
             f"config={type(decoder).__name__}: no full-attention layer to compress, all layers are "
-            f"{', '.join(sorted(kinds))}; {_INSTEAD}"
+            f"{', '.join(sorted(kinds))}; {INSTEAD}"
         )
     # A layer that attends to everything by itself would lose its mask to the compressed layers.
     if strangers := sorted(kinds - _BESIDE):
         raise ValueError(
-            f"config={type(decoder).__name__}: layers of {', '.join(strangers)} are not supported; {_INSTEAD}"
+            f"config={type(decoder).__name__}: layers of {', '.join(strangers)} are not supported; {INSTEAD}"
         )
     return layers, full
 
@@ -110,17 +108,17 @@ def _sees_everything(layer: Any, positions: float) -> bool:
 def _reason(config: Any, decoder: Any) -> str | None:
     """What speaks against compressing this model, and what to use instead; None for nothing."""
     if _field(config, "is_encoder_decoder"):
-        return f"encoder-decoder models attend across to the encoder, which is not supported; {_INSTEAD}"
+        return f"encoder-decoder models attend across to the encoder, which is not supported; {INSTEAD}"
     if _field(decoder, "kv_lora_rank"):
-        return "multi-head latent attention (MLA) caches latents from which keys are made later, not keys; " + _INSTEAD
+        return "multi-head latent attention (MLA) caches latents from which keys are made later, not keys; " + INSTEAD
     if _field(decoder, "num_kv_shared_layers") or "reuse" in (_field(decoder, "kv_sharing_modes") or ()):
-        return f"layers that share keys and values are not supported; {_INSTEAD}"
+        return f"layers that share keys and values are not supported; {INSTEAD}"
     if _field(decoder, "cross_attention_layers"):
-        return f"layers that attend across to an image keep its keys in the cache, which is not supported; {_INSTEAD}"
+        return f"layers that attend across to an image keep its keys in the cache, which is not supported; {INSTEAD}"
     if config is decoder and _field(decoder, "use_bidirectional_attention") in (True, "all"):
-        return f"its tokens see later ones, which cannot be compressed; {_INSTEAD}"
+        return f"its tokens see later ones, which cannot be compressed; {INSTEAD}"
     if decoder.model_type == "glm_image_text":
-        return f"the model keeps the positions of the image that it draws, where no cache can carry them; {_INSTEAD}"
+        return f"the model keeps the positions of the image that it draws, where no cache can carry them; {INSTEAD}"
     return unfit_attention(decoder)
 
 
