@@ -168,8 +168,8 @@ def page(rows: list[Row]) -> str:
         *(f"| {_TITLES[status]} | {count} |" for status, count in counts.items() if count),
         "",
         "`wildcat-kv check MODEL` makes the same checks with a model of yours. `python -m tests.survey` writes this",
-        "page. Where nothing else is said, use `DynamicCache(config=model.config)` for a refused family. What a",
-        "row says does not work, such as prompt lookup, does not work with `DynamicCache` either.",
+        "page. Where nothing else is said, use `DynamicCache(config=model.config)` for a family that is refused. What",
+        "a row says does not work, such as prompt lookup, does not work with `DynamicCache` either.",
     ]
     for image, title in ((False, "Causal language models"), (True, "Images and text")):
         lines += ["", f"## {title}"]

@@ -36,6 +36,13 @@ def test_what_transformers_own_cache_cannot_do_is_not_applicable():
     assert "failed" not in {result.status for result in found.values()}
 
 
+def test_a_model_that_counts_anew_is_told_the_positions():
+    found = {result.name: result for result in run_checks(tiny_model("bamba"))}
+    chunks = found["reading in chunks is exact at ratio 1"]
+    assert chunks.status == "passed" and chunks.reason.startswith("with position_ids")
+    assert "failed" not in {result.status for result in found.values()}
+
+
 def test_a_family_whose_positions_are_not_understood_is_told_the_methods_that_remain(monkeypatch):
     def refused(config, index):
         raise ValueError("not understood")

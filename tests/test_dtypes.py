@@ -24,9 +24,6 @@ PAIRS = [
     (torch.bfloat16, torch.bfloat16),
     (torch.float16, torch.float16),
 ]
-# Cosines and sines of `rope.py` take the default dtype still.
-ROTATING = pytest.mark.xfail(strict=True, reason="rope.py: torch.zeros(1) without a dtype")
-BY_METHOD = [pytest.param(name, marks=ROTATING if METHODS[name].needs_rotation else ()) for name in METHODS]
 
 
 @contextmanager
@@ -70,7 +67,7 @@ def compressed(model, method="wildcat", **settings):
 # The default dtype
 
 
-@pytest.mark.parametrize("method", BY_METHOD)
+@pytest.mark.parametrize("method", METHODS)
 def test_the_default_dtype_changes_no_logits(llama, method):
     ids = random_ids(1, 60)
     for dtype, default in PAIRS:
@@ -100,7 +97,7 @@ def test_the_default_dtype_changes_nothing_of_static_caches_and_of_contexts(llam
     assert torch.equal(again, steps) and same == answer
 
 
-@pytest.mark.parametrize("method", BY_METHOD)
+@pytest.mark.parametrize("method", METHODS)
 def test_no_tensor_of_a_cache_takes_the_default_dtype(method):
     keys, values = tokens(2, 90)
     mask = torch.ones(2, 90, dtype=torch.bool)
