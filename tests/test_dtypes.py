@@ -37,12 +37,16 @@ def default_dtype(dtype):
 
 
 class NoFloat16(TorchDispatchMode):
-    """Refuses tensors in float16, the default here, which no input has: they took the default."""
+    """Refuses tensors in float16, the default here, which no input has: they took the default.
+
+    Tensors on the meta device are weights of the model that is probed, which has none to compute with.
+    """
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
         for tensor in result if isinstance(result, tuple | list) else [result]:
-            assert not (isinstance(tensor, torch.Tensor) and tensor.dtype == torch.float16), function
+            made = isinstance(tensor, torch.Tensor) and not tensor.is_meta
+            assert not (made and tensor.dtype == torch.float16), function
         return result
 
 

@@ -242,5 +242,5 @@ def _features(inputs: Tensor, channels: int) -> Tensor:
 def _real(value: Any) -> Any:
     """What stands for a tensor on the meta device, without memory; anything else as it is."""
     if isinstance(value, Tensor) and value.is_meta:
-        return torch.ones((), dtype=value.dtype).expand(value.shape)
+        return torch.ones((), dtype=torch.float32 if value.is_floating_point() else value.dtype).expand(value.shape)
     return type(value)(map(_real, value)) if type(value) in (list, tuple) else value
