@@ -128,7 +128,9 @@ def wildcat_generate(
         raise ValueError(f"custom_generate: {mode.value} has left Transformers; decode in another way")
     cache = Recipe.choose(model.config, **chosen).cache(model.config)
     arguments = {name: value for name, value in arguments.items() if name not in (CACHE, OLD)}
-    _, checked = with_read_check(model, cache, (), {"stopping_criteria": stopping_criteria})
+    _, checked = with_read_check(
+        model, cache, (), {"stopping_criteria": stopping_criteria, "generation_config": generation_config}
+    )
     return decode(
         model,
         input_ids,

@@ -10,8 +10,10 @@ from transformers import Cache, StoppingCriteria
 
 from wildcat_kv.cache_keyword import CACHE
 
-# Where `generate()` takes its stopping criteria by position.
-_PLACE = 3
+# Where `generate()` takes its config, its stopping criteria and an assistant by position.
+_CONFIG, _CRITERIA, _ASSISTANT = 1, 3, 6
+# Options, each of which makes it guess tokens before the model reads them.
+_GUESSING = ("prompt_lookup_num_tokens", "assistant_early_exit")
 
 
 def check_read(model: Any, cache: Cache, tokens: int) -> None:
@@ -40,27 +42,41 @@ def with_read_check(
         args: of the call, in their order.
         kwargs: of the call, by name.
     """
-    check = _ReadCheck(model, cache)
-    if len(args) > _PLACE:
-        return (*args[:_PLACE], [*(args[_PLACE] or ()), check], *args[_PLACE + 1 :]), kwargs
+    check = _ReadCheck(model, cache, guesses=_guesses(model, args, kwargs))
+    if len(args) > _CRITERIA:
+        return (*args[:_CRITERIA], [*(args[_CRITERIA] or ()), check], *args[_CRITERIA + 1 :]), kwargs
     return args, {**kwargs, "stopping_criteria": [*(kwargs.get("stopping_criteria") or ()), check]}
 
 
-class _ReadCheck(StoppingCriteria):
-    """Never ends a text. Transformers calls it after the first token, in every way to decode and in the same thread."""
+def _guesses(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a call of `generate()` decodes with guesses, by an assistant or from the prompt."""
+    if kwargs.get("assistant_model", args[_ASSISTANT] if len(args) > _ASSISTANT else None) is not None:
+        return True
+    given = kwargs.get("generation_config", args[_CONFIG] if len(args) > _CONFIG else None)
+    configs = (given, model.generation_config)
+    return any(kwargs.get(name) or any(getattr(config, name, None) for config in configs) for name in _GUESSING)
 
-    def __init__(self, model: Any, cache: Cache) -> None:
+
+class _ReadCheck(StoppingCriteria):
+    """Never ends a text. Transformers calls it after the first token, in every way to decode and in the same thread.
+
+    With guesses it may call it once before, about the first ones: before Transformers 5.24 it does.
+    """
+
+    def __init__(self, model: Any, cache: Cache, *, guesses: bool) -> None:
         self._model, self._cache = model, cache
         self._before = cache.get_seq_length()
         self._read = False
+        self._guesses = guesses
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
         if not self._read:
             # The newest token is not read yet. Prompts of embeddings have no ids.
             least = max(self._before + 1, input_ids.shape[1] - 1)
-            if (seen := self._cache.get_seq_length()) < least:
+            seen = self._cache.get_seq_length()
+            if seen < least and not self._guesses:
                 raise RuntimeError(_fault(self._model, least, seen))
-            self._read = True
+            self._read, self._guesses = seen >= least, False
         return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
 
 
