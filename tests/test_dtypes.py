@@ -19,13 +19,11 @@ SETTINGS = {"bin_rank": 4, "sink": 2, "window": 4}
 # Model and default: each default is wrong for some tensor that a cache makes.
 PAIRS = [
     (torch.float32, torch.bfloat16),
+    (torch.float32, torch.float16),
     (torch.float32, torch.float64),
     (torch.bfloat16, torch.bfloat16),
     (torch.float16, torch.float16),
 ]
-# Cosines and sines of `rope.py` take the default dtype still.
-ROTATING = pytest.mark.xfail(strict=True, reason="rope.py: torch.zeros(1) without a dtype")
-BY_METHOD = [pytest.param(name, marks=ROTATING if METHODS[name].needs_rotation else ()) for name in METHODS]
 
 
 @contextmanager
@@ -69,7 +67,7 @@ def compressed(model, method="wildcat", **settings):
 # The default dtype
 
 
-@pytest.mark.parametrize("method", BY_METHOD)
+@pytest.mark.parametrize("method", METHODS)
 def test_the_default_dtype_changes_no_logits(llama, method):
     ids = random_ids(1, 60)
     for dtype, default in PAIRS:
@@ -99,7 +97,7 @@ def test_the_default_dtype_changes_nothing_of_static_caches_and_of_contexts(llam
     assert torch.equal(again, steps) and same == answer
 
 
-@pytest.mark.parametrize("method", BY_METHOD)
+@pytest.mark.parametrize("method", METHODS)
 def test_no_tensor_of_a_cache_takes_the_default_dtype(method):
     keys, values = tokens(2, 90)
     mask = torch.ones(2, 90, dtype=torch.bool)
@@ -171,6 +169,13 @@ def test_tokens_that_are_kept_keep_all_digits_of_float64(method):
     found = cache.layers[0].attend(queries, *cache.layers[0].state.storage.view(), SCALE, {})
     wanted = (queries[:, :2] * SCALE @ held.keys[:, :1].mT).softmax(-1) @ held.values[:, :1]
     torch.testing.assert_close(found[:, :2], wanted, rtol=1e-12, atol=1e-12)
+
+
+def test_a_static_cache_in_float64_gives_what_one_that_grows_gives(llama):
+    model, budget = llama.double(), {"ratio": None, "max_tokens": 30}
+    wanted = logits(model, compressed(model, **budget), random_ids(1, 60), steps=20)
+    static = compressed(model, **budget, static=True)
+    torch.testing.assert_close(logits(model, static, random_ids(1, 60), steps=20), wanted, rtol=1e-4, atol=1e-4)
 
 
 def test_a_context_in_float64_survives_a_file(llama, tmp_path):

@@ -12,7 +12,7 @@ from wildcat_kv import cli
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 # Those of these subcommands need minutes, or files that are nowhere; they have tests of their own.
-ELSEWHERE = ("demo", "generate", "lm-eval")
+ELSEWHERE = ("demo", "generate", "lm-eval", "check")
 COMMANDS = [
     line for line in re.findall(r"^    wildcat-kv (.*)$", README, flags=re.M) if line.split()[0] not in ELSEWHERE
 ]

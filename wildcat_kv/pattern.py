@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from transformers.masking_utils import sdpa_mask
 
-# Pairs of a query and a key that are looked at together: a few arrays of 16 MiB.
-_PAIRS_AT_ONCE = 2**24
+# Pairs of a query and a key that are looked at together: a few arrays of 4 MiB.
+_PAIRS_AT_ONCE = 2**22
 
 
 class Pattern(Enum):
