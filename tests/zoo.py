@@ -104,8 +104,6 @@ def tiny(name: str, image: bool = False, **changes: Any) -> Tiny:
     Raises:
         NotBuiltError: says why there is none.
     """
-    if name in _NEEDS_MORE:
-        raise NotBuiltError(_NEEDS_MORE[name])
     auto = tf.AutoModelForImageTextToText if image else tf.AutoModelForCausalLM
     try:
         config = small_config(name, **changes)
@@ -382,13 +380,6 @@ _DEFAULTS = _each("gemma4 gemma4_unified", {"vision_config": {}})
 # Fields that no rule of names gets right.
 _MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_n_groups": 1, "mamba_chunk_size": 16}
 _MROPE = {"text_config": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}}}
-_MAPS = {
-    "vocabulary_map": {
-        "<|extra_200|>": 140,
-        "<image>": 141,
-        **{f"<|visual token {i:06d}|>": 142 + i for i in range(40)},
-    }
-}
 _COMPASS = {
     "layer_types": ["sliding_attention", "full_attention", "full_attention"],
     "rope_parameters": {
@@ -472,4 +463,3 @@ _OWN: dict[str, dict[str, Any]] = {
     "zaya": {"num_experts_per_tok": 1},
     "reformer": {"axial_pos_embds": False, **_DECODER},
 }
-_NEEDS_MORE: dict[str, str] = {}
