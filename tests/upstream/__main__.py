@@ -1,6 +1,6 @@
 """Run Transformers' own generation and cache tests against WildCatCache.
 
-    git clone --depth 1 --branch v5.23.0 https://github.com/huggingface/transformers /tmp/transformers
+    git clone --depth 1 --branch v5.24.0 https://github.com/huggingface/transformers /tmp/transformers
     pip install parameterized
     python -m tests.upstream /tmp/transformers
 
