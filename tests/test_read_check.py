@@ -187,6 +187,23 @@ def streaming(model, **options):
     return threading.Thread(target=model.generate, kwargs=call), streamer
 
 
+def test_a_streamer_given_by_position_is_ended_too():
+    ended = []
+
+    class Streamer:
+        def put(self, tokens):
+            """Nothing to show."""
+
+        def end(self):
+            ended.append(True)
+
+    broken = Dropping(tiny_config("llama")).eval()
+    config = tf.GenerationConfig(**GREEDY)
+    with enable(broken, **SETTINGS), pytest.raises(RuntimeError, match=NOT_READ):
+        broken.generate(IDS, config, None, None, None, None, None, Streamer())
+    assert ended == [True]
+
+
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_the_stream_of_a_call_that_fails_ends():
     broken = Dropping(tiny_config("llama")).eval()

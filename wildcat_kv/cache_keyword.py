@@ -1,8 +1,9 @@
-"""The keyword by which Transformers takes a cache: `cache` from 5.24 on, `past_key_values` before."""
+"""Names of a cache in calls of Transformers: its keyword is `cache` from 5.24 on, `past_key_values` before."""
 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from typing import Any
 
 from transformers import GenerationMixin
@@ -10,6 +11,29 @@ from transformers import GenerationMixin
 OLD = "past_key_values"
 # Read from the library, not from its version: a release candidate may have either.
 CACHE = "cache" if "cache" in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters else OLD
+# The arguments of `generate()` in their order, as far as they are read here.
+_ORDER = (
+    "inputs",
+    "generation_config",
+    "logits_processor",
+    "stopping_criteria",
+    "prefix_allowed_tokens_fn",
+    "synced_gpus",
+    "assistant_model",
+    "streamer",
+)
+
+
+def given_argument(name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    """An argument of a call of `generate()`, by name or by position; None where it is not given.
+
+    Args:
+        name: one of `generate()`'s first arguments, "streamer" at the latest.
+        args: of the call, in their order.
+        kwargs: of the call, by name.
+    """
+    place = _ORDER.index(name)
+    return kwargs.get(name, args[place] if len(args) > place else None)
 
 
 def given_cache(arguments: dict[str, Any]) -> Any:

@@ -16,7 +16,7 @@ from transformers import GenerationMixin
 from typing_extensions import Self
 
 from wildcat_kv.attention import AttentionName
-from wildcat_kv.cache_keyword import CACHE, OLD
+from wildcat_kv.cache_keyword import CACHE, OLD, given_argument
 from wildcat_kv.compressors import Compressor
 from wildcat_kv.config import WildCatConfig
 from wildcat_kv.custom_generate import generate as recipe_of_folder
@@ -170,7 +170,8 @@ def enable(
     attention = [(config, config._attn_implementation) for config in switched]
     generate = functools.partial(_generate, inner)  # no closure: copies of the model have their own
     state = _Enabled(recipe, generate, vars(inner).get(_GENERATE), attention)
-    setattr(inner, _STATE, state)
+    if vars(inner).setdefault(_STATE, state) is not state:  # by another thread, since it was checked
+        _check_disabled(inner)
     setattr(inner, _GENERATE, generate)
     return Handle(inner, state)
 
@@ -237,7 +238,7 @@ def _generate(model: Any, *args: Any, **kwargs: Any) -> Any:
     if state is None:  # disabled, and called by what others put around it
         return type(model).generate(model, *args, **kwargs)
     replaced = state.replaced
-    with state.call(model, kwargs.get("streamer")):
+    with state.call(model, given_argument("streamer", args, kwargs)):
         if kwargs.get("custom_generate") is None and not chooses_a_cache(model, args, kwargs):
             check_prompt(model)
             _check_state(model)
@@ -270,11 +271,7 @@ def _check(model: Any) -> None:
         raise TypeError(
             f"model={name} is no Transformers model with generate(); give one, such as AutoModelForCausalLM's"
         )
-    if (state := vars(model).get(_STATE)) is not None:
-        raise ValueError(
-            f"model={name} is enabled already, with {state.recipe.compressor!r} and {state.recipe.settings!r}; call "
-            "wildcat_kv.disable(model) first"
-        )
+    _check_disabled(model)
     _check_state(model)
     if getattr(model.generation_config, "use_cache", None) is False:
         raise ValueError(
@@ -284,6 +281,15 @@ def _check(model: Any) -> None:
         raise ValueError(
             f"model.generation_config.cache_implementation={implementation!r} asks for another cache in every "
             "generate(); set it to None"
+        )
+
+
+def _check_disabled(model: Any) -> None:
+    """Refuse a model that is enabled."""
+    if (state := vars(model).get(_STATE)) is not None:
+        raise ValueError(
+            f"model={type(model).__name__} is enabled already, with {state.recipe.compressor!r} and "
+            f"{state.recipe.settings!r}; call wildcat_kv.disable(model) first"
         )
 
 

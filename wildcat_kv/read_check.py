@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 from transformers import Cache, StoppingCriteria
 
-from wildcat_kv.cache_keyword import CACHE
+from wildcat_kv.cache_keyword import CACHE, given_argument
 
-# Where `generate()` takes its config, its stopping criteria and an assistant by position.
-_CONFIG, _CRITERIA, _ASSISTANT = 1, 3, 6
+# Where `generate()` takes its stopping criteria by position.
+_CRITERIA = 3
 # Options, each of which makes it guess tokens before the model reads them.
 _GUESSING = ("prompt_lookup_num_tokens", "assistant_early_exit")
 
@@ -50,10 +50,9 @@ def with_read_check(
 
 def _guesses(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether a call of `generate()` decodes with guesses, by an assistant or from the prompt."""
-    if kwargs.get("assistant_model", args[_ASSISTANT] if len(args) > _ASSISTANT else None) is not None:
+    if given_argument("assistant_model", args, kwargs) is not None:
         return True
-    given = kwargs.get("generation_config", args[_CONFIG] if len(args) > _CONFIG else None)
-    configs = (given, model.generation_config)
+    configs = (given_argument("generation_config", args, kwargs), model.generation_config)
     return any(kwargs.get(name) or any(getattr(config, name, None) for config in configs) for name in _GUESSING)
 
 

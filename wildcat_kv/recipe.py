@@ -10,7 +10,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from wildcat_kv.cache import CompressedCache
-from wildcat_kv.cache_keyword import given_cache
+from wildcat_kv.cache_keyword import given_argument, given_cache
 from wildcat_kv.compressors import Compressor, resolve
 from wildcat_kv.config import WildCatConfig
 from wildcat_kv.presets import Preset, load_preset
@@ -146,7 +146,7 @@ def chooses_a_cache(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
         args: of the call, in their order.
         kwargs: of the call, by name.
     """
-    config = kwargs.get("generation_config", args[1] if len(args) > 1 else None)
+    config = given_argument("generation_config", args, kwargs)
     use_cache, implementation = (
         getattr(config, name, None) if kwargs.get(name) is None else kwargs[name]
         for name in ("use_cache", "cache_implementation")

@@ -33,14 +33,14 @@ def rereading(
         return None
     if options.get("use_cache") is False:
         return (
-            f"use_cache=False, so the model reads all tokens again in each step, and the cache has read {seen}; set "
-            "use_cache=True in the call or in model.generation_config, or leave the cache out"
+            f"use_cache=False, so the model reads all tokens again in each step, and the cache has read {seen}; call "
+            "cache.reset() and set use_cache=True in the call or in model.generation_config, or leave the cache out"
         )
     return (
         f"the new tokens have positions from {start} on, and the cache has read {seen} tokens: they would be read "
-        "twice. Pass generate() the whole text, of which the cache holds the beginning, with at least one token more "
-        "than it has read; call cache.reset() to read a text anew; or, for a model that counts positions from 0 in "
-        "every pass, give the position_ids"
+        "twice. Pass generate() the whole text with at least one token more than was read, without prompt lookup or an "
+        "assistant, which read all of it again; or pass position_ids that go on from there; or call cache.reset() to "
+        "read a text anew"
     )
 
 
