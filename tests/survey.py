@@ -124,7 +124,7 @@ def _compressed(config: Any) -> tuple[str, str]:
 
 
 def _limits(results: Iterable[Result]) -> list[str]:
-    """What does not apply to a family that works."""
+    """List the checks that do not apply to a family that works."""
     short = {
         "prompt lookup is exact at ratio 1": "no prompt lookup",
         "tokens taken back leave no trace": "no tokens taken back",
@@ -139,7 +139,7 @@ def _limits(results: Iterable[Result]) -> list[str]:
 
 
 def _pictures(tiny: zoo.Tiny) -> list[str]:
-    """Whether the model works with an image too."""
+    """Say whether the model works with an image too."""
     if tiny.picture is None:
         return ["checked with text alone"]
     failed = [result for result in run_checks(tiny.model, tiny.inputs(160)) if result.status == "failed"]

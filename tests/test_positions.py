@@ -91,7 +91,7 @@ def assert_equal(answers, expected):
 
 
 def disturb(model, family):
-    """What a model may do between two questions: texts and images, in other numbers of rows."""
+    """List what a model may do between two questions: texts and images, in other numbers of rows."""
     model(**image_prompt(family, 3, before=11, seed=9))
     model.generate(**image_prompt(family, before=50, after=3, seed=4), max_new_tokens=2, do_sample=False)
     model.generate(random_ids(4, 20), max_new_tokens=2, do_sample=False)
@@ -116,7 +116,7 @@ def test_a_loaded_image_context_answers_as_the_saved_one(family, budget, tmp_pat
 
 
 def test_another_process_gives_the_very_same_answers(tmp_path, models):
-    """Of all three families; their models are stored and loaded too."""
+    """Save all three families, and store and load their models too."""
     here, paths = {}, {}
     for family in THREE:
         cache = seen(models(family), family)

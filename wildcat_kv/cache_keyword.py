@@ -25,7 +25,7 @@ _ORDER = (
 
 
 def given_argument(name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-    """An argument of a call of `generate()`, by name or by position; None where it is not given.
+    """Find an argument of a call of `generate()`, by name or position; None if it is not given.
 
     Args:
         name: one of `generate()`'s first arguments, "streamer" at the latest.
@@ -37,7 +37,7 @@ def given_argument(name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> An
 
 
 def given_cache(arguments: dict[str, Any]) -> Any:
-    """The cache among the arguments of a call, under either name; None where none is given.
+    """Find the cache among the arguments of a call, under either name; None if none is given.
 
     Args:
         arguments: keyword arguments of `forward` or `generate`. Left as they are.
@@ -52,5 +52,5 @@ def given_cache(arguments: dict[str, Any]) -> Any:
 
 
 def returned_cache(output: Any) -> Any:
-    """The cache in what a model or `generate()` returns; None where there is none."""
+    """Find the cache in what a model or `generate()` returns; None if there is none."""
     return getattr(output, CACHE, None)

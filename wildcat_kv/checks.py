@@ -227,7 +227,7 @@ def _unit_weights(subject: Subject) -> None:
     def later(cache: Cache, weighted: bool) -> Tensor:
         subject.logits(cache, subject.row[:, :60])
         if weighted:
-            # What was read is kept as it is, with weights of one; only the path is the weighted one.
+            # Keep what was read as it is, with weights of one: only the path is the weighted one.
             cache._shared.compressed = True
         collected, seen = [], 60
         for new in (subject.row[:, 60:66], *subject.row[:, 66:69].split(1, dim=1)):
@@ -402,7 +402,7 @@ def _takes_positions(model: Any) -> bool:
 
 
 def _counts_anew(subject: Subject) -> bool:
-    """Whether the model gives tokens after others the positions of the first ones, by DynamicCache."""
+    """Tell whether the model counts positions from 0 again after other tokens, by DynamicCache."""
     ids = subject.row[:, :8]
     try:
         cache = subject.exact()
@@ -434,7 +434,7 @@ def _forced(subject: Subject, cache: Cache, ids: Tensor, mask: Tensor) -> Tensor
 
 
 def _baseline(run: Callable[[], Any]) -> Any:
-    """What Transformers' own cache gives; where it gives nothing, ours need not."""
+    """Return what Transformers' own cache gives; where it gives nothing, ours need not."""
     try:
         return run()
     except Exception as error:
@@ -459,7 +459,7 @@ def _close(subject: Subject, found: Tensor, expected: Tensor) -> None:
 
 
 def _is_close(subject: Subject, found: Tensor, expected: Tensor) -> bool:
-    """Whether logits differ by rounding alone; a NaN is never close."""
+    """Tell whether logits differ by rounding alone; a NaN is never close."""
     return bool((found - expected).abs().max() <= subject.tolerance * expected.abs().max())
 
 

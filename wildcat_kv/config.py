@@ -32,7 +32,7 @@ DROPPED = "compression_ratio"
 
 
 def share_kept(compression_ratio: Any) -> float:
-    """The `ratio` that keeps what `compression_ratio` does not drop.
+    """Turn a share to drop into the `ratio` that is kept.
 
     Args:
         compression_ratio: share of the tokens to drop, in [0, 1).

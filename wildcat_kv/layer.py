@@ -551,7 +551,7 @@ class WildCatLayer(CacheLayerMixin):
 
     @property
     def _folds_first(self) -> bool:
-        """Whether the next `update` folds before it reads, for the cache to stay bounded."""
+        """Tell whether the next `update` folds before it reads, for the cache to stay bounded."""
         return self.record_past and self._shared.leader.will_fold(self._beyond_rollback())
 
     def _beyond_rollback(self) -> int:

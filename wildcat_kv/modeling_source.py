@@ -87,7 +87,7 @@ def modeling_module(config: type) -> Any:
 
 @functools.cache
 def _findings(module: str) -> tuple[Finding, ...]:
-    """What speaks against the attention classes of a module, read in its source."""
+    """Find what the attention classes of a module do that cannot be followed, in its source."""
     try:
         tree = ast.parse(inspect.getsource(sys.modules[module]))
     except (OSError, TypeError, SyntaxError):  # no source at hand
@@ -110,7 +110,7 @@ def _of_statement(node: ast.AST) -> Iterator[Finding]:
 
 
 def _of_function(function: ast.FunctionDef) -> Iterator[Finding]:
-    """What a method does with the keys and values that it gets back from a cache."""
+    """Find what a method does with the keys and values that a cache gives back."""
     updates = [node for node in ast.walk(function) if isinstance(node, ast.Assign) and _is_update(node.value)]
     if not updates:  # the result is taken apart at once, in a way that is not read here
         return
@@ -156,7 +156,7 @@ def _attends(function: ast.FunctionDef) -> set[str]:
 
 
 def _is_update(node: ast.AST) -> bool:
-    """Whether this is `cache.update(keys, values, layer_idx)`."""
+    """Tell whether this is `cache.update(keys, values, layer_idx)`."""
     return (
         isinstance(node, ast.Call)
         and isinstance(node.func, ast.Attribute)

@@ -51,7 +51,7 @@ def pattern_of(
     valid = None if valid is None or bool(valid.all()) else valid.to(device)
 
     def differences(start: int, stop: int, first: int) -> Iterator[tuple[bool, bool]]:
-        """Whether queries of [start, stop) see too much, and too little, among the keys from `first` on."""
+        """Tell whether queries of [start, stop) see too much, and too little, of the keys from `first` on."""
         step = max(1, _PAIRS_AT_ONCE // (rows * (total - first)))
         for at in range(start, stop, step):
             block = slice(at, min(at + step, stop))

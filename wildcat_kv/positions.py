@@ -157,12 +157,12 @@ class RopeDeltas:
 
 
 def holds_positions(model: Any) -> bool:
-    """Whether a torch module, or one within it, keeps positions that caches must carry."""
+    """Tell whether a torch module, or one within it, keeps positions that caches must carry."""
     return any(NAME in vars(module) for module in model.modules())
 
 
 def names_positions(caller: FrameType) -> bool:
-    """Whether the function of this frame uses `rope_deltas`."""
+    """Tell whether the function of this frame uses `rope_deltas`."""
     return NAME in caller.f_code.co_names
 
 

@@ -33,7 +33,7 @@ _NEVER = 1 << 40
 
 @dataclass(frozen=True)
 class Seen:
-    """What one layer hands to the attention function for tokens that differ in their positions alone.
+    """Holds what a layer gives the attention function for tokens that differ by position alone.
 
     Attributes:
         query: float32 (1, query_heads, n, d).
@@ -240,7 +240,7 @@ def _features(inputs: Tensor, channels: int) -> Tensor:
 
 
 def _real(value: Any) -> Any:
-    """What stands for a tensor on the meta device, without memory; anything else as it is."""
+    """Replace a tensor on the meta device by one without memory; return anything else as it is."""
     if isinstance(value, Tensor) and value.is_meta:
         return torch.ones((), dtype=torch.float32 if value.is_floating_point() else value.dtype).expand(value.shape)
     return type(value)(map(_real, value)) if type(value) in (list, tuple) else value

@@ -10,7 +10,7 @@ from transformers import Cache, StoppingCriteria
 
 from wildcat_kv.cache_keyword import CACHE, given_argument
 
-# Where `generate()` takes its stopping criteria by position.
+# The place of the stopping criteria among the arguments of `generate()`.
 _CRITERIA = 3
 # Options, each of which makes it guess tokens before the model reads them.
 _GUESSING = ("prompt_lookup_num_tokens", "assistant_early_exit")
@@ -34,13 +34,16 @@ def check_read(model: Any, cache: Cache, tokens: int) -> None:
 def with_read_check(
     model: Any, cache: Cache, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments of `generate()`, and a check after its first forward pass that `cache` has read the prompt.
+    """Add to the arguments of `generate()` a check that the first forward pass read into `cache`.
 
     Args:
         model: the model that generates.
         cache: the cache that the call is given.
         args: of the call, in their order.
         kwargs: of the call, by name.
+
+    Returns:
+        `args` and `kwargs` with one stopping criterion more, which raises a RuntimeError where nothing was read.
     """
     check = _ReadCheck(model, cache, guesses=_guesses(model, args, kwargs))
     if len(args) > _CRITERIA:
@@ -49,7 +52,7 @@ def with_read_check(
 
 
 def _guesses(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether a call of `generate()` decodes with guesses, by an assistant or from the prompt."""
+    """Tell whether a call of `generate()` guesses tokens, by an assistant or from the prompt."""
     if given_argument("assistant_model", args, kwargs) is not None:
         return True
     configs = (given_argument("generation_config", args, kwargs), model.generation_config)

@@ -114,7 +114,7 @@ def _rotation(seen: Probe, index: int, kind: str, family: Callable[[Any, str], R
 
 
 def _explains(rotation: Rotation, layer: Seen, positions: Tensor) -> bool:
-    """Whether the rotation alone sets apart the queries, and the keys, of one hidden state at several positions."""
+    """Tell whether the rotation alone sets apart queries, and keys, of one hidden state at several positions."""
     for vectors in (layer.query, layer.keys):
         back = rotation.back(vectors, positions)
         last = rotation.average(back[:, :, :1], positions[:, -1:])

@@ -29,7 +29,7 @@ class Rotation:
 
     @property
     def rotates(self) -> bool:
-        """Whether positions change anything."""
+        """Tell whether positions change anything."""
         return self._angles is not None
 
     def back(self, vectors: Tensor, positions: Tensor) -> Tensor:

@@ -106,7 +106,7 @@ def _sees_everything(layer: Any, positions: float) -> bool:
 
 
 def _reason(config: Any, decoder: Any) -> str | None:
-    """What speaks against compressing this model, and what to use instead; None for nothing."""
+    """Say why this model cannot be compressed, and what to use instead; None if it can."""
     if _field(config, "is_encoder_decoder"):
         return f"encoder-decoder models attend across to the encoder, which is not supported; {INSTEAD}"
     if _field(decoder, "kv_lora_rank"):
