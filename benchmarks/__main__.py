@@ -15,6 +15,7 @@ import typer
 from benchmarks import merging
 from benchmarks.options import NAMES, Options, split_names
 from wildcat_kv.cli import run_app
+from wildcat_kv.cli.options import DropOption, RatioOption, share
 
 app = typer.Typer(
     help="Measure the speed and memory of compressed caches.",
@@ -48,7 +49,8 @@ def _command(*names: str) -> Callable[..., None]:
         model: Annotated[str | None, typer.Option(help="Hub id, folder or GGUF file.")] = None,
         device: Annotated[str | None, typer.Option(help="cpu, cuda, ... Default: cuda if there is one.")] = None,
         threads: Annotated[int | None, typer.Option(help="Of torch.", min=1)] = None,
-        ratio: Annotated[float, typer.Option(help="Share of the tokens to keep.")] = 0.25,
+        ratio: RatioOption = None,
+        compression_ratio: DropOption = None,
         rows: Annotated[list[int] | None, typer.Option(help="Of decode: batch, repeatable. Default: 1 and 4.")] = None,
         steps: Annotated[int | None, typer.Option(help="Of decode: tokens a turn. Default: one fold.", min=1)] = None,
         max_tokens: Annotated[int, typer.Option(help="Of generation: most tokens to store in a layer.")] = 1024,
@@ -62,7 +64,7 @@ def _command(*names: str) -> Callable[..., None]:
             model=model,
             device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
             threads=threads,
-            ratio=ratio,
+            ratio=share(ratio, compression_ratio).share or Options.ratio,
             max_tokens=max_tokens,
             prompt_tokens=prompt_tokens,
             rows=tuple(rows or Options.rows),

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from wildcat_kv.cli import run_app
+from wildcat_kv.config import share_kept
 
 app = typer.Typer(
     help="Measure how much accuracy methods keep at which budget.",
@@ -26,6 +27,7 @@ def run(
     model: Annotated[str | None, typer.Option(help="Hub id, folder or GGUF file, instead of the file's.")] = None,
     methods: Annotated[str | None, typer.Option(help="Names with commas between, or all.")] = None,
     ratios: Annotated[str | None, typer.Option(help="Shares to keep, with commas between.")] = None,
+    compression_ratios: Annotated[str | None, typer.Option(help="Shares to drop, instead of ratios.")] = None,
     tasks: Annotated[str | None, typer.Option(help="Names with commas between.")] = None,
     limit: Annotated[int | None, typer.Option(help="Most samples of a task and length.", min=1)] = None,
     protocol: Annotated[str | None, typer.Option(help="context-only or full-prompt.")] = None,
@@ -41,7 +43,7 @@ def run(
     given = {
         "model": model,
         "methods": _names(methods),
-        "ratios": _numbers(ratios),
+        "ratios": _shares(ratios, compression_ratios),
         "tasks": _names(tasks),
         "limit": limit,
         "protocol": protocol,
@@ -93,11 +95,20 @@ def _names(text: str | None) -> list[str] | None:
     return None if text is None else [name.strip() for name in text.split(",") if name.strip()]
 
 
-def _numbers(text: str | None) -> list[float] | None:
+def _shares(ratios: str | None, compression_ratios: str | None) -> list[float] | None:
+    """Shares to keep, given as such or as shares to drop; None for those of the file."""
+    if ratios is not None and compression_ratios is not None:
+        raise ValueError(f"ratios={ratios!r} and compression_ratios={compression_ratios!r}: give one of them")
+    if compression_ratios is None:
+        return _numbers("ratios", ratios)
+    return [share_kept(share) for share in _numbers("compression_ratios", compression_ratios) or []]
+
+
+def _numbers(name: str, text: str | None) -> list[float] | None:
     try:
         return None if text is None else [float(number) for number in text.split(",") if number.strip()]
     except ValueError:
-        raise ValueError(f"ratios={text!r}: give numbers with commas between, such as 0.25,0.1") from None
+        raise ValueError(f"{name}={text!r}: give numbers with commas between, such as 0.25,0.1") from None
 
 
 def main() -> None:

@@ -89,7 +89,15 @@ def test_commands_and_evaluations_take_it_too():
     assert WildCatConfig(ratio=0.5).changed(compression_ratio=given["compression_ratio"]).ratio == 0.25
     with pytest.raises(ValueError, match="pass one of them"):
         options.chosen(None, None, ratio=0.5, compression_ratio=0.5)
+    assert options.share(None, None) == WildCatConfig(ratio=0.25)
+    assert options.share(None, 0.6) == options.share(0.4, None) == WildCatConfig(ratio=0.4)
+    with pytest.raises(ValueError, match="pass one of them"):
+        options.share(0.25, 0.75)
     config = pytest.importorskip("eval.config", reason="needs the extra eval")
+    command = pytest.importorskip("eval.__main__")
+    assert command._shares(None, "0.75, 0.9") == command._shares("0.25,0.1", None) == [0.25, 0.1]
+    with pytest.raises(ValueError, match=r"ratios='0.5' and compression_ratios='0.5': give one of them"):
+        command._shares("0.5", "0.5")
     assert config.RunConfig(tasks=["drift"], methods=["wildcat"], compression_ratios=[0.75, 0.9]).ratios == [0.25, 0.1]
     with pytest.raises(ValueError, match=r"compression_ratios=\[0.5\] given beside ratios=\[0.5\]; give one"):
         config.RunConfig(tasks=["drift"], ratios=[0.5], compression_ratios=[0.5])

@@ -19,14 +19,14 @@ from wildcat_kv.cache import WildCatCache
 from wildcat_kv.cli import options
 from wildcat_kv.cli.generate import decode
 from wildcat_kv.cli.streaming import TextStream, layers_seen, steps
-from wildcat_kv.config import WildCatConfig
 from wildcat_kv.haystack import build_context, make_needles
 from wildcat_kv.prompts import encode_question
 from wildcat_kv.reading import read
 
 
 def demo(
-    ratio: options.RatioOption = 0.25,
+    ratio: options.RatioOption = None,
+    compression_ratio: options.DropOption = None,
     tokens: Annotated[int, typer.Option(help="Tokens of essays to read.", min=500)] = 4000,
     max_new_tokens: Annotated[int, typer.Option(help="Length of each answer.", min=1)] = 48,
     model: options.ModelOption = None,
@@ -38,14 +38,14 @@ def demo(
 
     The text is read and compressed before the questions are known.
     """
-    settings = WildCatConfig(ratio=ratio, seed=seed)
+    settings = options.share(ratio, compression_ratio).changed(seed=seed)
     loaded, tokenizer = options.load(model, dtype, device)
     (needle,) = make_needles(1, seed)
     context = build_context(tokenizer, tokens, [needle], seed=seed)
     questions = [(needle.question, needle.sentence.split(" is ")[0] + " is "), ("What is this text about?", "")]
     caches: dict[str, Callable[[], Cache]] = {
         "exact": lambda: DynamicCache(config=loaded.config),
-        f"WildCat {ratio:.0%}": lambda: WildCatCache(loaded.config, settings),
+        f"WildCat {settings.ratio:.0%}": lambda: WildCatCache(loaded.config, settings),
     }
     with steps() as progress:
         runs = {

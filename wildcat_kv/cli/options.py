@@ -10,7 +10,7 @@ import torch
 import typer
 
 from wildcat_kv.compressors import resolve
-from wildcat_kv.config import WildCatConfig
+from wildcat_kv.config import DROPPED, WildCatConfig
 from wildcat_kv.models import load_model
 from wildcat_kv.presets import load_preset
 
@@ -61,6 +61,16 @@ def chosen(preset: str | None, compressor: str | None, **fields: Any) -> dict[st
         settings, method = base.settings, base.compressor
     resolve(compressor or method, settings.changed(**fields))
     return {"preset": preset, "compressor": compressor, **fields}
+
+
+def share(ratio: float | None, compression_ratio: float | None) -> WildCatConfig:
+    """Settings with the share that was given in either spelling; a quarter by default.
+
+    Raises:
+        ValueError: both are given, or one that is no share.
+    """
+    given = {"ratio": ratio, DROPPED: compression_ratio}
+    return WildCatConfig(**({name: value for name, value in given.items() if value is not None} or {"ratio": 0.25}))
 
 
 def read_text(path: Path, name: str) -> str:
