@@ -147,6 +147,8 @@ def read_config(path: Path, **changes: Any) -> RunConfig:
     strange = next((key for key in fields if not isinstance(key, str)), None)
     if strange is not None:
         raise ValueError(f"config={str(path)!r}: {strange!r} is no name of a field")
+    if "ratios" in changes:
+        fields.pop("compression_ratios", None)
     if "tasks" in changes:
         changes["tasks"] = _chosen(changes["tasks"], fields.get("tasks"))
     try:

@@ -47,7 +47,7 @@ def test_a_family_whose_positions_are_not_understood_is_told_the_methods_that_re
     def refused(config, index):
         raise ValueError("not understood")
 
-    monkeypatch.setattr(checks, "rotation_of", refused)
+    monkeypatch.setattr(checks, "rotations_of", refused)
     result = list(run_checks(tiny_model("llama")))[-1]
     assert result.status == "not applicable"
     assert "methods that need none: wildcat, streaming_llm, snapkv" in result.reason and "kvzip" not in result.reason
@@ -113,7 +113,7 @@ def another_method(monkeypatch):
 
 
 def unknown_rotation(monkeypatch):
-    monkeypatch.setattr(checks, "rotation_of", lambda config, index: 1 / 0)
+    monkeypatch.setattr(checks, "rotations_of", lambda config, index: 1 / 0)
 
 
 @pytest.mark.parametrize(

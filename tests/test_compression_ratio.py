@@ -84,7 +84,7 @@ def test_both_are_refused_and_nothing_changes(way, tmp_path):
     assert model.config._attn_implementation == "sdpa" or way == "Context"  # which has read the text by then
 
 
-def test_commands_and_evaluations_take_it_too():
+def test_commands_and_evaluations_take_it_too(tmp_path):
     given = options.chosen(None, None, ratio=None, compression_ratio=0.75, seed=None)
     assert WildCatConfig(ratio=0.5).changed(compression_ratio=given["compression_ratio"]).ratio == 0.25
     with pytest.raises(ValueError, match="pass one of them"):
@@ -99,5 +99,8 @@ def test_commands_and_evaluations_take_it_too():
     with pytest.raises(ValueError, match=r"ratios='0.5' and compression_ratios='0.5': give one of them"):
         command._shares("0.5", "0.5")
     assert config.RunConfig(tasks=["drift"], methods=["wildcat"], compression_ratios=[0.75, 0.9]).ratios == [0.25, 0.1]
+    file = tmp_path / "run.yaml"
+    file.write_text("tasks: [drift]\ncompression_ratios: [0.9]\n")
+    assert config.read_config(file).ratios == [0.1] and config.read_config(file, ratios=[0.5]).ratios == [0.5]
     with pytest.raises(ValueError, match=r"compression_ratios=\[0.5\] given beside ratios=\[0.5\]; give one"):
         config.RunConfig(tasks=["drift"], ratios=[0.5], compression_ratios=[0.5])

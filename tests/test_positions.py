@@ -291,7 +291,7 @@ def test_two_contexts_take_turns_on_one_model(family, models):
     assert_equal([torch.cat(answer, dim=1) for answer in logits], expected)
 
 
-# What caches do to positions
+# Copies, rows and rollback
 
 
 def unlike_rows(model):
@@ -527,7 +527,7 @@ def test_compiled_steps_after_padded_images(models):
     torch.testing.assert_close(torch.cat(logits, 1), torch.stack(expected, 1), rtol=1e-4, atol=1e-4)
 
 
-# What cannot be carried
+# Refusals
 
 
 def test_positions_that_were_given_must_go_on_being_given(models):

@@ -375,7 +375,7 @@ _SIZES: dict[str, Any] = {
     "attention_chunk_size": WINDOW,
     "first_k_dense_replace": 1,
 }
-# What a class cannot be made without.
+# Fields without which a class cannot be made.
 _DEFAULTS = _each("gemma4 gemma4_unified", {"vision_config": {}})
 # Fields that no rule of names gets right.
 _MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_n_groups": 1, "mamba_chunk_size": 16}

@@ -29,8 +29,8 @@ from wildcat_kv.config import WildCatConfig
 from wildcat_kv.integration import enable
 from wildcat_kv.layer import WildCatLayer
 from wildcat_kv.read_check import check_read
-from wildcat_kv.rope import rotation_of
-from wildcat_kv.support import cache_layers, decoder_config
+from wildcat_kv.rope import rotations_of
+from wildcat_kv.support import cache_layers, decoder_config, with_parts
 
 Status = Literal["passed", "failed", "not applicable"]
 
@@ -168,7 +168,7 @@ def names() -> tuple[str, ...]:
 
 
 def _run(name: str, check: Callable[[Subject], str | None], subject: Subject) -> Result:
-    configs = [(config, config._attn_implementation) for config in _configs(subject.model.config)]
+    configs = [(config, config._attn_implementation) for config in with_parts(subject.model.config)]
     _forget_positions(subject.model)
     try:
         return Result(name, "passed", check(subject) or "")
@@ -355,11 +355,10 @@ def _smaller(subject: Subject) -> str:
 
 def _rotations(subject: Subject) -> None:
     decoder = decoder_config(subject.model.config)
-    for index in cache_layers(decoder)[1]:
-        try:
-            rotation_of(decoder, index)
-        except ValueError as error:
-            raise _NotApplicableError(f"{error}; methods that need none: {', '.join(_without_positions())}") from None
+    try:
+        rotations_of(decoder, cache_layers(decoder)[1])
+    except ValueError as error:
+        raise _NotApplicableError(f"{error}; methods that need none: {', '.join(_without_positions())}") from None
 
 
 _CHECKS: dict[str, Callable[[Subject], str | None]] = {
@@ -384,7 +383,7 @@ _CHECKS: dict[str, Callable[[Subject], str | None]] = {
 
 
 def _subject(model: Any, prompt: Mapping[str, Any] | None, seed: int) -> Subject:
-    vocabulary = next(size for config in _configs(model.config) if (size := vars(config).get("vocab_size")))
+    vocabulary = next(size for config in with_parts(model.config) if (size := vars(config).get("vocab_size")))
     # Special tokens stand at either end of a vocabulary.
     words = set(range(vocabulary // 20, vocabulary // 2)) - _special(model)
     table = torch.tensor(sorted(words))
@@ -416,7 +415,7 @@ def _counts_anew(subject: Subject) -> bool:
 def _special(model: Any) -> set[int]:
     """Tokens that mean something to the model's code: the end of a text, or the place of an image."""
     found: set[int] = set()
-    for config in (*_configs(model.config), model.generation_config):
+    for config in (*with_parts(model.config), model.generation_config):
         for name, value in vars(config).items():
             if name.endswith(("token_id", "token_index", "token_ids")):
                 found.update(value if isinstance(value, list | tuple) else [value] if isinstance(value, int) else [])
@@ -478,12 +477,6 @@ def _line(error: Exception) -> str:
     return f"{type(error).__name__}: {text}"[:300]
 
 
-def _configs(config: Any) -> list[Any]:
-    """A config and those within it."""
-    parts = (getattr(config, name, None) for name in config.sub_configs)
-    return [config, *(inner for part in parts if part is not None for inner in _configs(part))]
-
-
 def _give_back(configs: list[tuple[Any, Any]]) -> None:
     # Not by the property, which would set the parts of a config too.
     for config, implementation in configs:
@@ -500,7 +493,7 @@ def _forget_positions(model: Any) -> None:
 @contextmanager
 def _as_it_was(model: Any) -> Iterator[None]:
     """Check in evaluation mode; give the model its mode, its attention and its positions back."""
-    configs = [(config, config._attn_implementation) for config in _configs(model.config)]
+    configs = [(config, config._attn_implementation) for config in with_parts(model.config)]
     modes = [(module, module.training) for module in model.modules()]
     positions = [(module, module.rope_deltas) for module in model.modules() if hasattr(module, "rope_deltas")]
     model.eval()

@@ -23,7 +23,7 @@ from wildcat_kv.custom_generate import generate as recipe_of_folder
 from wildcat_kv.presets import Preset
 from wildcat_kv.read_check import with_read_check
 from wildcat_kv.recipe import SECTION, Recipe, chooses_a_cache
-from wildcat_kv.support import check_prompt, decoder_config
+from wildcat_kv.support import check_prompt, decoder_config, with_parts
 
 # Attributes of an enabled model.
 _STATE = "_wildcat_kv"
@@ -166,7 +166,7 @@ def enable(
     _check(inner)
     recipe = Recipe.choose(inner.config, settings, preset=preset, compressor=compressor, **fields)
     recipe.check(inner.config)
-    switched = _with_parts(decoder_config(inner.config))
+    switched = with_parts(decoder_config(inner.config))
     attention = [(config, config._attn_implementation) for config in switched]
     generate = functools.partial(_generate, inner)  # no closure: copies of the model have their own
     state = _Enabled(recipe, generate, vars(inner).get(_GENERATE), attention)
@@ -315,9 +315,3 @@ def _is_compiled(module: nn.Module) -> bool:
         or is_compiled_module(module)
         or hasattr(forward, "_torchdynamo_orig_callable")
     )
-
-
-def _with_parts(config: Any) -> list[Any]:
-    """A config and those within it, which take its attention implementation over."""
-    parts = (getattr(config, name, None) for name in config.sub_configs)
-    return [config, *(inner for part in parts if part is not None for inner in _with_parts(part))]

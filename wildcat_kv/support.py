@@ -63,6 +63,12 @@ def cache_layers(decoder: Any) -> tuple[list[Any], list[int]]:
     return layers, full
 
 
+def with_parts(config: Any) -> list[Any]:
+    """List a config and those within it, which take its attention implementation over."""
+    parts = (getattr(config, name, None) for name in config.sub_configs)
+    return [config, *(inner for part in parts if part is not None for inner in with_parts(part))]
+
+
 def check_prompt(model: Any, wrapped: Any = None) -> None:
     """Refuse a model that PEFT gives a learned prompt.
 
