@@ -7,10 +7,7 @@ EXTRAS ?= dev,eval,docs
 READY := $(VENV)/.ready
 OLDEST := 5.17.0
 REFERENCE := kvpress==0.5.5 transformers==5.2.0
-CACHE_TESTS := $(addprefix tests/test_,$(addsuffix .py,batches cache checks compressed_context compression_ratio \
-	compressors context contract custom_generate dtypes enable exact_layers families fuzz joining masks numerics \
-	patching persistence placement positions prompts read_check reading recipe rereading rollback rope rope_families \
-	static storage weighted))
+CACHE_TESTS := $(addprefix tests/,cache compressors contexts coreset hook integrations models recipes)
 
 .PHONY: demo test lint docs smoke ruler bench test-oldest test-latest nightly test-upstream parity clean
 
@@ -19,7 +16,7 @@ demo: $(READY)
 
 # A process a core, a file at a time; what is fetched is fetched before, by one of them.
 test: $(READY)
-	$(BIN)/python -c "from wildcat_kv import haystack, models; models.default_model_path(); haystack.essays()"
+	$(BIN)/python -c "from wildcat_kv.data import haystack; from wildcat_kv.models import default_model_path; default_model_path(); haystack.essays()"
 	$(BIN)/python -m pytest --numprocesses auto --dist loadfile $(TESTS)
 
 lint: $(READY)
@@ -39,7 +36,7 @@ ruler: $(READY)
 	$(BIN)/python -m eval run configs/eval/ruler_offline.yaml
 
 bench: $(READY)
-	$(BIN)/python -m benchmarks all --output results/benchmarks
+	$(BIN)/python -m benchmarks all --output runs/benchmarks
 	$(BIN)/python -m benchmarks merging
 
 # torch goes first and alone: the pinned build may be one that only plain pip finds.

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, QuantizedCache, StaticCache, cache_utils
 
 from wildcat_kv import CompressedCache
-from wildcat_kv.accounting import layer_tensors
+from wildcat_kv.cache.sizes import layer_tensors
 
 DYNAMIC, STATIC, WILDCAT = "DynamicCache", "StaticCache", "wildcat"
 SAME_LENGTH = "DynamicCache of the stored length"

@@ -21,8 +21,8 @@ from benchmarks.options import Options, Subject
 from benchmarks.records import Label, Record
 from benchmarks.turns import Stopwatch, take_turns
 from wildcat_kv import CompressedCache, Context
-from wildcat_kv.budget import block_size
-from wildcat_kv.cache_keyword import CACHE
+from wildcat_kv.cache.budget import block_size
+from wildcat_kv.hook.keyword import CACHE
 
 TOKENS = (8000,)
 # Of larger batches; the others are compared at one row alone, which is dear enough.

@@ -16,7 +16,7 @@ from benchmarks.options import Options, Subject
 from benchmarks.records import Label, Record
 from benchmarks.turns import Stopwatch
 from wildcat_kv import WildCatCache
-from wildcat_kv.cache_keyword import CACHE
+from wildcat_kv.hook.keyword import CACHE
 
 TOKENS = (8000,)
 PARTS = 8  # of a generation; thousands by default

@@ -22,7 +22,7 @@ from benchmarks.options import Options, Subject
 from benchmarks.records import Label, Record
 from benchmarks.turns import take_turns
 from wildcat_kv import CompressedCache
-from wildcat_kv.cache_keyword import CACHE
+from wildcat_kv.hook.keyword import CACHE
 
 TOKENS = (8000,)
 _WARM_UP_TOKENS = 16

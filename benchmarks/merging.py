@@ -33,8 +33,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from wildcat_kv import Coreset, compress_kv, weighted_attention
-from wildcat_kv.cache_keyword import CACHE
-from wildcat_kv.haystack import build_context
+from wildcat_kv.data.haystack import build_context
+from wildcat_kv.hook.keyword import CACHE
 from wildcat_kv.models import load_model
 
 SINK, WINDOW, BIN_RANK = 32, 32, 12

@@ -11,7 +11,7 @@ import torch
 
 from wildcat_kv import WildCatConfig
 from wildcat_kv.compressors import available
-from wildcat_kv.haystack import build_context
+from wildcat_kv.data.haystack import build_context
 from wildcat_kv.models import load_model
 
 NAMES = ("prefill", "decode", "memory", "scaling", "generation")  # of the benchmarks

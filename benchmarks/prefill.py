@@ -20,10 +20,10 @@ from benchmarks.options import Options, Subject
 from benchmarks.records import Label, Record
 from benchmarks.turns import Stopwatch, take_turns
 from wildcat_kv import CompressedCache, Context, WildCatCache, WildCatConfig
-from wildcat_kv.budget import exact_ends, kept_tokens
-from wildcat_kv.cache import WildCatLayer
-from wildcat_kv.cache_keyword import CACHE
+from wildcat_kv.cache.budget import exact_ends, kept_tokens
+from wildcat_kv.cache.caches import WildCatLayer
 from wildcat_kv.compressors import available
+from wildcat_kv.hook.keyword import CACHE
 
 TOKENS = (4096, 8000)
 ONE_BIN = "wildcat, one bin"

@@ -20,7 +20,7 @@ from benchmarks.records import Record, Run, now
 from benchmarks.report import write_report
 from benchmarks.tables import spread_of, target_text, verdict
 from eval.machine import commit, machine, versions
-from wildcat_kv.smollm import MODEL
+from wildcat_kv.models.smollm import MODEL
 
 BENCHMARKS: dict[str, Callable[[Options], Iterator[Record]]] = {
     "prefill": prefill.measure,

@@ -11,7 +11,7 @@ from benchmarks.options import Options
 from benchmarks.records import Label, Record
 from benchmarks.turns import Stopwatch, take_turns
 from wildcat_kv import WildCatConfig, compress_kv, weighted_attention
-from wildcat_kv.budget import kept_tokens
+from wildcat_kv.cache.budget import kept_tokens
 from wildcat_kv.compressors import KVBlock, WildCat
 
 HEADS, DIM = 8, 128

@@ -1,4 +1,4 @@
-"""The figures of the documentation, made anew from the records in eval/results and benchmarks/results.
+"""The figures of the documentation, made anew from the records in results/eval and results/benchmarks.
 
 Run it from a checkout that has the extra `eval` (matplotlib comes with it); nothing is measured, it takes seconds:
 
@@ -24,14 +24,14 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
 
 from wildcat_kv import WildCatConfig
-from wildcat_kv.budget import Row, plan_fold
+from wildcat_kv.cache.budget import Row, plan_fold
 
 _HERE = Path(__file__).resolve().parent
 _ROOT = _HERE.parent
-_SMOKE = _ROOT / "eval" / "results" / "smoke"
-_SMOKE_OURS = _ROOT / "eval" / "results" / "smoke_query_wildcat"
-_EXACT_LAYERS = _ROOT / "eval" / "results" / "exact_layers"
-_BENCHMARKS = _ROOT / "benchmarks" / "results"
+_SMOKE = _ROOT / "results" / "eval" / "smoke"
+_SMOKE_OURS = _ROOT / "results" / "eval" / "smoke_query_wildcat"
+_EXACT_LAYERS = _ROOT / "results" / "eval" / "exact_layers"
+_BENCHMARKS = _ROOT / "results" / "benchmarks"
 
 # Told apart with every kind of colour vision (Okabe and Ito).
 _OURS, _SECOND, _THIRD, _FOURTH, _GREY = "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#666666"

@@ -19,7 +19,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
-from wildcat_kv.haystack import build_context, make_needles
+from wildcat_kv.data.haystack import build_context, make_needles
 from wildcat_kv.models import default_model
 
 COLUMNS, LINES = 100, 60

@@ -33,7 +33,7 @@ def run(
     protocol: Annotated[str | None, typer.Option(help="context-only or full-prompt.")] = None,
     data_dir: Annotated[Path | None, typer.Option(help="Local files of benchmarks.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ... Default: cuda if there is one.")] = None,
-    output: Annotated[Path | None, typer.Option(help="Folder of the results. Default: results/NAME.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Folder of the results. Default: runs/NAME.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")] = False,
 ) -> None:
     """Run an evaluation; records, tables, plots and a report go to the output folder."""
@@ -52,7 +52,7 @@ def run(
     }
     changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     chosen = read_config(config, **changes)
-    folder = output or Path("results") / chosen.name
+    folder = output or Path("runs") / chosen.name
     measure(chosen, folder, command=shlex.join(["python", "-m", "eval", *sys.argv[1:]]), resume=resume)
 
 

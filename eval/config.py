@@ -18,7 +18,7 @@ from eval.tasks.needle import Needle
 from eval.tasks.perplexity import Perplexity
 from wildcat_kv.compressors import available
 from wildcat_kv.config import WildCatConfig, share_kept
-from wildcat_kv.haystack import Half
+from wildcat_kv.data.haystack import Half
 
 ALL = "all"
 OURS: dict[str, type[Task]] = {

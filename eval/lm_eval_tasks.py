@@ -22,7 +22,7 @@ from lm_eval.tasks import TaskManager
 
 from eval.data import expected_files, find_local
 from eval.tasks.base import Setting
-from wildcat_kv.prompts import messages_for
+from wildcat_kv.contexts.prompts import messages_for
 
 RULER = ("niah_", "ruler_")
 

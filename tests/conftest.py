@@ -30,4 +30,4 @@ def _seeded(request):
 @pytest.fixture(autouse=True)
 def _no_message_of_slow_work(monkeypatch):
     """Show no "Loading ..." on a slow machine: what a command says must not depend on how fast it is."""
-    monkeypatch.setattr("wildcat_kv.downloads.DELAY", 3600.0)
+    monkeypatch.setattr("wildcat_kv.data.downloads.DELAY", 3600.0)

@@ -21,9 +21,9 @@ import torch
 import transformers as tf
 
 from tests import zoo
-from wildcat_kv.checks import Result, run_checks
-from wildcat_kv.modeling_source import INSTEAD
-from wildcat_kv.support import cache_layers, decoder_config
+from wildcat_kv.integrations.model_checks import Result, run_checks
+from wildcat_kv.models.modeling_source import INSTEAD
+from wildcat_kv.models.support import cache_layers, decoder_config
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "families.md"

@@ -13,11 +13,11 @@ from eval.config import RunConfig
 from eval.records import Folder
 from eval.run import run
 from wildcat_kv import WildCatCache
-from wildcat_kv.cache_keyword import CACHE
-from wildcat_kv.compress import token_mass
-from wildcat_kv.haystack import build_context
+from wildcat_kv.contexts.prompts import encode_question
+from wildcat_kv.coreset.compresskv import token_mass
+from wildcat_kv.data.haystack import build_context
+from wildcat_kv.hook.keyword import CACHE
 from wildcat_kv.models import default_model
-from wildcat_kv.prompts import encode_question
 
 pytestmark = pytest.mark.real
 

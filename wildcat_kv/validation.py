@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import difflib
+from typing import Any
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, JsonValue, ValidationError
 
 _BRANCHES = ("constrained-", "literal[")
 
@@ -35,3 +36,12 @@ def one_line(error: ValidationError, model: type[BaseModel] | None = None) -> st
     field = model.model_fields.get(str(finding["loc"][0])) if model is not None else None
     takes = f"; {field.description}" if field is not None and field.description else ""
     return f"{given}: {message[0].lower()}{message[1:]}{takes}"
+
+
+def plain(value: Any) -> JsonValue:
+    """As JSON would give it back: mappings with string keys, lists, numbers."""
+    if isinstance(value, dict) or hasattr(value, "items"):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    return value if isinstance(value, (str, int, float, bool)) or value is None else str(value)

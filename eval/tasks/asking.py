@@ -14,8 +14,8 @@ from torch import Tensor
 from eval.cells import Cell
 from eval.tasks.base import Protocol
 from wildcat_kv import CompressedCache, Context
-from wildcat_kv.accounting import stored_tokens
-from wildcat_kv.reading import Likelihood, generate, loglikelihood
+from wildcat_kv.cache.sizes import stored_tokens
+from wildcat_kv.contexts.reading import Likelihood, generate, loglikelihood
 
 
 @dataclass(frozen=True)

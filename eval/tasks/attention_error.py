@@ -14,9 +14,9 @@ from eval.tasks.asking import Clock
 from eval.tasks.base import Measure, Metric, Outcome, Sample, Setting
 from eval.tasks.essays import EssayTask, Stretch
 from wildcat_kv import CompressedCache, Context, weighted_attention
-from wildcat_kv.accounting import stored_tokens
-from wildcat_kv.layer import WildCatLayer
-from wildcat_kv.reading import read
+from wildcat_kv.cache.layer import WildCatLayer
+from wildcat_kv.cache.sizes import stored_tokens
+from wildcat_kv.contexts.reading import read
 
 
 class AttentionError(EssayTask):

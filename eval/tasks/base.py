@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from eval.cells import Cell
-from wildcat_kv.haystack import Half
+from wildcat_kv.data.haystack import Half
 
 Protocol = Literal["context-only", "full-prompt"]
 Lengths = Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=1)]  # tokens

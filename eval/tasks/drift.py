@@ -14,8 +14,8 @@ from eval.tasks.asking import Clock
 from eval.tasks.base import Measure, Metric, Outcome, Sample, Setting
 from eval.tasks.essays import EssayTask, Stretch
 from wildcat_kv import Context
-from wildcat_kv.accounting import stored_tokens
-from wildcat_kv.reading import read
+from wildcat_kv.cache.sizes import stored_tokens
+from wildcat_kv.contexts.reading import read
 
 
 class Drift(EssayTask):

@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor
 
 from eval.tasks.base import Lengths, Sample, Setting, Task
-from wildcat_kv.haystack import build_context
+from wildcat_kv.data.haystack import build_context
 
 _SPARE = 20  # tokens to spare when a text is cut, for rounding
 

@@ -16,10 +16,10 @@ from eval.cells import Cell
 from eval.lm_eval_tasks import RULER, load, means_of, quiet, requests_of, scores_of
 from eval.tasks.asking import Asked, Clock, Prompt
 from eval.tasks.base import Measure, Metric, Outcome, Sample, Setting, Task
-from wildcat_kv.accounting import stored_tokens
-from wildcat_kv.prompts import encode_parts
-from wildcat_kv.reading import token_losses
-from wildcat_kv.splits import cut_middle, split_prompt
+from wildcat_kv.cache.sizes import stored_tokens
+from wildcat_kv.contexts.prompts import encode_parts
+from wildcat_kv.contexts.reading import token_losses
+from wildcat_kv.lm_eval.splits import cut_middle, split_prompt
 
 # What LongBench's authors send as plain text even to chat models: examples and code.
 _PLAIN = ("trec", "triviaqa", "samsum", "lsht", "lcc", "repobench-p")

@@ -12,8 +12,8 @@ from torch import Tensor
 from eval.cells import Cell
 from eval.tasks.asking import Asked, Clock, Prompt
 from eval.tasks.base import Lengths, Measure, Metric, Outcome, Sample, Setting, Task
-from wildcat_kv.haystack import build_context, make_needles
-from wildcat_kv.prompts import encode_question
+from wildcat_kv.contexts.prompts import encode_question
+from wildcat_kv.data.haystack import build_context, make_needles
 
 
 class Needle(Task):

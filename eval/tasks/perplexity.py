@@ -11,8 +11,8 @@ from eval.cells import Cell
 from eval.tasks.asking import Clock
 from eval.tasks.base import Lengths, Measure, Metric, Outcome, Sample, Setting
 from eval.tasks.essays import EssayTask, Stretch
-from wildcat_kv.accounting import stored_tokens
-from wildcat_kv.reading import token_losses
+from wildcat_kv.cache.sizes import stored_tokens
+from wildcat_kv.contexts.reading import token_losses
 
 
 class Perplexity(EssayTask):

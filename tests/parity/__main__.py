@@ -40,9 +40,9 @@ from wildcat_kv.compressors import (
 )
 from wildcat_kv.compressors.base import Compressor, KVBlock
 from wildcat_kv.compressors.kvzip import reconstruction_scores
-from wildcat_kv.haystack import build_context
+from wildcat_kv.data.haystack import build_context
 from wildcat_kv.models import default_model_path
-from wildcat_kv.rope import rotation_of
+from wildcat_kv.models.rope import rotation_of
 
 # Tokens of a text and the share of them to keep; of the second the reference, too, makes a pyramid.
 TEXTS = ((1500, 0.25), (3000, 0.5))

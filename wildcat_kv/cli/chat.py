@@ -9,12 +9,13 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from wildcat_kv.accounting import TimedStreamer, Timing, stored_tokens
+from wildcat_kv.cache.sizes import stored_tokens
 from wildcat_kv.cli import options
 from wildcat_kv.cli.streaming import TextStream, layers_seen, steps
-from wildcat_kv.compressed_context import CompressedContext, compress_context
+from wildcat_kv.cli.timing import TimedStreamer, Timing
 from wildcat_kv.config import DROPPED
-from wildcat_kv.context import reads_twice
+from wildcat_kv.contexts.compressed_context import CompressedContext, compress_context
+from wildcat_kv.contexts.context import reads_twice
 
 _HELP = """\
 [bold]/ratio[/bold] R      read the document again, keeping a share R of its tokens

@@ -9,10 +9,10 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from wildcat_kv.checks import Result, names, run_checks
 from wildcat_kv.cli import options
 from wildcat_kv.cli.streaming import steps
-from wildcat_kv.support import cache_layers, decoder_config
+from wildcat_kv.integrations.model_checks import Result, names, run_checks
+from wildcat_kv.models.support import cache_layers, decoder_config
 
 _MARKS = {
     "passed": "[green]passed[/green]",

@@ -14,14 +14,15 @@ from rich.progress import Progress
 from rich.table import Table
 from transformers import Cache, DynamicCache
 
-from wildcat_kv.accounting import TimedStreamer, cache_bytes, stored_tokens
-from wildcat_kv.cache import WildCatCache
+from wildcat_kv.cache.caches import WildCatCache
+from wildcat_kv.cache.sizes import cache_bytes, stored_tokens
 from wildcat_kv.cli import options
 from wildcat_kv.cli.generate import decode
 from wildcat_kv.cli.streaming import TextStream, layers_seen, steps
-from wildcat_kv.haystack import build_context, make_needles
-from wildcat_kv.prompts import encode_question
-from wildcat_kv.reading import read
+from wildcat_kv.cli.timing import TimedStreamer
+from wildcat_kv.contexts.prompts import encode_question
+from wildcat_kv.contexts.reading import read
+from wildcat_kv.data.haystack import build_context, make_needles
 
 
 def demo(

@@ -12,7 +12,7 @@ def lm_eval(context: typer.Context) -> None:
     try:
         from lm_eval.__main__ import cli_evaluate
 
-        import wildcat_kv.lm_eval_model  # noqa: F401  # registers itself
+        import wildcat_kv.lm_eval.model  # noqa: F401  # registers itself
     except ImportError as error:
         raise ValueError(f"{error}; install what evaluations need: pip install 'wildcat-kv[eval]'") from None
     sys.argv = ["lm-eval", *context.args]

@@ -8,8 +8,8 @@ from typing import Annotated
 import typer
 
 from wildcat_kv.cli import options
-from wildcat_kv.custom_generate import write_folder
-from wildcat_kv.patching import patch_folder, unpatch_folder
+from wildcat_kv.integrations.hub_folder import write_folder
+from wildcat_kv.integrations.model_folder import patch_folder, unpatch_folder
 
 
 def patch(

@@ -12,14 +12,15 @@ from rich.console import Console
 from rich.table import Table
 from transformers import Cache
 
-from wildcat_kv.accounting import TimedStreamer, Timing, cache_bytes, stored_tokens
-from wildcat_kv.answering import pad_id
-from wildcat_kv.cache_keyword import CACHE
+from wildcat_kv.cache.read_check import with_read_check
+from wildcat_kv.cache.sizes import cache_bytes, stored_tokens
 from wildcat_kv.cli import options
 from wildcat_kv.cli.streaming import TextStream, layers_seen, steps
-from wildcat_kv.prompts import encode_prompt
-from wildcat_kv.read_check import with_read_check
-from wildcat_kv.recipe import Recipe
+from wildcat_kv.cli.timing import TimedStreamer, Timing
+from wildcat_kv.contexts.answering import pad_id
+from wildcat_kv.contexts.prompts import encode_prompt
+from wildcat_kv.hook.keyword import CACHE
+from wildcat_kv.recipes.recipe import Recipe
 
 
 def generate(

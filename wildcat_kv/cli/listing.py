@@ -10,9 +10,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from wildcat_kv.cache.disk.inspection import inspect_file
 from wildcat_kv.compressors import available
-from wildcat_kv.inspection import inspect_file
-from wildcat_kv.presets import load_preset, preset_names, preset_schema
+from wildcat_kv.recipes.presets import load_preset, preset_names, preset_schema
 
 _MIB = 2**20
 

@@ -12,7 +12,7 @@ import typer
 from wildcat_kv.compressors import resolve
 from wildcat_kv.config import DROPPED, WildCatConfig
 from wildcat_kv.models import load_model
-from wildcat_kv.presets import load_preset
+from wildcat_kv.recipes.presets import load_preset
 
 ModelOption = Annotated[
     str | None, typer.Option(help="Hub id, local folder or GGUF file. Default: SmolLM2-135M-Instruct, from PyPI.")

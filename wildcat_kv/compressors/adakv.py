@@ -9,11 +9,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from wildcat_kv.compress import Coreset
 from wildcat_kv.compressors.base import Compressor, KVBlock
+from wildcat_kv.compressors.observation import Observation
 from wildcat_kv.compressors.scorer import Scorer, item_mask, keep_best_by_head, rank_descending
 from wildcat_kv.compressors.snapkv import SnapKV
-from wildcat_kv.observation import Observation
+from wildcat_kv.coreset.compresskv import Coreset
 
 
 @dataclass(frozen=True)

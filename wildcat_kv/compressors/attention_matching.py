@@ -9,12 +9,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from wildcat_kv.bins import take_columns
-from wildcat_kv.compress import Coreset, full_precision
 from wildcat_kv.compressors.base import Compressor, KVBlock
+from wildcat_kv.compressors.observation import Observation
 from wildcat_kv.compressors.scorer import best_items, item_mask, take_items
-from wildcat_kv.observation import Observation
-from wildcat_kv.precision import saturate_
+from wildcat_kv.coreset.compresskv import Coreset
+from wildcat_kv.coreset.tensors import full_precision, saturate_, take_columns
 
 # Against the squared norm of each regressor: with fewer queries than slots, a fit stays near the tokens' own values.
 _RIDGE = 1e-4

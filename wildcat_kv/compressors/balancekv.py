@@ -11,12 +11,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from wildcat_kv.bins import take_columns
-from wildcat_kv.compress import Coreset, full_precision
 from wildcat_kv.compressors.base import Compressor, KVBlock
 from wildcat_kv.compressors.scorer import item_mask, rank_descending, take_items
-from wildcat_kv.noise import uniform_noise
-from wildcat_kv.precision import saturate_
+from wildcat_kv.coreset.compresskv import Coreset
+from wildcat_kv.coreset.noise import uniform_noise
+from wildcat_kv.coreset.tensors import full_precision, saturate_, take_columns
 
 # e^80: beyond it a step of the walk is certain, and float32 ends at e^88.
 _LOG_LARGEST_KERNEL = 80.0

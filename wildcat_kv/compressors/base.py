@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from wildcat_kv.bins import take_columns
-from wildcat_kv.compress import Coreset
+from wildcat_kv.compressors.observation import Observation
+from wildcat_kv.compressors.rotation import Rotation
 from wildcat_kv.config import WildCatConfig
-from wildcat_kv.observation import Observation
-from wildcat_kv.rotation import Rotation
+from wildcat_kv.coreset.compresskv import Coreset
+from wildcat_kv.coreset.tensors import take_columns
 
 
 @dataclass(frozen=True)

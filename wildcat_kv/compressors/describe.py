@@ -9,7 +9,7 @@ from pydantic import JsonValue
 
 from wildcat_kv.compressors.base import Compressor
 from wildcat_kv.compressors.registry import OURS
-from wildcat_kv.identity import plain
+from wildcat_kv.validation import plain
 
 
 def describe(compressor: Compressor) -> JsonValue:

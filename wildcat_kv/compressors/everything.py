@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from wildcat_kv.compress import Coreset
 from wildcat_kv.compressors.base import Compressor, KVBlock
-from wildcat_kv.observation import Observation
+from wildcat_kv.compressors.observation import Observation
+from wildcat_kv.coreset.compresskv import Coreset
 
 
 @dataclass(frozen=True)

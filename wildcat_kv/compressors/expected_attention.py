@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from wildcat_kv.compressors.base import KVBlock
+from wildcat_kv.compressors.observation import Observation
 from wildcat_kv.compressors.scorer import Scorer
-from wildcat_kv.observation import Observation
-from wildcat_kv.precision import at_least_float32
+from wildcat_kv.coreset.tensors import at_least_float32
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from wildcat_kv.compress import Coreset
 from wildcat_kv.compressors.base import KVBlock
+from wildcat_kv.compressors.observation import Observation
 from wildcat_kv.compressors.scorer import Scorer, attention_probabilities, keep_best
-from wildcat_kv.observation import Observation
+from wildcat_kv.coreset.compresskv import Coreset
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from wildcat_kv.compressors.base import KVBlock
 from wildcat_kv.compressors.scorer import Scorer
-from wildcat_kv.precision import at_least_float32
+from wildcat_kv.coreset.tensors import at_least_float32
 
 
 @dataclass(frozen=True)

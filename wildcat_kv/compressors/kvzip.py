@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from wildcat_kv.compress import Coreset, full_precision
 from wildcat_kv.compressors.base import Compressor, KVBlock
 from wildcat_kv.compressors.scorer import item_mask, keep_best_by_head, rank_descending
 from wildcat_kv.config import WildCatConfig
+from wildcat_kv.coreset.compresskv import Coreset
+from wildcat_kv.coreset.tensors import full_precision
 
 # Queries whose probabilities are held at once, over one chunk.
 _QUERIES_AT_ONCE = 256

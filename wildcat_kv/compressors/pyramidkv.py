@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import ClassVar
 
-from wildcat_kv.compress import Coreset
 from wildcat_kv.compressors.base import KVBlock
 from wildcat_kv.compressors.scorer import keep_best
 from wildcat_kv.compressors.snapkv import SnapKV
+from wildcat_kv.coreset.compresskv import Coreset
 
 
 @dataclass(frozen=True)

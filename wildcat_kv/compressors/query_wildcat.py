@@ -11,14 +11,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from typing_extensions import Self
 
-from wildcat_kv.bins import take_columns
-from wildcat_kv.compress import Coreset, full_precision
 from wildcat_kv.compressors.base import KVBlock, SharingCompressor
+from wildcat_kv.compressors.observation import Observation
 from wildcat_kv.compressors.scorer import item_mask, take_items
 from wildcat_kv.compressors.wildcat import WildCat
-from wildcat_kv.config import Temperature, Weights, WildCatConfig
-from wildcat_kv.observation import Observation
-from wildcat_kv.precision import saturate_
+from wildcat_kv.config import WildCatConfig
+from wildcat_kv.coreset.compresskv import Coreset
+from wildcat_kv.coreset.rpnys import Weights
+from wildcat_kv.coreset.temperature import Temperature
+from wildcat_kv.coreset.tensors import full_precision, saturate_, take_columns
 
 # Share of the newest queries among the reference queries: one in so many.
 _NEWEST = 3

@@ -9,9 +9,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from wildcat_kv.bins import take_columns
-from wildcat_kv.compress import Coreset, full_precision
 from wildcat_kv.compressors.base import Compressor, KVBlock
+from wildcat_kv.coreset.compresskv import Coreset
+from wildcat_kv.coreset.tensors import full_precision, take_columns
 
 # Attention probabilities held at once, in float32 numbers: 256 MiB.
 _PROBABILITIES_AT_ONCE = 2**26

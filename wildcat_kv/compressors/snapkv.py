@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from wildcat_kv.compressors.base import KVBlock
+from wildcat_kv.compressors.observation import Observation
 from wildcat_kv.compressors.scorer import Scorer, attention_probabilities
-from wildcat_kv.observation import Observation
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from wildcat_kv.compressors.base import KVBlock
+from wildcat_kv.compressors.observation import Observation
 from wildcat_kv.compressors.scorer import Scorer, attention_probabilities
-from wildcat_kv.observation import Observation
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from wildcat_kv.compressors.base import KVBlock
 from wildcat_kv.compressors.scorer import Scorer
-from wildcat_kv.noise import gumbel_noise
+from wildcat_kv.coreset.noise import gumbel_noise
 
 
 @dataclass(frozen=True)

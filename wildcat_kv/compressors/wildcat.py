@@ -10,13 +10,15 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from wildcat_kv.accelerated import BLOCK
-from wildcat_kv.bins import BinLayout
-from wildcat_kv.binwise import BLOCKED_RANK
-from wildcat_kv.compress import Coreset, compress_bins
 from wildcat_kv.compressors.base import Compressor, KVBlock
-from wildcat_kv.config import Temperature, Weights, WildCatConfig
-from wildcat_kv.noise import gumbel_rows, uniform_rows
+from wildcat_kv.config import WildCatConfig
+from wildcat_kv.coreset.binned import BLOCKED_RANK
+from wildcat_kv.coreset.bins import BinLayout
+from wildcat_kv.coreset.compresskv import Coreset, compress_bins
+from wildcat_kv.coreset.noise import gumbel_rows, uniform_rows
+from wildcat_kv.coreset.rpnys import Weights
+from wildcat_kv.coreset.rpnys_blocked import BLOCK
+from wildcat_kv.coreset.temperature import Temperature
 
 
 @dataclass(frozen=True)

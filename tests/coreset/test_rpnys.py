@@ -1,0 +1,153 @@
+"""The factorisation and the weights against float64 linear algebra and the law of the pivots."""
+
+import pytest
+import scipy.stats
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from wildcat_kv import weighted_attention
+from wildcat_kv.coreset.noise import gumbel_noise
+from wildcat_kv.coreset.rpnys import nystrom_weights, pivoted_cholesky
+
+
+def points_and_noise(seed, n, d, rank, spread, batch=()):
+    generator = torch.Generator().manual_seed(seed)
+    points = spread * torch.randn(*batch, n, d, generator=generator)
+    noise = -torch.empty(*batch, rank, n).exponential_(generator=generator).log()
+    return points, noise
+
+
+def factorised(seed, n, d, rank, spread):
+    points, noise = points_and_noise(seed, n, d, min(rank, n), spread)
+    factor = pivoted_cholesky(points, noise)
+    return points, noise, factor, nystrom_weights(points, factor)
+
+
+def exponential_kernel(points):
+    points = points.double()
+    return (points @ points.mT).exp()
+
+
+cases = st.tuples(
+    st.integers(0, 2**31), st.integers(2, 40), st.integers(1, 16), st.integers(1, 12), st.floats(0.05, 3.0)
+)
+
+
+@given(cases)
+def test_weights_solve_the_nystrom_system(case):
+    points, _, factor, weights = factorised(*case)
+    chosen = factor.pivots[factor.valid]
+    kernel = exponential_kernel(points)
+    expected = torch.linalg.solve(kernel[chosen][:, chosen], kernel[chosen])
+    gaussian = (-torch.cdist(points[chosen].double(), points[chosen].double()).square() / 2).exp()
+    ours = weights[factor.valid].double()
+    if torch.linalg.cond(gaussian) <= 1e3 and expected.abs().max() < 1e4:
+        assert (ours - expected).abs().max() <= 1e-4 * expected.abs().max()
+    else:  # the system is not well determined, what it is for still is
+        query = points.double()[:5]
+        scores = (query @ points.double()[chosen].T).exp()
+        exact = (scores @ expected).sum(-1)
+        assert torch.allclose((scores @ ours).sum(-1), exact, rtol=1e-2)
+
+
+@given(cases)
+def test_pivots_stand_for_themselves_alone(case):
+    _, _, factor, weights = factorised(*case)
+    chosen = factor.pivots[factor.valid]
+    assert torch.equal(weights[factor.valid][:, chosen], torch.eye(len(chosen)))
+    assert len(set(chosen.tolist())) == len(chosen)
+    assert torch.isfinite(weights).all()
+    assert weights.abs().max() <= 1e4 * (1 + 1e-4)
+
+
+@given(cases)
+def test_permuting_tokens_and_noise_permutes_everything(case):
+    points, noise, factor, weights = factorised(*case)
+    order = torch.randperm(len(points), generator=torch.Generator().manual_seed(case[0]))
+    permuted = pivoted_cholesky(points[order], noise[:, order])
+    assert torch.equal(factor.valid, permuted.valid)
+    assert torch.equal(factor.pivots[factor.valid], order[permuted.pivots[permuted.valid]])
+    expected = weights[:, order]
+    torch.testing.assert_close(nystrom_weights(points[order], permuted), expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_pivots_follow_the_residual_diagonal(weighted):
+    draws, n = 20_000, 9
+    points, _ = points_and_noise(3, n, 4, 1, 0.5)
+    importance = torch.linspace(-1.0, 1.5, n) if weighted else torch.zeros(n)
+    noise = gumbel_noise(11, torch.arange(draws).view(-1, 1, 1), torch.arange(2).view(-1, 1), torch.arange(n))
+    factor = pivoted_cholesky(
+        points.expand(draws, n, 4), noise, log_importance=importance.expand(draws, n) if weighted else None
+    )
+    first, second = factor.pivots.T
+    kernel = exponential_kernel(points)
+    mass = kernel.diagonal() * importance.double().exp()
+    assert_frequencies(first, mass / mass.sum())
+    for pivot in range(n):
+        row = kernel[pivot]
+        residual = (kernel.diagonal() - row.square() / row[pivot]).clamp_min(0) * importance.double().exp()
+        residual[pivot] = 0
+        assert_frequencies(second[first == pivot], residual / residual.sum())
+
+
+def assert_frequencies(drawn, probability):
+    """Chi-square over the cells with an expected count of at least 5; the others are pooled."""
+    observed = torch.bincount(drawn, minlength=len(probability)).double()
+    expected = probability * len(drawn)
+    large = expected >= 5
+    observed = torch.cat((observed[large], observed[~large].sum().view(1)))
+    expected = torch.cat((expected[large], expected[~large].sum().view(1)))
+    keep = expected >= 5
+    if not keep[-1]:
+        assert observed[-1] <= 25
+    observed, expected = observed[keep], expected[keep]
+    result = scipy.stats.chisquare(observed, expected * observed.sum() / expected.sum())
+    assert result.pvalue > 1e-4
+
+
+def test_full_rank_attention_is_exact():
+    points, noise = points_and_noise(5, 24, 16, 24, 1.0)
+    points *= 4 / torch.pdist(points).min().clamp_max(4)  # at least 1 apart, well conditioned
+    assert torch.pdist(points).min() >= 1
+    keys, values = points, torch.randn(24, 8)
+    factor = pivoted_cholesky(points, noise)
+    assert factor.valid.all()
+    weights = nystrom_weights(points, factor)
+    query = torch.randn(1, 7, 16)
+    approximate = weighted_attention(
+        query, keys[factor.pivots][None], (weights @ values)[None], weights.sum(-1)[None], scale=0.25
+    )
+    exact = torch.nn.functional.scaled_dot_product_attention(query, keys[None], values[None], scale=0.25)
+    torch.testing.assert_close(approximate, exact, rtol=1e-5, atol=1e-5)
+
+
+def test_points_that_do_not_take_part_change_nothing():
+    points, noise = points_and_noise(7, 20, 6, 5, 1.0)
+    valid = torch.ones(20, dtype=torch.bool)
+    valid[[0, 3, 19]] = False
+    factor = pivoted_cholesky(points, noise, valid=valid)
+    weights = nystrom_weights(points, factor, valid=valid)
+    alone = pivoted_cholesky(points[valid], noise[:, valid])
+    assert torch.equal(valid.nonzero().squeeze()[alone.pivots], factor.pivots)
+    torch.testing.assert_close(weights[:, valid], nystrom_weights(points[valid], alone))
+    assert not weights[:, ~valid].any()
+
+
+@pytest.mark.parametrize("points", [torch.zeros(10, 4), torch.ones(10, 4), torch.eye(4).repeat(3, 1)])
+def test_slots_past_the_numerical_rank_stay_empty(points):
+    noise = gumbel_noise(0, torch.arange(8).view(-1, 1), torch.arange(len(points)))
+    factor = pivoted_cholesky(points, noise)
+    distinct = len(torch.unique(points, dim=0))
+    assert factor.valid.sum() == distinct
+    weights = nystrom_weights(points, factor)
+    assert not weights[~factor.valid].any()
+    torch.testing.assert_close(weights.sum(0), torch.ones(len(points)))
+
+
+def test_large_norms_neither_overflow_nor_vanish():
+    points, noise = points_and_noise(2, 30, 8, 6, 40.0)
+    factor = pivoted_cholesky(points, noise)
+    weights = nystrom_weights(points, factor)
+    assert torch.isfinite(weights).all() and factor.valid.all()

@@ -1,0 +1,176 @@
+"""How many tokens a row may keep, and what the next fold does to it. Plain integers, no tensors.
+
+A row holds, in this order: `sink` exact tokens, `slots` of the coreset, `exact` tokens not yet folded.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from fractions import Fraction
+
+from wildcat_kv.config import WildCatConfig
+
+# Blocks of new tokens between two folds under max_tokens, in bins: a fold costs its bin_rank sequential
+# steps however few tokens it takes in, and every slot set aside for the block is one less for the coreset.
+_BINS_A_BLOCK = 4
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one row of one layer holds.
+
+    Attributes:
+        seen: valid tokens read since the start.
+        sink: exact tokens at the beginning.
+        slots: of the coreset, as many as the budget gave.
+        exact: tokens not yet folded.
+        seen_at_fold: `seen` at the last fold.
+        spare: columns of slots beyond `slots`: more where heads share unequally, negative where a method
+            leaves budget of this layer to others.
+        carried: queries from before the last fold that are still at hand.
+    """
+
+    seen: int = 0
+    sink: int = 0
+    slots: int = 0
+    exact: int = 0
+    seen_at_fold: int = 0
+    spare: int = 0
+    carried: int = 0
+
+    @property
+    def counted(self) -> int:
+        """What the budget counts: the same in every layer."""
+        return self.sink + self.slots + self.exact
+
+    @property
+    def stored(self) -> int:
+        """Columns held."""
+        return self.counted + self.spare
+
+    def append(self, tokens: int) -> Row:
+        """The row after `tokens` new valid tokens."""
+        return replace(self, seen=self.seen + tokens, exact=self.exact + tokens)
+
+
+@dataclass(frozen=True)
+class Fold:
+    """What a fold makes of a row: `items` of it become `rank` slots, the rest stays as it is.
+
+    In storage order: `sink` exact tokens, `kept` old slots (in `kept + spare` columns), `items` (columns of old
+    slots or exact tokens) to compress into `rank` slots, `window` exact tokens.
+    """
+
+    sink: int
+    kept: int
+    items: int
+    rank: int
+    window: int
+    spare: int = 0
+
+    @staticmethod
+    def nothing(row: Row) -> Fold:
+        """The fold that leaves `row` as it is."""
+        return Fold(sink=row.sink, kept=row.slots, items=0, rank=0, window=row.exact, spare=row.spare)
+
+    @property
+    def head(self) -> int:
+        """Columns before the items."""
+        return self.sink + self.kept + self.spare
+
+    def apply(self, row: Row, columns: int | None = None) -> Row:
+        """The row after this fold, whose items became slots in `columns` columns; in `rank` by default."""
+        if not self.items:
+            return row
+        return replace(
+            row,
+            sink=self.sink,
+            slots=self.kept + self.rank,
+            exact=self.window,
+            seen_at_fold=row.seen,
+            spare=self.spare + (0 if columns is None else columns - self.rank),
+        )
+
+
+def kept_tokens(tokens: int, ratio: float) -> int:
+    """The budget of `tokens` at `ratio`: max(1, floor(ratio * tokens + 1/2)), in exact decimals.
+
+    Example:
+        >>> kept_tokens(1000, 0.25), kept_tokens(3, 0.1), kept_tokens(10, 0.35)
+        (250, 1, 4)
+    """
+    # str gives the decimal that the user wrote; the binary float next to it would move the halves.
+    return max(1, int(Fraction(str(ratio)) * tokens + Fraction(1, 2)))
+
+
+def exact_ends(budget: int, config: WildCatConfig) -> tuple[int, int]:
+    """Sink and window within `budget`: as configured, or shrunk in proportion where they do not fit."""
+    need = config.sink + config.window + config.bin_rank
+    if budget >= need:
+        return config.sink, config.window
+    return config.sink * budget // need, config.window * budget // need
+
+
+def block_size(config: WildCatConfig) -> int:
+    """New tokens between two folds.
+
+    With `ratio`, as many as make one bin's worth of budget. With `max_tokens`, room for several bins,
+    but never more than half of what sink and window leave.
+    """
+    if config.share is not None:
+        return int(-(-config.bin_rank // Fraction(str(config.share))))
+    assert config.max_tokens is not None
+    free = config.max_tokens - config.sink - config.window
+    return max(1, min(_BINS_A_BLOCK * config.bin_rank, free // 2))
+
+
+def plan_fold(row: Row, config: WildCatConfig, *, prefill: bool) -> Fold | None:
+    """What to fold now, or None.
+
+    Args:
+        row: what the row holds, the newest tokens included.
+        config: the budget.
+        prefill: whether this forward gave the row its first tokens, several at once: the prompt is then
+            brought to its budget at once, however short it is. A sink that had to shrink stays small.
+    """
+    if config.share is not None:
+        due = prefill or row.seen - row.seen_at_fold >= block_size(config)
+        budget = kept_tokens(row.seen, config.share)
+    else:
+        assert config.max_tokens is not None
+        due = row.counted > config.max_tokens
+        budget = config.max_tokens + 1 - block_size(config)  # a block later it is full again
+    if not due or budget >= row.seen:
+        return None
+
+    sink, window = exact_ends(config.max_tokens or budget, config)
+    if row.slots:  # the tokens behind a larger sink are folded already
+        sink = row.sink
+    # With `ratio` the budget grows with the row, so old slots never need to be compressed again.
+    kept, spare = (row.slots, row.spare) if config.share is not None else (0, 0)
+    window = min(window, budget - sink - kept - 1)  # something must be left to compress into
+    rank = budget - sink - window - kept
+    if config.max_tokens is not None and rank > config.bin_rank:
+        # Slots are compressed again and again: a bin that is short of one loses it at every fold, always in
+        # the same place. Whole bins only; the rest stays in the window.
+        rest = rank % config.bin_rank
+        rank, window = rank - rest, window + rest
+    if window < 0 or row.counted - sink - window - kept <= rank:
+        return None
+    items = row.stored - sink - window - kept - spare
+    return Fold(sink=sink, kept=kept, items=items, rank=rank, window=window, spare=spare)
+
+
+def tokens_until_fold(row: Row, config: WildCatConfig) -> int | None:
+    """New tokens after which `plan_fold` may want a fold of this row; None for never, at least 1."""
+    if config.share is not None:
+        if config.share == 1:
+            return None
+        if not row.seen:  # what comes next may be its prompt
+            return 1
+        # Each token fills the row by one and its budget by `ratio`.
+        ratio, gap = Fraction(str(config.share)), kept_tokens(row.seen, config.share) - row.counted
+        until_full = (gap - 1) // (1 - ratio) + 1 if gap > 0 else 1
+        return max(1, block_size(config) - (row.seen - row.seen_at_fold), int(until_full))
+    assert config.max_tokens is not None
+    return max(1, config.max_tokens + 1 - row.counted)

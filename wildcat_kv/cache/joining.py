@@ -1,0 +1,142 @@
+"""Caches that have read parts of a text apart, side by side in one: parallel context windows.
+
+Source: Ratner et al., "Parallel Context Windows for Large Language Models", arXiv 2212.10947. Every part was read from
+position 0 on; what is read next sees all of them and continues the positions of the last.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from wildcat_kv.cache.budget import Row
+from wildcat_kv.cache.caches import CompressedCache
+from wildcat_kv.cache.layer import WildCatLayer
+from wildcat_kv.cache.progress import Progress
+from wildcat_kv.cache.state import LayerState
+from wildcat_kv.cache.storage import Entries
+from wildcat_kv.cache.value_range import ValueRange
+from wildcat_kv.compressors.describe import describe
+from wildcat_kv.config import WildCatConfig
+
+
+def join_caches(caches: Sequence[CompressedCache], settings: WildCatConfig | None = None) -> CompressedCache:
+    """One cache that holds what several hold.
+
+    Sliding-window layers go on from the last part alone, as they would after the whole text.
+
+    Args:
+        caches: of one model, method and batch size, without padding, none of them static; each has read something.
+            They stay as they are.
+        settings: of the joined cache; the last one's by default.
+
+    Returns:
+        A cache that has seen as many tokens as the last part. Nothing that was read can be taken back.
+
+    Raises:
+        ValueError: no caches, or caches that do not fit together.
+
+    Example:
+        parts = [WildCatCache(model.config, ratio=0.25) for _ in passages]
+        for part, ids in zip(parts, passages):
+            model(ids, cache=part)
+        cache = join_caches(parts)
+    """
+    caches = list(caches)
+    _check(caches, settings)
+    last = caches[-1]
+    joined = last.fresh(settings)
+    for index, layer in enumerate(joined.layers):
+        if not isinstance(layer, WildCatLayer):
+            joined.layers[index] = copy.deepcopy(last.layers[index])
+            continue
+        states = [cache.layers[index].state for cache in caches]
+        row, log = _row(states, bounded=joined.settings.max_tokens is not None), states[-1].log
+        progress = Progress(
+            rows=[row] * len(states[-1].progress.rows),
+            seen=row.seen,
+            folded_at=row.seen,
+            settled=row.seen,
+            scale=states[-1].progress.scale,
+            spare=row.spare,
+        )
+        entries = _entries(states, row.sink)
+        carried = log.carried if log is not None and row.carried else None
+        layer.restore(progress, entries, entries.keys.shape[2], _span(states), carried)
+    joined.go_on_from(last)
+    return joined
+
+
+def _row(states: Sequence[LayerState], *, bounded: bool) -> Row:
+    """What a row of one layer holds once all parts are joined: the last one's, and the others as slots beside them."""
+    parts = [state.count_rows(state.progress.seen)[0] for state in states]
+    last, others = parts[-1], parts[:-1]
+    if not last.seen_at_fold:  # all of it is exact: its first tokens are the sink of what follows
+        sink = min(states[-1].settings.sink, last.exact)
+        last = replace(last, sink=sink, exact=last.exact - sink)
+    if states[-1].progress.exact:  # its queries are not those of a fold
+        last = replace(last, carried=0)
+    if bounded:
+        slots, spare = sum(row.counted for row in others), sum(row.spare for row in others)
+    else:  # a ratio counts the last part's tokens alone
+        slots, spare = 0, sum(row.stored for row in others)
+    return replace(last, slots=last.slots + slots, spare=last.spare + spare, seen_at_fold=last.seen)
+
+
+def _entries(states: Sequence[LayerState], sink: int) -> Entries:
+    """All entries, in the order of a row: the last part's sink, the other parts, the rest of the last one."""
+    *others, last = (state.entries for state in states)
+    parts = [last.slice(0, sink), *others, last.slice(sink, last.keys.shape[2])]
+    return Entries(*(torch.cat(tensors, dim=2) for tensors in zip(*(part.tensors() for part in parts), strict=True)))
+
+
+def _span(states: Sequence[LayerState]) -> ValueRange:
+    """The box around all values read."""
+    boxes = [state.value_range or ValueRange.of(state.entries.values) for state in states]
+    return functools.reduce(ValueRange.join, boxes)
+
+
+def _check(caches: Sequence[CompressedCache], settings: WildCatConfig | None) -> None:
+    """Refuse what cannot be joined."""
+    if strangers := [type(cache).__name__ for cache in caches if not isinstance(cache, CompressedCache)]:
+        raise TypeError(f"caches: {strangers[0]} is no compressed cache; give those that have read the parts")
+    if settings is not None and not isinstance(settings, WildCatConfig):
+        raise TypeError(f"settings={settings!r} is no WildCatConfig; give one, or leave it out")
+    if not caches:
+        raise ValueError("caches=[]: there is nothing to join; give at least one")
+    last = caches[-1]
+    for number, cache in enumerate(caches):
+        cache.check_in_step()
+        if fault := _fault(cache, last) or (unjoinable(cache) if len(caches) > 1 else None):
+            raise ValueError(
+                f"caches[{number}] {fault}; join caches of one model and method that read their parts alike"
+            )
+
+
+def _fault(cache: CompressedCache, last: CompressedCache) -> str | None:
+    """What keeps a cache from being joined to the last one, None for nothing."""
+    if cache.static:
+        return "is static"
+    if not cache.get_seq_length():
+        return "has read nothing"
+    if difference := cache.model.difference(last.model):
+        return f"is of another model: {difference}"
+    if describe(cache.compressor) != describe(last.compressor):
+        return f"compresses by {cache.compressor}, and the last one by {last.compressor}"
+    if cache.exact_layers != last.exact_layers:
+        return f"leaves layers {sorted(cache.exact_layers)} exact, and the last one {sorted(last.exact_layers)}"
+    ours, theirs = ([layer.state for layer in each.layers if isinstance(layer, WildCatLayer)] for each in (cache, last))
+    if len(ours[0].progress.rows) != len(theirs[0].progress.rows):
+        return f"has {len(ours[0].progress.rows)} rows, and the last one {len(theirs[0].progress.rows)}"
+    seen = ours[0].progress.seen
+    return "holds padding" if any(row.seen < seen for row in ours[0].count_rows(seen)) else None
+
+
+def unjoinable(cache: CompressedCache) -> str | None:
+    """What keeps caches of a model from being joined, as words that follow "the cache"; None for nothing."""
+    kinds = [type(layer).__name__ for layer in cache.layers if hasattr(layer, "conv_states")]
+    return f"has layers whose states cannot be joined ({kinds[0]})" if kinds else None

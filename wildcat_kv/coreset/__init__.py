@@ -1,0 +1,11 @@
+"""The paper, in plain tensors: WildCat, arXiv 2602.10056. Imports torch alone.
+
+Read `reference.py` first: the whole paper for one head in plain float64 lines. The fast versions match it numerically.
+
+    RPNYS        rpnys.py, rpnys_blocked.py for large ranks
+    COMPRESSKV   compresskv.py, for all bins at once binned.py and bins.py
+    WTDATTN      wtdattn.py
+    tau          temperature.py
+    randomness   noise.py
+    helpers      tensors.py
+"""

@@ -1,0 +1,70 @@
+"""Dtypes to compute in, and the way back to the dtype that a cache stores. Pure tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+
+def at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    """Name the dtype that holds numbers of `dtype` and of float32: float64 for float64, else float32."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def saturate_(numbers: Tensor, dtype: torch.dtype) -> Tensor:
+    """Convert numbers to `dtype`, those beyond its finite range to its ends.
+
+    Args:
+        numbers: float32 or float64, any shape; overwritten.
+        dtype: any floating point, wider or narrower than the numbers.
+
+    Returns:
+        The numbers in `dtype`.
+    """
+    # A bound beyond the numbers' own range would not convert to their dtype.
+    limit = min(torch.finfo(dtype).max, torch.finfo(numbers.dtype).max)
+    return numbers.clamp_(-limit, limit).to(dtype)
+
+
+def take_columns(tensor: Tensor, index: Tensor) -> Tensor:
+    """Entries `index` int64 (rows or 1, heads or 1, k) of a tensor (rows, heads, n, ...), copied."""
+    rows, heads = tensor.shape[:2]
+    if tensor.device.type == "cpu":  # whole runs of memory at a time: several times as fast
+        taken = tensor.new_empty(rows, heads, index.shape[-1], *tensor.shape[3:])
+        index = index.expand(rows, heads, -1)
+        for row in range(rows):
+            for head in range(heads):
+                torch.index_select(tensor[row, head], 0, index[row, head], out=taken[row, head])
+        return taken
+    every_row, every_head = (torch.arange(size, device=tensor.device) for size in (rows, heads))
+    return tensor[every_row[:, None, None], every_head[:, None], index]
+
+
+@contextmanager
+def full_precision(device: torch.device) -> Iterator[None]:
+    """float32 that is float32: no autocast, and no TF32 or bfloat16 inside matrix products."""
+    # Set for each backend: torch refuses its older global switch once a program has used these.
+    backends = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]  # type: ignore[attr-defined]
+    backends = [backend for backend in backends if hasattr(backend, "fp32_precision")]
+    before = [backend.fp32_precision for backend in backends]
+    try:
+        for backend in backends:
+            backend.fp32_precision = "ieee"
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        for backend, precision in zip(backends, before, strict=True):
+            backend.fp32_precision = precision
+
+
+@contextmanager
+def ordinary_tensors() -> Iterator[None]:
+    """Make tensors that outlive the forward pass: without a graph, and, under inference_mode too, writable later."""
+    if not torch.is_grad_enabled() and not torch.is_inference_mode_enabled():  # usual, and entering costs time
+        yield
+        return
+    with torch.inference_mode(False), torch.no_grad():
+        yield

@@ -1,0 +1,1 @@
+"""Fetched once and kept: wheels from PyPI (`downloads.py`), essays with needles in them (`haystack.py`)."""

@@ -1,0 +1,178 @@
+"""The "wildcat" attention of Transformers: an attention function and a mask function, registered under one name.
+
+With a cache of ours they find its layers through marks that travel with the tensors; with any other cache, or
+none, they hand everything to the implementation that the config had before.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import causal_mask_function
+
+from wildcat_kv.hook.marks import NAME, MarkedLength
+from wildcat_kv.hook.pattern import Pattern, pattern_of
+
+
+def wildcat_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *args: Any,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """The attention function registered as "wildcat".
+
+    Args:
+        module: the attention module, whose config names the implementation to fall back on.
+        query: (rows, heads, q, d).
+        key: (rows, kv_heads, n, d), marked by the layer of ours that it comes from, if any.
+        value: (rows, kv_heads, n, d_v).
+        attention_mask: of the fallback; not read where the layer is compressed.
+        *args: passed on to the fallback.
+        **kwargs: `scaling`, `softcap`, `s_aux` and others of Transformers' attention interface.
+
+    Returns:
+        Output (rows, q, heads, d_v), and the attention probabilities where the fallback gives them.
+    """
+    layer = getattr(key, "_wildcat_layer", None)
+    if layer is None:
+        return _fallback(module)(module, query, key, value, attention_mask, *args, **kwargs)
+    scale = kwargs.get("scaling")
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    if query.shape[2] > 1:  # looking at one token would stall the path of decoding
+        layer.check_reading(query, module.config, kwargs)
+    if layer.exact:
+        output, probabilities = _fallback(module)(module, query, key, value, attention_mask, *args, **kwargs)
+    else:
+        if kwargs.get("output_attentions"):
+            raise ValueError(
+                "output_attentions=True: tokens in a compressed layer have no attention probabilities of their own; "
+                "leave it out and call cache.reset(), or use DynamicCache"
+            )
+        # A mask of one number is the one that `wildcat_mask` gives a static cache.
+        unmasked = attention_mask is None or attention_mask.numel() == 1
+        own = getattr(value, "_wildcat_layer", None) is layer and unmasked
+        window = kwargs.get("sliding_window")
+        if not own or (window is not None and window < layer.get_seq_length()):
+            raise RuntimeError(
+                f"{type(module).__name__} changes the values, the mask or the window between the cache and its "
+                "attention, which compressed layers cannot follow; use DynamicCache for this model"
+            )
+        output, probabilities = layer.attend(query, key, value, scale, kwargs).transpose(1, 2).contiguous(), None
+    layer.after_attention(query, scale)
+    return output, probabilities
+
+
+def wildcat_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    *args: Any,
+    mask_function: Callable = causal_mask_function,
+    attention_mask: Tensor | None = None,
+    **kwargs: Any,
+) -> Any:
+    """The mask function registered as "wildcat".
+
+    A length that one of our caches has marked announces the forward pass to that cache. Where the cache is
+    compressed no mask is needed (causality among new tokens is known, everything folded is visible), and
+    padding is kept by the cache. Otherwise the mask is the fallback's, and new tokens may see later ones of the
+    same pass, such as those of an image.
+
+    Raises:
+        ValueError: a mask that hides earlier tokens, one that shows tokens of a later pass, one that shows later
+            tokens to the queries of a compressed cache, or a 2D mask of the wrong width.
+    """
+    fallback = _fallback_mask(kwargs.get("config"))
+    window = kwargs.get("local_size")
+    if isinstance(kv_length, MarkedLength) and window is not None and window < kv_length:
+        # For layers with a window. A model may ask even if it has none; then no layer uses it.
+        kv_length = int(kv_length)
+    if isinstance(kv_length, MarkedLength):
+        plain = mask_function is causal_mask_function or (window is not None and kwargs.get("allow_is_causal_skip"))
+        if attention_mask is not None and attention_mask.shape[-1] != kv_length:
+            raise ValueError(
+                f"attention_mask has width {attention_mask.shape[-1]}, but the cache has seen "
+                f"{kv_length - q_length} tokens and {q_length} are new: it must have width {int(kv_length)}; pass the "
+                "mask of all tokens so far, or reset() the cache before a new text"
+            )
+        pattern = Pattern.CAUSAL
+        if not plain:  # with token types even text has one of its own: it is read, not its name
+            pattern = pattern_of(
+                mask_function,
+                batch_size,
+                kv_length - q_length,
+                q_length,
+                attention_mask,
+                use_vmap=kwargs.get("use_vmap", False),
+                device=kwargs.get("device", "cpu"),
+            )
+            _check_pattern(pattern)
+        causal = pattern is Pattern.CAUSAL
+        forward = kv_length.layer.announce(batch_size, q_length, attention_mask, causal=causal)
+        if not forward.exact:
+            # A static cache has the mask made ahead of the traced pass, which does without only if there is one.
+            single = q_length == 1 and kv_length.layer.is_compileable
+            return torch.ones(1, 1, 1, 1, dtype=torch.bool, device=kwargs.get("device")) if single else None
+        kv_length = int(kv_length)
+    if fallback is None:
+        return None
+    return fallback(
+        batch_size,
+        q_length,
+        kv_length,
+        *args,
+        mask_function=mask_function,
+        attention_mask=attention_mask,
+        **kwargs,
+    )
+
+
+def _check_pattern(pattern: Pattern) -> None:
+    """Refuse masks that no pass of a compressed cache can have."""
+    if pattern is Pattern.NARROWER:
+        raise ValueError(
+            "mask_function hides earlier tokens from later ones (packed sequences, for example), which compressed "
+            "layers cannot follow; give each text a row of its own, or use DynamicCache for this input"
+        )
+    if pattern is Pattern.SPLIT:
+        raise ValueError(
+            "mask_function shows new tokens to some that the cache has read already (an image split between two "
+            "forward passes, for example); call cache.reset() and read all tokens of an image in one pass"
+        )
+
+
+def _fallback_name(config: Any) -> str:
+    """The implementation that the config had before; eager, which is right for every family, if unknown."""
+    return getattr(getattr(config, "_attn_implementation", None), "fallback", "eager")
+
+
+def _fallback(module: nn.Module) -> Callable:
+    """The attention function to use where nothing is compressed."""
+    return AttentionInterface().get_interface(_fallback_name(module.config), _eager(module))
+
+
+def _fallback_mask(config: Any) -> Callable | None:
+    """The mask function that belongs to it; None for implementations that take no mask."""
+    return AttentionMaskInterface().get(_fallback_name(config))
+
+
+def _eager(module: nn.Module) -> Callable | None:
+    """The eager attention of the module's own modeling file, where its family's peculiarities are."""
+    for cls in type(module).__mro__:
+        function = getattr(sys.modules[cls.__module__], "eager_attention_forward", None)
+        if function is not None:
+            return function
+    return None
+
+
+AttentionInterface.register(NAME, wildcat_attention)
+AttentionMaskInterface.register(NAME, wildcat_mask)

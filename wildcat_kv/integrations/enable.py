@@ -1,0 +1,317 @@
+"""Compressed caches for code that calls `generate()` by itself: models switched on and off, configs that say so."""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from accelerate.utils import extract_model_from_parallel, is_compiled_module
+from torch import nn
+from transformers import GenerationMixin
+from typing_extensions import Self
+
+from wildcat_kv.cache.read_check import with_read_check
+from wildcat_kv.compressors import Compressor
+from wildcat_kv.config import WildCatConfig
+from wildcat_kv.hook.keyword import CACHE, OLD, given_argument
+from wildcat_kv.hook.marks import AttentionName
+from wildcat_kv.integrations.hub_folder import generate as recipe_of_folder
+from wildcat_kv.models.support import check_prompt, decoder_config, with_parts
+from wildcat_kv.recipes.presets import Preset
+from wildcat_kv.recipes.recipe import SECTION, Recipe, chooses_a_cache
+
+# Attributes of an enabled model.
+_STATE = "_wildcat_kv"
+_GENERATE = "generate"
+
+
+class _Calls:
+    """Calls of `generate()` under way, in any thread. A copy of the model has its own."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.running = 0
+        self.disabled = False
+
+    def __reduce__(self) -> tuple[type[_Calls], tuple[()]]:
+        return _Calls, ()
+
+
+@dataclass(frozen=True, eq=False)
+class _Enabled:
+    """What an enabled model carries.
+
+    Attributes:
+        recipe: of its caches.
+        generate: of the model, as it is now.
+        replaced: a `generate` of the model's own, in the place of its class's; None for none.
+        attention: the configs whose attention a cache switches, each with the implementation that it had.
+        _calls: calls of `generate()` under way.
+    """
+
+    recipe: Recipe
+    generate: Any
+    replaced: Any
+    attention: list[tuple[Any, Any]]
+    _calls: _Calls = field(default_factory=_Calls)
+
+    @contextmanager
+    def call(self, model: Any, streamer: Any) -> Iterator[None]:
+        """One call of `generate()`, which keeps the attention that it began with, whoever disables the model meanwhile.
+
+        Whoever reads a `streamer` of the caller's waits for its end: a call that fails ends it.
+        """
+        with self._calls.lock:
+            self._calls.running += 1
+        try:
+            yield
+        except BaseException:
+            if streamer is not None:
+                streamer.end()
+            raise
+        finally:
+            with self._calls.lock:
+                self._calls.running -= 1
+                last = self._calls.disabled and not self._calls.running
+            if last:
+                self._give_back(model)
+
+    def end(self, model: Any) -> None:
+        """Give the configs their attention back, once the calls that are under way have ended."""
+        with self._calls.lock:
+            self._calls.disabled = True
+            idle = not self._calls.running
+        if idle:
+            self._give_back(model)
+
+    def _give_back(self, model: Any) -> None:
+        if _STATE in vars(model):  # enabled again meanwhile
+            return
+        for config, before in self.attention:
+            config._attn_implementation_internal = _attention_before(config._attn_implementation, before)
+
+
+class Handle:
+    """An enabled model; leaving the `with` block, or `disable()`, makes it what it was.
+
+    Attributes:
+        model: whose `generate()` compresses, the innermost of wrapped ones.
+        recipe: of its caches: `recipe.settings` and `recipe.compressor`.
+    """
+
+    def __init__(self, model: Any, state: _Enabled) -> None:
+        self.model = model
+        self.recipe = state.recipe
+        self._state = state
+
+    def disable(self) -> None:
+        """Make the model what it was; nothing happens where that has been done."""
+        if vars(self.model).get(_STATE) is self._state:
+            disable(self.model)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.disable()
+
+    def __repr__(self) -> str:
+        state = "enabled" if vars(self.model).get(_STATE) is self._state else "disabled"
+        return f"Handle({type(self.model).__name__}, {state}, {self.recipe.compressor!r}, {self.recipe.settings!r})"
+
+
+def enable(
+    model: Any,
+    settings: WildCatConfig | None = None,
+    *,
+    preset: str | Path | Preset | None = None,
+    compressor: str | Compressor | None = None,
+    **fields: Any,
+) -> Handle:
+    """Give every `generate()` of a model a fresh compressed cache, unless the caller passes one.
+
+    A call that names a cache of its own by `cache` or `cache_implementation`, that wants none
+    (`use_cache=False`), or that brings `custom_generate` is left alone, and so are those of an assistant, whose guesses
+    are taken back. Works with pipelines, with models dispatched by accelerate, and with PEFT adapters, whether they
+    were put on before or are put on after. A copy of the model, or one that was pickled, is enabled by itself.
+
+    Args:
+        model: a Transformers decoder; or one wrapped by PEFT or for data parallelism.
+        settings: of the caches; or:
+        preset: a preset's name, file or object; by default what `patch_config` wrote into the model's config, or,
+            without that, "published".
+        compressor: the method, by name or as an object, instead of the preset's.
+        **fields: of `WildCatConfig`, such as ratio=0.25, instead of the preset's.
+
+    Returns:
+        A handle, which is a context manager.
+
+    Raises:
+        TypeError: no model with `generate()`.
+        ValueError: enabled already, a model that cannot be compressed or is compiled, settings that do not fit, or a
+            section of the config that does not. The model is left as it was.
+
+    Example:
+        with wildcat_kv.enable(model, ratio=0.25):
+            pipeline("text-generation", model=model, tokenizer=tokenizer)(prompt)
+    """
+    inner = _innermost(model) if isinstance(model, nn.Module) else model
+    if isinstance(model, nn.Module):
+        check_prompt(model, model)
+    _check(inner)
+    recipe = Recipe.choose(inner.config, settings, preset=preset, compressor=compressor, **fields)
+    recipe.check(inner.config)
+    switched = with_parts(decoder_config(inner.config))
+    attention = [(config, config._attn_implementation) for config in switched]
+    generate = functools.partial(_generate, inner)  # no closure: copies of the model have their own
+    state = _Enabled(recipe, generate, vars(inner).get(_GENERATE), attention)
+    if vars(inner).setdefault(_STATE, state) is not state:  # by another thread, since it was checked
+        _check_disabled(inner)
+    setattr(inner, _GENERATE, generate)
+    return Handle(inner, state)
+
+
+def disable(model: Any) -> None:
+    """Make an enabled model what it was before, its config included.
+
+    Args:
+        model: as given to `enable`.
+
+    Raises:
+        ValueError: it is not enabled.
+    """
+    inner = _innermost(model) if isinstance(model, nn.Module) else model
+    state = getattr(inner, "__dict__", {}).get(_STATE)
+    if state is None:
+        raise ValueError(f"model={type(inner).__name__} is not enabled; there is nothing to disable")
+    delattr(inner, _STATE)
+    if vars(inner).get(_GENERATE) is state.generate:  # not what others put around it since
+        delattr(inner, _GENERATE)
+        if state.replaced is not None:
+            setattr(inner, _GENERATE, state.replaced)
+    state.end(inner)
+
+
+def patch_config(
+    config: Any,
+    settings: WildCatConfig | None = None,
+    *,
+    preset: str | Path | Preset | None = None,
+    compressor: str | None = None,
+    **fields: Any,
+) -> None:
+    """Write into a model's config how its cache is to be compressed; `enable(model)` obeys it.
+
+    The section goes where the config goes, `save_pretrained` and `from_pretrained` included. A section that is there
+    is what is changed; with a preset or settings it is replaced.
+
+    Args:
+        config: a Transformers config, such as `model.config`.
+        settings: of the cache; or:
+        preset: a preset's name, file or object.
+        compressor: the method's name, instead of the preset's.
+        **fields: of `WildCatConfig`, such as ratio=0.25, instead of the preset's.
+
+    Raises:
+        TypeError: config is no Transformers config.
+        ValueError: a model that cannot be compressed, or settings that do not fit. The config is left as it was.
+
+    Example:
+        wildcat_kv.patch_config(model.config, preset="balanced")
+        model.save_pretrained("compressed")
+    """
+    recipe = Recipe.choose(config, settings, preset=preset, compressor=compressor, **fields)
+    section = recipe.section()
+    recipe.check(config)
+    setattr(config, SECTION, section)
+
+
+@functools.wraps(GenerationMixin.generate, assigned=("__doc__",))  # its name is its own: models are pickled with it
+def _generate(model: Any, *args: Any, **kwargs: Any) -> Any:
+    """`generate()` of an enabled model."""
+    state: _Enabled | None = vars(model).get(_STATE)
+    if state is None:  # disabled, and called by what others put around it
+        return type(model).generate(model, *args, **kwargs)
+    replaced = state.replaced
+    with state.call(model, given_argument("streamer", args, kwargs)):
+        if kwargs.get("custom_generate") is None and not chooses_a_cache(model, args, kwargs):
+            check_prompt(model)
+            _check_state(model)
+            cache = state.recipe.cache(model.config)
+            args, kwargs = with_read_check(model, cache, args, kwargs)
+            kwargs = {name: value for name, value in kwargs.items() if name != OLD} | {CACHE: cache}
+            if getattr(replaced, "func", None) is recipe_of_folder:  # which would make a cache too
+                replaced = None
+        return replaced(*args, **kwargs) if replaced is not None else type(model).generate(model, *args, **kwargs)
+
+
+def _attention_before(current: Any, before: Any) -> Any:
+    """The implementation that a config had before, unless another was chosen since."""
+    if not isinstance(current, AttentionName):
+        return current
+    fallback = before.fallback if isinstance(before, AttentionName) else before or "eager"
+    return before if current.fallback == fallback else current.fallback
+
+
+def _innermost(model: Any) -> Any:
+    """The Transformers model in wrappers of accelerate, torch and PEFT."""
+    inner = extract_model_from_parallel(model, keep_torch_compile=False)
+    return inner.get_base_model() if hasattr(inner, "get_base_model") else inner
+
+
+def _check(model: Any) -> None:
+    """Refuse what is no model to enable, or not in a state to be."""
+    name = type(model).__name__
+    if not isinstance(model, nn.Module) or not all(hasattr(model, part) for part in (_GENERATE, "generation_config")):
+        raise TypeError(
+            f"model={name} is no Transformers model with generate(); give one, such as AutoModelForCausalLM's"
+        )
+    _check_disabled(model)
+    _check_state(model)
+    if getattr(model.generation_config, "use_cache", None) is False:
+        raise ValueError(
+            "model.generation_config.use_cache=False asks for no cache in every generate(); set it to True"
+        )
+    if (implementation := getattr(model.generation_config, "cache_implementation", None)) is not None:
+        raise ValueError(
+            f"model.generation_config.cache_implementation={implementation!r} asks for another cache in every "
+            "generate(); set it to None"
+        )
+
+
+def _check_disabled(model: Any) -> None:
+    """Refuse a model that is enabled."""
+    if (state := vars(model).get(_STATE)) is not None:
+        raise ValueError(
+            f"model={type(model).__name__} is enabled already, with {state.recipe.compressor!r} and "
+            f"{state.recipe.settings!r}; call wildcat_kv.disable(model) first"
+        )
+
+
+def _check_state(model: Any) -> None:
+    """Refuse a model that is compiled, in part too, or that does without caches while it learns."""
+    if model.training and any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
+        raise ValueError(
+            f"model={type(model).__name__} is in training mode with gradient checkpointing, and uses no cache then; "
+            "call model.eval() first"
+        )
+    if any(map(_is_compiled, model.modules())):
+        raise ValueError(
+            f"model={type(model).__name__} is compiled, and what a growing cache does cannot be traced; take one that "
+            "is not, or pass WildCatCache(model.config, max_tokens=..., static=True) to generate() yourself"
+        )
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    """Whether `module.compile()`, `torch.compile(module)` or `module.forward = torch.compile(...)` was called."""
+    forward = vars(module).get("forward")
+    return (
+        getattr(module, "_compiled_call_impl", None) is not None
+        or is_compiled_module(module)
+        or hasattr(forward, "_torchdynamo_orig_callable")
+    )

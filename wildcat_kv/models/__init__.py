@@ -1,0 +1,12 @@
+"""What is asked of a Transformers model, and a small model to start from.
+
+support.py, modeling_source.py   which models can be compressed
+rope.py, probe.py                how a layer rotates its keys
+identity.py                      which model a saved cache belongs to
+default.py, smollm.py, loading.py   models to try it with
+"""
+
+from wildcat_kv.models.default import default_model, default_model_path, load_model
+from wildcat_kv.models.loading import ModelError
+
+__all__ = ["ModelError", "default_model", "default_model_path", "load_model"]

@@ -1,0 +1,146 @@
+"""Load a causal language model with its tokenizer from a folder, a GGUF file or the hub; errors in one line."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as transformers_logging
+
+from wildcat_kv.data.downloads import progress
+
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_NOT_REACHED = {"LocalEntryNotFoundError", "OfflineModeIsEnabled", "ConnectError", "ConnectionError"}
+_NOT_FOUND = {"RepositoryNotFoundError", "RevisionNotFoundError", "GatedRepoError"}
+
+_T = TypeVar("_T")
+
+
+class ModelError(RuntimeError):
+    """A model could not be loaded; the message is one line that names the source and the way out."""
+
+
+def load_folder(source: str, folder: Path, dtype: torch.dtype, device_map: str | None = None) -> tuple[Any, Any]:
+    """The model and tokenizer of a folder written by save_pretrained; `source` names it in a ModelError."""
+    if not (folder / "config.json").is_file():
+        raise ModelError(
+            f"{source}: the folder has no config.json, so it is not a Transformers model; "
+            "name a folder written by save_pretrained, or a .gguf file by its full path"
+        )
+
+    def load() -> tuple[Any, Any]:
+        return load_weights(folder, dtype, device_map), AutoTokenizer.from_pretrained(folder, local_files_only=True)
+
+    with progress(f"Loading {source}"), quiet():
+        return guarded(source, "check that its files are complete, or copy the folder again", load)
+
+
+def load_gguf_file(source: str, path: Path, dtype: torch.dtype, device_map: str | None = None) -> tuple[Any, Any]:
+    """The model and tokenizer of a GGUF file, dequantised; `source` names it in a ModelError."""
+    if not path.is_file():
+        raise ModelError(f"{source}: no such file; check the path (current folder: {Path.cwd()})")
+    advice = "the file may be cut short or of an unsupported kind; fetch it again or use another format"
+    with progress(f"Loading {source} (dequantising)"), quiet():
+        return guarded(source, advice, lambda: from_gguf(path, dtype, device_map))
+
+
+def load_hub(source: str, path: Path, dtype: torch.dtype, device_map: str | None = None) -> tuple[Any, Any]:
+    """The model and tokenizer of a hub id; `path` is `source` as a path, which must not exist."""
+    if path.exists():
+        raise ModelError(f"{source}: a file, but not a .gguf file; name a model folder or a .gguf file")
+    if not _HUB_ID.fullmatch(source) or source.startswith("."):
+        raise ModelError(f"{source}: no such folder, and not a hub id (owner/name); check the path or the spelling")
+    # The hub's own progress bars stay: a download can be large.
+    try:
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, device_map=device_map)
+        return model, AutoTokenizer.from_pretrained(source)
+    except Exception as error:
+        _raise_hub_error(source, error)
+
+
+def _raise_hub_error(source: str, error: Exception) -> NoReturn:
+    kinds = {type(link).__name__ for link in _chain(error)}
+    if kinds & _NOT_FOUND:
+        what = "not on the hub, or you have no access; check the spelling, or log in with 'hf auth login'"
+    elif kinds & _NOT_REACHED or "connect" in str(error):
+        what = (
+            "no such local folder, and the hub cannot be reached; check the network, "
+            "or name a local folder or a .gguf file"
+        )
+    else:
+        what = f"cannot be loaded from the hub: {first_line(error)}; check that it is a causal language model"
+    raise ModelError(f"{source}: {what}") from error
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def guarded(source: str, advice: str, load: Callable[[], _T]) -> _T:
+    """What `load` returns; whatever it raises becomes a ModelError of one line with `advice`."""
+    # Damaged files fail deep inside with almost any exception type (struct.error, ValueError, ...).
+    try:
+        return load()
+    except Exception as error:
+        raise ModelError(f"{source}: cannot be loaded ({first_line(error)}); {advice}") from error
+
+
+def first_line(error: BaseException) -> str:
+    """The kind of an error and the first line of its message."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
+
+
+def load_weights(folder: Path, dtype: torch.dtype, device_map: str | None = None) -> Any:
+    """The model of a folder, without its tokenizer and without the network."""
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, device_map=device_map, local_files_only=True)
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Silence Transformers' logs below errors and its progress bars inside the block."""
+    level = transformers_logging.get_verbosity()
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+def from_gguf(path: Path, dtype: torch.dtype, device_map: str | None = None) -> tuple[Any, Any]:
+    """The dequantised model and the tokenizer of a GGUF file; raises whatever Transformers raises."""
+    extra: dict[str, Any] = {}
+    # Releases that know GgufConfig keep the weights packed unless told otherwise; older ones never do.
+    if hasattr(transformers, "GgufConfig"):
+        extra["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    # The GGUF reader has a progress bar that ignores Transformers' switch.
+    with contextlib.redirect_stderr(io.StringIO()):
+        extra["device_map"] = device_map
+        model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=dtype, **extra)
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    _align_special_tokens(tokenizer, model.config)
+    return model.eval(), tokenizer
+
+
+def _align_special_tokens(tokenizer: Any, config: Any) -> None:
+    # Transformers 5.17 names the start token as the end token for GGUF tokenizers of the GPT-2 kind, so
+    # chats would never stop there; the ids in the model's config come from the file and are right.
+    for name in ("bos", "eos", "pad", "unk"):
+        number = getattr(config, f"{name}_token_id", None)
+        if isinstance(number, int) and 0 <= number < len(tokenizer):
+            setattr(tokenizer, f"{name}_token", tokenizer.convert_ids_to_tokens(number))
+    # The clean-up eats spaces before punctuation, so that decoding would not give back the text.
+    tokenizer.clean_up_tokenization_spaces = False

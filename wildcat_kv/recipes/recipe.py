@@ -1,0 +1,185 @@
+"""What a cache is to be made of: from arguments, from a preset, or from the section that a model's config carries."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from wildcat_kv.cache.caches import CompressedCache
+from wildcat_kv.compressors import Compressor, resolve
+from wildcat_kv.config import WildCatConfig
+from wildcat_kv.hook.keyword import given_argument, given_cache
+from wildcat_kv.models.support import decoder_config
+from wildcat_kv.recipes.presets import Preset, load_preset
+from wildcat_kv.validation import one_line
+
+# The attribute of a Transformers config, and the key in config.json.
+SECTION = "wildcat_kv"
+VERSION: Literal[1] = 1
+DEFAULT_PRESET = "published"
+
+
+class Section(BaseModel):
+    """What a model's config says of its cache.
+
+    Args:
+        version: of this schema.
+        preset: where the settings came from, for the reader.
+        compressor: the method's name.
+        settings: of the cache.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    version: Literal[1] = Field(description="version is 1")
+    preset: str | None = Field(None, description="preset is the name of the preset that the settings came from")
+    compressor: str = Field("wildcat", description="compressor is the method, a name of `wildcat-kv methods`")
+    settings: WildCatConfig = Field(description="settings are a mapping of fields of WildCatConfig")
+
+    @field_validator("compressor")
+    @classmethod
+    def _is_a_method(cls, compressor: str) -> str:
+        resolve(compressor, WildCatConfig(ratio=1.0))
+        return compressor
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A method and its settings, for as many caches as are wanted.
+
+    Attributes:
+        settings: budget, exact ends and so on.
+        compressor: the method.
+        preset: the name of the preset that it began with, if any.
+    """
+
+    settings: WildCatConfig
+    compressor: str | Compressor
+    preset: str | None = None
+
+    @staticmethod
+    def choose(
+        config: Any,
+        settings: WildCatConfig | None = None,
+        *,
+        preset: str | Path | Preset | None = None,
+        compressor: str | Compressor | None = None,
+        **fields: Any,
+    ) -> Recipe:
+        """Put together what was given with what it leaves open.
+
+        Args:
+            config: of the model.
+            settings: all of them; or:
+            preset: what to begin with, by name, file or object; by default the section of `config` that
+                `patch_config` wrote, or, without one, the preset "published".
+            compressor: the method, instead of the preset's.
+            **fields: of `WildCatConfig`, instead of the preset's; a budget replaces the preset's, and `max_tokens` its
+                `exact_layers` too, which have no limit.
+
+        Raises:
+            TypeError: config is no Transformers config.
+            ValueError: a model that cannot be compressed, settings beside a preset or fields, no such preset, a
+                wrong field, or a section that does not fit, which names the path of the field.
+        """
+        decoder = decoder_config(config)
+        if settings is not None:
+            if not isinstance(settings, WildCatConfig):
+                raise ValueError(
+                    f"settings={settings!r} is no WildCatConfig; give its fields by name, such as ratio=0.25"
+                )
+            if beside := [*(["preset"] if preset is not None else []), *fields]:
+                raise ValueError(f"{', '.join(beside)} given beside settings; use settings.changed(...) instead")
+            return Recipe(settings, "wildcat" if compressor is None else compressor)
+        if preset is None and (section := read_section(config)) is not None:
+            base = Recipe(section.settings, section.compressor, section.preset)
+        else:
+            name = DEFAULT_PRESET if preset is None else preset
+            loaded = name if isinstance(name, Preset) else load_preset(name)
+            base = Recipe(
+                loaded.settings_for(decoder),
+                loaded.compressor,
+                None if isinstance(name, Preset) else Path(name).stem,
+            )
+        changed = base.settings.changed(**fields) if fields else base.settings
+        return Recipe(changed, base.compressor if compressor is None else compressor, base.preset)
+
+    def cache(self, config: Any) -> CompressedCache:
+        """A new cache for the model of this config; see `CompressedCache`."""
+        return CompressedCache(config, self.settings, compressor=self.compressor)
+
+    def check(self, config: Any) -> None:
+        """Refuse a model that no cache can be made for, and leave its config as it is.
+
+        Raises:
+            TypeError, ValueError: as `CompressedCache`.
+        """
+        self.cache(copy.deepcopy(config))
+
+    def section(self) -> dict[str, Any]:
+        """As plain data, for a model's config.
+
+        Raises:
+            ValueError: the method is none, or an object, which a config cannot hold.
+        """
+        if not isinstance(self.compressor, str):
+            raise ValueError(
+                f"compressor={self.compressor!r}: a config holds names; give one of `wildcat-kv methods`, and offer a "
+                "method of your own under the entry point wildcat_kv.compressors"
+            )
+        try:
+            section = Section(version=VERSION, preset=self.preset, compressor=self.compressor, settings=self.settings)
+        except ValidationError as error:
+            raise ValueError(one_line(error, Section)) from None
+        return section.model_dump(mode="json", exclude_none=True)
+
+
+def chooses_a_cache(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a call of `generate()` says which cache it wants, or that it wants none, or is an assistant's.
+
+    Args:
+        model: whose call.
+        args: of the call, in their order.
+        kwargs: of the call, by name.
+    """
+    config = given_argument("generation_config", args, kwargs)
+    use_cache, implementation = (
+        getattr(config, name, None) if kwargs.get(name) is None else kwargs[name]
+        for name in ("use_cache", "cache_implementation")
+    )
+    if use_cache is None:
+        use_cache = model.generation_config.use_cache
+    named = given_cache(kwargs) is not None or implementation is not None
+    return named or use_cache is False or getattr(config, "is_assistant", False)
+
+
+def read_section(config: Any) -> Section | None:
+    """The section that `patch_config` wrote into a Transformers config, None where there is none.
+
+    Raises:
+        ValueError: an unknown key, a version of a later release, or a wrong type; names the path of the field.
+    """
+    found = getattr(config, SECTION, None)
+    if found is None:
+        return None
+    if not isinstance(found, dict):
+        raise ValueError(f"config.{SECTION}={found!r} must be a mapping; write it with wildcat_kv.patch_config")
+    version = found.get("version")
+    if isinstance(version, bool):
+        raise ValueError(f"config.{SECTION}.version={version}: must be a number, {VERSION}")
+    if not all(isinstance(name, str) for name in found):
+        raise ValueError(f"config.{SECTION} has a name that is no text; write it with wildcat_kv.patch_config")
+    if isinstance(version, int) and version > VERSION:
+        raise ValueError(
+            f"config.{SECTION}.version={version}: this release reads {VERSION}; install a newer wildcat_kv, or write "
+            "the section anew with wildcat_kv.patch_config(config, preset=...)"
+        )
+    try:
+        return Section.model_validate(found)
+    except (ValidationError, TypeError) as error:
+        reason = one_line(error, Section) if isinstance(error, ValidationError) else str(error)
+        raise ValueError(f"config.{SECTION}.{reason}") from None
