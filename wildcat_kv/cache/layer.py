@@ -21,7 +21,7 @@ from wildcat_kv.cache.value_range import ValueRange
 from wildcat_kv.compressors import Compressor, Everything
 from wildcat_kv.compressors.rotation import Rotation
 from wildcat_kv.config import WildCatConfig
-from wildcat_kv.coreset.wtdattn import coreset_attention
+from wildcat_kv.coreset.wtdattn import AttentionOptions, coreset_attention
 from wildcat_kv.hook.marks import NAME, Forward, MarkedLength, mark
 
 
@@ -401,12 +401,7 @@ class WildCatLayer(CacheLayerMixin):
         storage, value_range = self._state.storage, self._state.value_range
         assert storage is not None
         weights, valid = storage.weights()
-        return coreset_attention(
-            query,
-            keys,
-            values,
-            weights,
-            weighting=storage.weighting,
+        attention = AttentionOptions(
             scale=scale,
             valid=valid,
             causal=True,
@@ -414,6 +409,7 @@ class WildCatLayer(CacheLayerMixin):
             softcap=options.get("softcap"),
             sink_logits=options.get("s_aux"),
         )
+        return coreset_attention(query, keys, values, weights, storage.weighting, attention)
 
     def after_attention(self, query: Tensor, scale: float) -> None:
         """Fold where a row is over its budget, now that the newest tokens have been attended to.

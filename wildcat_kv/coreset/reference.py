@@ -207,8 +207,9 @@ def wtdattn(Q: Tensor, K_S: Tensor, V_S: Tensor, w: Tensor, v_min: Tensor, v_max
         float64 (m, d_v). A denominator at or below 1e-6 of its terms' magnitudes gives 0, then the clip.
 
     Example:
-        >>> Q, K = torch.zeros(1, 2), torch.zeros(2, 2)
-        >>> wtdattn(Q, K, torch.tensor([[6.0], [1.0]]), torch.tensor([3.0, 1.0]), *torch.tensor([[1.0], [2.0]]), scale=1)
+        >>> Q, K_S = torch.zeros(1, 2), torch.zeros(2, 2)
+        >>> V_S, w = torch.tensor([[6.0], [1.0]]), torch.tensor([3.0, 1.0])
+        >>> wtdattn(Q, K_S, V_S, w, torch.tensor([1.0]), torch.tensor([2.0]), scale=1.0)
         tensor([[1.7500]], dtype=torch.float64)
     """
     scores = scale * Q.double() @ K_S.double().T
