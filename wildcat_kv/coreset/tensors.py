@@ -1,4 +1,4 @@
-"""Dtypes to compute in, and the way back to the dtype that a cache stores. Pure tensors."""
+"""Helpers for tensors: dtypes to compute in and to store, gathering, precision."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def saturate_(numbers: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def take_columns(tensor: Tensor, index: Tensor) -> Tensor:
-    """Entries `index` int64 (rows or 1, heads or 1, k) of a tensor (rows, heads, n, ...), copied."""
+    """Copy entries `index` int64 (rows or 1, heads or 1, k) of a tensor (rows, heads, n, ...)."""
     rows, heads = tensor.shape[:2]
     if tensor.device.type == "cpu":  # whole runs of memory at a time: several times as fast
         taken = tensor.new_empty(rows, heads, index.shape[-1], *tensor.shape[3:])
@@ -45,7 +45,7 @@ def take_columns(tensor: Tensor, index: Tensor) -> Tensor:
 
 @contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
-    """float32 that is float32: no autocast, and no TF32 or bfloat16 inside matrix products."""
+    """Compute in true float32: no autocast, and no TF32 or bfloat16 inside matrix products."""
     # Set for each backend: torch refuses its older global switch once a program has used these.
     backends = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]  # type: ignore[attr-defined]
     backends = [backend for backend in backends if hasattr(backend, "fp32_precision")]
@@ -62,7 +62,7 @@ def full_precision(device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def ordinary_tensors() -> Iterator[None]:
-    """Make tensors that outlive the forward pass: without a graph, and, under inference_mode too, writable later."""
+    """Make tensors that outlive the forward pass: without a graph, and writable even after inference_mode."""
     if not torch.is_grad_enabled() and not torch.is_inference_mode_enabled():  # usual, and entering costs time
         yield
         return
