@@ -2,8 +2,8 @@
 
 Run it from a checkout that has the extra `eval` (matplotlib comes with it); nothing is measured, it takes seconds:
 
-    python docs/figures.py            # writes docs/images/*.svg
-    python docs/figures.py --png DIR  # also as PNG, to be looked at
+    python -m docs.figures            # writes docs/images/*.svg
+    python -m docs.figures --png DIR  # also as PNG, to be looked at
 
 The same records give the same bytes. `budget-short.svg` is computed from the budget's arithmetic and `travel.svg` is
 drawn; all others show means or medians of the samples on disk.
@@ -23,6 +23,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
 
+from eval.records import Folder
 from wildcat_kv import WildCatConfig
 from wildcat_kv.cache.budget import Row, plan_fold
 
@@ -326,8 +327,7 @@ def _arrow(
 
 def _samples(folder: Path) -> list[dict[str, Any]]:
     """The samples of an evaluation run."""
-    lines = (folder / "samples.jsonl").read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines]
+    return Folder(folder).records()
 
 
 def _mean(samples: Sequence[dict[str, Any]], task: str, metric: str, method: str, ratio: float) -> float:

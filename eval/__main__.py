@@ -58,12 +58,23 @@ def run(
 
 @app.command()
 def report(folder: Annotated[Path, typer.Argument(help="Folder of a run, finished or not.")]) -> None:
-    """Make tables, plots and report of a run anew."""
+    """Make tables, plots and report of a run anew, and print the report's path."""
     from eval.records import Folder
     from eval.report import write_report
 
     found = Folder(folder)
-    write_report(found.manifest, found.records(), folder)
+    print(write_report(found.manifest, found.records(), folder))
+
+
+@app.command()
+def archive(
+    folders: Annotated[list[Path], typer.Argument(help="Folders of finished runs.")],
+) -> None:
+    """Make finished runs small: pack the samples, remove what `report` draws anew from them."""
+    from eval.archive import archive_run
+
+    for folder in folders:
+        print(f"{folder}: {archive_run(folder):,} bytes")
 
 
 @app.command()

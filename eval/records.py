@@ -1,14 +1,19 @@
-"""The folder of a run: what it is (`run.json`) and one JSON line a measurement (`samples.jsonl`)."""
+"""The folder of a run: its description (`run.json`) and one JSON line a measurement (`samples.jsonl`, or `.gz`)."""
 
 from __future__ import annotations
 
+import gzip
 import json
+import zlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from wildcat_kv.files import replacing
+
 MANIFEST = "run.json"
 SAMPLES = "samples.jsonl"
+PACKED = f"{SAMPLES}.gz"
 # What may differ between the run that began and the one that resumes it.
 _FREE = ("command", "started", "finished", "machine", "commit")
 
@@ -20,7 +25,7 @@ class Folder:
 
     Args:
         path: the folder.
-        rank: of this process.
+        rank: number of this process.
     """
 
     def __init__(self, path: Path, rank: int = 0) -> None:
@@ -66,10 +71,16 @@ class Folder:
             raise ValueError(f"output={str(self.path)!r} holds another run: {changed}; choose another folder")
 
     def begin(self, manifest: dict[str, Any]) -> None:
-        """Start a new run, or go on with an interrupted one, whose last line may have been cut short."""
+        """Start a new run, or go on with an interrupted one, whose last line may have been cut short.
+
+        Packed samples are unpacked first, so that lines can be appended to them.
+        """
         earlier = self.manifest if (self.path / MANIFEST).exists() else manifest
         self.path.mkdir(parents=True, exist_ok=True)
+        for left_over in self.path.glob(".*.partial"):
+            left_over.unlink()
         self._write({**earlier, "finished": None})
+        self._unpack()
         for path in self._files():
             text = path.read_bytes()
             end = text.rfind(b"\n") + 1
@@ -78,7 +89,7 @@ class Folder:
                     file.truncate(end)
 
     def finish(self, when: str) -> dict[str, Any]:
-        """Note that all is measured; returns the manifest."""
+        """Write down that all is measured; returns the manifest."""
         manifest = {**self.manifest, "finished": when}
         self._write(manifest)
         return manifest
@@ -100,23 +111,47 @@ class Folder:
         if shards == [self.path / SAMPLES] and records == wanted:
             return
         lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in wanted]
-        whole = self.path / f"{SAMPLES}.new"
-        whole.write_text("".join(lines), encoding="utf-8")
-        whole.replace(self.path / SAMPLES)
+        with replacing(self.path / SAMPLES) as whole:
+            whole.write_text("".join(lines), encoding="utf-8")
         for shard in shards:
             if shard.name != SAMPLES:
                 shard.unlink()
+
+    def pack(self) -> None:
+        """Compress the samples of a finished run; the same bytes for the same samples.
+
+        Raises:
+            ValueError: there is no run, or it has not finished.
+        """
+        if not self.manifest.get("finished"):
+            raise ValueError(f"output={str(self.path)!r} holds a run that has not finished; finish it with --resume")
+        plain = self.path / SAMPLES
+        if plain.is_file():
+            with replacing(self.path / PACKED) as packed:
+                packed.write_bytes(gzip.compress(plain.read_bytes(), compresslevel=9, mtime=0))
+            plain.unlink()
+
+    def _unpack(self) -> None:
+        plain, packed = self.path / SAMPLES, self.path / PACKED
+        if not packed.is_file():
+            return
+        if not plain.is_file():  # else an unpacking was interrupted after its last step but one
+            text = _read(packed)
+            with replacing(plain) as whole:
+                whole.write_bytes(text)
+        packed.unlink()
 
     def _shard(self) -> Path:
         return self.path / (SAMPLES if self._rank == 0 else f"samples.{self._rank}.jsonl")
 
     def _files(self) -> list[Path]:
-        return [path for path in sorted(self.path.glob("samples*.jsonl")) if path.is_file()]
+        found = [path for path in sorted(self.path.glob("samples*.jsonl")) if path.is_file()]
+        packed = self.path / PACKED
+        return [packed, *found] if packed.is_file() and self.path / SAMPLES not in found else found
 
     def _write(self, manifest: dict[str, Any]) -> None:
-        new = self.path / f"{MANIFEST}.new"
-        new.write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        new.replace(self.path / MANIFEST)
+        with replacing(self.path / MANIFEST) as new:
+            new.write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def key_of(record: dict[str, Any]) -> Key:
@@ -141,8 +176,18 @@ def _difference(earlier: dict[str, Any], now: dict[str, Any]) -> str:
 
 
 def _whole_lines(path: Path) -> list[dict[str, Any]]:
-    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    lines = _read(path).decode("utf-8", errors="replace").split("\n")
     try:
         return [json.loads(line) for line in lines[:-1]]
     except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}; choose another folder") from None
+
+
+def _read(path: Path) -> bytes:
+    """Read a file of samples, packed or not."""
+    if path.suffix != ".gz":
+        return path.read_bytes()
+    try:
+        return gzip.decompress(path.read_bytes())
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise ValueError(f"{path} is damaged: {error}; choose another folder") from None

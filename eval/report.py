@@ -17,6 +17,7 @@ from eval.plots import file_name, save_plots
 from eval.summary import EVERY, Budget, find_budgets, find_methods, summarise
 from eval.tables import Table, escape_markdown, make_tables, markdown
 
+REPORT, SUMMARY = "report.html", "summary.md"
 SHOWN_SAMPLES = 3  # of a task, the first ones
 SHOWN_CHARACTERS = 400  # of a prediction
 
@@ -32,13 +33,16 @@ _BEST = "Bold: the best of the compressed methods, and all that print the same."
 _INVISIBLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]")
 
 
-def write_report(manifest: dict[str, Any], records: Sequence[dict[str, Any]], folder: Path) -> None:
+def write_report(manifest: dict[str, Any], records: Sequence[dict[str, Any]], folder: Path) -> Path:
     """Write `report.html`, `summary.md` and the plots; the same bytes for the same run.
 
     Args:
         manifest: of the run; one that is not finished says so.
         records: of the run.
-        folder: to write to; made if it is not there.
+        folder: folder to write to; made if it is not there.
+
+    Returns:
+        Path of the report.
 
     Raises:
         ValueError: no records, or a task that the manifest does not describe.
@@ -52,7 +56,7 @@ def write_report(manifest: dict[str, Any], records: Sequence[dict[str, Any]], fo
         "reading": [*([_COMPARED] if summary["difference"].notna().any() else []), _BEST],
         "sections": _sections(manifest, records, tables, plots),
     }
-    (folder / "summary.md").write_text(_summary(page), encoding="utf-8")
+    (folder / SUMMARY).write_text(_summary(page), encoding="utf-8")
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -63,7 +67,8 @@ def write_report(manifest: dict[str, Any], records: Sequence[dict[str, Any]], fo
     )
     config = yaml.safe_dump(manifest.get("config") or {}, sort_keys=False, allow_unicode=True)
     html = environment.get_template("report.html.jinja").render(page, config=config, baseline=BASELINE, embed=_embed)
-    (folder / "report.html").write_text(html, encoding="utf-8")
+    (folder / REPORT).write_text(html, encoding="utf-8")
+    return folder / REPORT
 
 
 def visible(text: str) -> str:

@@ -16,7 +16,9 @@ import yaml
 
 import eval.run
 from eval.__main__ import main
+from eval.archive import archive_run
 from eval.config import RunConfig, read_config
+from eval.records import Folder
 
 pytest_plugins = ["tests.eval_fixtures"]
 
@@ -353,6 +355,66 @@ def test_a_damaged_run_is_not_gone_on_with(config_file, interrupted, reported, d
     assert contents(folder)[damage] == before[damage]
 
 
+# Runs to keep
+
+
+@pytest.fixture
+def archived(reference, tmp_path):
+    """Makes an archive of the first lines of the run."""
+
+    def make(lines):
+        folder = tmp_path / "archived"
+        shutil.copytree(reference, folder)
+        text = (folder / "samples.jsonl").read_text().splitlines(keepends=True)
+        (folder / "samples.jsonl").write_text("".join(text[:lines]))
+        archive_run(folder)
+        return folder
+
+    return make
+
+
+def test_an_archive_holds_the_same_samples(reference, archived):
+    folder = archived(42)
+    assert sorted(contents(folder)) == ["run.json", "samples.jsonl.gz"]
+    assert Folder(folder).records() == records(reference)
+    before = contents(folder)
+    assert archive_run(folder) == sum(map(len, before.values())) and contents(folder) == before
+
+
+@pytest.mark.parametrize("lines", [9, 42])
+def test_an_archive_goes_on(config_file, reference, archived, reported, lines):
+    folder = archived(lines)
+    measure(config_file, folder, resume=True)
+    assert timeless(folder) == timeless(reference)
+    assert sorted(contents(folder)) == ["run.json", "samples.jsonl"]
+
+
+def test_an_unpacking_that_was_interrupted_loses_nothing(config_file, reference, archived, reported):
+    """The plain file is whole, the packed one is still beside it."""
+    folder = archived(9)
+    shutil.copy(reference / "samples.jsonl", folder)
+    assert len(Folder(folder).records()) == 42
+    measure(config_file, folder, resume=True)
+    assert (folder / "samples.jsonl").read_bytes() == (reference / "samples.jsonl").read_bytes()
+    assert sorted(contents(folder)) == ["run.json", "samples.jsonl"]
+
+
+def test_an_unfinished_run_is_not_archived(interrupted):
+    folder = interrupted(10)
+    before = contents(folder)
+    with pytest.raises(ValueError, match="has not finished"):
+        archive_run(folder)
+    assert contents(folder) == before
+
+
+def test_a_damaged_archive_is_refused(archived):
+    folder = archived(42)
+    packed = folder / "samples.jsonl.gz"
+    packed.write_bytes(packed.read_bytes()[:-20])
+    with pytest.raises(ValueError, match="is damaged"):
+        Folder(folder).records()
+
+
 # Folders that hold something else
 
 
@@ -413,7 +475,7 @@ def test_two_processes_measure_what_one_does(config_file, reference, tmp_path):
     assert done.returncode == 0 and not done.stdout, done.stderr
     assert_same_but_for_noise(folder, reference)
     assert [path.name for path in folder.glob("samples*")] == ["samples.jsonl"]
-    assert (folder / "report.html").exists() and not list(folder.glob("*.new"))
+    assert (folder / "report.html").exists() and not list(folder.glob("*.partial"))
     manifest = json.loads((folder / "run.json").read_text())
     assert manifest["finished"]
     assert manifest["command"] == f"python -m eval run {config_file} --output {folder}"
@@ -437,7 +499,7 @@ def test_a_merge_that_was_interrupted_is_done_again(config_file, interrupted, re
     folder = interrupted(42)
     lines = (folder / "samples.jsonl").read_text().splitlines(keepends=True)
     (folder / "samples.1.jsonl").write_text("".join(lines[7:14]))
-    (folder / "samples.jsonl.new").write_text("".join(lines[:5]))
+    (folder / ".samples.jsonl.1.partial").write_text("".join(lines[:5]))
     measure(config_file, folder, resume=True)
     assert (folder / "samples.jsonl").read_text() == "".join(lines)
     assert sorted(contents(folder)) == ["run.json", "samples.jsonl"]
@@ -645,7 +707,8 @@ def test_committed_results_are_those_of_the_files(folder):
     manifest = json.loads((folder / "run.json").read_text())
     config = read_config(ROOT / f"configs/eval/{folder.name}.yaml")
     assert manifest["finished"] and RunConfig(**manifest["config"]) == config
-    samples = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+    samples = Folder(folder).records()
+    assert {path.suffix for path in folder.iterdir()} <= {".json", ".gz", ".md"}  # the rest is drawn anew from these
     per_task = {task: sum(sample["task"] == task for sample in samples) for task in manifest["metrics"]}
     cells = len(config.cells())
     assert all(count and count % cells == 0 for count in per_task.values())
