@@ -22,8 +22,8 @@ from benchmarks.turns import Stopwatch, take_turns
 from wildcat_kv import CompressedCache, Context, WildCatCache, WildCatConfig
 from wildcat_kv.cache.budget import exact_ends, kept_tokens
 from wildcat_kv.cache.caches import WildCatLayer
-from wildcat_kv.compressors import available
 from wildcat_kv.hook.keyword import CACHE
+from wildcat_kv.lm_eval.options import reads_twice
 
 TOKENS = (4096, 8000)
 ONE_BIN = "wildcat, one bin"
@@ -87,7 +87,7 @@ def _ours(model: Any, ids: Tensor, settings: WildCatConfig) -> Callable[[], dict
 def _method(subject: Subject, ids: Tensor, name: str, settings: WildCatConfig) -> Callable[[], dict[str, float]]:
     """Another method; one that cannot work while a prompt is read (KVzip) compresses it afterwards."""
     model = subject.model
-    if next(method for method in available() if method.name == name).decodes:
+    if not reads_twice(name):
         return lambda: _prefill(model, ids, CompressedCache(model.config, settings, compressor=name))
     return lambda: _read_twice(subject, ids, name, settings)
 

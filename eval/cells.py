@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any
@@ -11,10 +10,11 @@ from transformers import Cache, DynamicCache
 
 from wildcat_kv import CompressedCache, Context
 from wildcat_kv.compressors import Compressor, available
-from wildcat_kv.compressors.registry import Method, resolve
+from wildcat_kv.compressors.registry import resolve
 from wildcat_kv.config import WildCatConfig
+from wildcat_kv.lm_eval.options import EXACT, reads_twice
+from wildcat_kv.validation import did_you_mean
 
-EXACT = "exact"
 BASELINE = "wildcat"  # what every other method is compared with
 
 
@@ -69,7 +69,7 @@ class Cell:
         Raises:
             ValueError: the method must read a text twice.
         """
-        if self.compressor is None or _methods()[self.compressor].decodes:
+        if self.compressor is None or not reads_twice(self.compressor):
             return
         if streams or self.max_tokens is not None:
             raise ValueError(
@@ -83,7 +83,7 @@ class Cell:
         Raises:
             ValueError: as `CompressedCache`.
         """
-        if self.compressor is not None and _methods()[self.compressor].decodes:
+        if self.compressor is not None and not reads_twice(self.compressor):
             CompressedCache(model_config, self._config(), compressor=self._compressor())
 
     def _compressor(self) -> str | Compressor:
@@ -140,8 +140,7 @@ def make_cells(
         name = str(given.pop("name", given.get("compressor")))
         compressor = str(given.pop("compressor", name))
         if compressor not in _methods():
-            near = difflib.get_close_matches(compressor, _methods(), n=1)
-            hint = f"did you mean {near[0]!r}? " if near else ""
+            hint = did_you_mean(compressor, _methods())
             raise ValueError(f"methods={compressor!r}: no such method; {hint}there are exact, {', '.join(_methods())}")
         parameters: Any = given.pop("parameters", {})
         if not isinstance(parameters, Mapping):
@@ -158,5 +157,5 @@ def make_cells(
     return cells
 
 
-def _methods() -> dict[str, Method]:
-    return {method.name: method for method in available()}
+def _methods() -> list[str]:
+    return [method.name for method in available()]

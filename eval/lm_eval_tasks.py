@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import io
 import logging
 import random
@@ -23,6 +22,7 @@ from lm_eval.tasks import TaskManager
 from eval.data import expected_files, find_local
 from eval.tasks.base import Setting
 from wildcat_kv.contexts.prompts import messages_for
+from wildcat_kv.validation import did_you_mean
 
 RULER = ("niah_", "ruler_")
 
@@ -50,9 +50,10 @@ def members(name: str, others: Iterable[str] = ()) -> list[str]:
     with quiet():
         manager = _manager()
         if name not in manager.task_index:
-            near = difflib.get_close_matches(name, [*others, *manager.all_tasks], n=3)
-            hint = f"did you mean {', '.join(near)}?" if near else "`python -m eval tasks` lists the names"
-            raise ValueError(f"tasks={name!r}: neither a task of ours nor of lm-eval; {hint}")
+            hint = did_you_mean(name, [*others, *manager.all_tasks])
+            raise ValueError(
+                f"tasks={name!r}: neither a task of ours nor of lm-eval; {hint}`python -m eval tasks` lists the names"
+            )
         return _members(manager, name)
 
 

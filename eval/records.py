@@ -160,17 +160,21 @@ def key_of(record: dict[str, Any]) -> Key:
 
 
 def _difference(earlier: dict[str, Any], now: dict[str, Any]) -> str:
-    """The first field in which two runs differ, in words; empty if they are one."""
+    """Name the first field in which two runs differ; empty if they are one.
+
+    A field that is missing is one that is None: runs from before a field was there can be gone on with.
+    """
     same = json.loads(json.dumps(now))
     for field in (*same, *earlier):
-        if field not in _FREE and earlier.get(field) != same.get(field):
-            old, new = earlier.get(field), same.get(field)
-            if isinstance(old, dict) and isinstance(new, dict):
-                field, old, new = next(
-                    (f"{field}.{name}", old.get(name), new.get(name))
-                    for name in (*old, *new)
-                    if old.get(name) != new.get(name)
-                )
+        if field in _FREE:
+            continue
+        old, new = earlier.get(field), same.get(field)
+        if isinstance(old, dict) and isinstance(new, dict):
+            changed = next((name for name in (*old, *new) if old.get(name) != new.get(name)), None)
+            if changed is None:
+                continue
+            field, old, new = f"{field}.{changed}", old.get(changed), new.get(changed)
+        if old != new:
             return f"{field} was {old!r} and is {new!r}"
     return ""
 

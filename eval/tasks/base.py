@@ -7,14 +7,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from eval.cells import Cell
 from wildcat_kv.data.haystack import Half
+from wildcat_kv.lm_eval.prompts import Protocol
 
-Protocol = Literal["context-only", "full-prompt"]
 Lengths = Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=1)]  # tokens
 
 

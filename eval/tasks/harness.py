@@ -17,9 +17,8 @@ from eval.lm_eval_tasks import RULER, load, means_of, quiet, requests_of, scores
 from eval.tasks.asking import Asked, Clock, Prompt
 from eval.tasks.base import Measure, Metric, Outcome, Sample, Setting, Task
 from wildcat_kv.cache.sizes import stored_tokens
-from wildcat_kv.contexts.prompts import encode_parts
 from wildcat_kv.contexts.reading import token_losses
-from wildcat_kv.lm_eval.splits import cut_middle, split_prompt
+from wildcat_kv.lm_eval.prompts import Parts, PromptEncoder, cut_middle, loses_middle, move_spaces
 
 # What LongBench's authors send as plain text even to chat models: examples and code.
 _PLAIN = ("trec", "triviaqa", "samsum", "lsht", "lcc", "repobench-p")
@@ -86,10 +85,11 @@ class HarnessTask(Task):
         fields: dict[str, Any] = {"index": index, "facets": facets, "loaded": loaded, "document": document}
         if loaded.OUTPUT_TYPE == "loglikelihood_rolling":
             (text,) = first.args
-            ids = _tensor(_encode(setting.tokenizer, text))
+            ids = torch.tensor(_encode(setting.tokenizer, text), dtype=torch.int64)
             tokens = min(len(ids), self.max_length or setting.positions)
             return _Rolling(prompt=text, tokens=tokens, ids=ids[None, :tokens], **fields)
         text = first.args[0]
+        encoder = PromptEncoder(partial(_encode, setting.tokenizer), setting.protocol)
         if any(other.args[0] != text for other in others):
             raise ValueError(
                 f"task={self.task!r}: each of its choices comes after another prompt, and one prompt a sample is read "
@@ -99,10 +99,10 @@ class HarnessTask(Task):
             with quiet():
                 options = normalize_gen_kwargs(first.args[1])
             room = self.max_gen_toks or options["max_gen_toks"]
-            parts = self._split(text, document, setting)
-            prompt = self._prompt(parts, room, index, setting)
+            parts = encoder.split(text, self.task, document)
+            prompt = self._prompt(encoder, parts, room, index, setting)
             reference = _reference(loaded, document, self.task)
-            expected = _answer(setting.tokenizer, parts, reference if text[-1:].isspace() else f" {reference}")
+            expected = encoder.answer(parts, reference if text[-1:].isspace() else f" {reference}")
             return _Generation(
                 prompt=text,
                 tokens=len(prompt) + room,
@@ -113,10 +113,10 @@ class HarnessTask(Task):
                 expected=expected if reference.strip() else None,
                 **fields,
             )
-        bare = text.rstrip()  # the spaces belong to what follows, as in lm-eval
-        parts = self._split(bare, document, setting)
-        answers = [_answer(setting.tokenizer, parts, text[len(bare) :] + request.args[1]) for request in requests]
-        prompt = self._prompt(parts, max(map(len, answers)), index, setting)
+        bare, _ = move_spaces(text, "")
+        parts = encoder.split(bare, self.task, document)
+        answers = [encoder.answer(parts, move_spaces(text, request.args[1])[1]) for request in requests]
+        prompt = self._prompt(encoder, parts, max(map(len, answers)), index, setting)
         return _Choice(
             prompt=text,
             tokens=len(prompt) + max(map(len, answers)),
@@ -126,15 +126,11 @@ class HarnessTask(Task):
             **fields,
         )
 
-    def _split(self, text: str, document: Mapping[str, Any], setting: Setting) -> tuple[str, str]:
-        """What is read before the compression, and after it."""
-        return (text, "") if setting.protocol == "full-prompt" else split_prompt(text, self.task, document)
-
-    def _prompt(self, parts: tuple[str, str], room: int, index: int, setting: Setting) -> Prompt:
-        context, question = map(_tensor, encode_parts(partial(_encode, setting.tokenizer), *parts))
+    def _prompt(self, encoder: PromptEncoder, parts: Parts, room: int, index: int, setting: Setting) -> Prompt:
+        context, question = encoder.ids(parts)
         limit = (self.max_length or setting.positions) - room
         try:
-            if self.truncate == "middle" or (self.truncate is None and self.task.startswith("longbench")):
+            if self.truncate == "middle" or (self.truncate is None and loses_middle(self.task)):
                 context = cut_middle(context, question, limit)
             elif self.max_length is not None and len(context) + len(question) > limit:
                 raise ValueError(
@@ -252,13 +248,3 @@ def _encode(tokenizer: Any, text: str, begins: bool = True) -> list[int]:
     """Token ids; special tokens as the tokenizer has them, but not twice and not inside a text."""
     begins = begins and not (tokenizer.bos_token and text.startswith(tokenizer.bos_token))
     return tokenizer(text, add_special_tokens=begins).input_ids
-
-
-def _tensor(ids: list[int]) -> Tensor:
-    return torch.tensor(ids, dtype=torch.int64)
-
-
-def _answer(tokenizer: Any, parts: tuple[str, str], text: str) -> Tensor:
-    """Token ids of what follows a prompt, as they come when it is encoded with what stands before it."""
-    before = parts[1] or parts[0]
-    return _tensor(_encode(tokenizer, before + text, False)[len(_encode(tokenizer, before, False)) :])

@@ -383,7 +383,7 @@ def test_a_group_that_changes_its_members_is_refused():
 
 
 def test_near_names_are_proposed():
-    with pytest.raises(ValueError, match=r"tasks='longbench_qaspr_e': .*did you mean longbench_qasper_e"):
+    with pytest.raises(ValueError, match=r"tasks='longbench_qaspr_e': .*did you mean 'longbench_qasper_e'\?"):
         RunConfig(tasks=["longbench_qaspr_e"]).make_tasks()
     with pytest.raises(ValueError, match="`python -m eval tasks` lists the names"):
         members("@@@@")

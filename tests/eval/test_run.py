@@ -331,6 +331,15 @@ def test_a_run_of_other_versions_is_not_gone_on_with(config_file, interrupted, r
     assert contents(folder) == before
 
 
+def test_a_run_from_before_an_option_was_there_goes_on(config_file, interrupted, reference, reported):
+    folder = interrupted(30)
+    manifest = json.loads((folder / "run.json").read_text())
+    assert manifest["config"].pop("half") is None
+    (folder / "run.json").write_text(json.dumps(manifest))
+    measure(config_file, folder, resume=True)
+    assert timeless(folder) == timeless(reference)
+
+
 @pytest.mark.parametrize("characters", [0, 50])
 def test_a_run_of_other_prompts_is_not_gone_on_with(config_file, interrupted, reported, characters):
     folder = interrupted(10, characters)
