@@ -15,7 +15,7 @@ from wildcat_kv.config import WildCatConfig
 from wildcat_kv.lm_eval.options import EXACT, reads_twice
 from wildcat_kv.validation import did_you_mean
 
-BASELINE = "wildcat"  # what every other method is compared with
+BASELINE = "wildcat"  # compared with every other method, unless a run names another
 
 
 @dataclass(frozen=True)
@@ -23,12 +23,12 @@ class Cell:
     """One method at one budget.
 
     Attributes:
-        method: the row of a table: the compressor's name, or a name of its own for a variant.
-        compressor: the name of the compressor, None for the exact cache.
+        method: name of the row in tables: the compressor's, or a variant's own.
+        compressor: name of the compressor, None for the exact cache.
         ratio: share of the tokens to keep, or None.
         max_tokens: most tokens to store, or None.
         settings: other fields of `WildCatConfig`.
-        parameters: of the compressor itself, where they are not its own.
+        parameters: parameters of the compressor that differ from its own.
     """
 
     method: str
@@ -40,22 +40,27 @@ class Cell:
 
     @property
     def exact(self) -> bool:
-        """Whether nothing is compressed."""
+        """True if nothing is compressed."""
         return self.compressor is None
+
+    def __str__(self) -> str:
+        budget = [f"{self.ratio:g}"] if self.ratio is not None else []
+        budget += [f"{self.max_tokens} tokens"] if self.max_tokens is not None else []
+        return " ".join([self.method, *budget])
 
     @property
     def key(self) -> tuple[str, float | None, int | None]:
-        """What tells this cell from all others of a run."""
+        """The cell's name, unique in a run."""
         return self.method, self.ratio, self.max_tokens
 
     def compress(self, context: Context, tokenizer: Any) -> CompressedCache:
-        """A cache that has read the context and compressed it; the context stays as it is."""
+        """Compress a context into a cache; the context stays as it is."""
         if self.compressor is None:
             return context.exact.clone()
         return context.compress(self._config(), compressor=self._compressor(), tokenizer=tokenizer)
 
     def empty(self, model_config: Any) -> Cache:
-        """A cache that compresses what it is yet to read."""
+        """Make a cache that compresses what it is yet to read."""
         if self.compressor is None:
             return DynamicCache(config=model_config)
         return CompressedCache(model_config, self._config(), compressor=self._compressor())
@@ -64,7 +69,7 @@ class Cell:
         """Refuse a method that cannot be measured on the tasks of a run.
 
         Args:
-            streams: whether tasks are among them that compress while they read on.
+            streams: True if one of the tasks compresses while it reads on.
 
         Raises:
             ValueError: the method must read a text twice.
@@ -87,7 +92,7 @@ class Cell:
             CompressedCache(model_config, self._config(), compressor=self._compressor())
 
     def _compressor(self) -> str | Compressor:
-        """The method, with its parameters where they are not its own."""
+        """Make the method, with its changed parameters."""
         assert self.compressor is not None
         settings = self._config()
         if not self.parameters:

@@ -10,6 +10,7 @@ import sys
 import tempfile
 from collections.abc import Iterable, Iterator
 from functools import lru_cache, partial
+from importlib.metadata import version
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,8 @@ from lm_eval.tasks import TaskManager
 from eval.data import expected_files, find_local
 from eval.tasks.base import Setting
 from wildcat_kv.contexts.prompts import messages_for
+from wildcat_kv.data.downloads import cache_folder
+from wildcat_kv.files import replacing
 from wildcat_kv.validation import did_you_mean
 
 RULER = ("niah_", "ruler_")
@@ -32,9 +35,19 @@ _LOGGERS = ("lm_eval", "datasets", "huggingface_hub", "httpx")
 
 
 def known_tasks() -> list[str]:
-    """Names of all tasks, groups and tags of lm-eval."""
+    """List the names of all tasks, groups and tags of lm-eval.
+
+    lm-eval reads 14,000 files for them, which takes half a minute: the list of each of its releases is kept on disk.
+    """
+    kept = cache_folder() / f"lm-eval-{version('lm-eval')}-tasks.txt"
+    if kept.is_file():
+        return kept.read_text(encoding="utf-8").splitlines()
     with quiet():
-        return _manager().all_tasks
+        names = _manager().all_tasks
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(kept) as new:
+        new.write_text("\n".join(names), encoding="utf-8")
+    return names
 
 
 def members(name: str, others: Iterable[str] = ()) -> list[str]:

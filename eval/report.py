@@ -12,9 +12,10 @@ import jinja2
 import pandas as pd
 import yaml
 
-from eval.cells import BASELINE, EXACT
+from eval.cells import EXACT
+from eval.conclusion import conclude
 from eval.plots import file_name, save_plots
-from eval.summary import EVERY, Budget, find_budgets, find_methods, summarise
+from eval.summary import EVERY, Budget, baseline_of, find_budgets, find_methods, summarise
 from eval.tables import Table, escape_markdown, make_tables, markdown
 
 REPORT, SUMMARY = "report.html", "summary.md"
@@ -22,8 +23,8 @@ SHOWN_SAMPLES = 3  # of a task, the first ones
 SHOWN_CHARACTERS = 400  # of a prediction
 
 _COMPARED = (
-    f"Differences to {BASELINE} are means over the samples that both methods have, at the same budget, with paired "
-    f"bootstrap 95 % intervals. better (▲), worse (▼): than {BASELINE}, the interval excludes 0. tie (=): the interval "
+    "Differences to {baseline} are means over the samples that both methods have, at the same budget, with paired "
+    "bootstrap 95 % intervals. better (▲), worse (▼): than {baseline}, the interval excludes 0. tie (=): the interval "
     "contains 0. There is no interval with fewer than three pairs, and no verdict on a difference that rounds to 0. "
     "Where two methods do not differ, one interval in twenty excludes 0 all the same, and there are many in a table. "
     "With few samples intervals are too narrow: about one in ten does with 10 samples, one in four with 3."
@@ -47,13 +48,14 @@ def write_report(manifest: dict[str, Any], records: Sequence[dict[str, Any]], fo
     Raises:
         ValueError: no records, or a task that the manifest does not describe.
     """
-    summary = summarise(manifest, records)
+    summary, baseline = summarise(manifest, records), baseline_of(manifest)
     tables, plots = make_tables(manifest, summary), save_plots(manifest, records, folder)
     page = {
         "title": f"{manifest['name']}: {manifest['model']['name']}",
         "facts": _facts(manifest),
         "warnings": _warnings(manifest, summary),
-        "reading": [*([_COMPARED] if summary["difference"].notna().any() else []), _BEST],
+        "conclusion": conclude(manifest, summary),
+        "reading": [*([_COMPARED.format(baseline=baseline)] if summary["difference"].notna().any() else []), _BEST],
         "sections": _sections(manifest, records, tables, plots),
     }
     (folder / SUMMARY).write_text(_summary(page), encoding="utf-8")
@@ -66,7 +68,7 @@ def write_report(manifest: dict[str, Any], records: Sequence[dict[str, Any]], fo
         finalize=lambda value: visible(value) if type(value) is str else value,
     )
     config = yaml.safe_dump(manifest.get("config") or {}, sort_keys=False, allow_unicode=True)
-    html = environment.get_template("report.html.jinja").render(page, config=config, baseline=BASELINE, embed=_embed)
+    html = environment.get_template("report.html.jinja").render(page, config=config, baseline=baseline, embed=_embed)
     (folder / REPORT).write_text(html, encoding="utf-8")
     return folder / REPORT
 
@@ -190,6 +192,7 @@ def _summary(page: dict[str, Any]) -> str:
     """The report as Markdown, without samples."""
     parts = [f"# {escape_markdown(page['title'])}"]
     parts += [f"**{warning}**" for warning in page["warnings"]]
+    parts += [escape_markdown(page["conclusion"])] if page["conclusion"] else []
     parts.append("\n".join(f"- {name}: {escape_markdown(value)}" for name, value in page["facts"] if value))
     parts += page["reading"]
     for section in page["sections"]:

@@ -59,6 +59,11 @@ def find_methods(manifest: dict[str, Any], records: Sequence[dict[str, Any]]) ->
     return [method for method in dict.fromkeys([*manifest["methods"], *measured]) if method in measured]
 
 
+def baseline_of(manifest: dict[str, Any]) -> str:
+    """The method that all others are compared with: the one that the run's configuration names, or WildCat."""
+    return (manifest.get("config") or {}).get("baseline") or BASELINE
+
+
 def describe(manifest: dict[str, Any], task: str) -> dict[str, dict[str, Any]]:
     """The metrics of a task or of an average, the first one first: direction, unit and digits of each."""
     return _AVERAGE if task in AVERAGES else manifest["metrics"][task]
@@ -74,7 +79,7 @@ def score_frame(manifest: dict[str, Any], records: Sequence[dict[str, Any]]) -> 
     Returns:
         One row a record and metric: task, metric, method, budget ("" for the exact cache), sample (what pairs are made
         by), score (NaN where it is missing or null), the facets length and depth, kept (the share of the tokens seen),
-        stored_tokens, seen_tokens, and `seconds_` and what they went by.
+        stored_tokens, seen_tokens, memory_bytes (NaN where a record has none), and `seconds_` and what they went by.
 
     Raises:
         ValueError: no records, or a task that the manifest does not describe.
@@ -106,6 +111,7 @@ def score_frame(manifest: dict[str, Any], records: Sequence[dict[str, Any]]) -> 
                 "kept": stored / seen if seen else math.nan,
                 "stored_tokens": stored,
                 "seen_tokens": seen,
+                "memory_bytes": record.get("memory_bytes", math.nan),
                 **{f"seconds_{what}": seconds for what, seconds in (record.get("seconds") or {}).items()},
             }
     if not rows:
@@ -128,15 +134,15 @@ def summarise(manifest: dict[str, Any], records: Sequence[dict[str, Any]]) -> pd
 
     Returns:
         One row a task, group, metric, budget and method, and the exact cache at every budget. `mean` is over the scores
-        that are finite; `n` counts them, `not_finite` the others. `difference`, `low`, `high`, `tie`: to WildCat at the
-        same budget, as in `eval.statistics.Difference`, over `pairs` samples, without `pairs_left_out`; missing where
-        there is no WildCat, and in its own row. `kept`, `stored_tokens`, `seen_tokens` and the `seconds_` columns are
-        means over the samples.
+        that are finite; `n` counts them, `not_finite` the others. `difference`, `low`, `high`, `tie`: to the baseline
+        at the same budget, as in `eval.statistics.Difference`, over `pairs` samples, without `pairs_left_out`; missing
+        where there is no baseline, and in its own row. `kept`, `stored_tokens`, `seen_tokens`, `memory_bytes` and the
+        `seconds_` columns are means over the samples.
 
     Raises:
         ValueError: no records, or a task that the manifest does not describe.
     """
-    frame = score_frame(manifest, records)
+    frame, baseline = score_frame(manifest, records), baseline_of(manifest)
     # In the order of a record that has them all: the exact cache has nothing to compress.
     times = list(max((record.get("seconds") or {} for record in records), key=len))
     seconds = sorted(frame.filter(regex="^seconds_"), key=lambda name: _place(name.removeprefix("seconds_"), times))
@@ -161,8 +167,8 @@ def summarise(manifest: dict[str, Any], records: Sequence[dict[str, Any]]) -> pd
                             "ratio": budget.ratio,
                             "max_tokens": budget.max_tokens,
                             "method": method,
-                            **_means(strata, ["kept", "stored_tokens", "seen_tokens", *seconds]),
-                            **_scores(strata, of.get(BASELINE) if method != BASELINE else None),
+                            **_means(strata, ["kept", "stored_tokens", "seen_tokens", "memory_bytes", *seconds]),
+                            **_scores(strata, of.get(baseline) if method != baseline else None),
                         }
                     )
                     if task in AVERAGES:
@@ -171,6 +177,7 @@ def summarise(manifest: dict[str, Any], records: Sequence[dict[str, Any]]) -> pd
     table = pd.DataFrame(rows)
     order = ["task", "group", "metric", "budget", "ratio", "max_tokens", "method", "mean", "n", "not_finite"]
     order += ["difference", "low", "high", "pairs", "pairs_left_out", "tie", "kept", "stored_tokens", "seen_tokens"]
+    order += ["memory_bytes"]
     types = {"ratio": "float64", "max_tokens": "Int64", "tie": "boolean"}
     return table[order + seconds].astype(types)
 

@@ -8,11 +8,13 @@ from typing import Any
 
 import pandas as pd
 
-from eval.cells import BASELINE, EXACT
-from eval.summary import AVERAGES, EVERY, Budget, describe
+from eval.cells import EXACT
+from eval.summary import AVERAGES, EVERY, Budget, baseline_of, describe
 
 _SYMBOLS = {"better": "▲", "worse": "▼", "tie": "=", "": ""}
 _NOTHING = "–"
+_ARROWS = " ↑↓"
+_MIB = 2**20
 
 
 @dataclass(frozen=True)
@@ -21,7 +23,7 @@ class TableCell:
 
     Attributes:
         text: all that it says.
-        mark: what it says about the method beside WildCat: "better", "worse", "tie", or "".
+        mark: verdict on the method beside the baseline: "better", "worse", "tie", or "".
         best: whether it is the best of the compressed methods, as far as it is printed.
         order: what to sort a column by; None for cells that go last.
     """
@@ -106,12 +108,12 @@ def escape_markdown(text: str) -> str:
 
 
 def _overview(manifest: dict[str, Any], budget: Budget, part: pd.DataFrame) -> Table:
-    """The first metric of every task, and how often each method is better or worse than WildCat."""
+    """The first metric of every task, and how often each method is better or worse than the baseline."""
     tasks = list(part["task"].unique())
     metrics = {task: _first(manifest, part, task) for task in tasks}
     firsts = {task: part[(part["task"] == task) & (part["metric"] == metrics[task])] for task in tasks}
     entries = {task: {entry["method"]: entry for entry in firsts[task].to_dict("records")} for task in tasks}
-    compared = part["difference"].notna().any()
+    compared, baseline = part["difference"].notna().any(), baseline_of(manifest)
     rows = []
     for method in _methods(manifest, part):
         cells, marks = [], []
@@ -126,7 +128,7 @@ def _overview(manifest: dict[str, Any], budget: Budget, part: pd.DataFrame) -> T
             cells.append(TableCell(text, mark, cell.best, cell.order))
             marks += [mark] if task not in AVERAGES else []
         if compared:
-            cells.append(_tally(method, marks))
+            cells.append(_tally(marks) if method != baseline else TableCell(""))
         rows.append((TableCell(method, order=method), *cells))
     notes = [
         f"{task}: {metrics[task]}, {unit_and_direction(describe(manifest, task)[metrics[task]])}, "
@@ -141,16 +143,16 @@ def _overview(manifest: dict[str, Any], budget: Budget, part: pd.DataFrame) -> T
         (
             "method",
             *(f"{task} {_arrow(describe(manifest, task)[metrics[task]])}" for task in tasks),
-            *([f"to {BASELINE}"] if compared else []),
+            *([f"to {baseline}"] if compared else []),
         ),
         tuple(rows),
     )
 
 
-def _tally(method: str, marks: list[str]) -> TableCell:
-    """In how many tasks a method is better, worse, or neither."""
+def _tally(marks: list[str]) -> TableCell:
+    """Count the tasks in which a method is better, worse, or neither."""
     counts = {mark: marks.count(mark) for mark in ("better", "worse", "tie")}
-    if method == BASELINE or not any(counts.values()):
+    if not any(counts.values()):
         return TableCell("")
     text = ", ".join(f"{count} {_SYMBOLS[mark]}" for mark, count in counts.items() if count)
     return TableCell(text, order=counts["better"] - counts["worse"])
@@ -162,6 +164,8 @@ def _task_table(manifest: dict[str, Any], task: str, budget: Budget, part: pd.Da
     columns = [(f"{name} {_arrow(metric)}", part[part["metric"] == name], metric) for name, metric in metrics.items()]
     seconds = [name for name in part if name.startswith("seconds_") and part[name].notna().any()]
     extra = ["n"] if "to" in _samples(part) else []
+    sized = part["memory_bytes"].notna().any()
+    whole_bytes = part.loc[part["method"] == EXACT, "memory_bytes"].max()
     header, rows = _compared(manifest, part, columns)
     whole = []
     for row in rows:
@@ -174,20 +178,31 @@ def _task_table(manifest: dict[str, Any], task: str, budget: Budget, part: pd.Da
                 order=_number(entry["kept"]),
             )
         )
+        if sized:
+            cells.append(_bytes_cell(entry, whole_bytes))
         if seconds:
             times = [_NOTHING if pd.isna(entry[name]) else f"{entry[name]:.2f}" for name in seconds]
             cells.append(TableCell(" + ".join(times), order=float(entry[seconds].fillna(0).sum())))
         whole.append((*row, *cells))
-    kept = "kept (stored tokens of seen)"
+    kept = ["kept (stored tokens of seen)", *(["cache, MiB"] if sized else [])]
     took = [f"seconds ({' + '.join(name.removeprefix('seconds_') for name in seconds)})"] if seconds else []
     return Table(
         task,
         budget,
         f"{task}, {_setting(manifest, budget)}, n = {_samples(part)}",
         " ".join(f"{name}: {unit_and_direction(metric)}." for name, metric in metrics.items()),
-        (*header, *extra, kept, *took),
+        (*header, *extra, *kept, *took),
         tuple(whole),
     )
+
+
+def _bytes_cell(entry: pd.Series, whole: float) -> TableCell:
+    """The cache's size, with its share of the exact cache's where that was measured."""
+    held = entry["memory_bytes"]
+    if pd.isna(held):
+        return TableCell(_NOTHING)
+    share = "" if pd.isna(whole) else f" ({held / whole:.1%} of exact)"
+    return TableCell(f"{held / _MIB:.1f}{share}", order=float(held))
 
 
 def _length_table(manifest: dict[str, Any], task: str, name: str, budget: Budget, part: pd.DataFrame) -> Table:
@@ -212,10 +227,10 @@ def _length_table(manifest: dict[str, Any], task: str, name: str, budget: Budget
 def _compared(
     manifest: dict[str, Any], part: pd.DataFrame, columns: list[tuple[str, pd.DataFrame, dict[str, Any]]]
 ) -> tuple[tuple[str, ...], tuple[tuple[TableCell, ...], ...]]:
-    """Header and rows with a column for each measure, and one for its difference to WildCat if there is one."""
-    header, compared = ["method"], part["difference"].notna().any()
+    """Header and rows with a column for each measure, and one for its difference to the baseline if there is one."""
+    header, compared, baseline = ["method"], part["difference"].notna().any(), baseline_of(manifest)
     for name, _, _ in columns:
-        header += [name, f"to {BASELINE} (95 %)"] if compared else [name]
+        header += [name, f"{name.rstrip(_ARROWS)}, to {baseline} (95 %)"] if compared else [name]
     measures = [
         ({entry["method"]: entry for entry in entries.to_dict("records")}, metric) for _, entries, metric in columns
     ]
@@ -226,7 +241,7 @@ def _compared(
             entry = entries.get(method)
             cells.append(_mean_cell(entry, metric, entries.values()) if entry else TableCell(_NOTHING))
             if compared:
-                cells.append(_difference_cell(entry, metric) if entry else TableCell(""))
+                cells.append(_difference_cell(entry, metric) if entry and method != baseline else TableCell(""))
         rows.append(tuple(cells))
     return tuple(header), tuple(rows)
 
@@ -247,7 +262,7 @@ def _mean_cell(entry: dict[str, Any], metric: dict[str, Any], entries: Any) -> T
 
 def _difference_cell(entry: dict[str, Any], metric: dict[str, Any]) -> TableCell:
     if not math.isfinite(entry["difference"]):
-        return TableCell("" if entry["method"] == BASELINE else "no pairs")
+        return TableCell("no pairs")
     digits, mark = metric["digits"], _mark(entry, metric)
     inside = ["no interval"]
     if not math.isnan(entry["low"]):

@@ -10,12 +10,11 @@ import torch
 from pydantic import Field
 
 from eval.cells import Cell
-from eval.tasks.asking import Clock
+from eval.tasks.asking import Clock, held_by
 from eval.tasks.base import Measure, Metric, Outcome, Sample, Setting
 from eval.tasks.essays import EssayTask, Stretch
 from wildcat_kv import CompressedCache, Context, weighted_attention
 from wildcat_kv.cache.layer import WildCatLayer
-from wildcat_kv.cache.sizes import stored_tokens
 from wildcat_kv.contexts.reading import read
 
 
@@ -25,9 +24,10 @@ class AttentionError(EssayTask):
     Every layer gets the queries that the exact cache gives it: errors of earlier layers do not add up.
 
     Args:
-        lengths: tokens that are read and compressed.
-        tokens: of the continuation.
-        repeats: texts for each length; the run's limit may lower it.
+        lengths: tokens of the beginning, which is compressed.
+        repeats: texts of each length; the run's limit may lower it.
+        limit: most texts of each length, instead of the run's limit.
+        tokens: tokens of the continuation.
     """
 
     task: Literal["attention_error"] = "attention_error"
@@ -74,17 +74,19 @@ class _Error(Stretch):
             clock = Clock()
             with clock("compress", model.device):
                 cache = cell.compress(context, tokenizer)
-            stored = round(stored_tokens(cache), 4)
+            held = held_by(cache)
             with clock("answer", model.device):
                 errors = attention_errors(whole, cache, ids.shape[1] - self.length)
             scores, layers = {"error": float(torch.tensor(errors).mean())}, {"error": _rounded(errors)}
-            if cache.compressor.estimates and stored < self.length:  # of what is exact there is no estimate
+            if (
+                cache.compressor.estimates and held["stored_tokens"] < self.length
+            ):  # of what is exact there is no estimate
                 estimates = [error[0].tolist() for error in cache.error_report().errors.values()]
                 layers["estimate"] = _rounded(estimates)
                 scores["estimate"] = float(torch.tensor(estimates).mean())
                 if len(estimates) == len(errors):  # no layer was left exact
                     scores["rank_correlation"] = rank_correlation(estimates, errors)
-            return Outcome(scores, stored, self.length, layers=layers, seconds=clock)
+            return Outcome(scores, seen_tokens=self.length, layers=layers, seconds=clock, **held)
 
         return measure
 

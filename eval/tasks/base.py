@@ -42,7 +42,7 @@ class Setting:
         seed: chooses samples.
         protocol: "context-only": compressed before the question is read. "full-prompt": after.
         positions: most tokens that the model can read.
-        limit: most samples of a task, or of each of its lengths; None for a task's own number.
+        limit: most samples of a task, of each of its lengths and depths; None for a task's own number.
         chat_template: whether prompts are sent as chat messages.
         data_dir: where benchmarks lie that are not to come from the hub.
         half: of the essays and of the seeds; None for all.
@@ -71,6 +71,7 @@ class Outcome:
         scores: by the metric's name.
         stored_tokens: entries that a key head held after the compression, on average.
         seen_tokens: tokens that had been read then.
+        memory_bytes: bytes of all tensors that the cache held then, free room included.
         prediction: what the model wrote, if it wrote.
         reference: what was expected, if there is such a thing.
         layers: scores by layer and head, by name.
@@ -80,6 +81,7 @@ class Outcome:
     scores: dict[str, float]
     stored_tokens: float
     seen_tokens: int
+    memory_bytes: int
     prediction: str | None = None
     reference: str | None = None
     layers: dict[str, list[list[float]]] | None = None
@@ -119,7 +121,7 @@ class Task(BaseModel, ABC):
     """Something to measure. Its fields are its options in a configuration file.
 
     Args:
-        limit: most samples, instead of the run's.
+        limit: most samples, of each length and depth, instead of the run's limit.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

@@ -14,9 +14,8 @@ from torch import Tensor
 
 from eval.cells import Cell
 from eval.lm_eval_tasks import RULER, load, means_of, quiet, requests_of, scores_of
-from eval.tasks.asking import Asked, Clock, Prompt
+from eval.tasks.asking import Asked, Clock, Prompt, held_by
 from eval.tasks.base import Measure, Metric, Outcome, Sample, Setting, Task
-from wildcat_kv.cache.sizes import stored_tokens
 from wildcat_kv.contexts.reading import token_losses
 from wildcat_kv.lm_eval.prompts import Parts, PromptEncoder, cut_middle, loses_middle, move_spaces
 
@@ -167,14 +166,21 @@ class _Generation(_Document):
 
         def measure(cell: Cell) -> Outcome:
             clock = Clock()
-            cache, stored = asked.compress(cell, clock)
+            cache, held = asked.compress(cell, clock)
             found = asked.likelihoods(cache.clone(), [expected]) if expected is not None else []
             with clock("answer", model.device):
                 prediction = asked.generate(cache, self.max_new_tokens, self.until)
             scores = scores_of(self.loaded, self.document, [prediction])
             if found:
                 scores["nll"] = -found[0].total / found[0].tokens
-            return Outcome(scores, stored, asked.seen_tokens, prediction, self.reference, seconds=clock)
+            return Outcome(
+                scores,
+                seen_tokens=asked.seen_tokens,
+                prediction=prediction,
+                reference=self.reference,
+                seconds=clock,
+                **held,
+            )
 
         return measure
 
@@ -190,7 +196,7 @@ class _Choice(_Document):
 
         def measure(cell: Cell) -> Outcome:
             clock = Clock()
-            cache, stored = asked.compress(cell, clock)
+            cache, held = asked.compress(cell, clock)
             with clock("answer", model.device):
                 found = asked.likelihoods(cache, self.answers)
             results = [(likelihood.total, likelihood.greedy) for likelihood in found]
@@ -198,7 +204,8 @@ class _Choice(_Document):
             if self.loaded.OUTPUT_TYPE == "loglikelihood":
                 scores["nll"] = -found[0].total / found[0].tokens
             best = max(range(len(results)), key=lambda choice: results[choice][0])
-            return Outcome(scores, stored, asked.seen_tokens, self.choices[best], seconds=clock)
+            prediction = self.choices[best]
+            return Outcome(scores, seen_tokens=asked.seen_tokens, prediction=prediction, seconds=clock, **held)
 
         return measure
 
@@ -214,7 +221,8 @@ class _Rolling(_Document):
             clock, cache = Clock(), cell.empty(model.config)
             with clock("read", model.device):
                 losses = token_losses(model, cache, ids, chunk=_CHUNK)
-            return Outcome({"nll": float(losses.mean())}, round(stored_tokens(cache), 4), ids.shape[1], seconds=clock)
+            scores = {"nll": float(losses.mean())}
+            return Outcome(scores, seen_tokens=ids.shape[1], seconds=clock, **held_by(cache))
 
         return measure
 

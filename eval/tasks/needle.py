@@ -83,13 +83,13 @@ class _NeedleSample(Sample):
 
         def measure(cell: Cell) -> Outcome:
             clock = Clock()
-            cache, stored = asked.compress(cell, clock)
+            cache, held = asked.compress(cell, clock)
             with clock("answer", model.device):
                 [likelihood] = asked.likelihoods(cache, [self.answer])
             return Outcome(
                 scores={"nll": -likelihood.total / likelihood.tokens, "exact_match": float(likelihood.greedy)},
-                stored_tokens=stored,
                 seen_tokens=asked.seen_tokens,
+                **held,
                 reference=self.reference,
                 seconds=clock,
             )

@@ -8,10 +8,9 @@ from typing import Any, Literal
 from pydantic import Field
 
 from eval.cells import Cell
-from eval.tasks.asking import Clock
+from eval.tasks.asking import Clock, held_by
 from eval.tasks.base import Lengths, Measure, Metric, Outcome, Sample, Setting
 from eval.tasks.essays import EssayTask, Stretch
-from wildcat_kv.cache.sizes import stored_tokens
 from wildcat_kv.contexts.reading import token_losses
 
 
@@ -23,7 +22,8 @@ class Perplexity(EssayTask):
         chunk: tokens read at once. With 1, every token goes through the path of generation: long decoding under a
             constant budget, but with words that are known to be right.
         skip: first tokens that are not counted.
-        repeats: texts for each length; the run's limit may lower it.
+        repeats: texts of each length; the run's limit may lower it.
+        limit: most texts of each length, instead of the run's limit.
     """
 
     task: Literal["perplexity", "decoding"] = "perplexity"
@@ -67,9 +67,9 @@ class _Document(Stretch):
                 losses = token_losses(model, cache, ids, chunk=self.chunk)[self.skip :]
             return Outcome(
                 scores={"nll": float(losses.mean()), "nll_end": float(losses[-max(1, len(losses) // 4) :].mean())},
-                stored_tokens=round(stored_tokens(cache), 4),
                 seen_tokens=cache.get_seq_length(),
                 seconds=clock,
+                **held_by(cache),
             )
 
         return measure
