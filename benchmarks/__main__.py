@@ -30,6 +30,7 @@ _HELP = {
     "memory": "Bytes held, and the peak of a prefill.",
     "scaling": "Compression by tokens and by rank, on synthetic heads; its error on smooth data.",
     "generation": "A long generation under a constant budget.",
+    "calls": "What the cache's own Python costs: calls and seconds of one decoded token, on a tiny model.",
     "all": "All of them, one after the other; half an hour to an hour.",
 }
 
@@ -88,9 +89,9 @@ app.command("structure")(structure.show)
 def report(folder: Annotated[Path, typer.Argument(help="Folder of results.")]) -> None:
     """Make the Markdown and the plots of a folder anew, from its JSON."""
     from benchmarks.report import write_report
-    from benchmarks.run import print_targets
+    from benchmarks.run import print_limits
 
-    print_targets(write_report(folder))
+    print_limits(write_report(folder))
 
 
 def main() -> None:

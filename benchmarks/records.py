@@ -9,6 +9,8 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from wildcat_kv.files import replacing
+
 Label = str | int | float
 
 
@@ -68,9 +70,8 @@ class Run(BaseModel):
     def write(self, folder: Path) -> None:
         """Write BENCHMARK.json, whole or not at all; one that is there is replaced."""
         path = folder / f"{self.benchmark}.json"
-        new = path.with_suffix(".json.new")
-        new.write_text(self.model_dump_json(indent=1) + "\n", encoding="utf-8")
-        new.replace(path)
+        with replacing(path) as new:
+            new.write_text(self.model_dump_json(indent=1) + "\n", encoding="utf-8")
 
 
 def read_runs(folder: Path, names: Sequence[str]) -> list[Run]:

@@ -95,7 +95,7 @@ class Structure:
         for name, others in self.edges.items():
             if (wing := wing_of(name)) is not None:
                 seen = found.setdefault(wing, set())
-                seen |= {other for other in map(wing_of, others) if other not in (None, wing)}  # type: ignore[arg-type]
+                seen |= {other for other in map(wing_of, others) if other not in (None, wing)}
         return found
 
     def lengths(self) -> list[Length]:

@@ -18,12 +18,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib.style
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
 
 from eval.records import Folder
+from eval.style import BLUE, GREEN, GREY, GRID, ORANGE, PALE_BLUE, PALE_PINK, PINK, house_style, save
 from wildcat_kv import WildCatConfig
 from wildcat_kv.cache.budget import Row, plan_fold
 
@@ -34,8 +34,7 @@ _SMOKE_OURS = _ROOT / "results" / "eval" / "smoke_query_wildcat"
 _EXACT_LAYERS = _ROOT / "results" / "eval" / "exact_layers"
 _BENCHMARKS = _ROOT / "results" / "benchmarks"
 
-# Told apart with every kind of colour vision (Okabe and Ito).
-_OURS, _SECOND, _THIRD, _FOURTH, _GREY = "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#666666"
+_OURS, _SECOND, _THIRD, _FOURTH, _GREY = BLUE, ORANGE, GREEN, PINK, GREY
 
 
 def main() -> None:
@@ -52,16 +51,15 @@ def main() -> None:
         "travel": travel,
     }
     (_HERE / "images").mkdir(exist_ok=True)
-    style = {"svg.hashsalt": "wildcat_kv", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
-    with matplotlib.style.context(["default", style]):
+    with house_style():
         for name, make in figures.items():
             figure = make()
             path = _HERE / "images" / f"{name}.svg"
-            figure.savefig(path, bbox_inches="tight", facecolor="white", metadata={"Date": None})
+            save(figure, path)
             print(path)
             if folder is not None:
                 folder.mkdir(parents=True, exist_ok=True)
-                figure.savefig(folder / f"{name}.png", dpi=110, bbox_inches="tight", facecolor="white")
+                save(figure, folder / f"{name}.png")
 
 
 # Accuracy
@@ -91,7 +89,7 @@ def methods() -> Figure:
         axis.set_xlabel(f"{label}, n = {_count(samples, task)} (lower is better)", fontsize=8)
         axis.set_xlim(left=0)
         axis.locator_params(axis="x", nbins=6)
-        axis.grid(axis="x", color="#eeeeee")
+        axis.grid(axis="x", color=GRID)
     axes[0].set_yticks(range(len(names)), names)
     for label in axes[0].get_yticklabels():
         label.set_fontweight("bold" if "wildcat" in label.get_text() else "normal")
@@ -179,9 +177,9 @@ def _paired_bars(axis: Axes, names: Sequence[str], rows: Sequence[Sequence[float
         for index, value in enumerate(values):
             if value:
                 at = place + (0.2, -0.2)[index]
-                axis.barh(at, value, 0.36, color=(_OURS, "#9ecae1")[index])
+                axis.barh(at, value, 0.36, color=(_OURS, PALE_BLUE)[index])
                 axis.text(value, at, f" {value:,.0f}", va="center", fontsize=8)
-    for label, colour in zip(labels, (_OURS, "#9ecae1"), strict=True):
+    for label, colour in zip(labels, (_OURS, PALE_BLUE), strict=True):
         axis.barh(0, 0, color=colour, label=label)
     axis.set_yticks(range(len(names)), names)
     axis.set_xlim(0, 1.15 * max(max(row) for row in rows))
@@ -288,7 +286,7 @@ def travel() -> Figure:
     strip = (
         (0, 11, _THIRD, "sink", "first 32,\nexact"),
         (11, 28, _OURS, "slots", "a key, a value and a weight\nfor many tokens"),
-        (39, 21, "#f0c8de", "since the last fold", "exact"),
+        (39, 21, PALE_PINK, "since the last fold", "exact"),
         (60, 12, _FOURTH, "window", "last 32,\nexact"),
     )
     for x, width, colour, title, text in strip:

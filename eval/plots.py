@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
-import matplotlib.style
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
@@ -18,16 +17,14 @@ from matplotlib.ticker import MaxNLocator
 from scipy.optimize import isotonic_regression
 
 from eval.cells import BASELINE, EXACT
+from eval.style import COLOURS, DARK, GREY, GRID, MISSING, house_style, save
 from eval.summary import Budget, find_budgets, find_methods, score_frame
 from eval.tables import unit_and_direction
 
-# Told apart with every kind of colour vision (Okabe and Ito), and by dashes and markers without colour.
-_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#b8860b")
+# Told apart without colour, too.
 _DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1.5, 1.5)))
 _MARKERS = "os^vDP<>Xph8dH*"
-_GREY = "#666666"
 _LEFT, _RIGHT = 0.1, 0.74  # of the axes, in a figure that has its labels on the right
-_DPI = 110
 
 
 def save_plots(manifest: dict[str, Any], records: Sequence[dict[str, Any]], folder: Path) -> list[Path]:
@@ -51,7 +48,7 @@ def save_plots(manifest: dict[str, Any], records: Sequence[dict[str, Any]], fold
     budgets = find_budgets(records) or [Budget()]
     folder.mkdir(parents=True, exist_ok=True)
     figures: dict[str, Figure | None] = {}
-    with matplotlib.style.context("default"):  # whatever the user's own settings are
+    with house_style():
         tasks = {}
         for task in frame["task"].unique():
             part = frame[frame["task"] == task]
@@ -75,7 +72,7 @@ def save_plots(manifest: dict[str, Any], records: Sequence[dict[str, Any]], fold
         for name, figure in figures.items():
             if figure is not None:
                 paths.append(folder / file_name(name))
-                figure.savefig(paths[-1], dpi=_DPI, bbox_inches="tight", metadata={"Software": None})
+                save(figure, paths[-1])
     return paths
 
 
@@ -123,7 +120,7 @@ def accuracy_plot(part: pd.DataFrame, methods: Sequence[str], task: str, label: 
     axes.set_xlabel("kept (stored tokens of seen)")
     axes.set_ylabel(label)
     axes.set_title(task, loc="left", fontsize=11)
-    axes.grid(color="#e5e5e5", linewidth=0.6)
+    axes.grid(color=GRID, linewidth=0.6)
     axes.set_axisbelow(True)
     _label_lines(axes, ends)
     return figure
@@ -163,7 +160,7 @@ def needle_plot(
     rows = math.ceil(len(shown) / columns)
     figure = Figure(figsize=(max(4.5, 1.6 * columns + 1.4), 1.6 * rows + 1.1), layout="constrained")
     panels = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
-    colours = matplotlib.colormaps["viridis_r" if lower else "viridis"].with_extremes(bad="#dddddd")
+    colours = matplotlib.colormaps["viridis_r" if lower else "viridis"].with_extremes(bad=MISSING)
     for panel in panels.flat[len(shown) :]:
         panel.remove()
     used = list(panels.flat[: len(shown)])
@@ -254,14 +251,14 @@ def _draw_layers(axes: Axes, errors: dict[str, np.ndarray], methods: Sequence[st
     axes.set_xlim(-0.5, max(map(len, lines.values())) - 0.5)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("layer")
-    axes.grid(color="#e5e5e5", linewidth=0.6)
+    axes.grid(color=GRID, linewidth=0.6)
     axes.set_axisbelow(True)
     _label_lines(axes, ends)
 
 
 def _draw_heads(figure: Figure, axes: Axes, errors: np.ndarray, label: str) -> None:
     """The errors of every head of every layer."""
-    colours = matplotlib.colormaps["viridis_r"].with_extremes(bad="#dddddd")
+    colours = matplotlib.colormaps["viridis_r"].with_extremes(bad=MISSING)
     image = axes.imshow(errors.T, aspect="auto", cmap=colours, interpolation="nearest")
     axes.set_title(f"{BASELINE}, by head", loc="left", fontsize=10)
     axes.set_xlabel("layer")
@@ -311,7 +308,7 @@ def _label_lines(axes: Axes, ends: Sequence[tuple[str, float | None, float, dict
             va="center_baseline",
             fontsize=9 if name == BASELINE else 8,
             fontweight="bold" if name == BASELINE else "normal",
-            color="black" if name == BASELINE else "#333333",
+            color="black" if name == BASELINE else DARK,
         )
 
 
@@ -335,13 +332,13 @@ def _write_values(axes: Axes, grid: np.ndarray, image: Any, digits: int) -> None
 def _style(method: str, methods: Sequence[str]) -> dict[str, Any]:
     """How a method's line looks: WildCat's stands out, the others' depend on their place in the run."""
     if method == EXACT:
-        return {"color": _GREY, "linewidth": 1.2, "linestyle": (0, (6, 3))}
+        return {"color": GREY, "linewidth": 1.2, "linestyle": (0, (6, 3))}
     if method == BASELINE:
         return {"color": "black", "linewidth": 2.6, "marker": "o", "markersize": 7, "zorder": 5}
     at = [other for other in methods if other not in (BASELINE, EXACT)].index(method)
     return {
-        "color": _COLOURS[at % len(_COLOURS)],
-        "linestyle": _DASHES[at // len(_COLOURS) % len(_DASHES)],
+        "color": COLOURS[at % len(COLOURS)],
+        "linestyle": _DASHES[at // len(COLOURS) % len(_DASHES)],
         "linewidth": 1.2,
         "marker": _MARKERS[at % len(_MARKERS)],
         "markersize": 5,

@@ -14,9 +14,10 @@ import yaml
 
 from eval.cells import EXACT
 from eval.conclusion import conclude
+from eval.markdown import escape_markdown
 from eval.plots import file_name, save_plots
 from eval.summary import EVERY, Budget, baseline_of, find_budgets, find_methods, summarise
-from eval.tables import Table, escape_markdown, make_tables, markdown
+from eval.tables import Table, make_tables, markdown
 
 REPORT, SUMMARY = "report.html", "summary.md"
 SHOWN_SAMPLES = 3  # of a task, the first ones

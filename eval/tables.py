@@ -9,6 +9,7 @@ from typing import Any
 import pandas as pd
 
 from eval.cells import EXACT
+from eval.markdown import escape_markdown, markdown_table
 from eval.summary import AVERAGES, EVERY, Budget, baseline_of, describe
 
 _SYMBOLS = {"better": "▲", "worse": "▼", "tie": "=", "": ""}
@@ -89,22 +90,15 @@ def make_tables(manifest: dict[str, Any], summary: pd.DataFrame) -> list[Table]:
 
 
 def markdown(table: Table) -> str:
-    """The table with its heading, as GitHub's Markdown."""
+    """Write the table with its heading as Markdown."""
 
     def written(cell: TableCell, column: int) -> str:
         text = escape_markdown(cell.text)
         return f"`{text}`" if column == 0 else f"**{text}**" if cell.best else text
 
-    lines = [[escape_markdown(name) for name in table.header]]
-    lines += [["---", *["---:"] * (len(table.header) - 1)]]
-    lines += [[written(cell, column) for column, cell in enumerate(row)] for row in table.rows]
-    body = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    return f"### {escape_markdown(table.title)}\n\n{escape_markdown(table.notes)}\n\n{body}\n"
-
-
-def escape_markdown(text: str) -> str:
-    """Text that can neither end a cell or a line, nor be HTML."""
-    return " ".join(text.split()).replace("&", "&amp;").replace("<", "&lt;").replace("|", "\\|")
+    rows = [[written(cell, column) for column, cell in enumerate(row)] for row in table.rows]
+    right = [column > 0 for column in range(len(table.header))]
+    return markdown_table(table.title, table.notes, table.header, rows, right=right)
 
 
 def _overview(manifest: dict[str, Any], budget: Budget, part: pd.DataFrame) -> Table:
