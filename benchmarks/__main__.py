@@ -36,7 +36,7 @@ _HELP = {
 
 
 def _command(*names: str) -> Callable[..., None]:
-    """A command that runs these benchmarks; all take the same options."""
+    """Make a command that runs these benchmarks; all take the same options."""
 
     def run(
         output: Annotated[Path, typer.Option(help="Folder of the results; those of the same benchmark are replaced.")],
@@ -95,7 +95,7 @@ def report(folder: Annotated[Path, typer.Argument(help="Folder of results.")]) -
 
 
 def main() -> None:
-    """Run the command; what a person can put right is one line on stderr and exit status 1."""
+    """Run the command; an error of the user's is one line on stderr, exit status 1."""
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     run_app(app, "python -m benchmarks")
 

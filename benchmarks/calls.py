@@ -32,7 +32,7 @@ _SOURCES = {WILDCAT: str(Path(wildcat_kv.__file__).parent), DYNAMIC: str(cache_u
 
 
 def measure(options: Options) -> Iterator[Record]:
-    """Calls a layer and a pass, then seconds a token; in the first dtype alone, since Python does not depend on it."""
+    """Count calls a layer and a pass, then time a token; in the first dtype, since Python does not depend on it."""
     dtype = options.dtypes[0]
     steps = options.steps or block_size(options.settings)
     for tokens in options.lengths(*TOKENS):
@@ -54,7 +54,7 @@ def measure(options: Options) -> Iterator[Record]:
 
 
 def count_calls(run: Callable[[], object], source: str) -> int:
-    """Count the calls of Python functions that are defined in a file, or in the files of a folder, while `run` runs."""
+    """Count the calls, while `run` runs, of Python functions defined in a file or folder."""
     count = 0
 
     def notice(frame: FrameType, event: str, _: Any) -> None:
@@ -71,7 +71,7 @@ def count_calls(run: Callable[[], object], source: str) -> int:
 
 
 def _counts(contenders: dict[str, Contender]) -> dict[str, int]:
-    """Calls of one decoded token, by cache."""
+    """Count the calls of one decoded token, by cache."""
     return {name: _count_step(contenders[name], source) for name, source in _SOURCES.items()}
 
 
@@ -84,7 +84,7 @@ def _count_step(contender: Contender, source: str) -> int:
 
 
 def _contenders(layers: int, tokens: int, options: Options) -> dict[str, Contender]:
-    """WildCat's cache after its compression, the exact one, and one that holds exactly as much as WildCat's."""
+    """Make contenders: the exact cache, WildCat's, and an exact one of WildCat's stored length."""
     model = _model(layers, options)
     context = Context(model, _ids(tokens, options))
     ours = context.compress(options.settings, compressor=WILDCAT)

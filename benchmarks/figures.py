@@ -1,4 +1,4 @@
-"""What the samples come to: shares, ratios of the same turn, exponents, and whether they reach their limits."""
+"""Figures made of samples: shares, ratios of the same turn, exponents, and their limits."""
 
 from __future__ import annotations
 
@@ -46,11 +46,11 @@ class Figure:
 
     Attributes:
         what: in words.
-        labels: of the records that it comes from.
+        labels: labels of the records it is made of.
         value: the median over the turns, or an estimate.
         low: the smallest of the turns, or an interval's end.
         high: the largest, or the other end.
-        unit: of all three; "" for ratios.
+        unit: unit of all three; "" for ratios.
         limit: limit of `value`, if there is one.
     """
 
@@ -66,22 +66,22 @@ class Figure:
     def of(
         what: str, labels: dict[str, Label], samples: Sequence[float], unit: str = "", limit: Limit | None = None
     ) -> Figure:
-        """The median of samples, and the smallest and largest."""
+        """Make a figure of samples: their median, the smallest and the largest."""
         return Figure(what, labels, statistics.median(samples), min(samples), max(samples), unit, limit)
 
 
 def ratios(above: Record, below: Record) -> list[float]:
-    """Of two records that shared their turns: one ratio a turn."""
+    """Divide two records that shared their turns: one ratio a turn."""
     return [a / b for a, b in zip(above.samples, below.samples, strict=True)]
 
 
 def shares(seconds: Record, folds: Record) -> list[float]:
-    """Seconds of folding over the rest of the same prefill, in per cent: one a turn."""
+    """Divide seconds of folding by the rest of the same prefill, in per cent: one a turn."""
     return [100 * fold / (whole - fold) for whole, fold in zip(seconds.samples, folds.samples, strict=True)]
 
 
 def fit_exponent(sizes: Sequence[float], seconds: Sequence[float]) -> tuple[float, float, float]:
-    """The exponent of seconds as a power of sizes, by least squares of the logarithms, with a 95 % interval.
+    """Fit seconds as a power of sizes, by least squares of logarithms: exponent and 95 % interval.
 
     The interval is of the fit: with fewer than three sizes there is none, and it is NaN.
     """
@@ -105,7 +105,7 @@ def limited(run: Run) -> list[Figure]:
 
 
 def prefill_shares(run: Run) -> list[Figure]:
-    """Folding over the rest of the same prefill, of every method that folds."""
+    """Compare folding with the rest of the same prefill, for every method that folds."""
     limits = {WILDCAT: Limit(3), ONE_BIN: Limit(15)}
     figures = []
     for seconds in select(run.records, "seconds"):
@@ -118,7 +118,7 @@ def prefill_shares(run: Run) -> list[Figure]:
 
 
 def scaling_exponents(run: Run) -> list[Figure]:
-    """Exponents of the tokens (limit 1.1) and of the rank, from each size's median."""
+    """Fit the exponents of the tokens (limit 1.1) and of the rank to each size's median."""
     figures = []
     for quantity, size, limit in (("fold_seconds", "tokens", EXPONENT), ("fold_seconds_by_rank", "rank", None)):
         records = select(run.records, quantity)
@@ -134,7 +134,7 @@ def scaling_exponents(run: Run) -> list[Figure]:
 
 
 def decode_ratios(run: Run) -> list[Figure]:
-    """WildCat's tokens per second over DynamicCache's, and its time over that of its stored length held exactly."""
+    """Compare WildCat's speed with DynamicCache's, and with an exact cache of its stored length."""
     figures = []
     for ours in select(run.records, "seconds_per_step", contender=WILDCAT):
         if "group" in ours.labels:
@@ -153,7 +153,7 @@ def decode_ratios(run: Run) -> list[Figure]:
 
 
 def memory_ratios(run: Run) -> list[Figure]:
-    """What every cache holds, and takes at the peak, over DynamicCache's."""
+    """Divide the bytes of every cache, held and at the peak, by DynamicCache's."""
     figures = []
     for quantity, what in (("held_bytes", "bytes held"), ("peak_bytes", "peak of the prefill")):
         for record in select(run.records, quantity):
@@ -166,7 +166,7 @@ def memory_ratios(run: Run) -> list[Figure]:
 
 
 def generation_ratios(run: Run) -> list[Figure]:
-    """Of the last eighth over the second: the time of a token, and the most bytes held."""
+    """Divide the last eighth by the second: time of a token, most bytes held."""
     figures = []
     for last in select(run.records, "seconds_per_token", part=PARTS - 1):
         place = {name: last.labels[name] for name in ("dtype", "tokens")}
@@ -183,7 +183,7 @@ def generation_ratios(run: Run) -> list[Figure]:
 
 
 def call_ratios(run: Run) -> list[Figure]:
-    """The time of a token on a tiny model over DynamicCache's; no limit was set."""
+    """Divide the time of a token on a tiny model by DynamicCache's; no limit was set."""
     figures = []
     for record in select(run.records, "seconds_per_step"):
         (exact,) = select(run.records, "seconds_per_step", **record.labels | {"contender": DYNAMIC})

@@ -26,7 +26,7 @@ _MIB = 2**20
 
 
 def save_plots(run: Run, folder: Path) -> list[Path]:
-    """Write the plots of a benchmark, with the same bytes for the same records; the files, in order."""
+    """Write the plots of a benchmark, the same bytes for the same records; return the files."""
     with house_style():
         canvases = {
             "prefill": prefill_plots,
@@ -44,7 +44,7 @@ def save_plots(run: Run, folder: Path) -> list[Path]:
 
 
 def prefill_plots(run: Run) -> dict[str, Canvas]:
-    """Shares of WildCat beside their limits, and of every method."""
+    """Draw WildCat's shares beside their limits, and every method's."""
     shares = figures.prefill_shares(run)
     ours = [figure for figure in shares if "group" not in figure.labels]
     names = [
@@ -72,7 +72,7 @@ def prefill_plots(run: Run) -> dict[str, Canvas]:
 
 
 def scaling_plots(run: Run) -> dict[str, Canvas]:
-    """Seconds by tokens and by rank with their fits, and the error of attention by rank and by tokens."""
+    """Draw seconds by tokens and by rank with their fits, and the error of attention."""
     canvases = {}
     for quantity, size, name in (("fold_seconds", "tokens", "tokens"), ("fold_seconds_by_rank", "rank", "rank")):
         records = select(run.records, quantity)
@@ -114,7 +114,7 @@ def scaling_plots(run: Run) -> dict[str, Canvas]:
 
 
 def decode_plots(run: Run) -> dict[str, Canvas]:
-    """Tokens per second over DynamicCache's: a panel for every dtype and number of rows, and one of all methods."""
+    """Draw speed over DynamicCache's: a panel for each dtype and number of rows, one of all methods."""
     canvases = {}
     for name, grouped in (("speed", False), ("methods", True)):
         panels: dict[str, list[Figure]] = {}
@@ -173,7 +173,7 @@ def memory_plots(run: Run) -> dict[str, Canvas]:
 
 
 def generation_plots(run: Run) -> dict[str, Canvas]:
-    """Milliseconds of a token and MiB held, as a generation goes on."""
+    """Draw milliseconds of a token and MiB held, as a generation goes on."""
     records = select(run.records, "seconds_per_token")
     if not records:
         return {}
@@ -210,7 +210,7 @@ def generation_plots(run: Run) -> dict[str, Canvas]:
 
 
 def _error_plot(errors: Sequence[Record]) -> Canvas:
-    """Left by rank, a line for each number of tokens; right the other way round."""
+    """Draw errors: left by rank, a line for each number of tokens; right the other way round."""
     canvas = Canvas(figsize=(8.4, 3.6), layout="constrained")
     drawn = canvas.subplots(1, 2, sharey=True)
     for axes, (across, along) in zip(drawn, (("rank", "tokens"), ("tokens", "rank")), strict=True):
@@ -237,7 +237,7 @@ def _error_plot(errors: Sequence[Record]) -> Canvas:
 def _draw_dots(
     axes: Axes, names: Sequence[str], found: Sequence[Figure], *, limits: bool = True, legend: bool = True
 ) -> None:
-    """A line a figure: its median as a dot with its value, its extremes as a bar, its limit as a stroke."""
+    """Draw a line a figure: median as a dot with its value, extremes as a bar, limit as a stroke."""
     axes.set_yticks(range(len(found)), names, fontsize=8)
     axes.set_ylim(len(found) - 0.4, -0.6)
     for at, figure in enumerate(found):
@@ -274,7 +274,7 @@ def _draw_dots(
 
 
 def _draw_slope(axes: Axes, records: Sequence[Record]) -> None:
-    """The limit's slope, from the first median of the slowest."""
+    """Draw the limit's slope, from the first median of the slowest."""
     limit = figures.EXPONENT.bound
     sizes = np.array(sorted({float(record.labels["tokens"]) for record in records}))
     start = max(statistics.median(record.samples) for record in records if record.labels["tokens"] == sizes[0])
@@ -290,7 +290,7 @@ def _draw_slope(axes: Axes, records: Sequence[Record]) -> None:
 
 
 def _with_extremes(axes: Axes, x: np.ndarray, values: np.ndarray, at: int, label: str, *, line: bool = True) -> None:
-    """Medians as dots, and the extremes as bars; `values` is (points, 3): median, least, most."""
+    """Draw medians as dots, and extremes as bars; `values` is (points, 3): median, least, most."""
     reach = [values[:, 0] - values[:, 1], values[:, 2] - values[:, 0]]
     axes.errorbar(
         x,
@@ -310,13 +310,13 @@ def _extremes(record: Record) -> tuple[float, float, float]:
 
 
 def _panel(lines: int, height: float = 0.27) -> tuple[Canvas, Axes]:
-    """One panel for `lines` lines of dots."""
+    """Make one panel for `lines` lines of dots."""
     canvas = Canvas(figsize=(6.4, height * lines + 0.9), layout="constrained")
     return canvas, canvas.subplots()
 
 
 def _log(axes: Axes, axis: str, found: Sequence[Figure]) -> None:
-    """A logarithmic axis with room for the values' text."""
+    """Make an axis logarithmic, with room for the values' text."""
     axes.set_xscale("log")
     low, high = min(figure.low for figure in found), max(figure.high for figure in found)
     axes.set_xlim(low / 1.5, high * (high / low) ** 0.12)

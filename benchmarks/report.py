@@ -35,7 +35,7 @@ def write_report(folder: Path) -> list[Run]:
 
 
 def _facts(run: Run) -> str:
-    """On what a benchmark was run, and how."""
+    """List what a benchmark was run on, and how."""
     machine = run.machine
     hardware: Sequence[str] = [
         str(machine["processor"]),

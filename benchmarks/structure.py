@@ -1,4 +1,4 @@
-"""The shape of the package, read from its source: who imports whom, and how long things are.
+"""The shape of the package, read from its source: imports and lengths.
 
 Nothing is imported and nothing is measured on a model; `tests/test_structure.py` holds the package to it.
 """
@@ -99,7 +99,7 @@ class Structure:
         return found
 
     def lengths(self) -> list[Length]:
-        """Every module, class and function, the longest first of each kind."""
+        """Measure every module, class and function, the longest first of each kind."""
         found = [Length("module", name or self.name, lines) for name, lines in self.lines.items()]
         for name, tree in self.sources.items():
             for node, inside in _definitions(tree):
@@ -109,11 +109,11 @@ class Structure:
         return sorted(found, key=lambda one: (one.kind, -one.lines, one.name))
 
     def too_long(self) -> list[Length]:
-        """Everything beyond its limit."""
+        """List everything beyond its limit."""
         return [one for one in self.lengths() if one.lines > LIMITS[one.kind]]
 
     def upward(self) -> list[str]:
-        """Imports that go up the rows, as "importer -> imported"."""
+        """List imports that go up the rows, as "importer -> imported"."""
         return [
             f"{name} -> {other or self.name}"
             for name, others in self.edges.items()
@@ -122,7 +122,7 @@ class Structure:
         ]
 
     def _imports(self, name: str) -> Iterator[str]:
-        """Dotted names, without the package's, that a module's statements may mean."""
+        """List the modules of the package that a module's statements may mean."""
         for module, item in _statements(self.sources[name], self._package_of(name)):
             if module.split(".")[0] != self.name:
                 continue
@@ -136,7 +136,7 @@ class Structure:
 
 
 def wing_of(module: str) -> str | None:
-    """The wing of a module; None for those outside the wings.
+    """Name the wing of a module; None outside the wings.
 
     Example:
         >>> wing_of("cache.disk.write"), wing_of("config")
@@ -147,7 +147,7 @@ def wing_of(module: str) -> str | None:
 
 
 def _row_of(module: str) -> float:
-    """The row of a module: the ground beside coreset, doors and the package itself above all wings."""
+    """Find a module's row: the ground's beside coreset, doors and the package above all wings."""
     wing = wing_of(module)
     if wing is not None:
         return next(number for number, wings in enumerate(ROWS) if wing in wings)
@@ -155,7 +155,7 @@ def _row_of(module: str) -> float:
 
 
 def circles(edges: Mapping[str, set[str]]) -> list[list[str]]:
-    """Groups of nodes that reach each other, by Tarjan's algorithm; none where the graph has no circle."""
+    """Find groups of nodes that reach each other, by Tarjan's algorithm."""
     index: dict[str, int] = {}
     low: dict[str, int] = {}
     stack: list[str] = []
@@ -219,13 +219,13 @@ def show() -> None:
 
 
 def foreign(structure: Structure, wing: str) -> set[str]:
-    """Top-level names that a wing imports beside the standard library and its own package."""
+    """List what a wing imports beside the standard library and its own package."""
     own = (names for name, names in structure.outside.items() if wing_of(name) == wing)
     return set().union(*own) - sys.stdlib_module_names
 
 
 def _statements(tree: ast.Module, package: str) -> Iterator[tuple[str, str]]:
-    """Module and name of every import; the name is empty where the module itself is imported."""
+    """List module and name of every import; no name where the module itself is imported."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from ((alias.name, "") for alias in node.names)

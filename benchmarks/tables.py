@@ -27,10 +27,10 @@ class Table:
     """A table to read.
 
     Attributes:
-        title: what was measured.
+        title: heading.
         notes: units, and how to read it.
         header: one cell a column.
-        rows: of cells.
+        rows: texts of the cells.
     """
 
     title: str
@@ -39,14 +39,14 @@ class Table:
     rows: Sequence[tuple[str, ...]]
 
     def markdown(self) -> str:
-        """Write the table with its heading: columns of words on the left, of figures on the right."""
+        """Write the table as Markdown: words stand on the left, figures on the right."""
         right = [any(cell[:1].isdigit() for cell in column) for column in zip(*self.rows, strict=True)]
         rows = [[escape_markdown(cell) for cell in row] for row in self.rows]
         return markdown_table(self.title, self.notes, self.header, rows, right=right)
 
 
 def make_tables(run: Run) -> list[Table]:
-    """All tables of a benchmark that has measured something."""
+    """Make all tables of a benchmark that has measured something."""
     tables = {
         "prefill": prefill_tables,
         "scaling": scaling_tables,
@@ -71,7 +71,7 @@ def limit_table(runs: Sequence[Run]) -> Table:
 
 
 def prefill_tables(run: Run) -> list[Table]:
-    """Shares of every method; what one bin's operations take at the rate of a matrix product."""
+    """Make tables of every method's share, and of one bin's operations at a matrix product's rate."""
     found = {_key(figure.labels): figure for figure in figures.prefill_shares(run)}
     rows: list[tuple[str, ...]] = []
     limits: list[tuple[str, ...]] = []
@@ -162,7 +162,7 @@ _FLOPS = ("kernel_flops", "factor_flops", "weight_flops", "value_flops")
 
 
 def scaling_tables(run: Run) -> list[Table]:
-    """Seconds of a fold by tokens and by rank, the exponents; the error of attention by both."""
+    """Make tables of a fold's seconds by tokens and by rank, with exponents, and of its error."""
     tables = []
     for quantity, size, unit in (("fold_seconds", "tokens", "token"), ("fold_seconds_by_rank", "rank", "slot")):
         rows: list[tuple[str, ...]] = []
@@ -198,7 +198,7 @@ def scaling_tables(run: Run) -> list[Table]:
 
 
 def decode_tables(run: Run) -> list[Table]:
-    """Milliseconds a step of every cache, and what reading its bytes takes."""
+    """Make tables of every cache's milliseconds a step, and of the time to read its bytes."""
     main: list[tuple[str, ...]] = []
     methods: list[tuple[str, ...]] = []
     for record in select(run.records, "seconds_per_step"):
@@ -249,7 +249,7 @@ def decode_tables(run: Run) -> list[Table]:
 
 
 def memory_tables(run: Run) -> list[Table]:
-    """Bytes held and at the peak."""
+    """Make a table of bytes, held and at the peak."""
     ratios = {_key(figure.labels): figure for figure in figures.memory_ratios(run)}
     rows = []
     for held in select(run.records, "held_bytes"):
@@ -278,7 +278,7 @@ def memory_tables(run: Run) -> list[Table]:
 
 
 def generation_tables(run: Run) -> list[Table]:
-    """Seconds and bytes by eighths."""
+    """Make a table of seconds and bytes by eighths."""
     rows = []
     for seconds in select(run.records, "seconds_per_token"):
         (held,) = select(run.records, "held_bytes", **seconds.labels)
@@ -301,7 +301,7 @@ def generation_tables(run: Run) -> list[Table]:
 
 
 def call_tables(run: Run) -> list[Table]:
-    """Calls and milliseconds of a token."""
+    """Make a table of calls and milliseconds of a token."""
     ratios = {_key(figure.labels): figure for figure in figures.call_ratios(run)}
     rows = []
     for record in select(run.records, "seconds_per_step"):
@@ -327,14 +327,14 @@ def call_tables(run: Run) -> list[Table]:
 
 
 def spread(samples: Sequence[float], factor: float = 1.0) -> str:
-    """Median, and the smallest and largest in brackets."""
+    """Write the median, with the smallest and largest in brackets."""
     least, most = number(factor * min(samples)), number(factor * max(samples))
     median = number(factor * statistics.median(samples))
     return median if least == most else f"{median} ({least} to {most})"
 
 
 def spread_of(figure: Figure) -> str:
-    """A figure with its extremes and unit."""
+    """Write a figure with its extremes and unit."""
     unit = f" {figure.unit}" if figure.unit else ""
     value, low, high = (number(x) for x in (figure.value, figure.low, figure.high))
     return f"{value}{unit}" if low == high or math.isnan(figure.low) else f"{value}{unit} ({low} to {high})"
@@ -356,7 +356,7 @@ def verdict(figure: Figure) -> str:
 
 
 def number(value: float) -> str:
-    """Three digits that count, and no powers of ten for what is read at a glance."""
+    """Write a number with three digits that count, and no power of ten."""
     if value == 0 or not math.isfinite(value):
         return f"{value:g}"
     rounded = abs(float(f"{value:.3g}"))  # 0.9996 becomes 1, which has fewer places
@@ -365,13 +365,13 @@ def number(value: float) -> str:
 
 
 def _alike(run: Run, record: Record, contender: str) -> list[Record]:
-    """The record that differs from another in nothing but the contender."""
+    """Find the record that differs from another in nothing but the contender."""
     wanted = record.labels | {"contender": contender}
     return [other for other in select(run.records, record.quantity, **wanted) if other.labels == wanted]
 
 
 def _exactly(run: Run, quantity: str, record: Record) -> list[Record]:
-    """Another quantity of the same thing."""
+    """Find another quantity of the same thing."""
     return [other for other in select(run.records, quantity, **record.labels) if other.labels == record.labels]
 
 

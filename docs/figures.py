@@ -66,7 +66,7 @@ def main() -> None:
 
 
 def methods() -> Figure:
-    """Needle and drift of every method at a quarter and a tenth."""
+    """Draw needle and drift of every method at a quarter and a tenth."""
     samples = _samples(_SMOKE)
     # A later run on the same samples; WildCat is in both.
     samples += [sample for sample in _samples(_SMOKE_OURS) if sample["method"].startswith("query_wildcat")]
@@ -102,7 +102,7 @@ def methods() -> Figure:
 
 
 def exact_layers() -> Figure:
-    """Needle and drift with one layer more left exact, for each layer."""
+    """Draw needle and drift with one layer more left exact, for each layer."""
     samples = _samples(_EXACT_LAYERS)
     layers = sorted(
         int(name.split()[1]) for name in {sample["method"] for sample in samples} if name.startswith("exact ")
@@ -129,7 +129,7 @@ def exact_layers() -> Figure:
 
 
 def memory() -> Figure:
-    """Bytes held after a prefill and the peak while it ran."""
+    """Draw bytes held after a prefill and the peak while it ran."""
     records = _records("memory")
     caches = ("DynamicCache", "StaticCache", "QuantizedCache, fp8", "wildcat")
     figure = Figure(figsize=(8.2, 2.7))
@@ -151,7 +151,7 @@ def memory() -> Figure:
 
 
 def speed() -> Figure:
-    """Tokens per second after a long context."""
+    """Draw tokens per second after a long context."""
     records = _records("decode")
     caches = ("DynamicCache", "StaticCache", "QuantizedCache, fp8", "DynamicCache of the stored length", "wildcat")
     figure = Figure(figsize=(8.2, 2.9))
@@ -189,7 +189,7 @@ def _paired_bars(axis: Axes, names: Sequence[str], rows: Sequence[Sequence[float
 
 
 def budget_short() -> Figure:
-    """What a prompt becomes: sink, slots, window, by its length; and what is stored at a ratio and under a limit."""
+    """Draw a prompt's sink, slots and window by its length, and the entries stored at a ratio or limit."""
     figure = Figure(figsize=(8.2, 3.1))
     left, right = figure.subplots(1, 2)
     lengths = list(range(8, 641, 4))
@@ -242,7 +242,7 @@ def _after_prompt(tokens: int, settings: WildCatConfig) -> Row:
 
 
 def travel() -> Figure:
-    """A token's travel through one layer, and what the layer holds."""
+    """Draw a token's travel through one layer, and the parts that the layer holds."""
     figure = Figure(figsize=(10.4, 5.6))
     axes = figure.subplots()
     axes.set_xlim(0, 116)
@@ -324,7 +324,7 @@ def _arrow(
 
 
 def _samples(folder: Path) -> list[dict[str, Any]]:
-    """The samples of an evaluation run."""
+    """Read the samples of an evaluation run."""
     return Folder(folder).records()
 
 
@@ -337,7 +337,7 @@ def _mean(samples: Sequence[dict[str, Any]], task: str, metric: str, method: str
 
 
 def _count(samples: Sequence[dict[str, Any]], task: str) -> int:
-    """Samples that every method has got of a task."""
+    """Count the samples that every method has got of a task."""
     return sum(sample["task"] == task and sample["method"] == "exact" for sample in samples)
 
 
@@ -346,7 +346,7 @@ def _records(benchmark: str) -> list[dict[str, Any]]:
 
 
 def _median(records: Sequence[dict[str, Any]], quantity: str, **labels: Any) -> float:
-    """The median of a benchmark's samples; 0 where there are none."""
+    """Take the median of a benchmark's samples; 0 where there are none."""
     found = [
         record["samples"]
         for record in records
