@@ -120,7 +120,7 @@ def _names(text: str | None) -> list[str] | None:
 
 
 def _shares(ratios: str | None, compression_ratios: str | None) -> list[float] | None:
-    """Shares to keep, given as such or as shares to drop; None for those of the file."""
+    """Read shares to keep, given as such or as shares to drop; None for the file's own."""
     if ratios is not None and compression_ratios is not None:
         raise ValueError(f"ratios={ratios!r} and compression_ratios={compression_ratios!r}: give one of them")
     if compression_ratios is None:
@@ -136,7 +136,7 @@ def _numbers(name: str, text: str | None) -> list[float] | None:
 
 
 def main() -> None:
-    """Run the command; what a person can put right is one line on stderr and exit status 1."""
+    """Run the command; an error of the user's is one line on stderr, exit status 1."""
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     run_app(app, "python -m eval")
 

@@ -12,7 +12,7 @@ _PLOT = re.compile(r"^!\[[^]]*\]\(([^/)]+\.png)\)\n\n?", re.MULTILINE)  # as the
 
 
 def archive_run(path: Path) -> int:
-    """Pack a run's samples, and remove its report, its plots, and the lines of its summary that show them.
+    """Pack a run's samples; remove its report, its plots, and the summary's lines that show them.
 
     Args:
         path: folder of a finished run.

@@ -86,7 +86,7 @@ class Cell:
         """Refuse a model that cannot be compressed, or a budget that the method cannot reach.
 
         Raises:
-            ValueError: as `CompressedCache`.
+            ValueError: `CompressedCache` refuses it.
         """
         if self.compressor is not None and not reads_twice(self.compressor):
             CompressedCache(model_config, self._config(), compressor=self._compressor())
@@ -117,7 +117,7 @@ def make_cells(
     max_tokens: Sequence[int],
     settings: Mapping[str, Any],
 ) -> list[Cell]:
-    """The exact cache, then every method at every budget, in the order given.
+    """Make the exact cache's cell, then every method's at every budget, in the order given.
 
     Args:
         methods: names of compressors; or mappings with a "name" of their own, the "compressor", fields of

@@ -12,7 +12,7 @@ from eval.summary import AVERAGES, EVERY, baseline_of, describe
 
 
 def conclude(manifest: dict[str, Any], summary: pd.DataFrame) -> str:
-    """Say which method did best in the first task at the largest budget, beside the baseline and the exact cache.
+    """Say which method did best in the first task at the largest budget.
 
     A task that counts hits is told by them, others by their first metric.
 

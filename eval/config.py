@@ -1,4 +1,4 @@
-"""What an evaluation run is: one YAML file, checked in one place."""
+"""The description of an evaluation: one YAML file, checked in one place."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ class RunConfig(BaseModel):
     """An evaluation: which tasks, which methods, which budgets.
 
     Args:
-        name: of the run; the file's, by default.
+        name: name of the run; the file's, by default.
         model: hub id, folder or GGUF file; the default model if left out.
-        dtype: of the weights.
+        dtype: dtype of the weights.
         device: "cpu", "cuda", ...; a GPU if there is one.
         device_map: "auto" spreads a model over several devices.
         protocol: "context-only" compresses before the question is seen, "full-prompt" after.
@@ -47,12 +47,12 @@ class RunConfig(BaseModel):
         ratios: shares of the tokens to keep; or `compression_ratios`, shares to drop.
         max_tokens: budgets in tokens.
         settings: fields of `WildCatConfig` for all methods, beside the budget.
-        seed: of samples and pivots.
-        half: of the essays and their seeds: "develop" to choose by, "report" to report; all if left out.
+        seed: seed of samples and pivots.
+        half: half of the essays and seeds, "develop" to choose by, "report" to report; all if left out.
         limit: most samples of a task, of each of its lengths and depths; a task's own limit wins over it.
         baseline: method that all others are compared with, such as "exact"; WildCat if left out.
-        chat_template: whether benchmarks' prompts are sent as chat messages.
-        data_dir: local files of benchmarks.
+        chat_template: True to send benchmarks' prompts as chat messages.
+        data_dir: folder of benchmarks' local files.
         tasks: names, or mappings of a task and its options.
 
     Raises:
@@ -111,7 +111,7 @@ class RunConfig(BaseModel):
         return folder
 
     def cells(self) -> list[Cell]:
-        """Every method at every budget, the exact cache first.
+        """Make every method's cell at every budget, the exact cache's first.
 
         Raises:
             ValueError: an unknown method or a wrong budget.
@@ -125,7 +125,7 @@ class RunConfig(BaseModel):
         return cells
 
     def make_tasks(self) -> list[Task]:
-        """The tasks, groups of lm-eval resolved into their members.
+        """Make the tasks, and resolve groups of lm-eval into their members.
 
         Raises:
             ValueError: an unknown task, a wrong option, or one task twice.
@@ -181,7 +181,7 @@ def read_config(path: Path, **changes: Any) -> RunConfig:
 
 
 def _chosen(names: list[str], listed: Any) -> list[Any]:
-    """Entries of the file for these names; names that it does not list stand for themselves."""
+    """Pick the file's entries of these names; names that it does not list stand for themselves."""
     entries: dict[str, list[Any]] = {}
     for entry in listed if isinstance(listed, list) else []:
         if isinstance(entry, dict):

@@ -21,7 +21,7 @@ Key = tuple[str, int, str, float | None, int | None]
 
 
 class Folder:
-    """A run's folder; several processes write shards beside each other, which become one file at the end.
+    """A run's folder, in which several processes write shards that become one file at the end.
 
     Args:
         path: the folder.
@@ -33,7 +33,7 @@ class Folder:
 
     @property
     def manifest(self) -> dict[str, Any]:
-        """What the run is.
+        """The description of the run.
 
         Raises:
             ValueError: there is no run in the folder, or its description is damaged.
@@ -71,7 +71,7 @@ class Folder:
             raise ValueError(f"output={str(self.path)!r} holds another run: {changed}; choose another folder")
 
     def begin(self, manifest: dict[str, Any]) -> None:
-        """Start a new run, or go on with an interrupted one, whose last line may have been cut short.
+        """Start a new run, or go on with one whose last line may have been cut short.
 
         Packed samples are unpacked first, so that lines can be appended to them.
         """
@@ -95,11 +95,11 @@ class Folder:
         return manifest
 
     def records(self) -> list[dict[str, Any]]:
-        """All measurements of the folder, of every process; lines cut short by an interruption are left out."""
+        """Read the measurements of every process; lines cut short by an interruption are left out."""
         return [record for path in self._files() for record in _whole_lines(path)]
 
     def append(self, record: dict[str, Any]) -> None:
-        """Write a measurement of this process, at once."""
+        """Write a measurement of this process at once."""
         with self._shard().open("a", encoding="utf-8") as file:
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
@@ -155,7 +155,7 @@ class Folder:
 
 
 def key_of(record: dict[str, Any]) -> Key:
-    """What tells a measurement from all others of a run."""
+    """Make the key of a measurement, unique in a run."""
     return record["task"], record["sample"], record["method"], record["ratio"], record["max_tokens"]
 
 

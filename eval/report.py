@@ -1,4 +1,4 @@
-"""The report of a run: one HTML file that needs nothing else, the tables as Markdown, and the plots."""
+"""The report of a run: one HTML file that needs no other, tables as Markdown, plots."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ def write_report(manifest: dict[str, Any], records: Sequence[dict[str, Any]], fo
     """Write `report.html`, `summary.md` and the plots; the same bytes for the same run.
 
     Args:
-        manifest: of the run; one that is not finished says so.
-        records: of the run.
+        manifest: description of the run; one that is not finished says so.
+        records: records of the run.
         folder: folder to write to; made if it is not there.
 
     Returns:
@@ -75,7 +75,7 @@ def write_report(manifest: dict[str, Any], records: Sequence[dict[str, Any]], fo
 
 
 def visible(text: str) -> str:
-    """Text with control characters as symbols or escapes; line ends and tabs stay."""
+    """Write control characters as symbols or escapes; line ends and tabs stay."""
     return _INVISIBLE.sub(lambda found: _symbol(ord(found[0])), text)
 
 
@@ -84,7 +84,7 @@ def _symbol(code: int) -> str:
 
 
 def _facts(manifest: dict[str, Any]) -> list[tuple[str, str]]:
-    """What was run, where and when."""
+    """List what was run, where and when."""
     model, machine = manifest["model"], manifest.get("machine") or {}
     parts = [model["name"]]
     if model.get("parameters"):
@@ -109,7 +109,7 @@ def _facts(manifest: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _warnings(manifest: dict[str, Any], summary: pd.DataFrame) -> list[str]:
-    """What a reader has to know before all numbers."""
+    """List warnings that belong before all numbers."""
     warnings = []
     if not manifest.get("finished"):
         warnings.append("This run has not finished: the numbers are those of the samples measured so far.")
@@ -128,7 +128,7 @@ def _warnings(manifest: dict[str, Any], summary: pd.DataFrame) -> list[str]:
 def _sections(
     manifest: dict[str, Any], records: Sequence[dict[str, Any]], tables: list[Table], plots: list[Path]
 ) -> list[dict[str, Any]]:
-    """The overview, each task, and the plots that belong to none; with tables, plots and samples of each."""
+    """Make the sections: overview, each task, plots of none; with tables, plots and samples."""
     budgets = find_budgets(records) or [Budget()]
     left = {path.name: path for path in plots}
     sections = []
@@ -148,7 +148,7 @@ def _sections(
 
 
 def _samples(manifest: dict[str, Any], records: Sequence[dict[str, Any]], task: str | None) -> list[dict[str, Any]]:
-    """What the methods wrote for the first samples of a task."""
+    """Collect the methods' texts for the first samples of a task."""
     written = [record for record in records if record["task"] == task and record["prediction"] is not None]
     by_sample: dict[Any, list[dict[str, Any]]] = {}
     for record in written:
@@ -176,7 +176,7 @@ def _samples(manifest: dict[str, Any], records: Sequence[dict[str, Any]], task: 
 
 
 def _prediction(record: dict[str, Any] | None) -> tuple[str, str] | None:
-    """A prediction and its scores."""
+    """Write a prediction and its scores."""
     if record is None:
         return None
     scores = (f"{name} {'–' if score is None else f'{score:.3g}'}" for name, score in record["scores"].items())
@@ -190,7 +190,7 @@ def _shortened(text: str | None) -> str | None:
 
 
 def _summary(page: dict[str, Any]) -> str:
-    """The report as Markdown, without samples."""
+    """Write the report as Markdown, without samples."""
     parts = [f"# {escape_markdown(page['title'])}"]
     parts += [f"**{warning}**" for warning in page["warnings"]]
     parts += [escape_markdown(page["conclusion"])] if page["conclusion"] else []
@@ -204,5 +204,5 @@ def _summary(page: dict[str, Any]) -> str:
 
 
 def _embed(path: Path) -> str:
-    """A plot as a data URI."""
+    """Make a data URI of a plot."""
     return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()

@@ -1,4 +1,4 @@
-"""A run: every sample of every task, read once and measured for every cell, one line written at a time."""
+"""A run: every sample of every task, read once, measured for every cell, written at once."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ def run(config: RunConfig, output: Path, *, command: str, resume: bool) -> None:
     Under `accelerate launch` the samples are shared out, and one process merges and reports.
 
     Args:
-        config: what to measure.
-        output: the run's folder.
-        command: how the run was started, for its record.
-        resume: whether the folder may hold the beginning of this run.
+        config: description of the run.
+        output: folder of the run.
+        command: command line, for the record.
+        resume: True if the folder may hold the beginning of this run.
 
     Raises:
         ValueError: something cannot be measured as asked; before anything long begins, with nothing written.
@@ -74,7 +74,7 @@ def run(config: RunConfig, output: Path, *, command: str, resume: bool) -> None:
 def _samples(
     config: RunConfig, tasks: list[Task], model: Any, tokenizer: Any, *, show: bool
 ) -> list[tuple[Task, Sample]]:
-    """All samples of all tasks, in the order of the records.
+    """Make all samples of all tasks, in the order of the records.
 
     Raises:
         ValueError: a task's data is missing, or a sample is longer than the model can read.

@@ -24,6 +24,6 @@ def house_style() -> AbstractContextManager[None]:
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Write a figure as PNG or SVG, by the path's suffix: the same bytes for the same figure."""
+    """Write a figure as PNG or SVG, by the suffix: the same bytes for the same figure."""
     undated = {"Date": None} if path.suffix == ".svg" else {"Software": None}
     figure.savefig(path, dpi=_DPI, bbox_inches="tight", facecolor="white", metadata=undated)

@@ -23,10 +23,10 @@ class TableCell:
     """One cell of a table.
 
     Attributes:
-        text: all that it says.
+        text: text of the cell.
         mark: verdict on the method beside the baseline: "better", "worse", "tie", or "".
-        best: whether it is the best of the compressed methods, as far as it is printed.
-        order: what to sort a column by; None for cells that go last.
+        best: True if it is the best of the compressed methods, as printed.
+        order: key to sort a column by; None for cells that go last.
     """
 
     text: str
@@ -40,9 +40,9 @@ class Table:
     """A table to read; the first cell of each row is the method.
 
     Attributes:
-        task: that it is about; None for the overview of all.
-        budget: of the compressed methods.
-        title: what was measured, on what, and how many samples.
+        task: name of the task; None for the overview of all.
+        budget: budget of the compressed methods.
+        title: heading, with model, protocol and number of samples.
         notes: units, and what is better.
         header: one cell a column.
         rows: in the manifest's order of methods.
@@ -57,16 +57,16 @@ class Table:
 
 
 def unit_and_direction(metric: dict[str, Any]) -> str:
-    """A metric's unit and direction, as a heading or an axis says them."""
+    """Write a metric's unit and direction, for a heading or an axis."""
     direction = f"{'higher' if metric['higher_is_better'] else 'lower'} is better"
     return f"{metric['unit']}, {direction}" if metric.get("unit") else direction
 
 
 def make_tables(manifest: dict[str, Any], summary: pd.DataFrame) -> list[Table]:
-    """An overview of each budget, then for each task and budget a table, and one by length for each metric.
+    """Make an overview of each budget, a table of each task and budget, and one by length.
 
     Args:
-        manifest: of the run.
+        manifest: description of the run.
         summary: from `summarise`.
     """
     parts = list(summary.groupby(["ratio", "max_tokens"], sort=False, dropna=False))
@@ -102,7 +102,7 @@ def markdown(table: Table) -> str:
 
 
 def _overview(manifest: dict[str, Any], budget: Budget, part: pd.DataFrame) -> Table:
-    """The first metric of every task, and how often each method is better or worse than the baseline."""
+    """Make a table of every task's first metric, and of each method's verdicts."""
     tasks = list(part["task"].unique())
     metrics = {task: _first(manifest, part, task) for task in tasks}
     firsts = {task: part[(part["task"] == task) & (part["metric"] == metrics[task])] for task in tasks}
@@ -153,7 +153,7 @@ def _tally(marks: list[str]) -> TableCell:
 
 
 def _task_table(manifest: dict[str, Any], task: str, budget: Budget, part: pd.DataFrame) -> Table:
-    """All metrics of a task over all of its samples."""
+    """Make a table of all metrics of a task over all of its samples."""
     metrics = {name: metric for name, metric in describe(manifest, task).items() if name in set(part["metric"])}
     columns = [(f"{name} {_arrow(metric)}", part[part["metric"] == name], metric) for name, metric in metrics.items()]
     seconds = [name for name in part if name.startswith("seconds_") and part[name].notna().any()]
@@ -191,7 +191,7 @@ def _task_table(manifest: dict[str, Any], task: str, budget: Budget, part: pd.Da
 
 
 def _bytes_cell(entry: pd.Series, whole: float) -> TableCell:
-    """The cache's size, with its share of the exact cache's where that was measured."""
+    """Write the cache's size, and its share of the exact cache's where that was measured."""
     held = entry["memory_bytes"]
     if pd.isna(held):
         return TableCell(_NOTHING)
@@ -200,7 +200,7 @@ def _bytes_cell(entry: pd.Series, whole: float) -> TableCell:
 
 
 def _length_table(manifest: dict[str, Any], task: str, name: str, budget: Budget, part: pd.DataFrame) -> Table:
-    """One metric of a task at every length."""
+    """Make a table of one metric at every length."""
     metric = describe(manifest, task)[name]
     groups = [group for group in part["group"].unique() if group != EVERY]
     columns = [(group, part[part["group"] == group], metric) for group in groups]
@@ -221,7 +221,7 @@ def _length_table(manifest: dict[str, Any], task: str, name: str, budget: Budget
 def _compared(
     manifest: dict[str, Any], part: pd.DataFrame, columns: list[tuple[str, pd.DataFrame, dict[str, Any]]]
 ) -> tuple[tuple[str, ...], tuple[tuple[TableCell, ...], ...]]:
-    """Header and rows with a column for each measure, and one for its difference to the baseline if there is one."""
+    """Make header and rows: a column for each measure, and one for its difference to the baseline."""
     header, compared, baseline = ["method"], part["difference"].notna().any(), baseline_of(manifest)
     for name, _, _ in columns:
         header += [name, f"{name.rstrip(_ARROWS)}, to {baseline} (95 %)"] if compared else [name]
@@ -267,7 +267,7 @@ def _difference_cell(entry: dict[str, Any], metric: dict[str, Any]) -> TableCell
 
 
 def _mark(entry: dict[str, Any], metric: dict[str, Any]) -> str:
-    """What the interval says; nothing without one, nor of a difference that is too small to be printed."""
+    """Read the verdict from an interval; none without one, or where the difference prints as 0."""
     if pd.isna(entry["tie"]):
         return ""
     if entry["tie"]:
@@ -282,7 +282,7 @@ def _arrow(metric: dict[str, Any]) -> str:
 
 
 def _first(manifest: dict[str, Any], part: pd.DataFrame, task: str) -> str:
-    """The first metric of a task that was measured."""
+    """Find the first metric of a task that was measured."""
     measured = set(part.loc[part["task"] == task, "metric"])
     return next(metric for metric in describe(manifest, task) if metric in measured)
 
@@ -297,7 +297,7 @@ def _setting(manifest: dict[str, Any], budget: Budget) -> str:
 
 
 def _samples(part: pd.DataFrame) -> str:
-    """How many samples there are, with and without a finite score, and a range if not the same for all."""
+    """Count the samples, finite or not; a range if methods have different numbers."""
     counts = part["n"] + part["not_finite"]
     low, high = int(counts.min()), int(counts.max())
     return f"{high:,}" if low == high else f"{low:,} to {high:,}"

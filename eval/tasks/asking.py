@@ -33,7 +33,7 @@ class Prompt:
 
     @classmethod
     def of(cls, context: Tensor, question: Tensor, protocol: Protocol) -> Prompt:
-        """Where the protocol puts the compression."""
+        """Split a prompt where the protocol puts the compression."""
         if protocol == "context-only":
             return cls(context, question)
         return cls(torch.cat((context, question)), question[:0])
@@ -78,7 +78,7 @@ class Asked:
 
     @property
     def seen_tokens(self) -> int:
-        """Of the context."""
+        """Tokens of the context."""
         return self.context.input_ids.shape[1]
 
     def compress(self, cell: Cell, clock: Clock) -> tuple[CompressedCache, Held]:
@@ -88,7 +88,7 @@ class Asked:
         return cache, held_by(cache)
 
     def generate(self, cache: CompressedCache, max_new_tokens: int, until: Sequence[str]) -> str:
-        """The answer; uses the cache up."""
+        """Write the answer; uses the cache up."""
         return generate(
             self._model,
             self._tokenizer,
@@ -100,7 +100,7 @@ class Asked:
         )[0]
 
     def likelihoods(self, cache: CompressedCache, answers: Sequence[Tensor]) -> list[Likelihood]:
-        """How likely each of several answers is; uses the cache up."""
+        """Score several answers; uses the cache up."""
         if len(answers) > 1:
             cache.batch_repeat_interleave(len(answers))
         ids = self._ids.expand(len(answers), -1)

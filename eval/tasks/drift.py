@@ -33,7 +33,7 @@ class Drift(EssayTask):
 
     @property
     def name(self) -> str:
-        """As the option is called."""
+        """The task's name."""
         return "drift"
 
     @property
@@ -46,7 +46,7 @@ class Drift(EssayTask):
         }
 
     def samples(self, setting: Setting) -> list[Sample]:
-        """Every length `repeats` times."""
+        """Make the texts of every length."""
         return [_Drift(**fields) for fields in self.stretches(setting, self.tokens)]
 
 
@@ -71,7 +71,7 @@ class _Drift(Stretch):
 
 
 def _scores(expected: Tensor, found: Tensor, words: Tensor) -> dict[str, float]:
-    """Of log-probabilities (tokens, vocabulary): what follows each word of the continuation, int64 (tokens,)."""
+    """Score log-probabilities (tokens, vocabulary) of what follows each word of a continuation, int64 (tokens,)."""
     kl = torch.nn.functional.kl_div(found, expected, log_target=True, reduction="batchmean")
     nll = torch.nn.functional.nll_loss(found[:-1], words[1:])
     agreement = (found.argmax(-1) == expected.argmax(-1)).float().mean()

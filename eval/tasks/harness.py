@@ -31,9 +31,10 @@ class HarnessTask(Task):
     Scores are the task's metrics that are means over documents, after the first of its filters.
 
     Args:
-        task: the name.
+        task: name of the task.
         lengths: tokens of RULER's texts, 4096 by default, or the version of a benchmark that has several, such as
             "4k" of BABILong.
+        limit: most documents of each length, instead of the run's limit.
         max_gen_toks: most tokens of an answer, instead of the task's own number.
         truncate: "middle" cuts prompts that are too long as LongBench does, and is its default; "never" refuses them.
         max_length: most tokens of prompt and answer, instead of the model's positions. Texts whose likelihood is
@@ -50,7 +51,7 @@ class HarnessTask(Task):
 
     @property
     def name(self) -> str:
-        """As lm-eval calls it."""
+        """The name in lm-eval."""
         return self.task
 
     @property
@@ -60,11 +61,11 @@ class HarnessTask(Task):
 
     @property
     def streams(self) -> bool:
-        """Where lm-eval asks for the likelihood of whole texts."""
+        """True where lm-eval asks for the likelihood of whole texts."""
         return self._rolling
 
     def samples(self, setting: Setting) -> list[Sample]:
-        """The first documents of every length, as lm-eval orders them."""
+        """Take the first documents of every length, as lm-eval orders them."""
         samples: list[Sample] = []
         lengths: list[int | str | None] = [*self.lengths] or [None]
         for length in lengths:
@@ -141,7 +142,7 @@ class HarnessTask(Task):
         return Prompt(context, question)
 
     def _chats(self, setting: Setting) -> Any:
-        """The tokenizer whose chat template is to be used, or None."""
+        """Choose the tokenizer whose chat template is used; None for plain text."""
         name = self.task.removeprefix("longbench_").removesuffix("_e")
         plain = self.task.startswith("longbench") and name in _PLAIN
         return setting.tokenizer if setting.chat_template and setting.tokenizer.chat_template and not plain else None
@@ -228,7 +229,7 @@ class _Rolling(_Document):
 
 
 def _length(task: str, document: Mapping[str, Any], chosen: int | str | None) -> dict[str, int | str]:
-    """The group of lengths that a document belongs to; LongBench-E has three, in words."""
+    """Find the group of lengths that a document belongs to; LongBench-E has three, in words."""
     if task.startswith("longbench") and task.endswith("_e"):
         words = int(document["length"])
         return {"length": "0-4k" if words < 4000 else "4-8k" if words < 8000 else "8k+"}
@@ -245,7 +246,7 @@ def _metrics(task: Any, name: str) -> dict[str, Metric]:
 
 
 def _reference(task: Any, document: dict[str, Any], name: str) -> str:
-    """Of several right answers the first; RULER wants all."""
+    """Take the first of several right answers; RULER wants all."""
     target = task.doc_to_target(document)
     if isinstance(target, list):
         return ", ".join(map(str, target)) if name.startswith(RULER) else str(target[0] if target else "")
@@ -253,6 +254,6 @@ def _reference(task: Any, document: dict[str, Any], name: str) -> str:
 
 
 def _encode(tokenizer: Any, text: str, begins: bool = True) -> list[int]:
-    """Token ids; special tokens as the tokenizer has them, but not twice and not inside a text."""
+    """Encode a text; with the tokenizer's special tokens, not twice and not inside a text."""
     begins = begins and not (tokenizer.bos_token and text.startswith(tokenizer.bos_token))
     return tokenizer(text, add_special_tokens=begins).input_ids

@@ -179,7 +179,7 @@ class WildCatLM(HFLM):
         return totals
 
     def _split(self, text: str, request: Instance) -> Prompt:
-        """Encode a prompt before and after the compression; an empty one is read as the first token."""
+        """Encode a prompt in its two parts; an empty one is read as the first token."""
         if not text:
             return self._first(), self._first()[:0]
         return self._prompts.ids(self._prompts.split(text, request.task_name or "", request.doc))

@@ -1,4 +1,4 @@
-"""What the model takes, checked before any work."""
+"""Options of the model, checked before any work."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _REFUSED = ("think_end_token", "mixed_precision_dtype", "softmax_dtype", "trunca
 
 
 def reads_twice(compressor: str) -> bool:
-    """True if the method of this name reads a text twice; "exact" does not."""
+    """Tell whether the method of this name reads a text twice; "exact" does not."""
     return compressor != EXACT and not next(known.decodes for known in available() if known.name == compressor)
 
 

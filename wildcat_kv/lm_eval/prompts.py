@@ -1,4 +1,4 @@
-"""Prompts of lm-eval's tasks as token ids, in two parts: read before the compression, and after it."""
+"""Prompts of lm-eval's tasks as token ids, in two parts: before and after the compression."""
 
 from __future__ import annotations
 
@@ -44,12 +44,12 @@ class PromptEncoder:
         return (prompt, "") if self.protocol == "full-prompt" else split_prompt(prompt, task, document)
 
     def ids(self, parts: Parts) -> tuple[Tensor, Tensor]:
-        """Encode both parts: int64 (n,) and (m,), m = 0 where nothing is read after the compression."""
+        """Encode both parts: int64 (n,) and (m,), m = 0 for an empty second part."""
         first, second = encode_parts(self._encode, *parts)
         return self._tensor(first), self._tensor(second)
 
     def answer(self, parts: Parts, text: str) -> Tensor:
-        """Encode what follows a prompt, int64 (a,), as it is encoded together with the part before it."""
+        """Encode a continuation, int64 (a,), as it is encoded after the part before it."""
         before = parts[1] or parts[0]
         return self._tensor(self._encode(before + text, False)[len(self._encode(before, False)) :])
 
@@ -67,7 +67,7 @@ def move_spaces(prompt: str, continuation: str) -> tuple[str, str]:
 
 
 def loses_middle(task: str) -> bool:
-    """True if a task's prompts lose their middle where they are too long."""
+    """Tell whether a task's prompts lose their middle where they are too long."""
     return task.startswith("longbench")
 
 

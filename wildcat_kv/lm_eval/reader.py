@@ -1,4 +1,4 @@
-"""Contexts read into compressed caches, and what is asked of them."""
+"""Contexts read into compressed caches, answers and likelihoods over them."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Reader:
             self.empty()
 
     def empty(self) -> Cache:
-        """Make a cache that compresses what it is yet to read; not for a method that reads a text twice."""
+        """Make an empty cache; not for a method that reads a text twice."""
         if self._settings is None:
             return DynamicCache(config=self._model.config)
         return CompressedCache(self._model.config, self._settings, compressor=self._method)
@@ -106,7 +106,7 @@ class Reader:
         return [(likelihood.total, likelihood.greedy) for likelihood in found]
 
     def losses(self, ids: Tensor, chunk: int) -> Tensor:
-        """Read a whole text, int64 (1, n), `chunk` tokens at once; negative log-likelihoods of all but its first."""
+        """Read a text, int64 (1, n), `chunk` tokens at once; negative log-likelihoods of all but its first."""
         return token_losses(self._model, self.empty(), ids, chunk=chunk)
 
     def _append(self, ids: Tensor, mask: Tensor | None, more: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:

@@ -1,4 +1,4 @@
-"""Where the context of a benchmark's prompt ends and its question begins."""
+"""The border between the context of a benchmark's prompt and its question."""
 
 from __future__ import annotations
 
