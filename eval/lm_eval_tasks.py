@@ -44,9 +44,10 @@ def known_tasks() -> list[str]:
         return kept.read_text(encoding="utf-8").splitlines()
     with quiet():
         names = _manager().all_tasks
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(kept) as new:
-        new.write_text("\n".join(names), encoding="utf-8")
+    with contextlib.suppress(OSError):  # a folder that cannot be written to costs time alone
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(kept) as new:
+            new.write_text("\n".join(names), encoding="utf-8")
     return names
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from pydantic import Field
+from typing_extensions import override
 
 from eval.cells import Cell
 from eval.tasks.asking import Clock, held_by
@@ -37,8 +38,8 @@ class Perplexity(EssayTask):
         return "decoding" if self.chunk == 1 else "perplexity"
 
     @property
+    @override
     def streams(self) -> bool:
-        """True."""
         return True
 
     @property
