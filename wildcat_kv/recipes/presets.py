@@ -9,7 +9,6 @@ from typing import Annotated, Any
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from wildcat_kv.compressors import resolve
 from wildcat_kv.config import WildCatConfig
 from wildcat_kv.validation import one_line
 
@@ -69,6 +68,8 @@ class Preset(BaseModel):
     @field_validator("compressor")
     @classmethod
     def _is_a_method(cls, compressor: str) -> str:
+        from wildcat_kv.compressors import resolve  # imports torch; presets can be listed without
+
         resolve(compressor, WildCatConfig(ratio=1.0))
         return compressor
 
@@ -90,6 +91,11 @@ class Preset(BaseModel):
 def preset_names() -> list[str]:
     """The names of the presets that come with the package."""
     return sorted(path.stem for path in _FOLDER.glob("*.yaml"))
+
+
+def shipped_presets() -> dict[str, dict[str, Any]]:
+    """Read the presets of the package as plain fields, by name. Imports no torch."""
+    return {name: yaml.safe_load((_FOLDER / f"{name}.yaml").read_text(encoding="utf-8")) for name in preset_names()}
 
 
 def load_preset(name: str | Path) -> Preset:
