@@ -11,7 +11,7 @@ from rich.markup import escape
 
 from wildcat_kv.cache.sizes import stored_tokens
 from wildcat_kv.cli import options
-from wildcat_kv.cli.figures import MIB, why_so_many
+from wildcat_kv.cli.figures import MIB, short_text_note
 from wildcat_kv.cli.prompting import typed_lines
 from wildcat_kv.cli.streaming import TextStream, layers_seen, steps
 from wildcat_kv.cli.timing import TimedStreamer, Timing
@@ -148,7 +148,7 @@ class Session:
         self._context, self._text = context, text
         self._conversation = context.conversation()
         self._status()
-        if note := why_so_many(context.cache):
+        if note := short_text_note(context.cache, context.tokens):
             self._console.print(note, style="dim", soft_wrap=True)
 
     def _status(self, timing: Timing | None = None) -> None:

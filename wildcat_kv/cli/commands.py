@@ -173,7 +173,7 @@ def patch(
         recipe = patch_folder(model_dir, **choice)
         print(f"{model_dir}: {recipe.compressor}, {recipe.settings}")
         print(
-            "It counts where a program calls wildcat_kv.enable(model); elsewhere the model runs with its exact cache."
+            "Programs obey it where they call wildcat_kv.enable(model); elsewhere the model runs with its exact cache."
         )
     elif unpatch_folder(model_dir):
         print(f"{model_dir}: config.json is byte for byte as it was before the patch")

@@ -104,7 +104,7 @@ def _run(
         ids = torch.cat(encode_question(tokenizer, text, question), dim=-1).to(model.device)
         writing = progress.add_task(f"{name}: {question}", total=None)
         pieces: list[str] = []
-        timing = decode(model, tokenizer, copy.deepcopy(cache), ids, max_new_tokens, pieces.append)
+        timing = decode(model, tokenizer, copy.deepcopy(cache), ids, max_new_tokens, pieces.append, ["\n"])
         progress.update(writing, total=1, completed=1)
         answers.append("".join(pieces).strip())
         speeds.append(timing.tokens_per_second)
@@ -128,7 +128,8 @@ def _table(questions: list[str], runs: dict[str, _Run]) -> Table:
 
 def _name(choice: dict[str, Any]) -> str:
     """Name what was chosen, by preset, method and budget."""
-    parts = [str(choice[name]) for name in ("preset", "compressor") if choice[name] is not None]
+    words = {"preset": "preset", "compressor": "method"}
+    parts = [f"{word} {choice[name]}" for name, word in words.items() if choice[name] is not None]
     budgets = ("ratio", "compression_ratio", "max_tokens")
     return ", ".join([*parts, *(f"{name}={choice[name]}" for name in budgets if name in choice)])
 

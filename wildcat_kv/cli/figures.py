@@ -1,27 +1,32 @@
-"""Figures of a cache for people, and why a short text is hardly compressed."""
+"""Remarks on a cache for people: what a budget means for a short text."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from wildcat_kv.cache.sizes import stored_tokens
+from wildcat_kv.cache.budget import exact_ends, kept_tokens
 
 MIB = 2**20
 
 
-def why_so_many(cache: Any) -> str | None:
-    """Say in one line why a cache holds far more than its budget's share; None if it does not.
+def short_text_note(cache: Any, tokens: int) -> str | None:
+    """Say in one line how a short text is compressed otherwise than its settings say; None for a longer one.
 
     Args:
-        cache: a compressed cache that has read something.
+        cache: a compressed cache.
+        tokens: length of the text that it read at once, in tokens.
     """
-    settings, seen, stored = cache.settings, cache.get_seq_length(), stored_tokens(cache)
-    share = 1.0 if settings.share is None else settings.share
+    settings = cache.settings
     if settings.max_tokens is not None:
-        fits = seen and stored >= seen
-        return f"Nothing is compressed: all {seen:,} tokens fit into {settings.max_tokens:,}." if fits else None
-    if stored < seen * (1 + share) / 2 or share == 1 or not seen:
+        fits = tokens <= settings.max_tokens
+        return f"Nothing is compressed: all {tokens:,} tokens fit into {settings.max_tokens:,}." if fits else None
+    if settings.ratio in ("auto", 1):
         return None
-    much = "Nothing" if stored >= seen else "Little"
-    ends = f"the first {settings.sink} and the last {settings.window} tokens stay exact"
-    return f"{much} is compressed: {seen:,} tokens are a short text, of which {ends}."
+    budget = kept_tokens(tokens, settings.ratio)
+    sink, window = exact_ends(budget, settings)
+    if (sink, window) == (settings.sink, settings.window):
+        return None
+    return (
+        f"A short text: {budget} of {tokens} tokens are kept, and of the {settings.sink} first and {settings.window} "
+        f"last ones that should stay exact only {sink} and {window} do. Raise the ratio to keep more."
+    )

@@ -12,7 +12,7 @@ from transformers import Cache
 
 from wildcat_kv.cache.read_check import with_read_check
 from wildcat_kv.cache.sizes import cache_bytes, stored_tokens
-from wildcat_kv.cli.figures import MIB, why_so_many
+from wildcat_kv.cli.figures import MIB, short_text_note
 from wildcat_kv.cli.streaming import TextStream, layers_seen, steps
 from wildcat_kv.cli.timing import TimedStreamer, Timing
 from wildcat_kv.contexts.answering import pad_id
@@ -58,7 +58,7 @@ def answer_prompt(
     )
     console = Console(stderr=True, highlight=False)
     console.print(table)
-    if note := why_so_many(cache):
+    if note := short_text_note(cache, ids.shape[1]):
         console.print(note, soft_wrap=True)
 
 
@@ -69,6 +69,7 @@ def decode(
     ids: torch.Tensor,
     max_new_tokens: int,
     on_text: Callable[[str], Any],
+    stop_strings: list[str] | None = None,
 ) -> Timing:
     """Decode greedily, and hand new text on as it comes.
 
@@ -79,6 +80,7 @@ def decode(
         ids: the prompt, int64 (1, n).
         max_new_tokens: most tokens of the answer.
         on_text: function called with each piece of text.
+        stop_strings: texts that end the answer.
     """
     streamer = TimedStreamer(TextStream(tokenizer, on_text))
     _, checked = with_read_check(model, cache, (), {})
@@ -90,6 +92,8 @@ def decode(
         do_sample=False,
         pad_token_id=pad_id(tokenizer),
         streamer=streamer,
+        stop_strings=stop_strings,
+        tokenizer=tokenizer if stop_strings else None,
         **checked,
     )
     return streamer.timing
