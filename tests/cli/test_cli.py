@@ -204,7 +204,7 @@ def folder(tmp_path):
 def test_a_folder_is_patched_and_taken_back(monkeypatch, capsys, folder):
     before = (folder / "config.json").read_bytes()
     status, out, err = run(monkeypatch, capsys, "patch", folder, "--preset", "published", "--ratio", "0.5")
-    assert "Programs obey it where they call wildcat_kv.enable(model)" in out and not err
+    assert "Programs obey it if they call wildcat_kv.enable(model)" in out and not err
     section = json.loads((folder / "config.json").read_text())["wildcat_kv"]
     assert status == 0 and str(folder) in out and "ratio=0.5" in out
     assert (section["preset"], section["settings"]["ratio"]) == ("published", 0.5)
@@ -225,7 +225,7 @@ def test_an_undo_of_a_file_that_has_changed_since_says_so(monkeypatch, capsys, f
 def test_a_preset_that_knows_no_layers_of_a_model_says_so_in_one_line(monkeypatch, capsys, folder):
     status, _, err = run(monkeypatch, capsys, "patch", folder, "--preset", "balanced")
     assert status == 0 and err.count("\n") == 1
-    assert err.startswith("wildcat-kv: this preset leaves layers exact that were found by measuring SmolLM2-135M")
+    assert err.startswith("wildcat-kv: preset='balanced' leaves layers exact that were found by measuring SmolLM2-135M")
     assert "for this model (llama) none are known" in err
     status, _, err = run(monkeypatch, capsys, "patch", folder, "--preset", "balanced", "--max-tokens", "100")
     assert status == 0 and not err  # which leaves no layers exact anyway

@@ -172,9 +172,7 @@ def patch(
     if not undo:
         recipe = patch_folder(model_dir, **choice)
         print(f"{model_dir}: {recipe.compressor}, {recipe.settings}")
-        print(
-            "Programs obey it where they call wildcat_kv.enable(model); elsewhere the model runs with its exact cache."
-        )
+        print("Programs obey it if they call wildcat_kv.enable(model); without that the model has its exact cache.")
     elif unpatch_folder(model_dir):
         print(f"{model_dir}: config.json is byte for byte as it was before the patch")
     else:

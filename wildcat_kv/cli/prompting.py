@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from prompt_toolkit import PromptSession
 from prompt_toolkit.completion import CompleteEvent, Completer, Completion, PathCompleter, WordCompleter
 from prompt_toolkit.document import Document
+from prompt_toolkit.shortcuts import CompleteStyle
 from typing_extensions import override
 
 _TAKE_A_FILE = ("/save", "/load")
@@ -44,7 +45,11 @@ def typed_lines(commands: Iterable[str]) -> Iterator[str]:
     if not sys.stdin.isatty():
         yield from (line.strip() for line in sys.stdin if line.strip())
         return
-    session: PromptSession[str] = PromptSession([("bold ansicyan", "\n> ")], completer=CommandCompleter(commands))
+    session: PromptSession[str] = PromptSession(
+        [("bold ansicyan", "\n> ")],
+        completer=CommandCompleter(commands),
+        complete_style=CompleteStyle.READLINE_LIKE,
+    )
     while True:
         try:
             line = session.prompt().strip()

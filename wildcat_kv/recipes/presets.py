@@ -88,12 +88,17 @@ class Preset(BaseModel):
         family = next((family for family in self.families if family.has(decoder)), None)
         return self.settings if family is None else self.settings.changed(exact_layers=family.exact_layers)
 
-    def warn_if_unmeasured(self, decoder: Any) -> None:
-        """Warn that no layers are left exact, where the preset has them for other models only."""
+    def warn_if_unmeasured(self, decoder: Any, name: str) -> None:
+        """Warn that no layers stay exact, where the preset has them for other models only.
+
+        Args:
+            decoder: the Transformers config of the model's decoder.
+            name: the preset's name or file.
+        """
         if self.families and not any(family.has(decoder) for family in self.families):
             known = ", ".join(family.name for family in self.families)
             warnings.warn(
-                f"this preset leaves layers exact that were found by measuring {known}; for this model "
+                f"preset={name!r} leaves layers exact that were found by measuring {known}; for this model "
                 f"({getattr(decoder, 'model_type', None)}) none are known and all are compressed. Give exact_layers, "
                 "or take preset='adaptive', which needs none",
                 stacklevel=3,
