@@ -15,7 +15,9 @@ from torch import Tensor
 from transformers import Cache
 from typing_extensions import Self
 
-from wildcat_kv.cache.disk import persistence
+from wildcat_kv.cache.disk.read import read
+from wildcat_kv.cache.disk.saved import SavedCache, SavedLayer, SavedText
+from wildcat_kv.cache.disk.write import write
 from wildcat_kv.cache.error_report import ErrorReport
 from wildcat_kv.cache.layer import Shared, WildCatLayer
 from wildcat_kv.cache.positions import RopeDeltas, names_positions
@@ -364,8 +366,23 @@ class CompressedCache(Cache):
             RuntimeError: a forward pass failed half-way.
             OSError: the file cannot be written.
         """
+        write(path, self.saved())
+
+    def saved(self, text: SavedText | None = None) -> SavedCache:
+        """Hand over all that a file keeps of the cache.
+
+        Args:
+            text: what is known of the text that was read.
+
+        Raises:
+            ValueError: nothing was read yet.
+            RuntimeError: a forward pass failed half-way.
+        """
         self._synchronize()
-        persistence.write(self, path)
+        self.check_in_step()
+        layers = [layer.state if isinstance(layer, WildCatLayer) else layer for layer in self.layers]
+        rope = RopeDeltas(self.rope.carry(self.get_seq_length()))
+        return SavedCache.of(self.model, self.settings, self.compressor, layers, rope, text)
 
     @classmethod
     def load(
@@ -396,18 +413,24 @@ class CompressedCache(Cache):
             ValueError: no file of ours, a damaged one, one of another version, or of another model or method.
                 Nothing is changed then.
         """
-        return cls.restored(persistence.read(path, config, device), config, **options)
+        return cls.restored(read(path, config, device), config, **options)
 
     @classmethod
-    def restored(cls, saved: persistence.SavedContext, config: Any, **options: Any) -> Self:
-        """The cache that was saved, from a file that was read; see `load`."""
+    def restored(cls, saved: SavedCache, config: Any, **options: Any) -> Self:
+        """Make the cache that was saved, from a file that was read; see `load`."""
         given = options.get("compressor") or cls._only_method
         method = given if isinstance(given, Compressor) else saved.method(given)
         saved.check_method(method)
         if cls._only_method is None:
             options["compressor"] = method
         cache = cls(config, saved.settings, **options)
-        saved.restore(cache)
+        for layer, kept in zip(cache.layers, saved.layers, strict=True):
+            if isinstance(kept, SavedLayer):
+                numbers, entries, queries = kept.progress, kept.entries, (kept.carried, kept.recent)
+                layer.restore(numbers, entries, kept.length, kept.folded_range, *queries)
+            else:
+                vars(layer).update(kept.attributes)
+        cache.rope.steps = saved.rope.steps
         return cache
 
     def check_in_step(self) -> None:

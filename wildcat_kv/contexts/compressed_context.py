@@ -12,7 +12,9 @@ from torch import Tensor
 from typing_extensions import Self
 
 from wildcat_kv.cache.caches import CompressedCache
-from wildcat_kv.cache.disk import persistence
+from wildcat_kv.cache.disk.read import read
+from wildcat_kv.cache.disk.saved import SavedText
+from wildcat_kv.cache.disk.write import write
 from wildcat_kv.cache.joining import join_caches, unjoinable
 from wildcat_kv.cache.sizes import stored_tokens
 from wildcat_kv.compressors import Compressor
@@ -139,8 +141,8 @@ class CompressedContext:
             OSError: the file cannot be written.
         """
         self._check_weights()
-        text = persistence.SavedText(self._ids, self.tokens, self._weights.samples)
-        persistence.write(self.cache, path, text)
+        text = SavedText(self._ids, self.tokens, self._weights.samples)
+        write(path, self.cache.saved(text))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], model: Any, tokenizer: Any) -> Self:
@@ -158,7 +160,7 @@ class CompressedContext:
         """
         tokenizer = text_tokenizer(tokenizer)
         _check(model, tokenizer)
-        saved = persistence.read(path, model.config, model.device)
+        saved = read(path, model.config, model.device)
         if saved.text is None:
             raise ValueError(
                 f"path={str(path)!r} holds a cache without its text; load it with WildCatCache.load(path, "
