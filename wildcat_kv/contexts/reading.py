@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import Cache, GenerationConfig, RepetitionPenaltyLogitsProcessor, StoppingCriteria
 
 from wildcat_kv.cache.caches import CompressedCache
@@ -40,13 +41,11 @@ def pad_left(rows: Sequence[Tensor], pad: int = 0) -> tuple[Tensor, Tensor | Non
     Returns:
         ids int64 (rows, n), and the attention mask int64 (rows, n), 0 for padding; None where nothing is padded.
     """
-    longest = max(row.shape[0] for row in rows)
-    if all(row.shape[0] == longest for row in rows):
-        return torch.stack(list(rows)), None
-    ids = torch.stack([torch.nn.functional.pad(row, (longest - row.shape[0], 0), value=pad) for row in rows])
-    lengths = torch.tensor([row.shape[0] for row in rows], device=ids.device)
-    mask = torch.arange(longest, device=ids.device) >= (longest - lengths)[:, None]
-    return ids, mask.long()
+    ids = pad_sequence(list(rows), batch_first=True, padding_value=pad, padding_side="left")
+    if all(row.shape[0] == ids.shape[1] for row in rows):
+        return ids, None
+    ones = [torch.ones_like(row) for row in rows]
+    return ids, pad_sequence(ones, batch_first=True, padding_side="left")
 
 
 def join(left: Tensor | None, right: Tensor | None, left_ids: Tensor, right_ids: Tensor) -> Tensor | None:
@@ -198,7 +197,7 @@ def loglikelihood(
         next_logits: float (rows, vocabulary) after the prompts, where the cache holds all of them.
     """
     left = ids.shape[1] - cache.get_seq_length()
-    tails = torch.nn.utils.rnn.pad_sequence(list(answers), batch_first=True).to(ids)  # nothing sees what comes after
+    tails = pad_sequence(list(answers), batch_first=True).to(ids)  # nothing sees what comes after
     longest = tails.shape[1]
     text, shown = torch.cat((ids, tails), dim=1), join(mask, None, ids, tails)
     if left:
