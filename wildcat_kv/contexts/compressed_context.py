@@ -24,7 +24,7 @@ from wildcat_kv.contexts.conversation import Conversation
 from wildcat_kv.contexts.held_text import HeldText, checked
 from wildcat_kv.contexts.prompts import encode_context, encode_follow_up, text_tokenizer
 from wildcat_kv.contexts.reading import generate, join, pad_left
-from wildcat_kv.contexts.texts import parts_of, read_part, share_of, text_from, warn_of_parts
+from wildcat_kv.contexts.texts import parts_of, read_part, room_for, share_of, text_from, warn_of_parts
 from wildcat_kv.models.identity import differing_weight
 from wildcat_kv.models.support import check_prompt
 from wildcat_kv.recipes.presets import Preset
@@ -241,7 +241,8 @@ def _compress(
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
             raise ValueError(f"{name}={value!r} must be a positive integer, in tokens")
     head, body = (ids.to(model.device) for ids in encode_context(tokenizer, text))
-    parts = parts_of(model, head, body, reserve)
+    room = room_for(model, head, reserve)
+    parts = parts_of(head, body, room)
     tokens = sum(part.shape[1] for part in parts)
     if twice is not None:
         if len(parts) > 1 or chunk_tokens is not None:
@@ -259,7 +260,7 @@ def _compress(
                 f"text_or_file has {body.shape[1]} tokens, more than the model has positions for, and its cache "
                 f"{fault}; shorten the text"
             )
-        warn_of_parts(model, body.shape[1], len(parts))
+        warn_of_parts(body.shape[1], room, len(parts))
     caches = []
     for part in parts:
         caches.append(read_part(model, share, part, chunk_tokens))

@@ -25,24 +25,23 @@ _RESERVE_PART = 4
 _LEAST_CHUNK = 256
 
 
-def parts_of(model: Any, head: Tensor, body: Tensor, reserve: int | None) -> list[Tensor]:
-    """Split a text into one prompt, or into several of equal length that fit the positions.
+def room_for(model: Any, head: Tensor, reserve: int | None) -> int | None:
+    """Return how many tokens of a text fit the positions at once.
 
     Args:
         model: a Transformers decoder.
-        head: beginning of the chat template, which every part has, int64 (1, h).
-        body: the text, int64 (1, n).
+        head: beginning of the chat template, int64 (1, h).
         reserve: positions to keep free, in tokens; by default 1,024, or a quarter of all if that is less.
 
     Returns:
-        Prompts int64 (1, m). More than one come with a warning.
+        A positive number; None where the model has no positions to run out of.
 
     Raises:
         ValueError: nothing is left for a text.
     """
     positions = getattr(decoder_config(model.config), "max_position_embeddings", None)
     if positions is None:
-        return [torch.cat((head, body), dim=1)]
+        return None
     reserve = min(_RESERVE, positions // _RESERVE_PART) if reserve is None else reserve
     room = positions - reserve - head.shape[1]
     if room < 1:
@@ -50,16 +49,30 @@ def parts_of(model: Any, head: Tensor, body: Tensor, reserve: int | None) -> lis
             f"reserve={reserve} leaves no room for a text: the model has {positions} positions, and its template takes "
             f"{head.shape[1]}; lower reserve"
         )
-    count = -(-body.shape[1] // room)
+    return room
+
+
+def parts_of(head: Tensor, body: Tensor, room: int | None) -> list[Tensor]:
+    """Split a text into one prompt, or into several of equal length that fit the positions.
+
+    Args:
+        head: beginning of the chat template, which every part has, int64 (1, h).
+        body: the text, int64 (1, n).
+        room: most tokens of a part, see `room_for`; None for any number.
+
+    Returns:
+        Prompts int64 (1, m).
+    """
+    count = 1 if room is None else -(-body.shape[1] // room)
     return [torch.cat((head, piece), dim=1) for piece in body.tensor_split(count, dim=1)]
 
 
-def warn_of_parts(model: Any, tokens: int, parts: int) -> None:
+def warn_of_parts(tokens: int, room: int | None, parts: int) -> None:
     """Warn that a text is longer than the model's positions."""
-    positions = decoder_config(model.config).max_position_embeddings
     warnings.warn(
-        f"text_or_file has {tokens} tokens, and the model has {positions} positions: it is read in {parts} parts that "
-        "do not see each other, and answers get worse; shorten it, or take a model with more positions",
+        f"text_or_file has {tokens} tokens, and the model's positions have room for {room}: it is read in {parts} parts "
+        "that do not see each other, and answers get worse; shorten it, lower reserve, or take a model with more "
+        "positions",
         stacklevel=4,
     )
 
