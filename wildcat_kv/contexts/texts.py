@@ -70,8 +70,8 @@ def parts_of(head: Tensor, body: Tensor, room: int | None) -> list[Tensor]:
 def warn_of_parts(tokens: int, room: int | None, parts: int) -> None:
     """Warn that a text is longer than the model's positions."""
     warnings.warn(
-        f"text_or_file has {tokens} tokens, and the model's positions have room for {room}: it is read in {parts} parts "
-        "that do not see each other, and answers get worse; shorten it, lower reserve, or take a model with more "
+        f"text_or_file has {tokens} tokens, and the model's positions have room for {room}: it is read in {parts} "
+        "parts that do not see each other, and answers get worse; shorten it, lower reserve, or take a model with more "
         "positions",
         stacklevel=4,
     )
