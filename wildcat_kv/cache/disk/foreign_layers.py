@@ -1,4 +1,4 @@
-"""Transformers' own layers in a file: their attributes as JSON, their tensors by name."""
+"""Transformers' own layers in a file: attributes as JSON, tensors by name."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def _check_window(keys: Any, values: Any, window: int, seen: int) -> None:
 
 
 def _check_attribute(name: str, value: Any, expected: Any, seen: int) -> None:
-    """Refuse what an attribute that is `expected` in a new layer cannot have become."""
+    """Refuse a value that `expected` of a new layer cannot become."""
     if isinstance(value, dict):
         if not isinstance(expected, dict) or value.keys() != expected.keys():
             raise DamageError(f"{name} does not fit")

@@ -1,4 +1,4 @@
-"""The file format: the header's schema, its version, and the names of the tensors.
+"""The file format: the header's schema, its version, the tensors' names.
 
 A file is one safetensors file. Its metadata has the format's name, the version, and the header as JSON.
 """
@@ -63,7 +63,7 @@ class TextHeader(BaseModel):
 
 
 class PositionsHeader(BaseModel):
-    """Positions from one token on, see `Step`; the deltas, where there are any, are a tensor."""
+    """Positions from one token on, see `Step`; deltas are a tensor."""
 
     model_config = ConfigDict(extra="forbid")
 

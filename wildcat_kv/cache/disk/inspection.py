@@ -1,4 +1,4 @@
-"""What a saved cache holds, read from its header and without the model."""
+"""What a saved cache holds, read from its header alone."""
 
 from __future__ import annotations
 
@@ -69,14 +69,14 @@ class ContextSummary:
 
     @property
     def stored_share(self) -> float:
-        """Entries held over tokens read, the mean of the layers that can be compressed."""
+        """Entries held over tokens read, the mean of the compressed layers."""
         stored = [layer.stored for layer in self.layers if layer.stored is not None]
         return sum(stored) / len(stored) / self.tokens
 
 
 @dataclass(frozen=True)
 class _UnreadTensor:
-    """The shape, safetensors dtype and bytes of a tensor that was not read."""
+    """Shape, safetensors dtype and bytes of a tensor in a file."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -107,7 +107,7 @@ def inspect_file(path: str | os.PathLike[str]) -> ContextSummary:
 
 
 def _look(path: str | os.PathLike[str]) -> tuple[Header, dict[str, _UnreadTensor]]:
-    """Read the header of a file, for whatever model it is, and what it says of its tensors."""
+    """Read a file's header and what it says of its tensors."""
     with opened(path, "cpu") as file:
         header = read_header(str(path), file.metadata() or {})
         tensors = {}

@@ -1,4 +1,4 @@
-"""Read a file; all of it is checked before a cache is made of it."""
+"""Read a file and check all of it."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def _check_device(device: torch.device | str) -> None:
 
 
 def _text(header: Header, tensors: dict[str, Tensor]) -> SavedText | None:
-    """Take the text out of a file; its ids are removed from `tensors`."""
+    """Take the text and its ids out of `tensors`."""
     if header.text is None:
         return None
     ids = tensors.pop(IDS, None)
@@ -120,7 +120,7 @@ def _text(header: Header, tensors: dict[str, Tensor]) -> SavedText | None:
 
 
 def _rope(header: Header, tensors: dict[str, Tensor]) -> RopeDeltas:
-    """Take the positions out of a file; their tensors are removed from `tensors`."""
+    """Take the positions out of `tensors`."""
     numbers = {(layer.progress.seen, len(layer.progress.rows)) for layer in header.layers if layer.progress is not None}
     steps = []
     for number, step in enumerate(header.positions):
@@ -141,7 +141,7 @@ def _rope(header: Header, tensors: dict[str, Tensor]) -> RopeDeltas:
 def _layers(
     header: Header, fresh: list[Any], tensors: dict[str, Tensor], device: torch.device
 ) -> list[SavedLayer | ForeignLayer]:
-    """Check all layers; `fresh` are new ones of an uncompressed cache, to compare Transformers' own with."""
+    """Check all layers; `fresh` are new ones of an uncompressed cache."""
     progresses = [layer.progress for layer in header.layers if layer.kind == COMPRESSED]
     numbers = {(progress.seen, len(progress.rows)) for progress in progresses if progress is not None}
     if len(numbers) != 1 or None in progresses:

@@ -1,4 +1,4 @@
-"""What a cache hands over to be saved, and is restored from: plain data."""
+"""A cache as plain data, to be saved and restored from."""
 
 from __future__ import annotations
 
@@ -59,14 +59,14 @@ class SavedLayer:
 
     @staticmethod
     def of(state: LayerState) -> SavedLayer:
-        """Take what a layer holds; the tensors are not copied where its storage is one piece."""
+        """Take what a layer holds; tensors in one piece are not copied."""
         assert state.storage is not None
         carried, recent = (None, None) if state.log is None else (state.log.carried, state.log.recent())
         entries, length = state.storage.snapshot(), state.storage.length
         return SavedLayer(state.progress, entries, length, state.folded_range, carried, recent)
 
     def unfit(self, compressor: Compressor) -> str | None:
-        """Say what `compressor` would have kept otherwise; None if it can go on from here."""
+        """Say why `compressor` cannot go on from here; None if it can."""
         if self.entries.memory.shape[-1] != compressor.memory:
             return "what its method remembers does not fit the method"
         observation, exact = compressor.observation, self.progress.exact
@@ -102,7 +102,7 @@ class SavedCache:
         compressor: description of the method, see `describe`.
         layers: one a layer of the model.
         rope: positions that the model would keep on itself.
-        text: what was saved of the text; None for a cache alone.
+        text: text with its ids; None for a cache alone.
         path: file that it was read from; empty before it is written.
     """
 
@@ -131,7 +131,7 @@ class SavedCache:
             compressor: method of the cache.
             layers: states of the compressed layers, and Transformers' own layers as they are.
             rope: positions that have an effect after the tokens read.
-            text: what is known of the text.
+            text: text with its ids; None for a cache alone.
 
         Raises:
             ValueError: nothing was read yet, or a method whose parameters cannot be saved.
@@ -146,11 +146,11 @@ class SavedCache:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the keys in compressed layers."""
+        """Dtype of the keys in compressed layers."""
         return next(layer.entries.keys.dtype for layer in self.layers if isinstance(layer, SavedLayer))
 
     def method(self, name: str | None) -> Compressor:
-        """Rebuild the method that compressed the cache, or take the one of `name` where that is another.
+        """Rebuild the method that compressed the cache, or resolve another `name`.
 
         Raises:
             ValueError: the method is none of this library's and no name is given, or there is no such method.
@@ -164,7 +164,7 @@ class SavedCache:
         return found if name is None or OURS.get(name) is type(found) else resolve(name, self.settings)
 
     def check_method(self, compressor: Compressor) -> None:
-        """Refuse another method than the cache was compressed with, or layers that it cannot go on from.
+        """Refuse a method that cannot go on with the cache.
 
         Raises:
             ValueError: names both methods, or the damage.

@@ -1,4 +1,4 @@
-"""Compressed layers of a file, checked before a cache is made of them."""
+"""Compressed layers of a file, put together and checked."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def _queries(own: dict[str, Tensor], keys: Tensor, progress: Progress) -> tuple[
 
 
 def _are_queries(tensor: Tensor, keys: Tensor) -> bool:
-    """Tell whether a tensor (rows, query_heads, q, d) can be queries to `keys`."""
+    """Tell whether a tensor can be queries to `keys`."""
     rows, heads, _, channels = keys.shape
     return (
         tensor.dim() == 4
@@ -90,7 +90,7 @@ def _are_queries(tensor: Tensor, keys: Tensor) -> bool:
 
 
 def _fits_entries(progress: Progress, length: int, keys: Tensor) -> bool:
-    """Tell whether the numbers of a layer fit the entries that it holds."""
+    """Tell whether the numbers of a layer fit its entries."""
     rows = progress.rows
     return (
         0 <= length <= keys.shape[2]

@@ -16,7 +16,7 @@ from wildcat_kv.files import replacing
 
 
 def write(path: str | os.PathLike[str], saved: SavedCache) -> None:
-    """Write a cache to `path`; the file is complete or not there at all.
+    """Write a cache to `path`: a complete file, or none.
 
     Raises:
         ValueError: a layer of a kind that cannot be saved.
