@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from wildcat_kv.cache.positions import RopeDeltas
-from wildcat_kv.cache.rereading import rereading
+from wildcat_kv.cache.rereading import rereading_fault
 from wildcat_kv.cache.state import LayerState
 from wildcat_kv.compressors import Compressor
 from wildcat_kv.config import WildCatConfig
@@ -296,7 +296,7 @@ def check_reading(shared: PassState, index: int, query: Tensor, config: Any, opt
         options: keyword arguments of the attention call.
 
     Raises:
-        ValueError: see `rereading`. The layer is left as it was before the pass.
+        ValueError: see `rereading_fault`. The layer is left as it was before the pass.
     """
     queries, forward = query.shape[2], shared.forward
     assert forward is not None
@@ -304,7 +304,7 @@ def check_reading(shared: PassState, index: int, query: Tensor, config: Any, opt
         return
     state = shared.states[index]
     before = [row.seen for row in state.count_rows(forward.seen)]
-    if fault := rereading(options, config, queries, before, forward.new_valid(query.device)):
+    if fault := rereading_fault(options, config, queries, before, forward.new_valid(query.device)):
         state.observe(query)
         state.keep_queries()
         state.take_back(queries)
