@@ -21,7 +21,7 @@ from tests.tiny import random_ids, tiny_model
 from wildcat_kv import WildCatCache
 from wildcat_kv.cache.state import LayerState
 from wildcat_kv.coreset.bins import BinLayout
-from wildcat_kv.coreset.wtdattn import Weighting
+from wildcat_kv.coreset.wtdattn import WeightSigns
 from wildcat_kv.hook.keyword import CACHE
 
 DEVICES = ("toy:0", "toy:1")
@@ -40,11 +40,11 @@ def toy_backend():
     torch.toy.get_amp_supported_dtype = lambda: [torch.bfloat16]
 
 
-@pytest.fixture(params=[Weighting.POSITIVE, Weighting.SIGNED], ids=lambda weighting: weighting.name.lower())
+@pytest.fixture(params=[WeightSigns.POSITIVE, WeightSigns.SIGNED], ids=lambda weighting: weighting.name.lower())
 def fake(monkeypatch, toy_backend, request):
     # What a fold looks at on the host; fake tensors have nothing to look at.
     monkeypatch.setattr(LayerState, "check_finite", lambda self, keys: None)
-    monkeypatch.setattr(Weighting, "of", staticmethod(lambda weights, valid: request.param))
+    monkeypatch.setattr(WeightSigns, "of", staticmethod(lambda weights, valid: request.param))
     # Small constants would be computed with after all, and there is nothing to compute with.
     monkeypatch.setattr(FakeTensorMode, "may_turn_const", lambda self, tensor: False)
     build = BinLayout.build

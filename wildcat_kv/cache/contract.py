@@ -16,7 +16,7 @@ from typing_extensions import override
 from wildcat_kv.cache.checks import check_foreign_crop, kept_rows
 from wildcat_kv.cache.forward import PassState
 from wildcat_kv.cache.layer import WildCatLayer
-from wildcat_kv.cache.positions import names_positions
+from wildcat_kv.cache.positions import NAME
 from wildcat_kv.cache.sizes import layer_tensors
 from wildcat_kv.models.identity import ModelIdentity
 
@@ -76,7 +76,7 @@ class CacheContract(Cache):
         """
         seen = super().get_seq_length(layer_idx)
         # Only what runs can be looked at, not what is traced.
-        if not torch.compiler.is_compiling() and names_positions(caller := sys._getframe(1)):
+        if not torch.compiler.is_compiling() and NAME in (caller := sys._getframe(1)).f_code.co_names:
             self._pass_state.rope.place(caller, seen, self._model)
         return seen
 
@@ -154,9 +154,13 @@ class CacheContract(Cache):
         Raises:
             RuntimeError: some layers have read tokens that others have not.
         """
-        layers = self._compressed_layers()
-        windows = [layer for layer in self.layers if getattr(layer, "is_sliding", False)]
-        if self._pass_state.begun or len({layer.get_seq_length() for layer in (*layers, *windows)}) > 1:
+        counts, begun = set(), self._pass_state.begun
+        for state in self._pass_state.states.values():
+            counts.add(state.progress.seen)
+        for layer in self.layers:
+            if getattr(layer, "is_sliding", False):
+                counts.add(layer.get_seq_length())
+        if begun or len(counts) > 1:
             raise RuntimeError(
                 "some layers have read tokens that others have not: an earlier forward pass failed half-way, then call "
                 "cache.reset() and read the text again; or the model has fewer layers than its config says"

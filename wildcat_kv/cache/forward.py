@@ -84,9 +84,8 @@ class PassState:
         self.begun = self.begun or index < min(self.states)
 
     def folds_first(self, seen: int) -> bool:
-        """Tell if the next `update` folds before it reads, which keeps a recording cache bounded."""
-        leader = self.leader
-        return leader.progress.record_past and leader.will_fold(beyond_rollback(self, seen))
+        """Tell if the next `update` of a recording cache folds before it reads, to keep it bounded."""
+        return self.leader.will_fold(beyond_rollback(self, seen))
 
 
 def beyond_rollback(shared: PassState, seen: int) -> int:
@@ -128,13 +127,15 @@ def announce(
     shared.rope.begin(seen, rows)
     relabelled = False
     if mask is None:
-        _check_unpadded(shared, state, weighted=weighted)
+        if not weighted and not shared.compressed:  # weighted attention knows what is padding
+            _check_unpadded(shared, state)
     elif queries > 1:  # reading the mask would stall the path of one token
         relabelled = _read_mask(shared, seen, queries, mask)
     else:
         shared.padded = shared.padded or None
-    _warn_of_length(shared, seen + queries)
-    if shared.folds_first(seen):
+    if shared.positions is not None and seen + queries > shared.positions and not shared.warned:
+        _warn_of_length(shared, seen + queries)
+    if state.progress.record_past and shared.folds_first(seen):
         shared.compressed = True  # every layer folds in its `update`, too late to change the mask
     before = shared.forward
     if before is not None and before is not served and before.seen == seen:  # generate() may ask for a mask twice
@@ -165,7 +166,7 @@ def _check_call(
             f"frequencies, which {type(shared.compressor).__name__} does not follow; use a shorter text, or a "
             "method that needs no positions, such as snapkv"
         )
-    if not causal and (shared.compressed or shared.folds_first(seen)):
+    if not causal and (shared.compressed or (state.progress.record_past and shared.folds_first(seen))):
         raise ValueError(
             "mask_function shows later tokens to earlier ones (those of an image, for example), and the cache is "
             "compressed already: call cache.reset() and read the whole prompt, images included, in its first "
@@ -173,14 +174,11 @@ def _check_call(
         )
 
 
-def _check_unpadded(shared: PassState, state: LayerState, *, weighted: bool) -> None:
+def _check_unpadded(shared: PassState, state: LayerState) -> None:
     """Refuse to do without a mask where padding is held: an exact forward pass would attend to it."""
     storage = state.storage
-    if weighted:
-        return
     if storage is None:
         shared.padded = False
-    if shared.compressed or storage is None:  # weighted attention knows what is padding
         return
     if shared.padded is None:
         shared.padded = not bool(storage.entries.valid.all())
@@ -219,13 +217,12 @@ def _read_mask(shared: PassState, seen: int, queries: int, mask: Tensor) -> bool
 
 def _warn_of_length(shared: PassState, length: int) -> None:
     """Warn once of a text that is longer than the model's positions."""
-    if shared.positions is not None and length > shared.positions and not shared.warned:
-        warnings.warn(
-            f"the text is {length} tokens long and the model has {shared.positions} positions "
-            "(max_position_embeddings): answers will degrade; shorten the prompt or use a longer model",
-            stacklevel=2,
-        )
-        shared.warned = True
+    shared.warned = True
+    warnings.warn(
+        f"the text is {length} tokens long and the model has {shared.positions} positions "
+        "(max_position_embeddings): answers will degrade; shorten the prompt or use a longer model",
+        stacklevel=3,
+    )
 
 
 def check_update(shared: PassState, index: int, served: Forward | None, keys: Tensor, values: Tensor) -> Forward:

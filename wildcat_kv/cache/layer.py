@@ -11,7 +11,7 @@ from wildcat_kv.cache.layer_contract import LayerContract
 from wildcat_kv.cache.progress import Progress
 from wildcat_kv.cache.storage import Entries
 from wildcat_kv.cache.value_range import ValueRange
-from wildcat_kv.coreset.wtdattn import coreset_attention
+from wildcat_kv.coreset.wtdattn import AttentionOptions, coreset_attention
 from wildcat_kv.hook.marks import Forward, MarkedLength, mark
 
 
@@ -108,19 +108,9 @@ class WildCatLayer(LayerContract):
         storage, value_range = self._state.storage, self._state.value_range
         assert storage is not None
         weights, valid = storage.weights()
-        return coreset_attention(
-            query,
-            keys,
-            values,
-            weights,
-            weighting=storage.weighting,
-            scale=scale,
-            valid=valid,
-            causal=True,
-            value_range=None if value_range is None else (value_range.lowest, value_range.highest),
-            softcap=options.get("softcap"),
-            sink_logits=options.get("s_aux"),
-        )
+        box = None if value_range is None else (value_range.lowest, value_range.highest)
+        given = AttentionOptions(scale, valid, True, box, options.get("softcap"), options.get("s_aux"))
+        return coreset_attention(query, keys, values, weights, storage.weighting, given)
 
     def after_attention(self, query: Tensor, scale: float) -> None:
         """Fold where a row is over its budget, now that the newest tokens have been attended to.

@@ -164,11 +164,6 @@ def holds_positions(model: Any) -> bool:
     return any(NAME in vars(module) for module in model.modules())
 
 
-def names_positions(caller: FrameType) -> bool:
-    """Tell if the function of this frame uses `rope_deltas`."""
-    return NAME in caller.f_code.co_names
-
-
 def _find_holder(owner: Any) -> Any:
     """Find the module that has the positions.
 

@@ -20,7 +20,7 @@ from wildcat_kv.cache.layer import WildCatLayer
 from wildcat_kv.cache.positions import Step, holds_positions
 from wildcat_kv.cache.state import LayerState
 from wildcat_kv.coreset.tensors import ordinary_tensors
-from wildcat_kv.coreset.wtdattn import Weighting, coreset_attention
+from wildcat_kv.coreset.wtdattn import AttentionOptions, WeightSigns, coreset_attention
 from wildcat_kv.hook.keyword import CACHE
 from wildcat_kv.hook.marks import Forward, mark
 
@@ -85,7 +85,7 @@ class DecodeBuffers:
             else:
                 self.lowest.copy_(box.lowest)
                 self.highest.copy_(box.highest)
-        self.signed = state.storage.weighting is Weighting.SIGNED
+        self.signed = state.storage.weighting is WeightSigns.SIGNED
 
     @torch.no_grad()
     def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
@@ -102,18 +102,15 @@ class DecodeBuffers:
 
     def attend(self, query: Tensor, keys: Tensor, values: Tensor, scale: float, options: dict[str, Any]) -> Tensor:
         """Weighted attention of the token's queries (rows, heads, 1, d) to all columns; free ones have weight 0."""
-        return coreset_attention(
-            query,
-            keys,
-            values,
-            self.weights,
-            weighting=Weighting.SIGNED if self.signed else Weighting.POSITIVE,
+        attention = AttentionOptions(
             scale=scale,
             valid=self.valid,
             value_range=(self.lowest, self.highest),
             softcap=options.get("softcap"),
             sink_logits=options.get("s_aux"),
         )
+        signs = WeightSigns.SIGNED if self.signed else WeightSigns.POSITIVE
+        return coreset_attention(query, keys, values, self.weights, signs, attention)
 
 
 @dataclass
