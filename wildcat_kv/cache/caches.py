@@ -246,10 +246,8 @@ class WildCatCache(CacheContract):
 
         On the CPU the file is mapped into memory, not copied: processes that load one file share it, and a page is
         copied when it is written to. Do not write to the file itself while a cache uses it; `save` replaces it.
-
         A `clone()` of the loaded cache goes on bit for bit like the saved one. The loaded cache itself reads its
-        tensors in place: if a processor's kernels depend on the alignment of memory, sums can differ in their last
-        bits.
+        tensors in place: sums can differ in their last bits if kernels depend on the alignment of memory.
 
         Args:
             path: file.
@@ -276,16 +274,6 @@ class WildCatCache(CacheContract):
         _fill(cache.layers, saved)
         cache.rope.steps = saved.rope.steps
         return cache
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        self._synchronize()
-        # The method has no state, and a stream of the device cannot be copied: both are shared.
-        for shared in (self.compressor, getattr(self, "prefetch_stream", None)):
-            memo[id(shared)] = shared
-        twin = type(self).__new__(type(self))
-        memo[id(self)] = twin
-        twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
-        return twin
 
     def __repr__(self) -> str:
         layers, mebibytes = self._compressed_layers(), self.memory_bytes() / 2**20

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import Cache
-from typing_extensions import override
+from typing_extensions import Self, override
 
 from wildcat_kv.cache.checks import check_foreign_crop, kept_rows
 from wildcat_kv.cache.forward import PassState
@@ -22,7 +22,7 @@ from wildcat_kv.models.identity import ModelIdentity
 
 
 class CacheContract(Cache):
-    """Transformers' side of a cache: lengths, masks, rows and rollback."""
+    """Transformers' side of a cache: lengths, masks, rows, rollback and copies."""
 
     _pass_state: PassState
     _model: ModelIdentity
@@ -177,6 +177,16 @@ class CacheContract(Cache):
                 "some layers have read tokens that others have not: an earlier forward pass failed half-way, then call "
                 "cache.reset() and read the text again; or the model has fewer layers than its config says"
             )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        self._synchronize()
+        # The method has no state, and a stream of the device cannot be copied: both are shared.
+        for shared in (self._pass_state.compressor, getattr(self, "prefetch_stream", None)):
+            memo[id(shared)] = shared
+        twin = type(self).__new__(type(self))
+        memo[id(self)] = twin
+        twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return twin
 
     def _synchronize(self) -> None:
         """Wait for the device's copies and for compiled steps.

@@ -260,7 +260,7 @@ def check_update(shared: PassState, index: int, served: Forward | None, keys: Te
             f"(rows, kv_heads, {forward.queries} new tokens, channels), alike but for the channels"
         )
     if state.storage is not None:
-        held = state.storage.memory
+        held = state.storage.allocated
         for name, new, old in (("key_states", keys, held.keys), ("value_states", values, held.values)):
             shape, known = new.shape, old.shape
             if shape[:2] != known[:2] or shape[3] != known[3] or new.dtype != old.dtype:

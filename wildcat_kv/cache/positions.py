@@ -204,7 +204,7 @@ def _fit_to_batch(deltas: Tensor, batch: Tensor) -> Tensor | None:
 
 
 def _copy_for_rows(found: Any, rows: int) -> Tensor | None:
-    """Copy deltas (r, 1) with a row for each row of the batch; keep None.
+    """Copy deltas (r, 1), repeated for the rows of the batch.
 
     Raises:
         ValueError: the model's `rope_deltas` have another type or shape.
