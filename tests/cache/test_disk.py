@@ -67,11 +67,11 @@ def test_a_file_is_mapped_and_neither_copied_nor_written_to(llama, tmp_path):
     loaded = WildCatCache.load(path, llama.config)
     maps = Path("/proc/self/maps").read_text(encoding="utf-8").splitlines()
     spans = [line.split()[0].split("-") for line in maps if line.endswith(str(path))]
-    places = [tensor.data_ptr() for tensor in loaded.layers[1].state.storage.memory.tensors()[:4]]
+    places = [tensor.data_ptr() for tensor in loaded.layers[1].state.storage.allocated.tensors()[:4]]
     for place in places:
         assert any(int(start, 16) <= place < int(stop, 16) for start, stop in spans)
     llama(random_ids(1, 9, 5), **{CACHE: loaded})  # there is room for them
-    assert places == [tensor.data_ptr() for tensor in loaded.layers[1].state.storage.memory.tensors()[:4]]
+    assert places == [tensor.data_ptr() for tensor in loaded.layers[1].state.storage.allocated.tensors()[:4]]
     assert path.read_bytes() == content
 
 
