@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def at_least_float32(dtype: torch.dtype) -> torch.dtype:
-    """Name the dtype that holds numbers of `dtype` and of float32: float64 for float64, else float32."""
+    """Name the dtype to compute in: float64 for float64, else float32."""
     return torch.promote_types(dtype, torch.float32)
 
 
@@ -30,7 +30,15 @@ def saturate_(numbers: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def take_columns(tensor: Tensor, index: Tensor) -> Tensor:
-    """Copy entries `index` int64 (rows or 1, heads or 1, k) of a tensor (rows, heads, n, ...)."""
+    """Copy entries of a tensor by their indices.
+
+    Args:
+        tensor: (rows, heads, n, ...).
+        index: int64 (rows or 1, heads or 1, k).
+
+    Returns:
+        (rows, heads, k, ...).
+    """
     rows, heads = tensor.shape[:2]
     if tensor.device.type == "cpu":  # whole runs of memory at a time: several times as fast
         taken = tensor.new_empty(rows, heads, index.shape[-1], *tensor.shape[3:])
@@ -45,7 +53,7 @@ def take_columns(tensor: Tensor, index: Tensor) -> Tensor:
 
 @contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
-    """Compute in true float32: no autocast, and no TF32 or bfloat16 inside matrix products."""
+    """Compute in true float32: no autocast, TF32 or bfloat16."""
     # Set for each backend: torch refuses its older global switch once a program has used these.
     backends = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]  # type: ignore[attr-defined]
     backends = [backend for backend in backends if hasattr(backend, "fp32_precision")]
@@ -62,7 +70,10 @@ def full_precision(device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def ordinary_tensors() -> Iterator[None]:
-    """Make tensors that outlive the forward pass: without a graph, and writable even after inference_mode."""
+    """Make tensors that outlive the forward pass.
+
+    They have no graph, and stay writable after inference_mode.
+    """
     if not torch.is_grad_enabled() and not torch.is_inference_mode_enabled():  # usual, and entering costs time
         yield
         return
