@@ -72,7 +72,7 @@ def step(cache, count, rows=2):
         keys = torch.zeros(rows, 2, count, 16, device=device)
         cache.update(keys, keys, index)
         queries = torch.zeros(rows, 4, count, 16, device=device)
-        if not forward.exact:
+        if not forward.uses_fallback:
             held = cache.layers[index].state.storage.view()
             assert str(cache.layers[index].attend(queries, *held, SCALE, {}).device) == device
         cache.layers[index].after_attention(queries, SCALE)
@@ -114,7 +114,7 @@ def test_offloading_keeps_keys_and_values_on_the_cpu_between_forward_passes(fake
             returned = cache.update(keys, keys, index)
             layer.offload()
             assert all(str(tensor.device) == DEVICES[index] for tensor in returned)
-            if not forward.exact:
+            if not forward.uses_fallback:
                 queries = torch.zeros(2, 4, count, 16, device=DEVICES[index])
                 layer.attend(queries, *layer.state.storage.view(), SCALE, {})
             layer.after_attention(keys, SCALE)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -51,20 +52,33 @@ def take_columns(tensor: Tensor, index: Tensor) -> Tensor:
     return tensor[every_row[:, None, None], every_head[:, None], index]
 
 
+# Switched one by one: torch refuses its older global switch once a program has used these.
+_BACKENDS: list[Any] = [
+    backend
+    for backend in (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
+    if hasattr(backend, "fp32_precision")
+]
+
+
+def has_full_precision(device: torch.device) -> bool:
+    """Tell if float32 products on `device` are true float32 already."""
+    for backend in _BACKENDS:
+        if backend.fp32_precision not in ("none", "ieee"):
+            return False
+    return bool(_BACKENDS) and not torch.is_autocast_enabled(device.type)
+
+
 @contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
     """Compute in true float32: no autocast, TF32 or bfloat16."""
-    # Set for each backend: torch refuses its older global switch once a program has used these.
-    backends = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]  # type: ignore[attr-defined]
-    backends = [backend for backend in backends if hasattr(backend, "fp32_precision")]
-    before = [backend.fp32_precision for backend in backends]
+    before = [backend.fp32_precision for backend in _BACKENDS]
     try:
-        for backend in backends:
+        for backend in _BACKENDS:
             backend.fp32_precision = "ieee"
         with torch.autocast(device.type, enabled=False):
             yield
     finally:
-        for backend, precision in zip(backends, before, strict=True):
+        for backend, precision in zip(_BACKENDS, before, strict=True):
             backend.fp32_precision = precision
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from wildcat_kv.coreset.tensors import full_precision
+from wildcat_kv.coreset.tensors import full_precision, has_full_precision
 
 # A denominator this small against the sum of its terms' magnitudes is cancellation, not information.
 _DENOMINATOR_FLOOR = 1e-6
@@ -151,7 +151,8 @@ def coreset_attention(
         and not torch.is_autocast_enabled(query.device.type)
     )
     if not fused:
-        return _in_blocks(query, keys, values, weights, mass_of(weights), options)
+        masses = torch.where(weights >= _LEAST_MASS, weights, 1.0)  # `mass_of`, without the call
+        return _in_blocks(query, keys, values, weights, masses, options)
     output = _fused(query, keys, values, weights, signs, options.scale, options.causal)
     box = options.value_range
     if box is None or signs is WeightSigns.NONE:  # an average of values that were seen is in their box
@@ -231,15 +232,15 @@ def _in_blocks(
     """
     total = query.shape[-2]
     step = max(1, _SCORES_AT_ONCE // max(1, query.shape[:-2].numel() * keys.shape[-2]))
+    if weights is None:
+        summands = torch.ones(*keys.shape[:-1], 2, dtype=torch.float32, device=keys.device)
+    else:  # the two sums of the denominator in one product
+        summands = torch.stack((weights, weights.abs()), dim=-1)
+    if step >= total and not torch.compiler.is_compiling() and has_full_precision(query.device):
+        return _attend(query, keys, values, summands, masses, keys.shape[-2] - total, options)
     # The switches of backends cannot be traced; then what is set for the program holds.
     traced = torch.compiler.is_compiling()
     with torch.autocast(query.device.type, enabled=False) if traced else full_precision(query.device):
-        if weights is None:
-            summands = torch.ones(*keys.shape[:-1], 2, dtype=torch.float32, device=keys.device)
-        else:  # the two sums of the denominator in one product
-            summands = torch.stack((weights, weights.abs()), dim=-1)
-        if step >= total:
-            return _attend(query, keys, values, summands, masses, keys.shape[-2] - total, options)
         parts = [
             _attend(
                 query[..., start : start + step, :],
@@ -308,17 +309,15 @@ def _attend(
     denominator, magnitude = torch.matmul(terms, summands).split(1, dim=-1)
     if masses is not None:
         terms.mul_(masses.unsqueeze(-2))
-    first, *others = _float32_blocks(values)
-    numerator = terms[..., : first.shape[-2]] @ first
-    for piece, block in zip(terms[..., first.shape[-2] :].split(_CONVERTED_AT_ONCE, dim=-1), others, strict=False):
-        numerator += piece @ block
+    numerator = terms @ values if values.dtype == torch.float32 else _by_blocks(terms, values)
     if sinks is not None:
         extra = (sinks - largest).exp()
         denominator, magnitude = denominator + extra, magnitude + extra
     cancelled = denominator <= _DENOMINATOR_FLOOR * magnitude  # false for NaN, which must not be hidden
     output = torch.where(cancelled, 0.0, numerator / denominator).to(query.dtype)
     if options.value_range is not None:
-        output = output.clamp(*(bound.to(query.dtype) for bound in options.value_range))
+        lowest, highest = options.value_range
+        output = output.clamp(lowest.to(query.dtype), highest.to(query.dtype))
     return output.reshape(*batch, heads, length, -1)
 
 
@@ -332,8 +331,10 @@ def _scores(query: Tensor, keys: Tensor, first_own: int, options: AttentionOptio
     kv_heads, n = keys.shape[-3:-1]
     # Query heads of a group become further queries of their key head: keys are never repeated.
     grouped = (query.to(torch.float32) * options.scale).reshape(*batch, kv_heads, -1, d)
-    parts = [torch.matmul(grouped, part.mT) for part in _float32_blocks(keys)]
-    scores = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+    if keys.dtype == torch.float32:
+        scores = torch.matmul(grouped, keys.mT)
+    else:
+        scores = torch.cat([torch.matmul(grouped, part.mT) for part in _float32_blocks(keys)], dim=-1)
     if options.softcap is not None:
         scores = (scores / options.softcap).tanh_().mul_(options.softcap)
     if options.valid is not None:
@@ -342,6 +343,15 @@ def _scores(query: Tensor, keys: Tensor, first_own: int, options: AttentionOptio
         hidden = _unseen(n, first_own, query)
         scores = scores.masked_fill_(hidden.repeat(heads // kv_heads, 1), -torch.inf)
     return scores
+
+
+def _by_blocks(terms: Tensor, values: Tensor) -> Tensor:
+    """Multiply terms (..., q, n) by half-precision values (..., n, d_v), in float32."""
+    first, *others = _float32_blocks(values)
+    product = terms[..., : first.shape[-2]] @ first
+    for piece, block in zip(terms[..., first.shape[-2] :].split(_CONVERTED_AT_ONCE, dim=-1), others, strict=False):
+        product += piece @ block
+    return product
 
 
 def _float32_blocks(tensor: Tensor) -> list[Tensor]:
