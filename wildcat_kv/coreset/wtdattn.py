@@ -346,7 +346,7 @@ def _scores(query: Tensor, keys: Tensor, first_own: int, options: AttentionOptio
 
 
 def _by_blocks(terms: Tensor, values: Tensor) -> Tensor:
-    """Multiply terms (..., q, n) by half-precision values (..., n, d_v), in float32."""
+    """Multiply terms (..., q, n) by values (..., n, d_v) in float32."""
     first, *others = _float32_blocks(values)
     product = terms[..., : first.shape[-2]] @ first
     for piece, block in zip(terms[..., first.shape[-2] :].split(_CONVERTED_AT_ONCE, dim=-1), others, strict=False):
