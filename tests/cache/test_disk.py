@@ -148,7 +148,8 @@ def test_other_methods_are_saved_and_loaded_with_their_compressor(llama, tmp_pat
     loaded = CompressedCache.load(path, llama.config, compressor=Uniform(seed=3))
     assert torch.equal(ask(llama, loaded.clone()), ask(llama, cache))
     with pytest.raises(ValueError, match=r"compressed by .*Uniform.*compresses by .*WildCat"):
-        WildCatCache.load(path, llama.config)
+        WildCatCache.load(path, llama.config, compressor="wildcat")
+    assert WildCatCache.load(path, llama.config).compressor == Uniform(seed=3)
     with pytest.raises(ValueError, match=r"'seed': 3.*'seed': 4"):
         CompressedCache.load(path, llama.config, compressor=Uniform(seed=4))
 
