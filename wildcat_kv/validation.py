@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Iterable
 from typing import Any
 
 from pydantic import BaseModel, JsonValue, ValidationError
@@ -30,12 +31,17 @@ def one_line(error: ValidationError, model: type[BaseModel] | None = None) -> st
     given = f"{path}={finding['input']!r}"
     known = list(model.model_fields) if model is not None else []
     if kind == "extra_forbidden":
-        near = difflib.get_close_matches(str(finding["loc"][-1]), known, n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
+        hint = did_you_mean(str(finding["loc"][-1]), known)
         return f"{given}: no such setting" + (f"; {hint}known ones are {', '.join(known)}" if known else "")
     field = model.model_fields.get(str(finding["loc"][0])) if model is not None else None
     takes = f"; {field.description}" if field is not None and field.description else ""
     return f"{given}: {message[0].lower()}{message[1:]}{takes}"
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Ask whether the known name nearest to `name` was meant: "did you mean 'x'? ", or "" where none is near."""
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f"did you mean {near[0]!r}? " if near else ""
 
 
 def plain(value: Any) -> JsonValue:

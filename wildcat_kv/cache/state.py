@@ -146,13 +146,21 @@ class LayerState:
 
     def append(self, keys: Tensor, values: Tensor, valid: Tensor | None) -> None:
         """Read exact tokens (rows, kv_heads, q, channels); `valid` is bool (rows, q), False for padding."""
-        self._held.append(keys, values, valid)
-        if keys.shape[2] > 1 and self._checked == self.progress.seen:  # the layer has looked at them
-            self._checked += keys.shape[2]
-        self.progress.read(keys.shape[2], masked=valid is not None)
-        if self.value_range is not None:
+        assert self.storage is not None, "allocate() comes first"
+        self.storage.append(keys, values, valid)
+        progress, new = self.progress, keys.shape[2]
+        if new > 1 and self._checked == progress.seen:  # the layer has looked at them
+            self._checked += new
+        progress.seen += new
+        progress.masked = progress.masked or valid is not None
+        if self.value_range is None:
+            return
+        shown = None if valid is None else valid.unsqueeze(1)
+        if torch.is_grad_enabled() or torch.is_inference_mode_enabled():
             with ordinary_tensors():
-                self.value_range = self.value_range.extend(values, None if valid is None else valid.unsqueeze(1))
+                self.value_range = self.value_range.extend(values, shown)
+        else:
+            self.value_range = self.value_range.extend(values, shown)
 
     def take_in(self, tokens: int) -> None:
         """Note exact tokens that were written behind the others, one a forward pass, none of them padding."""
@@ -273,7 +281,7 @@ class LayerState:
                 with torch.no_grad(), ordinary_tensors():
                     coreset = self.compressor.compress(pending.block, pending.budget)
             self._fold(pending, coreset)
-        self._trim()
+        self.trim()
 
     @torch.no_grad()
     def prepare(self, until: int) -> bool:
@@ -319,9 +327,9 @@ class LayerState:
                 state._pending = None
                 state._fold(each, coreset)
         for state in states:
-            state._trim()
+            state.trim()
 
-    def _trim(self) -> None:
+    def trim(self) -> None:
         """Forget queries that no fold will ask for."""
         # Columns of padding are no queries: what is among them is known only at the fold.
         if self.log is not None and self.log.observation.latest is not None and not self.progress.masked:

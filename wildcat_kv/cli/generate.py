@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import Cache
 
+from wildcat_kv.cache.caches import WildCatCache
 from wildcat_kv.cache.read_check import with_read_check
 from wildcat_kv.cache.sizes import cache_bytes, stored_tokens
 from wildcat_kv.cli import options
@@ -20,7 +21,6 @@ from wildcat_kv.cli.timing import TimedStreamer, Timing
 from wildcat_kv.contexts.answering import pad_id
 from wildcat_kv.contexts.prompts import encode_prompt
 from wildcat_kv.hook.keyword import CACHE
-from wildcat_kv.recipes.recipe import Recipe
 
 
 def generate(
@@ -44,7 +44,7 @@ def generate(
     prompt = options.read_text(prompt_file, "prompt_file")
     loaded, tokenizer = options.load(model, dtype, device)
     ids = encode_prompt(tokenizer, prompt, chat=chat).to(loaded.device)
-    cache = Recipe.choose(loaded.config, **choice).cache(loaded.config)
+    cache = WildCatCache(loaded.config, **choice)
     text = TextStream(tokenizer, lambda piece: print(piece, end="", flush=True))
     with steps() as progress:
         read = progress.add_task(f"reading {ids.shape[1]} tokens", total=None)

@@ -6,18 +6,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 from typing_extensions import Self
 
 from wildcat_kv.compressors.base import Compressor, KVBlock
 from wildcat_kv.config import WildCatConfig
-from wildcat_kv.coreset.binned import BLOCKED_RANK
+from wildcat_kv.coreset.binned import BLOCKED_RANK, KernelOptions, WeightedTokens
 from wildcat_kv.coreset.bins import BinLayout
 from wildcat_kv.coreset.compresskv import Coreset, compress_bins
-from wildcat_kv.coreset.noise import gumbel_rows, uniform_rows
+from wildcat_kv.coreset.draws import KeyedDraws
 from wildcat_kv.coreset.rpnys import Weights
-from wildcat_kv.coreset.rpnys_blocked import BLOCK
 from wildcat_kv.coreset.temperature import Temperature
 
 
@@ -63,42 +61,15 @@ class WildCat(Compressor):
         bins = [max(1, -(-rank // self.bin_rank)) for rank in budget]
         keys, values = block.items(block.keys), block.items(block.values)
         layout = BinLayout.build(keys.shape[2], block.lengths, budget, bins, device)
-
+        weights = None if block.weights is None else block.items(block.weights)
         return compress_bins(
-            keys,
-            values,
+            WeightedTokens(keys, values, weights, valid, block.value_bound),
             layout,
-            _Draws(block, layout, self.seed),
-            blocked=self.bin_rank >= BLOCKED_RANK,
-            scale=block.scale,
-            weights=None if block.weights is None else block.items(block.weights),
-            valid=valid,
-            value_bound=block.value_bound,
-            temperature=self.temperature,
-            weighting=self.weights,
+            KeyedDraws(layout, self.seed, block.layer_index, block.seen, device),
+            KernelOptions(
+                scale=block.scale,
+                temperature=self.temperature,
+                weights_rule=self.weights,
+                blocked=self.bin_rank >= BLOCKED_RANK,
+            ),
         )
-
-
-class _Draws:
-    """Noise keyed by what a row is by itself, so that padding and the rest of the batch change nothing."""
-
-    def __init__(self, block: KVBlock, layout: BinLayout, seed: int) -> None:
-        self._layout, self._seed, self._device = layout, seed, block.keys.device
-        layer = torch.full((1, 1, 1, 1), block.layer_index, device=self._device)
-        seen = torch.tensor(block.seen).to(self._device, non_blocking=True).view(-1, 1, 1, 1)
-        self._fold = layer, seen
-
-    def gumbel(self, heads: range, bins: range) -> Tensor:
-        """See `Draws`."""
-        steps = torch.arange(self._layout.bin_rank, device=self._device)
-        return gumbel_rows(self._seed, *self._counters(heads, bins), steps, columns=self._layout.longest)
-
-    def uniform(self, heads: range, bins: range, turn: int) -> Tensor:
-        """See `Draws`."""
-        words = torch.arange(3 * turn, 3 * turn + 3, device=self._device)
-        return uniform_rows(self._seed, *self._counters(heads, bins), words, columns=BLOCK)
-
-    def _counters(self, heads: range, bins: range) -> tuple[Tensor, ...]:
-        head = torch.arange(heads.start, heads.stop, device=self._device).view(-1, 1, 1)
-        place = torch.arange(bins.start, bins.stop, device=self._device).view(-1, 1)
-        return *self._fold, head, place

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from wildcat_kv.cache.caches import CompressedCache
+from wildcat_kv.cache.blueprint import Blueprint
+from wildcat_kv.cache.caches import CompressedCache, WildCatCache
 from wildcat_kv.cache.disk import persistence
 from wildcat_kv.cache.joining import join_caches, unjoinable
 from wildcat_kv.cache.sizes import stored_tokens
@@ -294,7 +295,7 @@ def compress_context(
     _check(model, tokenizer)
     recipe = Recipe.choose(model.config, settings, preset=preset, compressor=compressor, **fields)
     twice = reads_twice(recipe.compressor)
-    Recipe(recipe.settings, twice or recipe.compressor).check(model.config)
+    Blueprint.of(model.config, recipe.settings, twice or recipe.compressor)
     text = text_from(text_or_file)
     for name, value in (("chunk_tokens", chunk_tokens), ("reserve", reserve)):
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
@@ -311,7 +312,7 @@ def compress_context(
         cache = Context(model, parts[0]).compress(recipe.settings, compressor=twice, tokenizer=tokenizer)
         return CompressedContext(model, tokenizer, cache, parts[0], parts[0].shape[1])
     share = share_of(recipe.settings, len(parts))
-    if len(parts) > 1 and (fault := unjoinable(Recipe(share, recipe.compressor).cache(model.config))):
+    if len(parts) > 1 and (fault := unjoinable(WildCatCache(model.config, share, compressor=recipe.compressor))):
         raise ValueError(
             f"text_or_file has {body.shape[1]} tokens, more than the model has positions for, and its cache {fault}; "
             "shorten the text"

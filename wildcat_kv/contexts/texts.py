@@ -81,7 +81,7 @@ def read_part(model: Any, recipe: Recipe, ids: Tensor, chunk: int | None) -> Com
     n = ids.shape[1]
     chunk = min(chunk or n, n)
     while True:
-        cache = recipe.cache(model.config)
+        cache = CompressedCache(model.config, recipe.settings, compressor=recipe.compressor)
         try:
             for start in range(0, n, chunk):
                 read(model, cache, ids[:, : start + chunk])

@@ -15,6 +15,8 @@ from torch import nn
 from transformers import GenerationMixin
 from typing_extensions import Self
 
+from wildcat_kv.cache.blueprint import Blueprint
+from wildcat_kv.cache.caches import WildCatCache
 from wildcat_kv.cache.read_check import with_read_check
 from wildcat_kv.compressors import Compressor
 from wildcat_kv.config import WildCatConfig
@@ -165,7 +167,7 @@ def enable(
         check_prompt(model, model)
     _check(inner)
     recipe = Recipe.choose(inner.config, settings, preset=preset, compressor=compressor, **fields)
-    recipe.check(inner.config)
+    Blueprint.of(inner.config, recipe.settings, recipe.compressor)
     switched = with_parts(decoder_config(inner.config))
     attention = [(config, config._attn_implementation) for config in switched]
     generate = functools.partial(_generate, inner)  # no closure: copies of the model have their own
@@ -227,7 +229,7 @@ def patch_config(
     """
     recipe = Recipe.choose(config, settings, preset=preset, compressor=compressor, **fields)
     section = recipe.section()
-    recipe.check(config)
+    Blueprint.of(config, recipe.settings, recipe.compressor)
     setattr(config, SECTION, section)
 
 
@@ -242,7 +244,7 @@ def _generate(model: Any, *args: Any, **kwargs: Any) -> Any:
         if kwargs.get("custom_generate") is None and not chooses_a_cache(model, args, kwargs):
             check_prompt(model)
             _check_state(model)
-            cache = state.recipe.cache(model.config)
+            cache = WildCatCache(model.config, state.recipe.settings, compressor=state.recipe.compressor)
             args, kwargs = with_read_check(model, cache, args, kwargs)
             kwargs = {name: value for name, value in kwargs.items() if name != OLD} | {CACHE: cache}
             if getattr(replaced, "func", None) is recipe_of_folder:  # which would make a cache too

@@ -11,12 +11,13 @@ from torch import Tensor
 from transformers import StoppingCriteriaList
 from transformers.generation.utils import GENERATION_MODES_MAPPING
 
+from wildcat_kv.cache.caches import WildCatCache
 from wildcat_kv.cache.read_check import with_read_check
 from wildcat_kv.config import DROPPED, WildCatConfig
 from wildcat_kv.files import replacing
 from wildcat_kv.hook.keyword import CACHE, OLD, given_cache
 from wildcat_kv.models.support import check_prompt
-from wildcat_kv.recipes.recipe import Recipe, chooses_a_cache
+from wildcat_kv.recipes.recipe import chooses_a_cache
 
 # Taken from the arguments of generate(), where `temperature` is another one: that of sampling.
 _FIELDS = (*(name for name in WildCatConfig.model_fields if name != "temperature"), DROPPED)
@@ -126,7 +127,7 @@ def wildcat_generate(
     decode = getattr(type(model), GENERATION_MODES_MAPPING[mode], None)
     if decode is None:  # the name of a repository
         raise ValueError(f"custom_generate: {mode.value} has left Transformers; decode in another way")
-    cache = Recipe.choose(model.config, **chosen).cache(model.config)
+    cache = WildCatCache(model.config, **chosen)
     arguments = {name: value for name, value in arguments.items() if name not in (CACHE, OLD)}
     _, checked = with_read_check(
         model, cache, (), {"stopping_criteria": stopping_criteria, "generation_config": generation_config}
@@ -155,7 +156,7 @@ def generate(*inputs: Any, model: Any, **arguments: Any) -> Any:
     chosen = {name: given.pop(name) for name in _OURS if name in given}
     if chooses_a_cache(model, inputs, given):
         raise ValueError(_OTHERWISE)
-    cache = Recipe.choose(model.config, **chosen).cache(model.config)
+    cache = WildCatCache(model.config, **chosen)
     inputs, given = with_read_check(model, cache, inputs, given)
     return type(model).generate(model, *inputs, **{CACHE: cache}, **given)
 

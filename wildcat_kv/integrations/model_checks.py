@@ -228,7 +228,7 @@ def _unit_weights(subject: Subject) -> None:
         subject.logits(cache, subject.row[:, :60])
         if weighted:
             # Keep what was read as it is, with weights of one: only the path is the weighted one.
-            cache._shared.compressed = True
+            cache._pass_state.compressed = True
         collected, seen = [], 60
         for new in (subject.row[:, 60:66], *subject.row[:, 66:69].split(1, dim=1)):
             collected.append(subject.logits(cache, new, seen=seen))

@@ -10,6 +10,7 @@ from typing import Any
 
 from transformers import AutoConfig
 
+from wildcat_kv.cache.blueprint import Blueprint
 from wildcat_kv.files import replacing
 from wildcat_kv.recipes.recipe import SECTION, Recipe
 
@@ -43,7 +44,7 @@ def patch_folder(folder: str | Path, **choice: Any) -> Recipe:
         raise ValueError(f"folder={str(folder)!r}: Transformers cannot read its {_CONFIG}: {reason}") from None
     recipe = Recipe.choose(config, **choice)
     section = recipe.section()
-    recipe.check(config)
+    Blueprint.of(config, recipe.settings, recipe.compressor)
     backup = path.with_name(_BACKUP)
     patched = SECTION in fields and os.path.lexists(backup)
     try:

@@ -186,14 +186,14 @@ class _AttendedError(Exception):
 class _Watched(DynamicLayer):
     """A cache layer that takes note of the first queries and keys that come with it to the attention function."""
 
-    exact = False
+    uses_fallback = False
 
     def __init__(self, index: int, seen: dict[int, Seen]) -> None:
         super().__init__()
         self._index, self._seen = index, seen
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        return mark(key_states, self), mark(value_states, self)
+        return mark(key_states, value_states, self)
 
     def get_seq_length(self) -> int:
         return 0
@@ -202,7 +202,7 @@ class _Watched(DynamicLayer):
         return MarkedLength(query_length, self), 0
 
     def announce(self, rows: int, queries: int, mask: Tensor | None, **told: Any) -> Forward:
-        return Forward(0, queries, None, exact=False)
+        return Forward(0, queries, None, uses_fallback=False)
 
     def check_reading(self, query: Tensor, config: Any, options: dict[str, Any]) -> None:
         """Nothing was read before."""
