@@ -13,7 +13,9 @@ from typing_extensions import Self
 
 from wildcat_kv.cache.blueprint import Blueprint, check_budget, exact_layers
 from wildcat_kv.cache.contract import CacheContract
-from wildcat_kv.cache.disk import persistence
+from wildcat_kv.cache.disk.read import read
+from wildcat_kv.cache.disk.saved import SavedCache, SavedLayer, SavedText
+from wildcat_kv.cache.disk.write import write
 from wildcat_kv.cache.error_report import ErrorReport, report
 from wildcat_kv.cache.forward import PassState
 from wildcat_kv.cache.layer import WildCatLayer
@@ -209,8 +211,23 @@ class WildCatCache(CacheContract):
             RuntimeError: a forward pass failed half-way.
             OSError: the file cannot be written.
         """
+        write(path, self.saved())
+
+    def saved(self, text: SavedText | None = None) -> SavedCache:
+        """Hand over all that a file keeps of the cache.
+
+        Args:
+            text: what is known of the text that was read.
+
+        Raises:
+            ValueError: nothing was read yet.
+            RuntimeError: a forward pass failed half-way.
+        """
         self._synchronize()
-        persistence.write(self, path)
+        self.check_in_step()
+        layers = [layer.state if isinstance(layer, WildCatLayer) else layer for layer in self.layers]
+        rope = RopeDeltas(self.rope.carry(self.get_seq_length()))
+        return SavedCache.of(self.model, self.settings, self.compressor, layers, rope, text)
 
     @classmethod
     def load(
@@ -241,16 +258,17 @@ class WildCatCache(CacheContract):
             ValueError: no file of ours, a damaged one, one of another version, or of another model or method.
                 Nothing is changed then.
         """
-        return cls.restored(persistence.read(path, config, device), config, **options)
+        return cls.restored(read(path, config, device), config, **options)
 
     @classmethod
-    def restored(cls, saved: persistence.SavedContext, config: Any, **options: Any) -> Self:
+    def restored(cls, saved: SavedCache, config: Any, **options: Any) -> Self:
         """Build the cache that was saved, from a file that was read; see `load`."""
         given = options.pop("compressor", None)
         method = given if isinstance(given, Compressor) else saved.method(given)
         saved.check_method(method)
         cache = cls(config, saved.settings, compressor=method, **options)
-        saved.restore(cache)
+        _fill(cache.layers, saved)
+        cache.rope.steps = saved.rope.steps
         return cache
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
@@ -270,6 +288,16 @@ class WildCatCache(CacheContract):
             f"{type(self).__name__}({chosen}; {len(layers)} of {len(self.layers)} layers compressed; "
             f"{layers[0].get_seq_length()} tokens seen, {stored_tokens(self):.0f} stored, {mebibytes:.1f} MiB)"
         )
+
+
+def _fill(layers: list[Any], saved: SavedCache) -> None:
+    """Put what was saved into the layers of a new cache."""
+    for layer, kept in zip(layers, saved.layers, strict=True):
+        if isinstance(kept, SavedLayer):
+            queries = (kept.carried, kept.recent)
+            layer.restore(kept.progress, kept.entries, kept.length, kept.folded_range, *queries)
+        else:
+            vars(layer).update(kept.attributes)
 
 
 def _chosen(settings: WildCatConfig, compressor: Compressor) -> str:

@@ -7,5 +7,5 @@ Read `reference.py` first: the whole paper for one head in plain float64 lines. 
     WTDATTN      wtdattn.py
     tau          temperature.py
     randomness   draws.py from noise.py
-    helpers      tensors.py
+    helpers      tensors.py, choices.py
 """

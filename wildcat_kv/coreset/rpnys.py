@@ -19,12 +19,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-Weights = Literal["nystrom", "clipped"]
+from wildcat_kv.coreset.choices import Weights as Weights
 
 # A residual of G at or below this is rounding: float32 squares and sums leave about 1e-6 at rank 100.
 TOLERANCE = 1e-5

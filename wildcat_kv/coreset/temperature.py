@@ -9,12 +9,11 @@ Source: arXiv 2602.10056 for "theory", the choice of tau in COMPRESSKV; the auth
 from __future__ import annotations
 
 import math
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-Temperature = Literal["released", "theory"]
+from wildcat_kv.coreset.choices import Temperature
 
 _RELEASED = 3.94582
 _RHO_0 = 3.19160  # sqrt(1 + exp(W0(2 / e^2) + 2))

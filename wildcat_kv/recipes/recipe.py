@@ -98,6 +98,8 @@ class Recipe:
         else:
             name = DEFAULT_PRESET if preset is None else preset
             loaded = name if isinstance(name, Preset) else load_preset(name)
+            if not {"exact_layers", "max_tokens"} & fields.keys():
+                loaded.warn_if_unmeasured(decoder, "object" if isinstance(name, Preset) else str(name))
             base = Recipe(
                 loaded.settings_for(decoder),
                 loaded.compressor,
