@@ -244,12 +244,12 @@ def test_no_method_reads_the_question(llama, method):
     blocks = []
 
     class Witness(type(METHODS[method])):
-        def compress(self, block, budget):
-            blocks.append(max(block.seen))
-            return super().compress(block, budget)
+        def compress(self, block, rank):
+            blocks.append(block.seen)
+            return super().compress(block, rank)
 
         def survey(self, block):  # of layers that compress together
-            blocks.append(max(block.seen))
+            blocks.append(block.seen)
             return super().survey(block)
 
     method = METHODS[method]
@@ -530,16 +530,17 @@ def test_a_method_that_only_compresses_prompts_bounds_no_generation(llama):
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        (lambda coreset: dataclasses.replace(coreset, keys=coreset.keys[..., :3]), "its coreset has shapes"),
-        (lambda coreset: dataclasses.replace(coreset, values=coreset.values.double()), "its coreset has shapes"),
-        (lambda coreset: dataclasses.replace(coreset, columns=[1000, 1]), r"the 2 rows take \[1000, 1\]"),
-        (lambda coreset: dataclasses.replace(coreset, columns=[5]), r"the 2 rows take \[5\]"),
+        (lambda found: changed(found, keys=found.coreset.keys[..., :3]), "its coreset has shapes"),
+        (lambda found: changed(found, values=found.coreset.values.double()), "its coreset has shapes"),
+        (lambda found: dataclasses.replace(found, columns=[1000, 1]), r"the 2 rows take \[1000, 1\]"),
+        (lambda found: dataclasses.replace(found, columns=[5]), r"the 2 rows take \[5\]"),
+        (lambda found: found.coreset, r"compress returned a Coreset; return a wildcat_kv\.compressors\.Compressed"),
     ],
 )
 def test_what_a_method_should_not_return_is_refused_and_nothing_is_lost(wrong, message):
     class Wrong(LongestValues):
-        def compress(self, block, budget):
-            return wrong(super().compress(block, budget))
+        def compress(self, block, rank):
+            return wrong(super().compress(block, rank))
 
     keys, values = tokens(2, 100)
     cache = CompressedCache(tf.LlamaConfig(**{**SMALL, "num_hidden_layers": 2}), compressor=Wrong(), ratio=0.25)
@@ -561,6 +562,11 @@ def test_scores_of_the_wrong_shape_are_refused(llama):
 def test_compressors_must_say_how_they_compress():
     with pytest.raises(TypeError):
         Compressor()
+
+
+def changed(found, **tensors):
+    """What a method found, with other tensors in its coreset."""
+    return dataclasses.replace(found, coreset=dataclasses.replace(found.coreset, **tensors))
 
 
 def first_full(cache):

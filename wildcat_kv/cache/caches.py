@@ -145,13 +145,6 @@ class CompressedCache(Cache):
         """The positions that the model would keep on itself."""
         return self._shared.rope
 
-    def replace_compressor(self, compressor: Compressor) -> None:
-        """Compress by another method from now on; it must learn from the same queries and remember as much."""
-        self._shared.compressor = compressor
-        for index, state in self._shared.states.items():
-            if index not in self._shared.exact_layers:
-                state.compressor = compressor
-
     def stored_length(self, layer_idx: int | None = None) -> int:
         """Entries held a row: slots and exact tokens, and the padding among them.
 
@@ -572,7 +565,7 @@ def _check_static(settings: WildCatConfig, compressor: Compressor, offloading: b
     method = type(compressor).__name__
     if settings.max_tokens is None:
         raise ValueError(f"static=True with ratio={settings.ratio}: what is stored grows; give max_tokens instead")
-    if compressor.needs_queries or compressor.memory:
+    if compressor.needs_queries or compressor.state_size:
         raise ValueError(
             f"static=True: {method} learns from the queries of every token; take a method that needs keys and values "
             "only, such as wildcat"

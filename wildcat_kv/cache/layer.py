@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
+from wildcat_kv.cache.folding import fold_due, fold_together, survey_due, will_fold
 from wildcat_kv.cache.positions import RopeDeltas
 from wildcat_kv.cache.progress import Progress
 from wildcat_kv.cache.rereading import rereading
@@ -186,7 +187,7 @@ class WildCatLayer(CacheLayerMixin):
         self._bring_to(key_states.device)
         if forward.relabelled:
             self._state.span()
-        if self.record_past and self._state.will_fold(self._beyond_rollback()) and not forward.exact:
+        if self.record_past and will_fold(self._state, self._beyond_rollback()) and not forward.exact:
             self._settle(self._beyond_rollback())
         self._state.append(key_states, value_states, forward.new_valid(key_states.device))
         self._forward, self._shared.waiting, self._shared.begun = forward, self._index, False
@@ -255,7 +256,7 @@ class WildCatLayer(CacheLayerMixin):
                 f"tokens_to_remove={tokens_to_remove} must be negative: minus the number of tokens to take back"
             )
         exact, seen = self._state.croppable, self.get_seq_length()
-        if -tokens_to_remove == seen == self._state.progress.exact:  # of nothing, nothing need be at hand
+        if -tokens_to_remove == seen == self._state.progress.since_fold:  # of nothing, nothing need be at hand
             return
         if -tokens_to_remove > seen:
             raise ValueError(
@@ -544,7 +545,7 @@ class WildCatLayer(CacheLayerMixin):
                 "shown when these were folded; what is folded cannot be masked later, call cache.reset() for another "
                 "text"
             )
-        exact = storage.entries.valid[:, 0, storage.length - progress.exact :]
+        exact = storage.entries.valid[:, 0, storage.length - progress.since_fold :]
         return not torch.equal(earlier[:, progress.folded_at :].to(exact.device), exact)
 
     # Inside
@@ -552,7 +553,7 @@ class WildCatLayer(CacheLayerMixin):
     @property
     def _folds_first(self) -> bool:
         """Tell whether the next `update` folds before it reads, for the cache to stay bounded."""
-        return self.record_past and self._shared.leader.will_fold(self._beyond_rollback())
+        return self.record_past and will_fold(self._shared.leader, self._beyond_rollback())
 
     def _beyond_rollback(self) -> int:
         """The column up to which nothing need be taken back, whatever `crop` follows."""
@@ -564,7 +565,7 @@ class WildCatLayer(CacheLayerMixin):
             self._settle_together(until)
             return
         try:
-            self._state.settle(until)
+            fold_due(self._state, until)
         finally:  # an earlier one of several folds may have been done
             self._shared.compressed = self._shared.compressed or self._state.folded_range is not None
 
@@ -572,11 +573,11 @@ class WildCatLayer(CacheLayerMixin):
         """Get ready for the next fold; the last of the layers that fold carries out everyone's."""
         shared = self._shared
         if shared.states[shared.trailing].progress.seen != self._state.progress.seen:
-            self._state.prepare(until)
+            survey_due(self._state, until)
             return
         try:
             states = [state for index, state in shared.states.items() if index not in shared.exact_layers]
-            LayerState.settle_together(states, until)
+            fold_together(states, until)
         finally:  # as in `_settle`
             shared.compressed = shared.compressed or self._state.folded_range is not None
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from wildcat_kv.cache.folding import fold_due
 from wildcat_kv.cache.layer import Shared, WildCatLayer
 from wildcat_kv.cache.positions import Step, holds_positions
 from wildcat_kv.cache.state import LayerState
@@ -171,7 +172,7 @@ class StaticShared(Shared):
         for state in self.states.values():
             before = state.folded_range
             try:
-                state.settle(state.progress.seen)
+                fold_due(state, state.progress.seen)
             finally:  # an earlier one of several folds may have been done
                 self.stale = self.stale or state.folded_range is not before
                 self.compressed = self.compressed or state.folded_range is not None

@@ -28,29 +28,28 @@ class Entries:
         values: (rows, heads, n, d_v), numerators U over the mass of their weights: an exact token's value as it is.
         weights: float32 (rows, heads, n), 1 for exact tokens, 0 for padding.
         valid: bool (rows, heads, n), False for padding.
-        memory: float32 (rows, heads, n, m), what the method remembers of an entry from fold to fold; m is 0 for
-            most methods, and 0 is what it remembers of a new token.
+        carried_state: float32 (rows, heads, n, m), numbers that the method keeps of an entry from fold to fold; m is 0
+            for most methods, and a new token has zeros.
     """
 
     keys: Tensor
     values: Tensor
     weights: Tensor
     valid: Tensor
-    memory: Tensor
+    carried_state: Tensor
 
     @staticmethod
-    def of(coreset: Coreset, like: Entries) -> Entries:
+    def of(coreset: Coreset, carried_state: Tensor | None, like: Entries) -> Entries:
         """The slots of a coreset as entries beside `like`, in its dtypes."""
         values = coreset.values.to(at_least_float32(coreset.values.dtype)) / mass_of(coreset.weights).unsqueeze(-1)
-        memory = coreset.memory
-        if memory is None:
-            memory = like.memory.new_zeros(*coreset.valid.shape, like.memory.shape[-1])
+        if carried_state is None:
+            carried_state = like.carried_state.new_zeros(*coreset.valid.shape, like.carried_state.shape[-1])
         return Entries(
             coreset.keys,
             saturate_(values, like.values.dtype),
             coreset.weights.masked_fill(~coreset.valid, 0.0),
             coreset.valid,
-            memory,
+            carried_state,
         )
 
     def numerators(self) -> Tensor:
@@ -59,7 +58,7 @@ class Entries:
 
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """The tensors, in the order of the attributes."""
-        return self.keys, self.values, self.weights, self.valid, self.memory
+        return self.keys, self.values, self.weights, self.valid, self.carried_state
 
     def slice(self, start: int, stop: int) -> Entries:
         """A view of the columns [start, stop)."""
@@ -75,7 +74,7 @@ class Entries:
 
 
 class Storage:
-    """Entries with free room behind them, in which weights and memory are 0 and nothing is valid.
+    """Entries with free room behind them, in which weights and carried states are 0 and nothing is valid.
 
     Args:
         parts: what to store, one after the other; copied.
@@ -108,7 +107,7 @@ class Storage:
                 allocate(*shape, first.values.shape[-1], dtype=first.values.dtype, device=device),
                 torch.zeros(shape, dtype=torch.float32, device=device),
                 torch.zeros(shape, dtype=torch.bool, device=device),
-                torch.zeros(*shape, first.memory.shape[-1], dtype=torch.float32, device=device),
+                torch.zeros(*shape, first.carried_state.shape[-1], dtype=torch.float32, device=device),
             )
             self.length = self._write(0, parts)
         # Where a fixed storage comes back to; it leaves it only for more tokens at once than the limit.
@@ -117,7 +116,7 @@ class Storage:
 
     @staticmethod
     def empty(
-        keys: Tensor, values: Tensor, memory: int = 0, limit: int | None = None, *, fixed: bool = False
+        keys: Tensor, values: Tensor, state_size: int = 0, limit: int | None = None, *, fixed: bool = False
     ) -> Storage:
         """Nothing stored, with free columns for these keys and values."""
         none = Entries(
@@ -125,7 +124,7 @@ class Storage:
             values[:, :, :0],
             keys.new_ones(*keys.shape[:2], 0, dtype=torch.float32),
             keys.new_ones(*keys.shape[:2], 0, dtype=torch.bool),
-            keys.new_zeros(*keys.shape[:2], 0, memory, dtype=torch.float32),
+            keys.new_zeros(*keys.shape[:2], 0, state_size, dtype=torch.float32),
         )
         return Storage([none], limit, Weighting.NONE, extra=keys.shape[2], fixed=fixed)
 
@@ -252,7 +251,7 @@ class Storage:
         freed = self._memory.slice(start, stop)
         freed.valid.fill_(False)
         freed.weights.zero_()
-        freed.memory.zero_()
+        freed.carried_state.zero_()
 
     def to(self, device: torch.device) -> None:
         """Take everything to `device`; nothing happens where it is there already."""
@@ -267,7 +266,7 @@ class Storage:
         held = self._memory
         with ordinary_tensors():
             keys, values = (tensor.to("cpu", non_blocking=True) for tensor in (held.keys, held.values))
-        self._memory = Entries(keys, values, held.weights, held.valid, held.memory)
+        self._memory = Entries(keys, values, held.weights, held.valid, held.carried_state)
 
     @torch.no_grad()
     def append(self, keys: Tensor, values: Tensor, valid: Tensor | None) -> None:

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from typing_extensions import Self
 
-from wildcat_kv.compressors.base import KVBlock, SharingCompressor
+from wildcat_kv.compressors.base import Compressed, KVBlock, SharingCompressor
 from wildcat_kv.compressors.observation import Observation
-from wildcat_kv.compressors.scorer import item_mask, take_items
+from wildcat_kv.compressors.scorer import take_items
 from wildcat_kv.compressors.wildcat import WildCat
 from wildcat_kv.config import WildCatConfig
 from wildcat_kv.coreset.compresskv import Coreset
@@ -43,7 +43,7 @@ class Asked(NamedTuple):
 
     Attributes:
         queries: float32 (rows, heads, q, d), scaled.
-        log_total: float32 (rows, heads, q), logarithm of what each pays to all entries; infinity for no query.
+        log_total: float32 (rows, heads, q), logarithm of what each pays to all entries.
         items: float32 (rows, heads, q, d_v + 1), what it gets from the items, and their mass, over its total.
         others: float32 (rows, heads, q, d_v), what it gets from all other entries.
     """
@@ -163,42 +163,41 @@ class QueryWildCat(SharingCompressor):
         """See `SharingCompressor`."""
         with torch.no_grad(), full_precision(block.keys.device):
             parts = self._places(block)
-            places, used = (torch.cat(columns, dim=-1) for columns in zip(*parts, strict=True))
-            queries, mass, inside = self._moved(block, places), _mass(block), item_mask(block)
-            counts = [part.shape[-1] for part, _ in parts]
-            heads = range(mass.shape[1])
-            found = [_attend(block, head, queries[:, head], used, counts, mass, inside) for head in heads]
+            queries, mass = self._moved(block, torch.cat(parts)), _mass(block)
+            counts = [len(part) for part in parts]
+            found = [_attend(block, head, queries[:, head], counts, mass) for head in range(mass.shape[1])]
             attention, mean = (torch.stack(scores, dim=1) for scores in zip(*(each[:2] for each in found), strict=True))
             fitted, judges = (
                 Asked(*(torch.stack(tensors, dim=1) for tensors in zip(*(each[place] for each in found), strict=True)))
                 for place in (2, 3)
             )
-            recall = self._recall(block, mean, mass)
-            attention, recall = (block.items(scores).masked_fill(~inside, -torch.inf) for scores in (attention, recall))
+            recall, inside = self._recall(block, mean, mass), block.slice_items(block.valid)
+            attention, recall = (
+                block.slice_items(scores).masked_fill(~inside, -torch.inf) for scores in (attention, recall)
+            )
         return Survey(attention, recall, fitted, judges, queries.shape[2])
 
     def _recall(self, block: KVBlock, mean: Tensor, mass: Tensor) -> Tensor:
         """How the query of each token would attend to the token behind it from afar.
 
         Args:
-            block: what is held.
+            block: entries.
             mean: float32 (rows, heads, n), what the reference queries pay to each entry, up to a factor.
             mass: float32 (rows, heads, n), of `_mass`.
 
         Returns:
             float32 (rows, heads, n).
         """
-        assert block.queries is not None and block.queried is not None and block.rotation is not None
+        assert block.queries is not None and block.rotation is not None
         rows, heads, n = mean.shape
         likely = mean.topk(min(_NORMALISING, n), dim=-1).indices
         level = mass.gather(-1, likely).log_()[:, :, None, None]
         reference = (take_columns(block.keys, likely).to(torch.float32) * block.scale).mT.unsqueeze(2)
         recall = torch.zeros_like(mean)
-        pairs = [max(0, min(counts) - 1) for counts in zip(block.exact, block.queried, strict=True)]
         # Query -j and key -j are of one token. Keys step back: there are fewer of them than of queries.
         queries = block.queries.unflatten(1, (heads, -1))
         back = torch.full((rows, 1), -self.apart, device=mean.device)
-        for behind in range(max(pairs), 0, -_POSITIONS_AT_ONCE):
+        for behind in range(min(block.exact, queries.shape[3]) - 1, 0, -_POSITIONS_AT_ONCE):
             length = min(_POSITIONS_AT_ONCE, behind)
             asking = queries.narrow(3, queries.shape[3] - behind - 1, length).to(torch.float32)
             follower = block.keys.narrow(2, n - behind, length).to(torch.float32)
@@ -208,103 +207,86 @@ class QueryWildCat(SharingCompressor):
             others = torch.matmul(asking, reference).add_(level).logsumexp(-1)
             score = own.permute(0, 2, 3, 1).sub(others).sigmoid_().amax(2)
             recall.narrow(2, n - behind, length).copy_(score)
-        if len(set(pairs)) > 1:
-            behind_it = n - torch.arange(n, device=mean.device)
-            there = behind_it <= torch.tensor(pairs, device=mean.device).unsqueeze(-1)
-            recall.masked_fill_(~there.unsqueeze(1), 0.0)
         return recall
 
-    def _places(self, block: KVBlock) -> list[tuple[Tensor, Tensor]]:
-        """Where the reference queries of each row are that are fitted to, that are not, and that judge.
+    def _places(self, block: KVBlock) -> list[Tensor]:
+        """Choose the reference queries that are fitted to, those that are not, and those that judge.
 
         The first two are the newest ones, and others evenly spread over those before; the judges are evenly spread over
-        all. A padded row takes those that it would take alone.
+        all.
 
         Returns:
-            For each of the three int64 (rows, q), and bool, False where a row has fewer.
+            Three int64 (q,), places among the queries.
         """
-        assert block.queries is not None and block.queried is not None
-        total = block.queries.shape[2]
-        count = torch.tensor(block.queried).unsqueeze(-1)
-        step = torch.arange(min(self.queries, total))
-        newest = count.clamp_max(-(-self.queries // _NEWEST))
-        spread = (count - newest).clamp_max(self.queries - newest)
-        back = torch.where(step < newest, step, newest + (step - newest) * (count - newest) // spread.clamp_min(1))
-        there = step < newest + spread
-        judge, judges = torch.arange(min(self.judges, total)), count.clamp_max(self.judges)
-        between = (2 * judge + 1) * count // (2 * judges).clamp_min(1)
-        parts = [(back[:, ::2], there[:, ::2]), (back[:, 1::2], there[:, 1::2]), (between, judge < judges)]
-        return [((total - 1 - back).clamp_min_(0), used.to(block.queries.device)) for back, used in parts]
+        assert block.queries is not None
+        total, device = block.queries.shape[2], block.queries.device
+        newest = min(total, -(-self.queries // _NEWEST))
+        spread, judges = min(total, self.queries) - newest, min(total, self.judges)
+        between = newest + torch.arange(spread, device=device) * (total - newest) // max(spread, 1)
+        back = torch.cat((torch.arange(newest, device=device), between))
+        judge = (2 * torch.arange(judges, device=device) + 1) * total // max(2 * judges, 1)
+        return [total - 1 - places for places in (back[::2], back[1::2], judge)]
 
     def _moved(self, block: KVBlock, places: Tensor) -> Tensor:
-        """Queries at `places` int64 (rows, q), asked from behind the text: float32 (rows, heads, g, q, d), scaled."""
+        """Queries at `places` int64 (q,), asked from behind the text: float32 (rows, heads, g, q, d), scaled."""
         assert block.queries is not None and block.rotation is not None
-        device, places = block.queries.device, places.to(block.queries.device)
-        queries = take_columns(block.queries, places.unsqueeze(1)).to(torch.float32)
-        seen = torch.tensor(block.seen).to(device).unsqueeze(-1)
-        positions = seen - block.queries.shape[2] + places
-        queries = block.rotation.forward(queries, seen + self.ahead - positions)
+        queries = block.queries.index_select(2, places).to(torch.float32)
+        ahead = self.ahead + block.queries.shape[2] - places
+        queries = block.rotation.forward(queries, ahead.expand(queries.shape[0], -1))
         return queries.unflatten(1, (block.keys.shape[1], -1)).mul_(block.scale)
 
     # What becomes of it
 
-    def deal(self, surveys: Sequence[Survey], budget: Sequence[int]) -> list[tuple[Tensor, Survey]]:
+    def deal(self, surveys: Sequence[Survey], rank: int) -> list[tuple[Tensor, Survey]]:
         """For each layer bool (rows, heads, m), the items that stay as they are, and its survey.
 
         With a tolerance no layer has to do with others, and finds in `compress_share` what it needs.
         """
         if self.tolerance is not None:
             return [(survey.attention > -torch.inf, survey) for survey in surveys]
-        return list(zip(self._choose(surveys, budget), surveys, strict=True))
+        return list(zip(self._choose(surveys, rank), surveys, strict=True))
 
-    def _choose(self, surveys: Sequence[Survey], budget: Sequence[int]) -> list[Tensor]:
+    def _choose(self, surveys: Sequence[Survey], rank: int) -> list[Tensor]:
         """The items of each layer that stay as they are, where the layers share."""
-        attended = [int(rank * self.attended) for rank in budget]
-        recalled = [self._kept(rank) - first for rank, first in zip(budget, attended, strict=True)]
+        attended = int(rank * self.attended)
         kept = _best_by_layer([survey.attention for survey in surveys], attended)
         rest = [survey.recall.masked_fill(taken, -torch.inf) for survey, taken in zip(surveys, kept, strict=True)]
-        return [first | second for first, second in zip(kept, _best_by_layer(rest, recalled), strict=True)]
+        recalled = _best_by_layer(rest, self._kept(rank) - attended)
+        return [first | second for first, second in zip(kept, recalled, strict=True)]
 
-    def compress_share(self, block: KVBlock, budget: Sequence[int], share: tuple[Tensor, Survey]) -> Coreset:
+    def compress_share(self, block: KVBlock, rank: int, share: tuple[Tensor, Survey]) -> Compressed:
         """See `SharingCompressor`."""
         kept, survey = share
         if self.tolerance is None:
-            return self._compress(block, budget, kept, survey)
-        # Each row by itself, so that it keeps what it would keep alone.
-        left = [[rank for part in _TRIED if (rank := int(length * part))] or [0] for length in block.lengths]
-        while True:
-            ranks = [tried[0] for tried in left]
-            whole = [rank == length for rank, length in zip(ranks, block.lengths, strict=True)]
-            ranks = [0 if all_of_it else rank for rank, all_of_it in zip(ranks, whole, strict=True)]
-            [chosen] = self._choose([survey], ranks)
-            chosen |= kept & torch.tensor(whole).to(kept.device).view(-1, 1, 1)
-            coreset = self._compress(block, ranks, chosen, survey)
-            assert coreset.error is not None
-            errors = coreset.error.mean(-1).tolist()
-            met = [done or error <= self.tolerance for done, error in zip(whole, errors, strict=True)]
-            if all(met):
-                return coreset
-            left = [tried if done else tried[1:] for tried, done in zip(left, met, strict=True)]
+            return self._compress(block, rank, kept, survey)
+        # Each row takes the first rank that meets the tolerance, so that it keeps what it would keep alone.
+        found: Compressed | None = None
+        for tried in dict.fromkeys(int(block.items * part) for part in _TRIED):
+            if not tried:
+                continue
+            if tried < block.items:
+                [chosen] = self._choose([survey], tried)
+                new = self._compress(block, tried, chosen, survey)
+            else:
+                new = self._compress(block, 0, kept, survey)
+            found = new if found is None else _first_within(self.tolerance, found, new)
+            assert found.error is not None
+            if bool((found.error.mean(-1) <= self.tolerance).all()):
+                break
+        assert found is not None
+        return found
 
-    def _compress(self, block: KVBlock, budget: Sequence[int], kept: Tensor, survey: Survey) -> Coreset:
-        """A coreset of the items to keep, and of `budget[row]` slots in all where layers are alike."""
-        rest = [rank - self._kept(rank) for rank in budget]
+    def _compress(self, block: KVBlock, rank: int, kept: Tensor, survey: Survey) -> Compressed:
+        """The items to keep and, of the others, as many slots as are left of `rank`; 0 where all items are kept."""
         parts = [_take(block, kept)]
-        if any(rest):
+        if rest := rank - self._kept(rank):
             wildcat = WildCat(self.bin_rank, self.temperature, self.weights, self.seed)
-            parts.append(wildcat.compress_some(block, rest, item_mask(block) & ~kept))
-        coreset = _merge(parts)
+            parts.append(wildcat.compress_some(block, rest, block.slice_items(block.valid) & ~kept))
+        coreset, columns = _merge(parts)
         with torch.no_grad(), full_precision(block.keys.device):
-            if self.ridge and any(budget):
-                fitted = _fit(coreset, survey.fitted, self.ridge)
-                # Of rows without a budget all is kept, or nothing is to be compressed.
-                there = torch.tensor([rank > 0 for rank in budget]).to(block.keys.device).view(-1, 1, 1)
-                coreset = replace(
-                    coreset,
-                    values=torch.where(there.unsqueeze(-1), fitted.values, coreset.values),
-                    weights=torch.where(there, fitted.weights, coreset.weights),
-                )
-            return replace(coreset, error=_error(coreset, survey.judges, survey.group))
+            if self.ridge and rank:
+                coreset = _fit(coreset, survey.fitted, self.ridge)
+            return Compressed(coreset, columns, error=_error(coreset, survey.judges, survey.group))
 
     def _kept(self, rank: int) -> int:
         """How many of `rank` slots are for items that stay as they are."""
@@ -312,60 +294,50 @@ class QueryWildCat(SharingCompressor):
 
 
 def _attend(
-    block: KVBlock, head: int, queries: Tensor, used: Tensor, counts: Sequence[int], mass: Tensor, inside: Tensor
+    block: KVBlock, head: int, queries: Tensor, counts: Sequence[int], mass: Tensor
 ) -> tuple[Tensor, Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
     """What the reference queries of one key head pay and get; its memory is O(q n).
 
     Args:
-        block: what is held.
-        head: which.
+        block: entries.
+        head: index of the key head.
         queries: float32 (rows, g, q, d), scaled.
-        used: bool (rows, q), False for no query.
         counts: how many of the q are fitted to, are not, and judge.
         mass: float32 (rows, heads, n), of `_mass`.
-        inside: bool (rows, heads, m), of `item_mask`.
 
     Returns:
         Root-mean-square and summed attention to each entry, both (rows, n), of those that do not judge; and this head's
         part of `Asked` for those that are fitted to, and for those that judge.
     """
     keys, values, mass = (tensor[:, head].to(torch.float32) for tensor in (block.keys, block.values, mass))
-    group, last = queries.shape[1], counts[2]
-    # What holds nothing is far below all others, without being infinitely so.
+    group, learners = queries.shape[1], counts[0] + counts[1]
+    # Empty entries get a large negative score, not -inf.
     scores = torch.matmul(queries.flatten(1, 2), keys.mT).add_(mass.log().clamp_min_(_NOTHING).unsqueeze(1))
     most = scores.amax(-1, keepdim=True)
-    # Of the library's functions this one takes the exponential fastest.
+    # softmax is torch's fastest exp.
     terms = torch.maximum(scores, most + _NEGLIGIBLE, out=scores).softmax(-1)
     log_total = most.sub_(terms.amax(-1, keepdim=True).log_()).view(queries.shape[:3])
-    log_total = log_total.masked_fill_(~used.unsqueeze(1), torch.inf)
-    terms = terms.unflatten(1, (group, -1)).mul_(used[:, None, :, None])
-    # Of slots, `values` are numerators: what they give is theirs over their mass.
+    terms = terms.unflatten(1, (group, -1))
+    # Values of slots are numerators: what a slot gives is its numerator over its mass.
     there = (mass > 0).to(torch.float32).unsqueeze(-1)
-    paid = torch.cat((values * (there / mass.clamp_min(_TINY).unsqueeze(-1)), there), dim=-1)
-    # Where rows are unlike, the items of one are beside some that are none.
-    offered = block.items(paid.unsqueeze(1)).squeeze(1) * inside[:, head].unsqueeze(-1)
-    kept = block.others(paid.unsqueeze(1)).squeeze(1)[..., :-1]
+    paid = torch.cat((values * (there / mass.clamp_min(_TINY).unsqueeze(-1)), there), dim=-1).unsqueeze(1)
+    offered, kept = block.slice_items(paid).squeeze(1), block.without_items(paid).squeeze(1)[..., :-1]
 
     def asked(part: slice) -> tuple[Tensor, ...]:
         by_entry = terms[:, :, part].flatten(1, 2).mT.unsqueeze(1)
-        items = torch.matmul(block.items(by_entry).squeeze(1).mT, offered)
-        others = torch.matmul(block.others(by_entry).squeeze(1).mT, kept)
+        items = torch.matmul(block.slice_items(by_entry).squeeze(1).mT, offered)
+        others = torch.matmul(block.without_items(by_entry).squeeze(1).mT, kept)
         return queries[:, :, part].flatten(1, 2), log_total[:, :, part].flatten(1), items, others
 
-    found = asked(slice(0, counts[0])), asked(slice(-last, None))
-    learning = terms[:, :, :-last].flatten(1, 2)
-    count = (used[:, :-last].sum(-1, keepdim=True) * group).clamp_min_(1)
+    found = asked(slice(0, counts[0])), asked(slice(learners, None))
+    learning = terms[:, :, :learners].flatten(1, 2)
     mean = learning.sum(1)
-    return learning.square_().sum(1).div_(count).sqrt_(), mean, *found
+    return learning.square_().sum(1).div_(max(1, learners * group)).sqrt_(), mean, *found
 
 
 def _mass(block: KVBlock) -> Tensor:
     """float32 (rows, heads, n): the weights of what is held, 1 for exact tokens; 0 for padding and below 0."""
-    n = block.keys.shape[2]
-    held = torch.tensor(block.held).to(block.keys.device, non_blocking=True)
-    there = torch.arange(n, device=block.keys.device) >= n - held.unsqueeze(-1)
-    there = block.valid & there.unsqueeze(1)
-    return there.to(torch.float32) if block.weights is None else block.weights.clamp_min(0.0) * there
+    return block.valid.to(torch.float32) if block.weights is None else block.weights.clamp_min(0.0) * block.valid
 
 
 def _fit(coreset: Coreset, asked: Asked, ridge: float) -> Coreset:
@@ -378,9 +350,8 @@ def _fit(coreset: Coreset, asked: Asked, ridge: float) -> Coreset:
     terms = _terms(coreset, asked)
     rest = asked.items - torch.matmul(terms, held)
     gram = torch.matmul(terms, terms.mT)
-    # On average over the queries there are: a row beside others can have room for more.
-    count = asked.log_total.isfinite().sum(-1, keepdim=True).clamp_min_(1)
-    level = gram.diagonal(dim1=-2, dim2=-1).sum(-1, keepdim=True).div_(count).mul_(ridge).clamp_min_(_TINY)
+    level = gram.diagonal(dim1=-2, dim2=-1).sum(-1, keepdim=True).div_(max(1, gram.shape[-1]))
+    level = level.mul_(ridge).clamp_min_(_TINY)
     gram.diagonal(dim1=-2, dim2=-1).add_(level)
     change = torch.cholesky_solve(rest, torch.linalg.cholesky_ex(gram).L)
     held = torch.addcmul(held, torch.matmul(terms.mT, change), coreset.valid.unsqueeze(-1).to(held.dtype))
@@ -401,21 +372,20 @@ def _error(coreset: Coreset, judges: Asked, group: int) -> Tensor:
 
 def _terms(coreset: Coreset, asked: Asked) -> Tensor:
     """e^(b q.k_s) over each query's total, (rows, heads, q, r); 0 for padding."""
-    total = asked.log_total.unsqueeze(-1)
-    scores = torch.matmul(asked.queries, coreset.keys.to(torch.float32).mT).sub_(total)
-    there = coreset.valid.unsqueeze(2) & total.isfinite()
+    scores = torch.matmul(asked.queries, coreset.keys.to(torch.float32).mT).sub_(asked.log_total.unsqueeze(-1))
+    there = coreset.valid.unsqueeze(2)
     # Before the exponential: a padding slot's key of zeros can overflow it.
     return scores.masked_fill_(~there, -torch.inf).clamp_min_(_NEGLIGIBLE).exp_().mul_(there)
 
 
-def _best_by_layer(scores: Sequence[Tensor], slots: Sequence[int]) -> list[Tensor]:
+def _best_by_layer(scores: Sequence[Tensor], slots: int) -> list[Tensor]:
     """The best items of all layers, the same number for all heads of a layer.
 
     A layer's k-th slot is worth what its heads' k-th best items are, on average.
 
     Args:
         scores: (rows, heads, n) of each layer, comparable between layers; -inf for what cannot be taken.
-        slots: of each row, in a head of a layer on average.
+        slots: items to take in a head of a layer, on average.
 
     Returns:
         Bool (rows, heads, n) of each layer.
@@ -431,10 +401,10 @@ def _best_by_layer(scores: Sequence[Tensor], slots: Sequence[int]) -> list[Tenso
     most = torch.stack([(layer > -torch.inf).sum(-1).amax(-1).to(home) for layer in scores], dim=1)  # (rows, layers)
     there = torch.arange(width, device=home) < most.unsqueeze(-1)
     worth = worth.masked_fill_(~there, -torch.inf)
-    total = torch.tensor([rank * len(scores) for rank in slots]).to(home, non_blocking=True).unsqueeze(-1)
+    total = slots * len(scores)
     # The least that is taken, and of what is worth just that the earlier layers'.
-    best = worth.flatten(1).topk(min(max(1, *slots) * len(scores), worth[0].numel()), dim=-1).values
-    least = best.gather(-1, (total - 1).clamp(0, best.shape[-1] - 1)).unsqueeze(-1)
+    best = worth.flatten(1).topk(min(max(total, 1), worth[0].numel()), dim=-1).values
+    least = best[:, -1:].unsqueeze(-1)
     more, equal = (worth > least).sum(-1), ((worth == least) & there).sum(-1)
     left = total - more.sum(-1, keepdim=True) - (equal.cumsum(-1) - equal)
     counts = more + torch.minimum(left.clamp_min(0), equal)
@@ -447,34 +417,55 @@ def _best_by_layer(scores: Sequence[Tensor], slots: Sequence[int]) -> list[Tenso
     return kept
 
 
-def _take(block: KVBlock, kept: Tensor) -> Coreset:
-    """The items of a mask (rows, heads, max(lengths)) as they are, right-aligned."""
+def _take(block: KVBlock, kept: Tensor) -> tuple[Coreset, Tensor]:
+    """The items of a mask (rows, heads, items) as they are, right-aligned; and int64, which item each slot is."""
     counts, place = kept.sum(-1, keepdim=True), torch.arange(kept.shape[-1], device=kept.device)
     width = int(counts.max())
     # A place for each, and one behind them for what is not kept: much faster than sorting.
     target = torch.where(kept, kept.cumsum(-1) + (width - 1 - counts), width)
     index = counts.new_zeros(*kept.shape[:2], width + 1).scatter_(-1, target, place.expand_as(target))[..., :width]
-    return replace(take_items(block, index, place[:width] >= width - counts), source=index)
+    return take_items(block, index, place[:width] >= width - counts).coreset, index
 
 
-def _merge(parts: Sequence[Coreset]) -> Coreset:
-    """Coresets of different items of one block as one, in the order of their positions, padding slots first."""
-    sources = [part.source for part in parts if part.source is not None]
-    valid = torch.cat([part.valid for part in parts], dim=2)
-    source = torch.cat(sources, dim=2).masked_fill(~valid, -1)
+def _merge(parts: Sequence[tuple[Coreset, Tensor]]) -> tuple[Coreset, list[int]]:
+    """Join coresets of different items of one block, in the order of their positions, padding slots first.
+
+    Args:
+        parts: coresets, and int64 (rows, heads, c), the item of each slot.
+
+    Returns:
+        The coreset, and the columns that each row takes.
+    """
+    valid = torch.cat([part.valid for part, _ in parts], dim=2)
+    source = torch.cat([source for _, source in parts], dim=2).masked_fill(~valid, -1)
     counts = valid.sum(-1).amax(-1).tolist()
     order = source.argsort(dim=-1, stable=True)[..., source.shape[-1] - max(counts) :]
 
     def merged(name: str) -> Tensor:
-        wide = {getattr(part, name).dtype for part in parts}
+        wide = {getattr(part, name).dtype for part, _ in parts}
         dtype = torch.float32 if len(wide) > 1 else wide.pop()
-        return take_columns(torch.cat([getattr(part, name).to(dtype) for part in parts], dim=2), order)
+        return take_columns(torch.cat([getattr(part, name).to(dtype) for part, _ in parts], dim=2), order)
 
-    return Coreset(
-        keys=merged("keys"),
-        values=merged("values"),
-        weights=merged("weights"),
-        valid=merged("valid"),
-        source=source.gather(-1, order),
-        columns=counts,
-    )
+    coreset = Coreset(merged("keys"), merged("values"), merged("weights"), merged("valid"))
+    return coreset, counts
+
+
+def _first_within(tolerance: float, first: Compressed, second: Compressed) -> Compressed:
+    """The first one in the rows whose estimated error is within the tolerance, the second in the others."""
+    assert first.error is not None and second.error is not None
+    assert first.columns is not None and second.columns is not None
+    met = first.error.mean(-1) <= tolerance
+    width = max(first.coreset.valid.shape[-1], second.coreset.valid.shape[-1])
+
+    def chosen(name: str) -> Tensor:
+        one, other = (_widened(getattr(each.coreset, name), width) for each in (first, second))
+        return torch.where(met.view(-1, *[1] * (one.dim() - 1)), one, other)
+
+    coreset = Coreset(chosen("keys"), chosen("values"), chosen("weights"), chosen("valid"))
+    columns = [a if kept else b for a, b, kept in zip(first.columns, second.columns, met.tolist(), strict=True)]
+    return Compressed(coreset, columns, error=torch.where(met.unsqueeze(-1), first.error, second.error))
+
+
+def _widened(slots: Tensor, width: int) -> Tensor:
+    """Slots (rows, heads, c, ...) behind zeros, `width` in all."""
+    return torch.cat((slots.new_zeros(*slots.shape[:2], width - slots.shape[2], *slots.shape[3:]), slots), dim=2)

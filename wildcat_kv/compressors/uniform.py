@@ -35,7 +35,7 @@ class Uniform(Scorer):
         noise = gumbel_noise(
             self.seed,
             torch.full((1, 1, 1), block.layer_index, device=device),
-            torch.tensor(block.seen).to(device, non_blocking=True).view(-1, 1, 1),
+            torch.full((1, 1, 1), block.seen, device=device),
             torch.arange(heads, device=device).view(-1, 1),
             torch.arange(n, device=device),
         )

@@ -5,7 +5,6 @@ Source: Schröder and Mackey, "WildCat: Near-Linear Attention in Theory and Prac
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import get_args
 
@@ -29,21 +28,12 @@ class Coreset:
         values: (..., r, d_v), numerators U = W V in the dtype of the values.
         weights: float32 (..., r), w = W 1; may be negative.
         valid: bool (..., r), False for padding slots: key, value and weight are zero there.
-        memory: float32 (..., r, m), what a method that remembers its entries goes on with.
-        columns: how many of the last columns each row takes; as many as its budget by default.
-        error: float32 (rows, query_heads), estimated error of the attention, over the norm of its output; None where
-            the method makes no estimate.
-        source: int64 (..., r), the entry whose key each slot has, arbitrary for padding slots; None where not said.
     """
 
     keys: Tensor
     values: Tensor
     weights: Tensor
     valid: Tensor
-    memory: Tensor | None = None
-    columns: Sequence[int] | None = None
-    source: Tensor | None = None
-    error: Tensor | None = None
 
 
 def compress_kv(
@@ -113,7 +103,7 @@ def compress_kv(
         keys, values = (tensor.masked_fill(~valid.unsqueeze(-1), 0.0) for tensor in (keys, values))
     if query_norm is not None:
         query_norm = torch.as_tensor(query_norm, dtype=torch.float32, device=keys.device).expand(batch).reshape(1, -1)
-    coreset = compress_bins(
+    coreset, _ = compress_bins(
         keys.reshape(1, -1, n, d),
         values.reshape(1, -1, n, values.shape[-1]),
         layout,
@@ -150,7 +140,7 @@ def compress_bins(
     value_bound: Tensor | None = None,
     temperature: Temperature = "released",
     weighting: Weights = "nystrom",
-) -> Coreset:
+) -> tuple[Coreset, Tensor]:
     """`compress_kv` for rows of a batch that may differ in length, rank and number of bins.
 
     Args:
@@ -168,7 +158,8 @@ def compress_bins(
         weighting: signed or clipped.
 
     Returns:
-        A Coreset of (rows, heads, c, ...), c the largest rank of a row.
+        A Coreset of (rows, heads, c, ...), c the largest rank of a row; and int64 (rows, heads, c), the place of the
+        key that each slot has, arbitrary for padding slots.
     """
     weights = None if weights is None else weights.to(torch.float32)
     fold = BinwiseFold(
@@ -183,20 +174,21 @@ def compress_bins(
     if slots.computed is None:  # all are
         valid = layout.collect(slots.found) & layout.slot_used.unsqueeze(1)
         source = layout.collect(layout.columns(slots.pivots))
-        return Coreset(
+        coreset = Coreset(
             keys=take_columns(keys, source).mul_(valid.unsqueeze(-1).to(keys.dtype)),
             values=layout.collect(slots.values) * valid.unsqueeze(-1).to(values.dtype),
             weights=layout.collect(slots.weights) * valid.to(torch.float32),
             valid=valid,
-            source=source,
         )
-    tokens = take_pivots(keys, values, weights, layout, slots.pivots, slots.found)
+        return coreset, source
+    tokens, source = take_pivots(keys, values, weights, layout, slots.pivots, slots.found)
     computed = layout.collect(slots.computed) & layout.slot_used.unsqueeze(1)
-    return replace(
+    coreset = replace(
         tokens,
         values=torch.where(computed.unsqueeze(-1), layout.collect(slots.values), tokens.values),
         weights=torch.where(computed, layout.collect(slots.weights), tokens.weights),
     )
+    return coreset, source
 
 
 def token_mass(
@@ -243,7 +235,7 @@ def take_pivots(
     layout: BinLayout,
     pivots: Tensor,
     found: Tensor,
-) -> Coreset:
+) -> tuple[Coreset, Tensor]:
     """A Coreset of pivots as they came: keys, values and weights unchanged, padding slots zero.
 
     Args:
@@ -255,20 +247,20 @@ def take_pivots(
         found: bool, of the same shape, False for slots that stay empty.
 
     Returns:
-        A Coreset of (rows, heads, c, ...).
+        A Coreset of (rows, heads, c, ...), and the places of its keys, int64 (rows, heads, c).
     """
     order = position_order(pivots, found)
     columns = layout.collect(layout.columns(pivots.gather(-1, order)))
     valid = layout.collect(found.gather(-1, order)) & layout.slot_used.unsqueeze(1)
 
     empty = ~valid
-    return Coreset(
+    coreset = Coreset(
         keys=take_columns(keys, columns).masked_fill_(empty.unsqueeze(-1), 0.0),
         values=take_columns(values, columns).masked_fill_(empty.unsqueeze(-1), 0.0),
         weights=valid.to(torch.float32) if weights is None else take_columns(weights, columns).masked_fill_(empty, 0.0),
         valid=valid,
-        source=columns,
     )
+    return coreset, columns
 
 
 class _Given:

@@ -120,8 +120,8 @@ class _Ours:
 
     def unfit(self, compressor: Compressor) -> str | None:
         """What `compressor` would have kept otherwise, None for nothing."""
-        observation, (carried, recent), exact = compressor.observation, self.queries, self.progress.exact
-        if self.memory.memory.shape[-1] != compressor.memory:
+        observation, (carried, recent), exact = compressor.observation, self.queries, self.progress.since_fold
+        if self.memory.carried_state.shape[-1] != compressor.state_size:
             return "what its method remembers does not fit the method"
         if observation is None:
             return (
@@ -432,7 +432,7 @@ def _ours(progress: Progress, length: int, own: dict[str, Tensor]) -> _Ours:
     ):
         raise _DamageError("its queries do not fit")
     held = [0 if tensor is None else tensor.shape[2] for tensor in (carried, recent)]
-    if max(counts) > held[0] or held[1] > progress.exact:
+    if max(counts) > held[0] or held[1] > progress.since_fold:
         raise _DamageError("its queries do not fit its numbers")
     if set(own) - {*_NAMES, *_BOUNDS, _MEMORY, *_QUERIES}:
         raise _DamageError("it has tensors of another layer")
@@ -444,7 +444,7 @@ def _ours(progress: Progress, length: int, own: dict[str, Tensor]) -> _Ours:
             min(row.seen, row.sink, row.slots, row.slots + row.spare, row.exact, row.seen_at_fold, row.carried) >= 0
             for row in progress.rows
         )
-        and max(row.stored for row in progress.rows) + progress.exact <= width
+        and max(row.stored for row in progress.rows) + progress.since_fold <= width
         and 0 <= progress.folded_at <= progress.settled <= progress.seen
         and ends == sorted(set(ends))
         and all(progress.settled < end <= progress.seen for end in ends)
