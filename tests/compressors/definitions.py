@@ -1,11 +1,32 @@
 """The scores of the papers, written out naively: loops, float64, one head of one row. A row a method."""
 
 import math
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 
-from tests.compressors.blocks import rotation_matrix
-from wildcat_kv.compressors import CUR, ExpectedAttention, KeyDiff, KNorm, LagKV, SnapKV, StreamingLLM
+from tests.compressors.blocks import Head, rotation_matrix
+from wildcat_kv.compressors import (
+    CUR,
+    H2O,
+    TOVA,
+    AdaKV,
+    AttentionMatching,
+    BalanceKV,
+    Compressor,
+    ExpectedAttention,
+    KeyDiff,
+    KNorm,
+    KVzip,
+    LagKV,
+    PyramidKV,
+    QueryWildCat,
+    SnapKV,
+    StreamingLLM,
+    Uniform,
+    WildCat,
+)
 
 
 def by_place(head, sink):
@@ -102,13 +123,44 @@ def by_queries_to_come(head, future, sink):
     return [math.inf] * sink_entries + scores[sink_entries:]
 
 
+class Definition(NamedTuple):
+    """A method as tests hold it against what its paper says.
+
+    Attributes:
+        method: with parameters small enough for the blocks of these tests.
+        scores: takes a `Head` to the scores of its entries; None for a method that does more than choose by a head's
+            scores: its definition is in a test of its own.
+        queries: True if it learns from queries.
+    """
+
+    method: Compressor
+    scores: Callable[[Head], list[float]] | None = None
+    queries: bool = False
+
+
+# A row a method, in the order of `wildcat_kv.compressors.ours`; variants behind a comma.
 DEFINITIONS = {
-    "streaming_llm": (StreamingLLM(sink=2), lambda head: by_place(head, 2)),
-    "knorm": (KNorm(), by_norm),
-    "keydiff": (KeyDiff(), by_direction),
-    "snapkv": (SnapKV(window=4, kernel=3), lambda head: by_observation(head, 4, 3)),
-    "snapkv, no smoothing": (SnapKV(window=2, kernel=1), lambda head: by_observation(head, 2, 1)),
-    "cur": (CUR(sink=1, window=4), lambda head: by_leverage(head, 1, 4)),
-    "lagkv": (LagKV(sink=1, lag=3), lambda head: by_range_of_the_next(head, 1, 3)),
-    "expected_attention": (ExpectedAttention(future=3, sink=1), lambda head: by_queries_to_come(head, 3, 1)),
+    "wildcat": Definition(WildCat(bin_rank=3)),
+    "streaming_llm": Definition(StreamingLLM(sink=2), lambda head: by_place(head, 2)),
+    "snapkv": Definition(SnapKV(window=4, kernel=3), lambda head: by_observation(head, 4, 3), queries=True),
+    "snapkv, no smoothing": Definition(
+        SnapKV(window=2, kernel=1), lambda head: by_observation(head, 2, 1), queries=True
+    ),
+    "pyramidkv": Definition(PyramidKV(window=3, kernel=3, beta=4), queries=True),
+    "balancekv": Definition(BalanceKV(block=4)),
+    "uniform": Definition(Uniform(seed=4)),
+    "tova": Definition(TOVA(), queries=True),
+    "h2o": Definition(H2O(), queries=True),
+    "h2o, average": Definition(H2O(recent=0, average=True), queries=True),
+    "knorm": Definition(KNorm(), by_norm),
+    "keydiff": Definition(KeyDiff(), by_direction),
+    "expected_attention": Definition(
+        ExpectedAttention(future=3, sink=1), lambda head: by_queries_to_come(head, 3, 1), queries=True
+    ),
+    "lagkv": Definition(LagKV(sink=1, lag=3), lambda head: by_range_of_the_next(head, 1, 3)),
+    "cur": Definition(CUR(sink=1, window=4), lambda head: by_leverage(head, 1, 4)),
+    "adakv": Definition(AdaKV(SnapKV(window=3, kernel=3)), queries=True),
+    "kvzip": Definition(KVzip(), queries=True),
+    "attention_matching": Definition(AttentionMatching(queries=4), queries=True),
+    "query_wildcat": Definition(QueryWildCat(bin_rank=3, queries=6, ahead=5), queries=True),
 }

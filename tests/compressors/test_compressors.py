@@ -16,33 +16,17 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import DynamicCache
 
+from tests.compressors.definitions import DEFINITIONS
 from tests.driver import EVEN, METHODS, assert_same, read, small_cache, state, tokens
 from tests.tiny import FAMILIES, SMALL, random_ids, tiny_model
-from wildcat_kv import CompressedCache, WildCatCache, WildCatConfig
+from wildcat_kv import CompressedCache, WildCatCache, WildCatConfig, compressors
 from wildcat_kv.cache.budget import block_size, kept_tokens
 from wildcat_kv.cache.sizes import stored_tokens
 from wildcat_kv.compressors import H2O, AdaKV, Compressor, KVBlock, Scorer, SnapKV, available, registry, resolve
+from wildcat_kv.compressors.ours import OURS
 from wildcat_kv.hook.keyword import CACHE
 
-NAMES = [
-    "wildcat",
-    "streaming_llm",
-    "snapkv",
-    "pyramidkv",
-    "balancekv",
-    "uniform",
-    "tova",
-    "h2o",
-    "knorm",
-    "keydiff",
-    "expected_attention",
-    "lagkv",
-    "cur",
-    "adakv",
-    "kvzip",
-    "attention_matching",
-    "query_wildcat",
-]
+NAMES = list(OURS)
 BUDGETS = [{"ratio": 0.25}, {"max_tokens": 90}]
 FAMILY_SET = (*FAMILIES, "granite", "gpt_oss", "qwen3_next")
 
@@ -275,17 +259,9 @@ def test_all_methods_are_listed_with_what_they_need():
     assert all(method.summary.endswith(".") for method in methods.values())
     assert {name for name, method in methods.items() if not method.paper.startswith("arXiv 2")} == {"query_wildcat"}
     assert {name for name, method in methods.items() if not method.decodes} == {"kvzip"}
-    assert {name for name, method in methods.items() if method.needs_queries} == {
-        "snapkv",
-        "pyramidkv",
-        "tova",
-        "h2o",
-        "expected_attention",
-        "adakv",
-        "kvzip",
-        "attention_matching",
-        "query_wildcat",
-    }
+    assert {name for name, method in methods.items() if method.reads_twice} == {"kvzip"}
+    queries = {name for name in NAMES if DEFINITIONS[name].queries}
+    assert {name for name in NAMES if methods[name].needs_queries} == queries
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "kvzip"])
@@ -571,3 +547,9 @@ def changed(found, **tensors):
 
 def first_full(cache):
     return next(index for index, layer in enumerate(cache.layers) if hasattr(layer, "announce"))
+
+
+def test_a_contributor_needs_one_import():
+    assert {kind.__name__ for kind in OURS.values()} <= set(compressors.__all__)
+    needed = {"Compressed", "KVBlock", "Observation", "attention_probabilities", "keyed_noise", "take_columns"}
+    assert needed <= set(compressors.__all__) and all(hasattr(compressors, name) for name in compressors.__all__)

@@ -9,32 +9,16 @@ from hypothesis import strategies as st
 
 from tests.compressors.blocks import HEADS, Size, half, make, sizes
 from tests.compressors.definitions import DEFINITIONS
-from wildcat_kv.compressors import (
-    H2O,
-    TOVA,
-    AdaKV,
-    AttentionMatching,
-    BalanceKV,
-    PyramidKV,
-    QueryWildCat,
-    SnapKV,
-    Uniform,
-)
+from wildcat_kv.compressors.ours import OURS
 
-METHODS = {
-    "uniform": Uniform(seed=4),
-    "tova": TOVA(),
-    "h2o": H2O(),
-    "h2o, average": H2O(recent=0, average=True),
-    "pyramidkv": PyramidKV(window=3, kernel=3, beta=4),
-    "adakv": AdaKV(SnapKV(window=3, kernel=3)),
-    "balancekv": BalanceKV(block=4),
-    "attention_matching": AttentionMatching(queries=4),
-    "query_wildcat": QueryWildCat(bin_rank=3, queries=6, ahead=5),
-    **{name: method for name, (method, _) in DEFINITIONS.items()},
-}
-
+METHODS = {name: row.method for name, row in DEFINITIONS.items()}
 SLOTS = ("keys", "values", "weights", "valid")
+
+
+def test_every_method_of_ours_has_a_definition():
+    assert [name for name in DEFINITIONS if "," not in name] == list(OURS)
+    assert all(isinstance(DEFINITIONS[name].method, kind) for name, kind in OURS.items())
+    assert all(row.method.needs_queries == row.queries for row in DEFINITIONS.values())
 
 
 def run(method, block, rank):
@@ -88,7 +72,7 @@ def test_of_two_or_three_items_one_is_left(name, length):
     found = run(METHODS[name], block, 1)
     columns, coreset = found.columns or [1, 1], found.coreset
     assert torch.isfinite(coreset.values).all() and columns == [coreset.valid.shape[-1]] * 2
-    if name not in ("pyramidkv", "adakv"):
+    if name not in ("pyramidkv", "adakv", "kvzip"):
         assert coreset.valid.sum(-1).eq(1).all()
 
 

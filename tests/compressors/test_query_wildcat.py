@@ -19,7 +19,7 @@ from wildcat_kv.cache.budget import block_size, kept_tokens
 from wildcat_kv.cache.error_report import ErrorReport
 from wildcat_kv.cache.sizes import stored_tokens
 from wildcat_kv.compressors import QueryWildCat, WildCat, available
-from wildcat_kv.compressors.query_wildcat import Asked, Survey
+from wildcat_kv.compressors.query_wildcat.survey import Asked, Survey
 from wildcat_kv.compressors.rotation import Rotation
 from wildcat_kv.data import haystack
 from wildcat_kv.data.haystack import essays

@@ -33,11 +33,11 @@ from wildcat_kv.compressors.pyramidkv import pyramid
 ROWS = st.integers(1, 3)
 
 
-@pytest.mark.parametrize("name", DEFINITIONS)
+@pytest.mark.parametrize("name", [name for name, row in DEFINITIONS.items() if row.scores is not None])
 @settings(max_examples=15)
 @given(size=sizes(), rows=ROWS, seed=st.integers(0, 1000))
 def test_the_best_items_by_definition_are_kept_as_they_are(name, size, rows, seed):
-    method, definition = DEFINITIONS[name]
+    method, definition, _ = DEFINITIONS[name]
     # A padding slot inside a partition of LagKV has no value to be compared with.
     block = make(size, seed, rows=rows, padding=name != "lagkv")
     found = method.compress(block, half(block))

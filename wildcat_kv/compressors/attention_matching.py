@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from wildcat_kv.compressors.base import Compressed, Compressor, KVBlock
+from wildcat_kv.compressors.fitting import solve_ridge, spread_evenly
 from wildcat_kv.compressors.observation import Observation
 from wildcat_kv.compressors.scorer import best_items, take_items
 from wildcat_kv.coreset.tensors import full_precision, saturate_, take_columns
@@ -98,7 +99,7 @@ class AttentionMatching(Compressor):
         assert block.queries is not None
         total = block.queries.shape[2]
         taken = min(self.queries, total)
-        place = total - 1 - torch.arange(taken, device=block.queries.device) * total // max(taken, 1)
+        place = total - 1 - spread_evenly(total, taken, block.queries.device)
         queries = block.queries.index_select(2, place).to(torch.float32)
         queries = queries.unflatten(1, (block.keys.shape[1], -1)) * block.scale
         return queries.flatten(2, 3)
@@ -149,7 +150,5 @@ def _least_squares(terms: Tensor, target: Tensor, prior: Tensor) -> Tensor:
     norms = torch.maximum(norms, _NEGLIGIBLE * norms.amax(-1, keepdim=True)).clamp_min_(_NEGLIGIBLE)
     scaled = (terms / norms.unsqueeze(-2)).to(precision)
     rest = target.to(precision) - terms.to(precision) @ prior.to(precision)
-    gram = scaled.mT @ scaled
-    gram.diagonal(dim1=-2, dim2=-1).add_(_RIDGE)
-    change = torch.cholesky_solve(scaled.mT @ rest, torch.linalg.cholesky_ex(gram).L)
+    change = solve_ridge(scaled.mT @ scaled, scaled.mT @ rest, _RIDGE)
     return prior + (change / norms.unsqueeze(-1).to(precision)).to(torch.float32)

@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from wildcat_kv.compressors.base import Compressed, Compressor, KVBlock
+from wildcat_kv.compressors.keyed_noise import keyed_noise
 from wildcat_kv.compressors.scorer import rank_descending, take_items
 from wildcat_kv.coreset.compresskv import Coreset
-from wildcat_kv.coreset.noise import uniform_noise
 from wildcat_kv.coreset.tensors import full_precision, saturate_, take_columns
 
 # e^80: beyond it a step of the walk is certain, and float32 ends at e^88.
@@ -101,7 +101,7 @@ class BalanceKV(Compressor):
                 take_columns(keys, tokens).to(torch.float32) * block.scale**0.5,
                 take_columns(values, tokens).to(torch.float32) * factor.unsqueeze(-1),
             )
-            walk, ties = (self._noise(block, 2 * halving + draw, tokens.shape) for draw in range(2))
+            walk, ties = (keyed_noise(block, self.seed, span.tokens, 2 * halving + draw) for draw in range(2))
             sides = self._walk(kernel, walk)[..., : span.tokens] + ties
             # The sides are seldom quite equal in number: the noise decides who changes over.
             doubled = rank_descending(-sides) < span.tokens // 2
@@ -130,18 +130,6 @@ class BalanceKV(Compressor):
             imbalance = (kernel[..., step, :] * signs).sum(-1)
             signs[..., step] = torch.where(noise[..., step] < 0.5 - self.gamma * imbalance, side, -side)
         return signs.flatten(2)
-
-    def _noise(self, block: KVBlock, draw: int, shape: torch.Size) -> Tensor:
-        """Uniform noise for the tokens of a halving, keyed by what a row is by itself."""
-        device = block.keys.device
-        return uniform_noise(
-            self.seed,
-            torch.full((1, 1, 1), block.layer_index, device=device),
-            torch.full((1, 1, 1), block.seen, device=device),
-            torch.full((1, 1, 1), draw, device=device),
-            torch.arange(shape[1], device=device).view(-1, 1),
-            torch.arange(shape[2], device=device),
-        ).expand(shape)
 
 
 class _Span(NamedTuple):

@@ -7,48 +7,12 @@ import warnings
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
 
-from wildcat_kv.compressors.adakv import AdaKV
-from wildcat_kv.compressors.attention_matching import AttentionMatching
-from wildcat_kv.compressors.balancekv import BalanceKV
 from wildcat_kv.compressors.base import Compressor
-from wildcat_kv.compressors.cur import CUR
-from wildcat_kv.compressors.expected_attention import ExpectedAttention
-from wildcat_kv.compressors.h2o import H2O
-from wildcat_kv.compressors.keydiff import KeyDiff
-from wildcat_kv.compressors.knorm import KNorm
-from wildcat_kv.compressors.kvzip import KVzip
-from wildcat_kv.compressors.lagkv import LagKV
-from wildcat_kv.compressors.pyramidkv import PyramidKV
-from wildcat_kv.compressors.query_wildcat import QueryWildCat
-from wildcat_kv.compressors.snapkv import SnapKV
-from wildcat_kv.compressors.streaming_llm import StreamingLLM
-from wildcat_kv.compressors.tova import TOVA
-from wildcat_kv.compressors.uniform import Uniform
-from wildcat_kv.compressors.wildcat import WildCat
+from wildcat_kv.compressors.ours import OURS
 from wildcat_kv.config import WildCatConfig
 
 # An entry point in this group names a subclass of `Compressor`.
 GROUP = "wildcat_kv.compressors"
-
-OURS: dict[str, type[Compressor]] = {
-    "wildcat": WildCat,
-    "streaming_llm": StreamingLLM,
-    "snapkv": SnapKV,
-    "pyramidkv": PyramidKV,
-    "balancekv": BalanceKV,
-    "uniform": Uniform,
-    "tova": TOVA,
-    "h2o": H2O,
-    "knorm": KNorm,
-    "keydiff": KeyDiff,
-    "expected_attention": ExpectedAttention,
-    "lagkv": LagKV,
-    "cur": CUR,
-    "adakv": AdaKV,
-    "kvzip": KVzip,
-    "attention_matching": AttentionMatching,
-    "query_wildcat": QueryWildCat,
-}
 
 
 @dataclass(frozen=True)
