@@ -71,7 +71,7 @@ def test_of_two_or_three_items_one_is_left(name, length):
     block = block_for(name, Size(sink=1, recent=length, window=0, queried=1), rows=2)
     found = run(METHODS[name], block, 1)
     columns, coreset = found.columns or [1, 1], found.coreset
-    assert torch.isfinite(coreset.values).all() and columns == [coreset.valid.shape[-1]] * 2
+    assert torch.isfinite(coreset.values).all() and max(columns) == coreset.valid.shape[-1]
     if name not in ("pyramidkv", "adakv", "kvzip"):
         assert coreset.valid.sum(-1).eq(1).all()
 
