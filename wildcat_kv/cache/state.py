@@ -93,12 +93,12 @@ class LayerState:
         """Hold what another state held.
 
         Args:
-            progress: the numbers.
+            progress: numbers.
             memory: entries, and free room behind them; not copied, unless the memory is to be fixed.
             length: columns in use.
             folded_range: box around the values of tokens that are exact no longer.
-            carried: queries of the log; so are the recent ones.
-            recent: likewise.
+            carried: queries from before the last fold.
+            recent: queries since then.
         """
         if self._fixed:
             self.storage = Storage([memory.slice(0, length)], self._limit, fixed=True)
@@ -138,7 +138,7 @@ class LayerState:
             self.log.append(queries)
 
     def keep_queries(self) -> None:
-        """Make what `observe` took the state's own, before the model goes on."""
+        """Copy what `observe` took, before the model goes on."""
         if self.log is not None:
             self.log.keep()
 
@@ -243,7 +243,7 @@ class LayerState:
         return self.stored - (self.progress.seen - column)
 
     def counted_at(self, column: int) -> int:
-        """The same as the budget counts it, which is alike in all layers."""
+        """Columns held then as the budget counts them: alike in all layers."""
         return self.stored_at(column) - self.progress.spare
 
     def check_finite(self, keys: Tensor) -> None:
