@@ -12,7 +12,7 @@ from typing import Annotated
 import torch
 import typer
 
-from benchmarks import merging
+from benchmarks import merging, structure
 from benchmarks.options import NAMES, Options, split_names
 from wildcat_kv.cli import run_app
 from wildcat_kv.cli.options import DropOption, RatioOption, share
@@ -30,12 +30,13 @@ _HELP = {
     "memory": "Bytes held, and the peak of a prefill.",
     "scaling": "Compression by tokens and by rank, on synthetic heads; its error on smooth data.",
     "generation": "A long generation under a constant budget.",
+    "calls": "What the cache's own Python costs: calls and seconds of one decoded token, on a tiny model.",
     "all": "All of them, one after the other; half an hour to an hour.",
 }
 
 
 def _command(*names: str) -> Callable[..., None]:
-    """A command that runs these benchmarks; all take the same options."""
+    """Make a command that runs these benchmarks; all take the same options."""
 
     def run(
         output: Annotated[Path, typer.Option(help="Folder of the results; those of the same benchmark are replaced.")],
@@ -81,19 +82,20 @@ for _name in NAMES:
     app.command(_name, help=_HELP[_name])(_command(_name))
 app.command("all", help=_HELP["all"])(_command(*NAMES))
 app.command("merging")(merging.main)
+app.command("structure")(structure.show)
 
 
 @app.command()
 def report(folder: Annotated[Path, typer.Argument(help="Folder of results.")]) -> None:
     """Make the Markdown and the plots of a folder anew, from its JSON."""
     from benchmarks.report import write_report
-    from benchmarks.run import print_targets
+    from benchmarks.run import print_limits
 
-    print_targets(write_report(folder))
+    print_limits(write_report(folder))
 
 
 def main() -> None:
-    """Run the command; what a person can put right is one line on stderr and exit status 1."""
+    """Run the command; an error of the user's is one line on stderr, exit status 1."""
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     run_app(app, "python -m benchmarks")
 

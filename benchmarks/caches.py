@@ -24,10 +24,10 @@ QUANTIZED: dict[str, tuple[dict[str, Any], str | None]] = {
 
 
 def theirs(config: Any, capacity: int) -> dict[str, Callable[[], Cache]]:
-    """Transformers' caches by name, each made empty by a call; without the quantized ones that cannot be had.
+    """List makers of Transformers' empty caches by name, without quantized ones that lack a package.
 
     Args:
-        config: of the model.
+        config: config of the model.
         capacity: tokens that the static cache has room for.
     """
     makers: dict[str, Callable[[], Cache]] = {
@@ -41,7 +41,7 @@ def theirs(config: Any, capacity: int) -> dict[str, Callable[[], Cache]]:
 
 
 def missing() -> dict[str, str]:
-    """The quantized caches that cannot be had here, by name, and why."""
+    """List the quantized caches that cannot be had here, by name, and why."""
     reasons = {}
     for name, (arguments, package) in QUANTIZED.items():
         if package is not None and not _installed(package):
@@ -52,7 +52,7 @@ def missing() -> dict[str, str]:
 
 
 def fill(cache: Cache, source: CompressedCache, rows: int = 1, length: int | None = None) -> Cache:
-    """Give a cache of Transformers' the first `length` tokens that `source` holds exactly, in `rows` equal rows."""
+    """Fill one of Transformers' caches with the first `length` tokens of an exact `source`, in `rows` equal rows."""
     for index, layer in enumerate(source.layers):
         keys, values = layer.keys[:, :, :length], layer.values[:, :, :length]
         cache.update(keys.repeat_interleave(rows, 0), values.repeat_interleave(rows, 0), index)
@@ -60,7 +60,7 @@ def fill(cache: Cache, source: CompressedCache, rows: int = 1, length: int | Non
 
 
 def held_bytes(cache: Cache) -> int:
-    """Bytes of all tensors that a cache holds, ours or theirs, free room included."""
+    """Count the bytes of all tensors that a cache holds, free room included."""
     if isinstance(cache, CompressedCache):
         return cache.memory_bytes()
     tensors = [part for layer in cache.layers for tensor in layer_tensors(layer) for part in _parts(tensor)]
@@ -75,7 +75,7 @@ def _installed(package: str) -> bool:
 
 
 def _parts(tensor: Tensor) -> list[Tensor]:
-    """What a tensor is made of: quanto's are wrappers, whose own storage says what they would take unquantised."""
+    """Take a tensor apart: quanto's are wrappers, and their own storage has the size before quantising."""
     if not hasattr(tensor, "__tensor_flatten__"):
         return [tensor]
     names, _ = tensor.__tensor_flatten__()

@@ -1,4 +1,4 @@
-"""How fast tokens follow a long context, from which cache.
+"""Tokens per second after a long context, from every cache.
 
 The context is read once, and every cache is filled from that reading. A turn decodes greedily from a fresh copy of each
 cache in its turn, so that all of them grow by the same tokens and none grows from turn to turn; making the copy is not
@@ -52,7 +52,7 @@ class Contender:
 
 
 def measure(options: Options) -> Iterator[Record]:
-    """Seconds a step of every cache; the other methods in the first dtype alone, at one row."""
+    """Time a step of every cache; other methods in the first dtype alone, at one row."""
     yield from rates.measure(torch.device(options.device))
     steps = options.steps or block_size(options.settings)
     for dtype in options.dtypes:
@@ -76,7 +76,7 @@ def measure(options: Options) -> Iterator[Record]:
 
 
 def _caches(model: Any, context: Context, options: Options, rows: int, capacity: int) -> dict[str, Contender]:
-    """Ours and Transformers' caches that hold the context in `rows` equal rows. A further contender is added here."""
+    """Make contenders that hold the context in `rows` equal rows. A further one is added here."""
     step = _forward(model)
     ours = context.compress(options.settings, compressor=WILDCAT)
     stored = ours.stored_length()
@@ -92,7 +92,7 @@ def _caches(model: Any, context: Context, options: Options, rows: int, capacity:
 
 
 def _method(subject: Subject, context: Context, options: Options, name: str) -> Contender:
-    """Another method, one row."""
+    """Make a contender of another method, with one row."""
     cache = context.compress(options.settings, compressor=name, tokenizer=subject.tokenizer)
     return Contender(cache.clone, _forward(subject.model))
 
@@ -102,7 +102,7 @@ def _filled(make: Callable[[], Cache], source: CompressedCache, rows: int) -> Ca
 
 
 def _forward(model: Any) -> Callable[[Tensor, Cache], Tensor]:
-    """The model as it is."""
+    """Make a function that runs the model as it is."""
     return lambda ids, cache: model(ids, **{CACHE: cache}, logits_to_keep=1).logits
 
 
@@ -131,7 +131,7 @@ def _run(contender: Contender, ids: Tensor, steps: int) -> Callable[[], dict[str
 
 
 def _weight_bytes(model: Any) -> int:
-    """Bytes of weights that one step reads: all but a table of embeddings that is not the output's too."""
+    """Count the bytes of weights that a step reads: a table of embeddings counts if it is the output's too."""
     table, output = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     weights = {weight.data_ptr(): weight.nbytes for weight in model.parameters()}
     return sum(weights.values()) - (0 if table.data_ptr() == output.data_ptr() else table.nbytes)

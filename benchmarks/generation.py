@@ -1,4 +1,4 @@
-"""A long generation under a constant budget: what a token takes and what is held, as it goes on."""
+"""A long generation under a constant budget: time of a token and bytes held, as it goes on."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _PIECES = 10  # of a part, for its spread
 
 
 def measure(options: Options) -> Iterator[Record]:
-    """Sample token after token; seconds and bytes by eighths. One generation is its own comparison: no turns."""
+    """Sample token after token; seconds and bytes by eighths, compared with each other: no turns."""
     for dtype in options.dtypes:
         subject = Subject.load(options, dtype)
         for tokens in options.lengths(*TOKENS):

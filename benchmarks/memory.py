@@ -1,4 +1,4 @@
-"""What a cache holds, and what reading a prompt into it takes at its peak, each in a process of its own."""
+"""Bytes that a cache holds, and the peak while a prompt is read, each in its own process."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "131072"}
 
 
 def measure(options: Options) -> Iterator[Record]:
-    """Bytes held after a prefill, and the most above what was there before it."""
+    """Measure the bytes held after a prefill, and its peak above what was there before."""
     for dtype in options.dtypes:
         for tokens in options.lengths(*TOKENS):
             names = [*theirs(None, tokens), WILDCAT]
@@ -46,7 +46,7 @@ def measure(options: Options) -> Iterator[Record]:
 
 
 def _child(options: Options, dtype: str, tokens: int, name: str) -> Callable[[], dict[str, float]]:
-    """Measure in a fresh process: what an allocator has kept from earlier work would hide what comes."""
+    """Measure in a fresh process: memory that an allocator kept from earlier work hides the peak."""
     request = json.dumps({"options": asdict(options), "dtype": dtype, "tokens": tokens, "name": name})
 
     def run() -> dict[str, float]:
@@ -87,7 +87,7 @@ def _make(config: Any, options: Options, tokens: int, name: str) -> Cache:
 
 
 def _start(device: torch.device) -> int:
-    """Begin to look for the peak; bytes held now."""
+    """Begin to look for the peak; return the bytes held now."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return torch.cuda.memory_allocated(device)
@@ -98,7 +98,7 @@ def _start(device: torch.device) -> int:
 
 
 def _peak(device: torch.device) -> int:
-    """The most bytes since `_start`."""
+    """Read the most bytes since `_start`."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     # Not getrusage's where there is a choice: that of a child begins at its parent's.
@@ -109,7 +109,7 @@ def _peak(device: torch.device) -> int:
 
 
 def _answer(request: str) -> None:
-    """What the child does: the request's bytes on stdout."""
+    """Answer a request, in the child process: print the bytes."""
     asked = json.loads(request)
     options = TypeAdapter(Options).validate_python(asked.pop("options"))
     print(json.dumps(prefill_memory(options, **asked)))

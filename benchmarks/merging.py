@@ -1,4 +1,4 @@
-"""How a full coreset should be merged with the tokens that expire, under `max_tokens`.
+"""Strategies of merging a full coreset with the tokens that expire, under `max_tokens`.
 
     python -m benchmarks merging --max-tokens 256 --max-tokens 1024 --output merging.json
 
@@ -47,21 +47,21 @@ BASELINE = "all_at_once"
 
 @dataclass(frozen=True)
 class Layer:
-    """What one layer saw of one text: keys and values (kv_heads, n, d), rotated queries (heads, n, d)."""
+    """One layer's view of one text: keys and values (kv_heads, n, d), rotated queries (heads, n, d)."""
 
     keys: Tensor
     values: Tensor
     queries: Tensor
 
     def tokens(self, start: int, stop: int) -> Coreset:
-        """Exact tokens as entries of weight 1."""
+        """Take exact tokens as entries of weight 1."""
         keys, values = self.keys[:, start:stop], self.values[:, start:stop]
         ones = torch.ones(keys.shape[:-1])
         return Coreset(keys, values, ones, ones > 0)
 
 
 class AllAtOnce:
-    """Slots and expired tokens are binned and compressed together at every fold, as the cache does it.
+    """Bins and compresses slots and expired tokens together at every fold, as the cache does.
 
     `full_bins` leaves out the slots that do not fill a bin. With them some bins, the newest, have a rank below
     BIN_RANK, so that at a large budget the newest slots lose one of theirs at every fold.
@@ -83,7 +83,7 @@ class AllAtOnce:
         self.coreset = self._compress(join([self.coreset, expired]), self.slots)
 
     def _compress(self, entries: Coreset, rank: int) -> Coreset:
-        """Entries (..., n) into `rank` slots, in bins of at most BIN_RANK slots."""
+        """Compress entries (..., n) into `rank` slots, in bins of at most BIN_RANK slots."""
         *batch, n = entries.weights.shape
         noise = -torch.empty(*batch, BIN_RANK, n).exponential_(generator=self._generator).log()
         return compress_kv(
@@ -98,7 +98,7 @@ class AllAtOnce:
 
 
 class OneMerge(AllAtOnce):
-    """The expired tokens become a bin of their own, and one adjacent pair of older bins becomes one bin."""
+    """Makes expired tokens a bin of their own, and merges one adjacent pair of older bins."""
 
     def __init__(self, max_tokens: int, pick: Callable[[Sequence[int], int], int], seed: int) -> None:
         super().__init__(max_tokens, BLOCK, seed, full_bins=True)
@@ -120,19 +120,19 @@ class OneMerge(AllAtOnce):
 
 
 def next_pair(levels: Sequence[int], last: int) -> int:
-    """The pair after the last one, from the oldest to the newest and round again."""
+    """Pick the pair after the last one, from the oldest to the newest and round again."""
     return (last + 1) % (len(levels) - 1)
 
 
 def tree_pair(levels: Sequence[int], last: int) -> int:
-    """The oldest pair of equal level; without one, the pair with the lowest sum of levels."""
+    """Pick the oldest pair of equal level; without one, the pair with the lowest sum of levels."""
     pairs = range(len(levels) - 1)
     equal = [pair for pair in pairs if levels[pair] == levels[pair + 1]]
     return equal[0] if equal else min(pairs, key=lambda pair: levels[pair] + levels[pair + 1])
 
 
 def join(parts: Sequence[Coreset]) -> Coreset:
-    """Entries (heads, n) side by side."""
+    """Put entries (heads, n) side by side."""
     return Coreset(
         torch.cat([part.keys for part in parts], dim=-2),
         torch.cat([part.values for part in parts], dim=-2),
@@ -142,7 +142,7 @@ def join(parts: Sequence[Coreset]) -> Coreset:
 
 
 def cut(entries: Coreset, start: int, stop: int) -> Coreset:
-    """Entries [start, stop) of (heads, n), views."""
+    """Take entries [start, stop) of (heads, n), as views."""
     return Coreset(
         entries.keys[:, start:stop],
         entries.values[:, start:stop],
@@ -152,14 +152,14 @@ def cut(entries: Coreset, start: int, stop: int) -> Coreset:
 
 
 def pad(entries: Coreset, length: int) -> Coreset:
-    """Entries (heads, n) with invalid ones behind them, (heads, length)."""
+    """Pad entries (heads, n) with invalid ones, to (heads, length)."""
     heads, n, d = entries.keys.shape
     empty = torch.zeros(heads, length - n, d)
     return join([entries, Coreset(empty, empty, empty[..., 0], empty[..., 0] > 0)])
 
 
 def stack(first: Coreset, second: Coreset) -> Coreset:
-    """Two sets of entries (heads, n) as one batch (2, heads, n)."""
+    """Stack two sets of entries (heads, n) into one batch (2, heads, n)."""
     return Coreset(
         torch.stack((first.keys, second.keys)),
         torch.stack((first.values, second.values)),
@@ -169,12 +169,12 @@ def stack(first: Coreset, second: Coreset) -> Coreset:
 
 
 def unstack(entries: Coreset, index: int) -> Coreset:
-    """One set (heads, n) of a batch (2, heads, n)."""
+    """Take one set (heads, n) of a batch (2, heads, n)."""
     return Coreset(entries.keys[index], entries.values[index], entries.weights[index], entries.valid[index])
 
 
 def make_strategies(max_tokens: int, seed: int) -> dict[str, AllAtOnce]:
-    """Every strategy that keeps a coreset, by name; all draw from the same seed."""
+    """Make every strategy that keeps a coreset, by name; all draw from the same seed."""
     return {
         BASELINE: AllAtOnce(max_tokens, BLOCK, seed),
         "pairs": OneMerge(max_tokens, next_pair, seed),
@@ -190,7 +190,7 @@ def make_strategies(max_tokens: int, seed: int) -> dict[str, AllAtOnce]:
 
 @torch.no_grad()
 def read_text(model: Any, ids: Tensor, layers: Sequence[int]) -> dict[int, Layer]:
-    """One exact prefill: keys, values and rotated queries of `layers`."""
+    """Read a text exactly: keys, values and rotated queries of `layers`."""
     queries: dict[int, Tensor] = {}
 
     def record(module: Any, query: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -213,7 +213,7 @@ def read_text(model: Any, ids: Tensor, layers: Sequence[int]) -> dict[int, Layer
 
 
 def masked_attention(layer: Layer, start: int, stop: int, newest: int | None = None) -> Tensor:
-    """Attention of queries [start, stop) over the past and themselves, or only the sink and the `newest` of it.
+    """Attend with queries [start, stop) to the past and themselves, or to its sink and `newest` alone.
 
     Returns:
         (heads, stop - start, d).
@@ -232,7 +232,7 @@ def masked_attention(layer: Layer, start: int, stop: int, newest: int | None = N
 
 
 def compressed_attention(layer: Layer, coreset: Coreset, start: int, stop: int) -> Tensor:
-    """Attention of queries [start, stop) over sink, coreset, window and themselves, (heads, stop - start, d)."""
+    """Attend with queries [start, stop) to sink, coreset, window and themselves: (heads, stop - start, d)."""
     entries = join([layer.tokens(0, SINK), coreset, layer.tokens(start - WINDOW, stop)])
     seen = layer.values[:, :stop]
     return weighted_attention(
@@ -247,13 +247,13 @@ def compressed_attention(layer: Layer, coreset: Coreset, start: int, stop: int) 
 
 
 def relative_error(output: Tensor, exact: Tensor) -> float:
-    """|output - exact| / |exact|, averaged over heads and queries."""
+    """Compute |output - exact| / |exact|, averaged over heads and queries."""
     return float(((output - exact).norm(dim=-1) / exact.norm(dim=-1)).mean())
 
 
 @dataclass
 class Replay:
-    """What a strategy did on one layer of one text: an error a checkpoint, seconds a fold."""
+    """One strategy on one layer of one text: an error a checkpoint, seconds a fold."""
 
     errors: list[float] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
@@ -289,7 +289,7 @@ def replay(layer: Layer, max_tokens: int, seed: int) -> dict[str, Replay]:
 
 
 def average(replays: Sequence[dict[str, Replay]]) -> dict[str, Replay]:
-    """Replays that differ in their draws as one: they share a text and a layer, so they are no further evidence."""
+    """Merge replays that differ in their draws alone: of one text and layer, they are no further evidence."""
     return {
         name: Replay(
             [statistics.fmean(column) for column in zip(*(each[name].errors for each in replays), strict=True)],
@@ -300,7 +300,7 @@ def average(replays: Sequence[dict[str, Replay]]) -> dict[str, Replay]:
 
 
 def interval(differences: Sequence[float]) -> tuple[float, float, float]:
-    """Mean and its 95 % bootstrap interval."""
+    """Compute the mean and its 95 % bootstrap interval."""
     mean = statistics.fmean(differences)
     if len(set(differences)) < 2:
         return mean, mean, mean
@@ -309,12 +309,12 @@ def interval(differences: Sequence[float]) -> tuple[float, float, float]:
 
 
 def statistics_mean(sample: Any, axis: int = -1) -> Any:
-    """The mean along an axis, as scipy wants it."""
+    """Compute the mean along an axis, as scipy wants it."""
     return sample.mean(axis=axis)
 
 
 def summarise(max_tokens: int, cells: Sequence[dict[str, Replay]]) -> list[dict[str, Any]]:
-    """A row a strategy, from its replays on every layer of every text."""
+    """Make a row a strategy, from its replays on every layer of every text."""
     rows = []
     for name in cells[0]:
         errors = [cell[name].errors for cell in cells]
@@ -348,7 +348,7 @@ def summarise(max_tokens: int, cells: Sequence[dict[str, Replay]]) -> list[dict[
 
 
 def print_table(rows: Sequence[dict[str, Any]], title: str, cells: int) -> None:
-    """Errors at three checkpoints and over all of them, paired with the baseline's; seconds of folding."""
+    """Print errors at three checkpoints and over all, paired with the baseline's; seconds of folding."""
     table = Table(title=title)
     for column in (
         "max_tokens",
@@ -381,19 +381,19 @@ def print_table(rows: Sequence[dict[str, Any]], title: str, cells: int) -> None:
 
 
 def signed(figures: tuple[float, float, float]) -> str:
-    """A difference with its interval."""
+    """Write a difference with its interval."""
     mean, low, high = figures
     return f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]"
 
 
 def bracketed(figures: tuple[float, float, float]) -> str:
-    """A ratio with its interval."""
+    """Write a ratio with its interval."""
     mean, low, high = figures
     return f"{mean:.2f} [{low:.2f}, {high:.2f}]"
 
 
 def spread_out(count: int, total: int) -> list[int]:
-    """`count` layers of `total`, from the first to the last."""
+    """Choose `count` layers of `total`, from the first to the last."""
     return sorted({round(index * (total - 1) / max(1, count - 1)) for index in range(min(count, total))})
 
 

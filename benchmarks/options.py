@@ -1,4 +1,4 @@
-"""What can be chosen of a benchmark, checked before any work."""
+"""Options of the benchmarks, checked before any work."""
 
 from __future__ import annotations
 
@@ -14,28 +14,28 @@ from wildcat_kv.compressors import available
 from wildcat_kv.data.haystack import build_context
 from wildcat_kv.models import load_model
 
-NAMES = ("prefill", "decode", "memory", "scaling", "generation")  # of the benchmarks
+NAMES = ("prefill", "decode", "memory", "scaling", "generation", "calls")  # of the benchmarks
 DTYPES = ("float32", "bfloat16", "float16")
 LEAST_TOKENS = 256  # below it sink and window are most of the budget
 
 
 @dataclass(frozen=True)
 class Options:
-    """Of all benchmarks; each uses what concerns it.
+    """Options of all benchmarks; each uses its own.
 
     Attributes:
-        dtypes: of model and cache.
+        dtypes: dtypes of model and cache.
         tokens: lengths; None for the benchmark's own.
-        turns: to count.
-        methods: to compare with WildCat, by name.
+        turns: turns to count.
+        methods: names of methods to compare with WildCat.
         model: hub id, folder or GGUF file; None for the default model.
-        device: where to measure.
-        threads: of torch; None for torch's own choice.
+        device: device to measure on.
+        threads: threads of torch; None for torch's own choice.
         ratio: share of the tokens to keep.
         max_tokens: most tokens to store in a layer, in generation.
-        prompt_tokens: to start generation from.
+        prompt_tokens: tokens to start generation from.
         rows: batch sizes of decoding.
-        steps: of decoding a turn; None for one fold's block.
+        steps: decoded tokens a turn; None for one fold's block.
     """
 
     dtypes: tuple[str, ...] = ("float32", "bfloat16")
@@ -89,7 +89,7 @@ class Options:
         return tuple(name for name in self.methods if name != "wildcat")
 
     def lengths(self, *default: int) -> tuple[int, ...]:
-        """`tokens`, or the benchmark's own."""
+        """Take `tokens`, or the benchmark's own lengths."""
         return self.tokens or default
 
 
@@ -98,9 +98,9 @@ class Subject:
     """A model that is measured.
 
     Attributes:
-        model: of Transformers, in evaluation mode.
-        tokenizer: of it.
-        dtype: of its weights, by name.
+        model: Transformers model, in evaluation mode.
+        tokenizer: tokenizer of the model.
+        dtype: dtype of the weights, by name.
     """
 
     model: Any
@@ -109,24 +109,24 @@ class Subject:
 
     @staticmethod
     def load(options: Options, dtype: str) -> Subject:
-        """The chosen model in one of the chosen dtypes."""
+        """Load the chosen model in one of the chosen dtypes."""
         model, tokenizer = load_model(options.model, getattr(torch, dtype), options.device)
         return Subject(model, tokenizer, dtype)
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
+        """The model's device."""
         return self.model.device
 
     def prompt(self, tokens: int) -> torch.Tensor:
-        """Essays, int64 (1, tokens)."""
+        """Make a prompt of essays, int64 (1, tokens)."""
         text = build_context(self.tokenizer, tokens + 32, [], seed=0)  # it may end a word early
         ids = self.tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids[:, :tokens]
         return ids.to(self.device)
 
 
 def split_names(text: str | None) -> Sequence[str]:
-    """Names with commas between; all methods for None or "all"."""
+    """Split names with commas between; all methods for None or "all"."""
     if text is None or text == "all":
         return [method.name for method in available()]
     return [name.strip() for name in text.split(",") if name.strip()]

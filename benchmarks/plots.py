@@ -6,7 +6,6 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
-import matplotlib.style
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
@@ -18,34 +17,34 @@ from benchmarks.figures import Figure
 from benchmarks.prefill import ONE_BIN
 from benchmarks.records import Record, Run, select
 from benchmarks.tables import number
+from eval.style import BLUE, DARK, GREEN, GREY, GRID, OCHRE, ORANGE, PINK, SKY, house_style, save
 
-# Told apart with every kind of colour vision (Okabe and Ito).
-_COLOURS = ("#0072b2", "#009e73", "#cc79a7", "#56b4e9", "#b8860b", "#555555")
-_OURS, _OTHER, _TARGET = "#0072b2", "#555555", "#d55e00"
+_OURS, _OTHER, _LIMIT = BLUE, GREY, ORANGE
+_COLOURS = (BLUE, GREEN, PINK, SKY, OCHRE, GREY)  # orange is a limit's
 _OURS_NAMES = (WILDCAT, ONE_BIN)
-_DPI = 110
 _MIB = 2**20
 
 
 def save_plots(run: Run, folder: Path) -> list[Path]:
-    """Write the plots of a benchmark, with the same bytes for the same records; the files, in order."""
-    with matplotlib.style.context("default"):  # whatever the user's own settings are
+    """Write the plots of a benchmark, the same bytes for the same records; return the files."""
+    with house_style():
         canvases = {
             "prefill": prefill_plots,
             "scaling": scaling_plots,
             "decode": decode_plots,
             "memory": memory_plots,
             "generation": generation_plots,
+            "calls": lambda run: {},  # a table says it all
         }[run.benchmark](run)
         paths = []
         for name, canvas in canvases.items():
             paths.append(folder / f"{run.benchmark}-{name}.png")
-            canvas.savefig(paths[-1], dpi=_DPI, bbox_inches="tight", metadata={"Software": None})
+            save(canvas, paths[-1])
     return paths
 
 
 def prefill_plots(run: Run) -> dict[str, Canvas]:
-    """Shares of WildCat beside their targets, and of every method."""
+    """Draw WildCat's shares beside their limits, and every method's."""
     shares = figures.prefill_shares(run)
     ours = [figure for figure in shares if "group" not in figure.labels]
     names = [
@@ -64,7 +63,7 @@ def prefill_plots(run: Run) -> dict[str, Canvas]:
         same = [figure for figure in ours if all(figure.labels[name] == place[name] for name in ("dtype", "tokens"))]
         every = sorted([*same, *others], key=lambda figure: figure.value)
         canvas, axes = _panel(len(every))
-        _draw_dots(axes, [str(figure.labels["contender"]) for figure in every], every, targets=False)
+        _draw_dots(axes, [str(figure.labels["contender"]) for figure in every], every, limits=False)
         _log(axes, "x", every)
         axes.set_xlabel("folding, % of the rest of the same prefill (lower is better)")
         axes.set_title(f"{place['tokens']:,} tokens, {place['dtype']}", loc="left", fontsize=10)
@@ -73,7 +72,7 @@ def prefill_plots(run: Run) -> dict[str, Canvas]:
 
 
 def scaling_plots(run: Run) -> dict[str, Canvas]:
-    """Seconds by tokens and by rank with their fits, and the error of attention by rank and by tokens."""
+    """Draw seconds by tokens and by rank with their fits, and the error of attention."""
     canvases = {}
     for quantity, size, name in (("fold_seconds", "tokens", "tokens"), ("fold_seconds_by_rank", "rank", "rank")):
         records = select(run.records, quantity)
@@ -115,7 +114,7 @@ def scaling_plots(run: Run) -> dict[str, Canvas]:
 
 
 def decode_plots(run: Run) -> dict[str, Canvas]:
-    """Tokens per second over DynamicCache's: a panel for every dtype and number of rows, and one of all methods."""
+    """Draw speed over DynamicCache's: a panel for each dtype and number of rows, one of all methods."""
     canvases = {}
     for name, grouped in (("speed", False), ("methods", True)):
         panels: dict[str, list[Figure]] = {}
@@ -127,15 +126,15 @@ def decode_plots(run: Run) -> dict[str, Canvas]:
             (exact,) = [other for other in select(run.records, record.quantity, **wanted) if other.labels == wanted]
             rows = f"{labels['rows']} row{'s'[: int(labels['rows']) > 1]}"
             title = f"{labels['tokens']:,} tokens, {labels['dtype']}, {rows}"
-            target = next(
+            limit = next(
                 (
-                    found.target
+                    found.limit
                     for found in figures.decode_ratios(run)
-                    if found.labels == labels and found.target and found.target.at_least
+                    if found.labels == labels and found.limit and found.limit.at_least
                 ),
                 None,
             )
-            figure = Figure.of(str(labels["contender"]), labels, figures.ratios(exact, record), "×", target)
+            figure = Figure.of(str(labels["contender"]), labels, figures.ratios(exact, record), "×", limit)
             panels.setdefault(title, []).append(figure)
         if not panels:
             continue
@@ -174,7 +173,7 @@ def memory_plots(run: Run) -> dict[str, Canvas]:
 
 
 def generation_plots(run: Run) -> dict[str, Canvas]:
-    """Milliseconds of a token and MiB held, as a generation goes on."""
+    """Draw milliseconds of a token and MiB held, as a generation goes on."""
     records = select(run.records, "seconds_per_token")
     if not records:
         return {}
@@ -192,11 +191,11 @@ def generation_plots(run: Run) -> dict[str, Canvas]:
         )
         if len(own) > 1:
             above.axhline(
-                figures.SLOWER.limit * 1e3 * statistics.median(own[1].samples),
-                color=_TARGET,
+                figures.SLOWER.bound * 1e3 * statistics.median(own[1].samples),
+                color=_LIMIT,
                 linewidth=1,
                 linestyle=(0, (4, 3)),
-                label="" if at else f"targets: {figures.SLOWER.limit:g} times the second eighth",
+                label="" if at else f"limits: {figures.SLOWER.bound:g} times the second eighth",
             )
     above.set_ylim(0)
     below.set_ylim(0)
@@ -211,7 +210,7 @@ def generation_plots(run: Run) -> dict[str, Canvas]:
 
 
 def _error_plot(errors: Sequence[Record]) -> Canvas:
-    """Left by rank, a line for each number of tokens; right the other way round."""
+    """Draw errors: left by rank, a line for each number of tokens; right the other way round."""
     canvas = Canvas(figsize=(8.4, 3.6), layout="constrained")
     drawn = canvas.subplots(1, 2, sharey=True)
     for axes, (across, along) in zip(drawn, (("rank", "tokens"), ("tokens", "rank")), strict=True):
@@ -236,9 +235,9 @@ def _error_plot(errors: Sequence[Record]) -> Canvas:
 
 
 def _draw_dots(
-    axes: Axes, names: Sequence[str], found: Sequence[Figure], *, targets: bool = True, legend: bool = True
+    axes: Axes, names: Sequence[str], found: Sequence[Figure], *, limits: bool = True, legend: bool = True
 ) -> None:
-    """A line a figure: its median as a dot with its value, its extremes as a bar, its target as a stroke."""
+    """Draw a line a figure: median as a dot with its value, extremes as a bar, limit as a stroke."""
     axes.set_yticks(range(len(found)), names, fontsize=8)
     axes.set_ylim(len(found) - 0.4, -0.6)
     for at, figure in enumerate(found):
@@ -247,10 +246,10 @@ def _draw_dots(
         axes.plot([figure.low, figure.high], [at, at], color=colour, linewidth=3.5, alpha=0.35, solid_capstyle="butt")
         axes.plot(figure.value, at, "o", color=colour, markersize=5, zorder=3)
         end = figure.high
-        if targets and figure.target is not None:
-            axes.plot([figure.target.limit] * 2, [at - 0.4, at + 0.4], color=_TARGET, linewidth=2, zorder=2)
-            if 0 <= figure.target.limit - end < 0.2 * end:
-                end = figure.target.limit
+        if limits and figure.limit is not None:
+            axes.plot([figure.limit.bound] * 2, [at - 0.4, at + 0.4], color=_LIMIT, linewidth=2, zorder=2)
+            if 0 <= figure.limit.bound - end < 0.2 * end:
+                end = figure.limit.bound
         axes.annotate(
             f"{number(figure.value)}{figure.unit}",
             (end, at),
@@ -258,13 +257,13 @@ def _draw_dots(
             textcoords="offset points",
             va="center_baseline",
             fontsize=8,
-            color="black" if ours else "#333333",
+            color="black" if ours else DARK,
         )
     for label, figure in zip(axes.get_yticklabels(), found, strict=False):  # an axis that is shared has none
         if figure.labels.get("contender") in _OURS_NAMES:
             label.set_fontweight("bold")
-    if legend and targets and any(figure.target for figure in found):
-        axes.plot([], [], color=_TARGET, linewidth=2, label="target")
+    if legend and limits and any(figure.limit for figure in found):
+        axes.plot([], [], color=_LIMIT, linewidth=2, label="limit")
         axes.legend(
             frameon=False, fontsize=8, loc="lower right", bbox_to_anchor=(1, 1), handlelength=1.0, borderaxespad=0.2
         )
@@ -275,23 +274,23 @@ def _draw_dots(
 
 
 def _draw_slope(axes: Axes, records: Sequence[Record]) -> None:
-    """The target's slope, from the first median of the slowest."""
-    limit = figures.EXPONENT.limit
+    """Draw the limit's slope, from the first median of the slowest."""
+    limit = figures.EXPONENT.bound
     sizes = np.array(sorted({float(record.labels["tokens"]) for record in records}))
     start = max(statistics.median(record.samples) for record in records if record.labels["tokens"] == sizes[0])
     axes.plot(
         sizes,
         1e3 * start * (sizes / sizes[0]) ** limit,
-        color=_TARGET,
+        color=_LIMIT,
         linewidth=1,
         linestyle=(0, (4, 3)),
-        label=f"target: exponent {limit:g}",
+        label=f"limit: exponent {limit:g}",
         zorder=1,
     )
 
 
 def _with_extremes(axes: Axes, x: np.ndarray, values: np.ndarray, at: int, label: str, *, line: bool = True) -> None:
-    """Medians as dots, and the extremes as bars; `values` is (points, 3): median, least, most."""
+    """Draw medians as dots, and extremes as bars; `values` is (points, 3): median, least, most."""
     reach = [values[:, 0] - values[:, 1], values[:, 2] - values[:, 0]]
     axes.errorbar(
         x,
@@ -311,13 +310,13 @@ def _extremes(record: Record) -> tuple[float, float, float]:
 
 
 def _panel(lines: int, height: float = 0.27) -> tuple[Canvas, Axes]:
-    """One panel for `lines` lines of dots."""
+    """Make one panel for `lines` lines of dots."""
     canvas = Canvas(figsize=(6.4, height * lines + 0.9), layout="constrained")
     return canvas, canvas.subplots()
 
 
 def _log(axes: Axes, axis: str, found: Sequence[Figure]) -> None:
-    """A logarithmic axis with room for the values' text."""
+    """Make an axis logarithmic, with room for the values' text."""
     axes.set_xscale("log")
     low, high = min(figure.low for figure in found), max(figure.high for figure in found)
     axes.set_xlim(low / 1.5, high * (high / low) ** 0.12)
@@ -332,7 +331,7 @@ def _plain_numbers(axes: Axes, axis: str) -> None:
 
 
 def _finish(axes: Axes) -> None:
-    axes.grid(color="#e5e5e5", linewidth=0.6)
+    axes.grid(color=GRID, linewidth=0.6)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(labelsize=8)

@@ -1,4 +1,4 @@
-"""What compressing costs while a prompt is read, as a share of reading it.
+"""The cost of compressing while a prompt is read, as a share of reading it.
 
 The share is of one and the same prefill: the seconds inside its folds over the rest of its seconds. So neither the
 noise between two prefills nor the choice of a reference enters it. Exact prefills take turns with the others all the
@@ -22,8 +22,8 @@ from benchmarks.turns import Stopwatch, take_turns
 from wildcat_kv import CompressedCache, Context, WildCatCache, WildCatConfig
 from wildcat_kv.cache.budget import exact_ends, kept_tokens
 from wildcat_kv.cache.caches import WildCatLayer
-from wildcat_kv.compressors import available
 from wildcat_kv.hook.keyword import CACHE
+from wildcat_kv.lm_eval.options import reads_twice
 
 TOKENS = (4096, 8000)
 ONE_BIN = "wildcat, one bin"
@@ -48,7 +48,7 @@ class FoldClock(Stopwatch):
 
 
 def measure(options: Options) -> Iterator[Record]:
-    """Prefills of every length by WildCat; of the shortest also in one bin, and by all other methods.
+    """Measure WildCat's prefills of every length; the shortest also in one bin, and by all other methods.
 
     The other methods in the first dtype alone, half the turns: some are slow.
     """
@@ -73,7 +73,7 @@ def measure(options: Options) -> Iterator[Record]:
 
 
 def _protocols(model: Any, ids: Tensor, options: Options) -> dict[str, Callable[[], dict[str, float]]]:
-    """The exact cache and WildCat's published protocol."""
+    """Make contenders: the exact cache and WildCat's published protocol."""
     return {
         DYNAMIC: lambda: _prefill(model, ids, DynamicCache(config=model.config)),
         WILDCAT: _ours(model, ids, options.settings),
@@ -85,9 +85,9 @@ def _ours(model: Any, ids: Tensor, settings: WildCatConfig) -> Callable[[], dict
 
 
 def _method(subject: Subject, ids: Tensor, name: str, settings: WildCatConfig) -> Callable[[], dict[str, float]]:
-    """Another method; one that cannot work while a prompt is read (KVzip) compresses it afterwards."""
+    """Make a contender of another method; KVzip, which reads twice, compresses after the prompt."""
     model = subject.model
-    if next(method for method in available() if method.name == name).decodes:
+    if not reads_twice(name):
         return lambda: _prefill(model, ids, CompressedCache(model.config, settings, compressor=name))
     return lambda: _read_twice(subject, ids, name, settings)
 
@@ -103,7 +103,7 @@ def _prefill(model: Any, ids: Tensor, cache: Any) -> dict[str, float]:
 
 @torch.no_grad()
 def _read_twice(subject: Subject, ids: Tensor, name: str, settings: WildCatConfig) -> dict[str, float]:
-    """Read `ids` (1, n), then compress; all that comes after the first reading counts as folding."""
+    """Read `ids` (1, n), then compress; everything after the first reading counts as folding."""
     whole, folds = Stopwatch(subject.device), Stopwatch(subject.device)
     with whole:
         context = Context(subject.model, ids)
@@ -113,14 +113,14 @@ def _read_twice(subject: Subject, ids: Tensor, name: str, settings: WildCatConfi
 
 
 def _one_bin(tokens: int, settings: WildCatConfig) -> WildCatConfig:
-    """The same budget and ends, with one bin for all tokens between them."""
+    """Make settings of the same budget and ends, with one bin for all tokens between them."""
     assert settings.share is not None
     rank = kept_tokens(tokens, settings.share) - settings.sink - settings.window
     return settings.model_copy(update={"bin_rank": max(settings.bin_rank, rank)})
 
 
 def _counts(model: Any, tokens: int, settings: WildCatConfig, labels: dict[str, Label]) -> Iterator[Record]:
-    """Operations that one bin needs in all heads and layers: what randomly pivoted Cholesky is limited by."""
+    """Count the operations that one bin needs in all heads and layers, the limit of pivoted Cholesky."""
     decoder = model.config.get_text_config(decoder=True)
     assert settings.share is not None
     budget = kept_tokens(tokens, settings.share)

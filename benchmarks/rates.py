@@ -1,4 +1,4 @@
-"""How fast the machine reads memory and multiplies matrices: what any implementation is limited by."""
+"""Rates of the machine: reading memory and multiplying matrices, the limit of any implementation."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _TURNS = 5
 
 
 def measure(device: torch.device) -> Iterator[Record]:
-    """Bytes a second that are read and copied, and float32 operations a second of a matrix product."""
+    """Measure bytes read and copied a second, and float32 operations a second of a product."""
     source = torch.ones(_BYTES // 4, device=device)
     target = torch.empty_like(source)
     matrix = torch.randn(_SIDE, _SIDE, device=device)

@@ -1,4 +1,4 @@
-"""What a benchmark leaves behind: one JSON file with every sample, and what it was measured on."""
+"""The record of a benchmark: one JSON file with every sample, the machine and the versions."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from wildcat_kv.files import replacing
+
 Label = str | int | float
 
 
@@ -16,10 +18,10 @@ class Record(BaseModel):
     """One quantity of one thing.
 
     Attributes:
-        quantity: what was measured or counted, such as "fold_seconds".
-        unit: of the samples.
-        labels: which thing: its dtype, tokens, method and so on.
-        samples: one a turn. Records that differ in nothing but the contender share their turns.
+        quantity: name of the measure, such as "fold_seconds".
+        unit: unit of the samples.
+        labels: dtype, tokens, method and so on.
+        samples: values, one a turn. Records that differ in nothing but the contender share their turns.
     """
 
     model_config = ConfigDict(frozen=True, ser_json_inf_nan="constants")
@@ -35,18 +37,18 @@ class Run(BaseModel):
 
     Attributes:
         benchmark: its name.
-        command: what was typed.
-        commit: of the checkout, with a + if files differ from it; None outside a checkout.
-        started: UTC.
-        finished: UTC; None while it runs, or where it failed.
-        model: that was measured.
-        device: where.
-        threads: of torch.
+        command: command line.
+        commit: commit of the checkout, with a + if files differ from it; None outside a checkout.
+        started: time, UTC.
+        finished: time, UTC; None while it runs, or where it failed.
+        model: name of the model.
+        device: device that it ran on.
+        threads: threads of torch.
         machine: processor, cores, memory, accelerators.
-        versions: of Python and packages.
-        options: all of them, the defaults too.
-        notes: what a reader has to know, such as what was not installed.
-        records: what was measured.
+        versions: versions of Python and packages.
+        options: all options, the defaults too.
+        notes: remarks for the reader, such as a package that was not installed.
+        records: measurements.
     """
 
     model_config = ConfigDict(ser_json_inf_nan="constants")
@@ -68,13 +70,12 @@ class Run(BaseModel):
     def write(self, folder: Path) -> None:
         """Write BENCHMARK.json, whole or not at all; one that is there is replaced."""
         path = folder / f"{self.benchmark}.json"
-        new = path.with_suffix(".json.new")
-        new.write_text(self.model_dump_json(indent=1) + "\n", encoding="utf-8")
-        new.replace(path)
+        with replacing(path) as new:
+            new.write_text(self.model_dump_json(indent=1) + "\n", encoding="utf-8")
 
 
 def read_runs(folder: Path, names: Sequence[str]) -> list[Run]:
-    """The benchmarks of a folder, in the order of `names`.
+    """Read the benchmarks of a folder, in the order of `names`.
 
     Raises:
         ValueError: there are none, or a file is damaged.
@@ -86,12 +87,12 @@ def read_runs(folder: Path, names: Sequence[str]) -> list[Run]:
 
 
 def select(records: Sequence[Record], quantity: str, **labels: Label) -> list[Record]:
-    """The records of a quantity that have all of these labels."""
+    """Pick the records of a quantity that have all of these labels."""
     return [record for record in records if record.quantity == quantity and labels.items() <= record.labels.items()]
 
 
 def now() -> str:
-    """UTC, to the second."""
+    """Tell the time, UTC, to the second."""
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 

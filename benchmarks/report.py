@@ -8,8 +8,8 @@ from pathlib import Path
 from benchmarks.options import NAMES
 from benchmarks.plots import save_plots
 from benchmarks.records import Run, read_runs
-from benchmarks.tables import make_tables, target_table
-from eval.tables import escape_markdown
+from benchmarks.tables import limit_table, make_tables
+from eval.markdown import escape_markdown
 
 SUMMARY = "summary.md"
 
@@ -21,8 +21,8 @@ def write_report(folder: Path) -> list[Run]:
         ValueError: there is none, or its JSON is damaged.
     """
     runs = read_runs(folder, NAMES)
-    targets = target_table(runs)
-    parts = ["# Benchmarks", *([targets.markdown()] if targets.rows else [])]
+    limits = limit_table(runs)
+    parts = ["# Benchmarks", *([limits.markdown()] if limits.rows else [])]
     for run in runs:
         parts += [f"## {run.benchmark.capitalize()}", _facts(run)]
         if run.finished is None:
@@ -35,7 +35,7 @@ def write_report(folder: Path) -> list[Run]:
 
 
 def _facts(run: Run) -> str:
-    """On what a benchmark was run, and how."""
+    """List what a benchmark was run on, and how."""
     machine = run.machine
     hardware: Sequence[str] = [
         str(machine["processor"]),

@@ -12,13 +12,13 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import decode, generation, memory, prefill, scaling
+from benchmarks import calls, decode, generation, memory, prefill, scaling
 from benchmarks.caches import missing
-from benchmarks.figures import targets
+from benchmarks.figures import limited
 from benchmarks.options import NAMES, Options
 from benchmarks.records import Record, Run, now
 from benchmarks.report import write_report
-from benchmarks.tables import spread_of, target_text, verdict
+from benchmarks.tables import ABOUT_LIMITS, LIMITS, limit_text, spread_of, verdict
 from eval.machine import commit, machine, versions
 from wildcat_kv.models.smollm import MODEL
 
@@ -28,6 +28,7 @@ BENCHMARKS: dict[str, Callable[[Options], Iterator[Record]]] = {
     "memory": memory.measure,
     "scaling": scaling.measure,
     "generation": generation.measure,
+    "calls": calls.measure,
 }
 assert tuple(BENCHMARKS) == NAMES
 
@@ -55,7 +56,7 @@ def run(names: Sequence[str], options: Options, folder: Path, command: str) -> N
             print(reason, file=sys.stderr)
         finally:
             write_report(folder)
-    print_targets(write_report(folder))
+    print_limits(write_report(folder))
     if failures:
         raise RuntimeError(f"{len(failures)} of {len(names)} benchmarks failed: {'; '.join(failures)}")
 
@@ -71,13 +72,14 @@ def check_folder(folder: Path) -> None:
         raise ValueError(f"output={str(folder)!r}: {nearest} is no folder; choose another")
 
 
-def print_targets(runs: Sequence[Run]) -> None:
-    """Every figure that has a target, beside it."""
-    table = Table("figure", "measured", "target", "", title="Targets")
+def print_limits(runs: Sequence[Run]) -> None:
+    """Print every figure that has a limit beside it; nothing where none has."""
+    table = Table("figure", "measured", "limit", "the median is", title=LIMITS, caption=ABOUT_LIMITS)
     for run in runs:
-        for figure in targets(run):
-            table.add_row(figure.what, spread_of(figure), target_text(figure), verdict(figure).strip("*"))
-    Console().print(table)
+        for figure in limited(run):
+            table.add_row(figure.what, spread_of(figure), limit_text(figure), verdict(figure).strip("*"))
+    if table.row_count:
+        Console().print(table)
 
 
 def _run_one(name: str, options: Options, folder: Path, command: str) -> None:

@@ -1,4 +1,4 @@
-"""How compression grows with the tokens and with the rank, on synthetic heads, and how its error falls."""
+"""Growth of compression with the tokens and with the rank, on synthetic heads, and its error."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ERROR_DIM, ERROR_QUERIES = 64, 256
 
 
 def measure(options: Options) -> Iterator[Record]:
-    """Seconds of a fold by tokens and by rank, in every dtype; the error of attention by both, in float32."""
+    """Time a fold by tokens and by rank, in every dtype; measure the error of attention, in float32."""
     lengths = options.lengths(*TOKENS)
     for dtype in options.dtypes:
         by_length = {n: _fold(n, dtype, options.settings, options.device) for n in lengths}
@@ -48,7 +48,7 @@ def measure(options: Options) -> Iterator[Record]:
 
 
 def _fold(n: int, dtype: str, settings: WildCatConfig, device: str) -> Callable[[], dict[str, float]]:
-    """What a prefill's fold of one layer calls, on `n` tokens of HEADS random heads."""
+    """Make a function that folds one layer as a prefill does, `n` tokens of HEADS random heads."""
     generator = torch.Generator().manual_seed(n)
     keys, values = (torch.randn(1, HEADS, n, DIM, generator=generator) for _ in range(2))
     block = KVBlock(
@@ -76,7 +76,7 @@ def _fold(n: int, dtype: str, settings: WildCatConfig, device: str) -> Callable[
 
 
 def _budget(n: int, settings: WildCatConfig) -> int:
-    """Slots for the items of `n` tokens."""
+    """Count the slots for the items of `n` tokens."""
     assert settings.share is not None
     return max(1, kept_tokens(n, settings.share) - settings.sink - settings.window)
 
@@ -87,7 +87,7 @@ def _seconds(quantity: str, quantities: dict[str, list[float]], labels: dict[str
 
 @torch.no_grad()
 def _error(n: int, rank: int, seed: int, device: str) -> float:
-    """|output - exact| / |exact| over all queries: one bin of `rank` slots for `n` points of a smooth surface."""
+    """Compute |output - exact| / |exact| over all queries: one bin of `rank` slots for `n` smooth points."""
     queries, keys, values = (part.to(device) for part in _smooth(n, seed))
     noise = -torch.empty(1, rank, n).exponential_(generator=torch.Generator().manual_seed(seed)).log()
     coreset = compress_kv(keys, values, rank=rank, noise=noise.to(device))
@@ -104,7 +104,7 @@ def _error(n: int, rank: int, seed: int, device: str) -> float:
 
 
 def _smooth(n: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and values (1, n, d) as smooth functions of places on a square, the same functions for every n."""
+    """Make queries, keys, values (1, n, d): smooth functions of places on a square, the same for every n."""
     functions, places = torch.Generator().manual_seed(0), torch.Generator().manual_seed(1 + seed)
     of_keys, of_values = (torch.randn(2, ERROR_DIM, generator=functions) for _ in range(2))
     square, asked = (2 * torch.rand(1, count, 2, generator=places) - 1 for count in (n, ERROR_QUERIES))

@@ -12,8 +12,13 @@ from benchmarks.caches import DYNAMIC
 from benchmarks.figures import Figure
 from benchmarks.prefill import ONE_BIN
 from benchmarks.records import Record, Run, select
-from eval.tables import escape_markdown
+from eval.markdown import escape_markdown, markdown_table
 
+LIMITS = "Limits that the project set itself"
+ABOUT_LIMITS = (
+    "The project set these limits before it measured anything, to be told where the cache costs more than it should. "
+    "Beyond one of them nothing is broken."
+)
 _MIB, _MILLI = 2**20, 1e3
 
 
@@ -22,10 +27,10 @@ class Table:
     """A table to read.
 
     Attributes:
-        title: what was measured.
+        title: heading.
         notes: units, and how to read it.
         header: one cell a column.
-        rows: of cells.
+        rows: texts of the cells.
     """
 
     title: str
@@ -34,40 +39,39 @@ class Table:
     rows: Sequence[tuple[str, ...]]
 
     def markdown(self) -> str:
-        """With its heading, as GitHub's Markdown; columns of words on the left, of figures on the right."""
-        words = [all(not cell[:1].isdigit() for cell in column) for column in zip(*self.rows, strict=True)]
-        rule = ["---" if word else "---:" for word in words]
-        lines = [[escape_markdown(cell) for cell in row] for row in (self.header, *self.rows)]
-        body = "\n".join(f"| {' | '.join(line)} |" for line in (lines[0], rule, *lines[1:]))
-        return f"### {escape_markdown(self.title)}\n\n{escape_markdown(self.notes)}\n\n{body}\n"
+        """Write the table as Markdown: words stand on the left, figures on the right."""
+        right = [any(cell[:1].isdigit() for cell in column) for column in zip(*self.rows, strict=True)]
+        rows = [[escape_markdown(cell) for cell in row] for row in self.rows]
+        return markdown_table(self.title, self.notes, self.header, rows, right=right)
 
 
 def make_tables(run: Run) -> list[Table]:
-    """All tables of a benchmark that has measured something."""
+    """Make all tables of a benchmark that has measured something."""
     tables = {
         "prefill": prefill_tables,
         "scaling": scaling_tables,
         "decode": decode_tables,
         "memory": memory_tables,
         "generation": generation_tables,
+        "calls": call_tables,
     }[run.benchmark](run)
     return [table for table in tables if table.rows]
 
 
-def target_table(runs: Sequence[Run]) -> Table:
-    """Every figure that has a target, beside it."""
+def limit_table(runs: Sequence[Run]) -> Table:
+    """Put every figure that has a limit beside it."""
     rows = [
-        (figure.what, spread_of(figure), target_text(figure), verdict(figure))
+        (figure.what, spread_of(figure), limit_text(figure), verdict(figure))
         for run in runs
-        for figure in figures.targets(run)
+        for figure in figures.limited(run)
     ]
     notes = "Measured: median (least to most of the turns); for an exponent the fit's 95 % interval, for the time of a "
     notes += "generation the extremes of its tenths. The median decides."
-    return Table("Targets", notes, ("figure", "measured", "target", ""), rows)
+    return Table(LIMITS, f"{ABOUT_LIMITS} {notes}", ("figure", "measured", "limit", "the median is"), rows)
 
 
 def prefill_tables(run: Run) -> list[Table]:
-    """Shares of every method; what one bin's operations take at the rate of a matrix product."""
+    """Make tables of every method's share, and of one bin's operations at a matrix product's rate."""
     found = {_key(figure.labels): figure for figure in figures.prefill_shares(run)}
     rows: list[tuple[str, ...]] = []
     limits: list[tuple[str, ...]] = []
@@ -85,7 +89,7 @@ def prefill_tables(run: Run) -> list[Table]:
                 spread(folds.samples) if figure else "",
                 f"{spread_of(figure)}" if figure else "",
                 spread(figures.ratios(seconds, exact[0])) if figure and exact else "",
-                target_text(figure) if figure else "",
+                limit_text(figure) if figure else "",
                 verdict(figure) if figure else "",
             )
         )
@@ -125,8 +129,8 @@ def prefill_tables(run: Run) -> list[Table]:
                 "folding, s",
                 "share",
                 f"prefill over {DYNAMIC}'s",
-                "target",
-                "",
+                "limit",
+                "median",
             ),
             rows,
         ),
@@ -158,7 +162,7 @@ _FLOPS = ("kernel_flops", "factor_flops", "weight_flops", "value_flops")
 
 
 def scaling_tables(run: Run) -> list[Table]:
-    """Seconds of a fold by tokens and by rank, the exponents; the error of attention by both."""
+    """Make tables of a fold's seconds by tokens and by rank, with exponents, and of its error."""
     tables = []
     for quantity, size, unit in (("fold_seconds", "tokens", "token"), ("fold_seconds_by_rank", "rank", "slot")):
         rows: list[tuple[str, ...]] = []
@@ -194,7 +198,7 @@ def scaling_tables(run: Run) -> list[Table]:
 
 
 def decode_tables(run: Run) -> list[Table]:
-    """Milliseconds a step of every cache, and what reading its bytes takes."""
+    """Make tables of every cache's milliseconds a step, and of the time to read its bytes."""
     main: list[tuple[str, ...]] = []
     methods: list[tuple[str, ...]] = []
     for record in select(run.records, "seconds_per_step"):
@@ -245,7 +249,7 @@ def decode_tables(run: Run) -> list[Table]:
 
 
 def memory_tables(run: Run) -> list[Table]:
-    """Bytes held and at the peak."""
+    """Make a table of bytes, held and at the peak."""
     ratios = {_key(figure.labels): figure for figure in figures.memory_ratios(run)}
     rows = []
     for held in select(run.records, "held_bytes"):
@@ -260,7 +264,7 @@ def memory_tables(run: Run) -> list[Table]:
                 f"{over[0].value:.3f}",
                 spread(peak.samples, 1 / _MIB),
                 spread_of(over[1]),
-                target_text(over[0]),
+                limit_text(over[0]),
                 verdict(over[0]),
             )
         )
@@ -270,11 +274,11 @@ def memory_tables(run: Run) -> list[Table]:
         "on CUDA what torch allocated. It includes the cache itself. The allocator gives back at once what is freed."
     )
     header = ("cache", "dtype", "tokens", "held, MiB", f"over {DYNAMIC}'s", "peak, MiB", f"over {DYNAMIC}'s")
-    return [Table("Memory", notes, (*header, "target (held)", ""), rows)]
+    return [Table("Memory", notes, (*header, "limit (held)", "median"), rows)]
 
 
 def generation_tables(run: Run) -> list[Table]:
-    """Seconds and bytes by eighths."""
+    """Make a table of seconds and bytes by eighths."""
     rows = []
     for seconds in select(run.records, "seconds_per_token"):
         (held,) = select(run.records, "held_bytes", **seconds.labels)
@@ -296,37 +300,63 @@ def generation_tables(run: Run) -> list[Table]:
     return [Table("A long generation", notes, header, rows)]
 
 
+def call_tables(run: Run) -> list[Table]:
+    """Make a table of calls and milliseconds of a token."""
+    ratios = {_key(figure.labels): figure for figure in figures.call_ratios(run)}
+    rows = []
+    for record in select(run.records, "seconds_per_step"):
+        counts = [select(run.records, name, **record.labels) for name in ("calls_per_layer", "calls_per_pass")]
+        rows.append(
+            (
+                str(record.labels["contender"]),
+                str(record.labels["dtype"]),
+                f"{record.labels['tokens']:,}",
+                *(number(found[0].samples[0]) if found else "" for found in counts),
+                spread(record.samples, _MILLI),
+                spread_of(ratios[_key(record.labels)]),
+            )
+        )
+    depth = next((record.labels["layers"] for record in run.records), "")
+    notes = (
+        "Calls of the cache's own functions (in wildcat_kv, or Transformers' cache_utils) for one decoded token in "
+        "which nothing folds, by every layer and once a pass. Milliseconds: median (least to most) of the turns, "
+        f"folds included, on a random Llama of {depth} layers that computes next to nothing."
+    )
+    header = ("cache", "dtype", "context", "calls a layer", "calls a pass", "token, ms", f"over {DYNAMIC}'s")
+    return [Table("The cache's own Python", notes, header, rows)]
+
+
 def spread(samples: Sequence[float], factor: float = 1.0) -> str:
-    """Median, and the smallest and largest in brackets."""
+    """Write the median, with the smallest and largest in brackets."""
     least, most = number(factor * min(samples)), number(factor * max(samples))
     median = number(factor * statistics.median(samples))
     return median if least == most else f"{median} ({least} to {most})"
 
 
 def spread_of(figure: Figure) -> str:
-    """A figure with its extremes and unit."""
+    """Write a figure with its extremes and unit."""
     unit = f" {figure.unit}" if figure.unit else ""
     value, low, high = (number(x) for x in (figure.value, figure.low, figure.high))
     return f"{value}{unit}" if low == high or math.isnan(figure.low) else f"{value}{unit} ({low} to {high})"
 
 
-def target_text(figure: Figure) -> str:
-    """The target in words; empty without one."""
-    if figure.target is None:
+def limit_text(figure: Figure) -> str:
+    """Write a figure's limit in words; empty without one."""
+    if figure.limit is None:
         return ""
     unit = f" {figure.unit}" if figure.unit else ""
-    return f"{'at least' if figure.target.at_least else 'at most'} {figure.target.limit:g}{unit}"
+    return f"{'at least' if figure.limit.at_least else 'at most'} {figure.limit.bound:g}{unit}"
 
 
 def verdict(figure: Figure) -> str:
-    """Whether the target is reached; empty without one."""
-    if figure.target is None:
+    """Say whether a figure is within its limit; empty without one."""
+    if figure.limit is None:
         return ""
-    return "reached" if figure.target.reached(figure.value) else "**not reached**"
+    return "within" if figure.limit.kept_by(figure.value) else "**beyond**"
 
 
 def number(value: float) -> str:
-    """Three digits that count, and no powers of ten for what is read at a glance."""
+    """Write a number with three digits that count, and no power of ten."""
     if value == 0 or not math.isfinite(value):
         return f"{value:g}"
     rounded = abs(float(f"{value:.3g}"))  # 0.9996 becomes 1, which has fewer places
@@ -335,13 +365,13 @@ def number(value: float) -> str:
 
 
 def _alike(run: Run, record: Record, contender: str) -> list[Record]:
-    """The record that differs from another in nothing but the contender."""
+    """Find the record that differs from another in nothing but the contender."""
     wanted = record.labels | {"contender": contender}
     return [other for other in select(run.records, record.quantity, **wanted) if other.labels == wanted]
 
 
 def _exactly(run: Run, quantity: str, record: Record) -> list[Record]:
-    """Another quantity of the same thing."""
+    """Find another quantity of the same thing."""
     return [other for other in select(run.records, quantity, **record.labels) if other.labels == record.labels]
 
 

@@ -1,4 +1,4 @@
-"""Things measured in turns, A, B, A, B, so that whatever else the machine does falls on all of them alike."""
+"""Turns, A, B, A, B: whatever else the machine does falls on all contenders alike."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _Key = TypeVar("_Key")
 
 
 class Stopwatch:
-    """Measures the seconds inside it, once the device has done what was asked of it; may be entered again.
+    """Measures the seconds inside it, a device's work included; may be entered again.
 
     Attributes:
         seconds: added up over all times that it was entered.
@@ -50,9 +50,9 @@ def take_turns(
 
     Args:
         contenders: each runs once and says what it measured.
-        turns: to count.
+        turns: turns to count.
         warm_ups: turns before them, which are not counted.
-        title: of the progress bar.
+        title: title of the progress bar.
 
     Returns:
         For every contender and quantity the samples, one a turn: those of one index are of the same turn.

@@ -2,8 +2,8 @@
 
 Run it from a checkout that has the extra `eval` (matplotlib comes with it); nothing is measured, it takes seconds:
 
-    python docs/figures.py            # writes docs/images/*.svg
-    python docs/figures.py --png DIR  # also as PNG, to be looked at
+    python -m docs.figures            # writes docs/images/*.svg
+    python -m docs.figures --png DIR  # also as PNG, to be looked at
 
 The same records give the same bytes. `budget-short.svg` is computed from the budget's arithmetic and `travel.svg` is
 drawn; all others show means or medians of the samples on disk.
@@ -18,11 +18,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib.style
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
 
+from eval.records import Folder
+from eval.style import BLUE, GREEN, GREY, GRID, ORANGE, PALE_BLUE, PALE_PINK, PINK, house_style, save
 from wildcat_kv import WildCatConfig
 from wildcat_kv.cache.budget import Row, plan_fold
 
@@ -33,8 +34,7 @@ _SMOKE_OURS = _ROOT / "results" / "eval" / "smoke_query_wildcat"
 _EXACT_LAYERS = _ROOT / "results" / "eval" / "exact_layers"
 _BENCHMARKS = _ROOT / "results" / "benchmarks"
 
-# Told apart with every kind of colour vision (Okabe and Ito).
-_OURS, _SECOND, _THIRD, _FOURTH, _GREY = "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#666666"
+_OURS, _SECOND, _THIRD, _FOURTH, _GREY = BLUE, ORANGE, GREEN, PINK, GREY
 
 
 def main() -> None:
@@ -51,23 +51,22 @@ def main() -> None:
         "travel": travel,
     }
     (_HERE / "images").mkdir(exist_ok=True)
-    style = {"svg.hashsalt": "wildcat_kv", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
-    with matplotlib.style.context(["default", style]):
+    with house_style():
         for name, make in figures.items():
             figure = make()
             path = _HERE / "images" / f"{name}.svg"
-            figure.savefig(path, bbox_inches="tight", facecolor="white", metadata={"Date": None})
+            save(figure, path)
             print(path)
             if folder is not None:
                 folder.mkdir(parents=True, exist_ok=True)
-                figure.savefig(folder / f"{name}.png", dpi=110, bbox_inches="tight", facecolor="white")
+                save(figure, folder / f"{name}.png")
 
 
 # Accuracy
 
 
 def methods() -> Figure:
-    """Needle and drift of every method at a quarter and a tenth."""
+    """Draw needle and drift of every method at a quarter and a tenth."""
     samples = _samples(_SMOKE)
     # A later run on the same samples; WildCat is in both.
     samples += [sample for sample in _samples(_SMOKE_OURS) if sample["method"].startswith("query_wildcat")]
@@ -90,7 +89,7 @@ def methods() -> Figure:
         axis.set_xlabel(f"{label}, n = {_count(samples, task)} (lower is better)", fontsize=8)
         axis.set_xlim(left=0)
         axis.locator_params(axis="x", nbins=6)
-        axis.grid(axis="x", color="#eeeeee")
+        axis.grid(axis="x", color=GRID)
     axes[0].set_yticks(range(len(names)), names)
     for label in axes[0].get_yticklabels():
         label.set_fontweight("bold" if "wildcat" in label.get_text() else "normal")
@@ -103,7 +102,7 @@ def methods() -> Figure:
 
 
 def exact_layers() -> Figure:
-    """Needle and drift with one layer more left exact, for each layer."""
+    """Draw needle and drift with one layer more left exact, for each layer."""
     samples = _samples(_EXACT_LAYERS)
     layers = sorted(
         int(name.split()[1]) for name in {sample["method"] for sample in samples} if name.startswith("exact ")
@@ -130,7 +129,7 @@ def exact_layers() -> Figure:
 
 
 def memory() -> Figure:
-    """Bytes held after a prefill and the peak while it ran."""
+    """Draw bytes held after a prefill and the peak while it ran."""
     records = _records("memory")
     caches = ("DynamicCache", "StaticCache", "QuantizedCache, fp8", "wildcat")
     figure = Figure(figsize=(8.2, 2.7))
@@ -152,7 +151,7 @@ def memory() -> Figure:
 
 
 def speed() -> Figure:
-    """Tokens per second after a long context."""
+    """Draw tokens per second after a long context."""
     records = _records("decode")
     caches = ("DynamicCache", "StaticCache", "QuantizedCache, fp8", "DynamicCache of the stored length", "wildcat")
     figure = Figure(figsize=(8.2, 2.9))
@@ -178,9 +177,9 @@ def _paired_bars(axis: Axes, names: Sequence[str], rows: Sequence[Sequence[float
         for index, value in enumerate(values):
             if value:
                 at = place + (0.2, -0.2)[index]
-                axis.barh(at, value, 0.36, color=(_OURS, "#9ecae1")[index])
+                axis.barh(at, value, 0.36, color=(_OURS, PALE_BLUE)[index])
                 axis.text(value, at, f" {value:,.0f}", va="center", fontsize=8)
-    for label, colour in zip(labels, (_OURS, "#9ecae1"), strict=True):
+    for label, colour in zip(labels, (_OURS, PALE_BLUE), strict=True):
         axis.barh(0, 0, color=colour, label=label)
     axis.set_yticks(range(len(names)), names)
     axis.set_xlim(0, 1.15 * max(max(row) for row in rows))
@@ -190,7 +189,7 @@ def _paired_bars(axis: Axes, names: Sequence[str], rows: Sequence[Sequence[float
 
 
 def budget_short() -> Figure:
-    """What a prompt becomes: sink, slots, window, by its length; and what is stored at a ratio and under a limit."""
+    """Draw a prompt's sink, slots and window by its length, and the entries stored at a ratio or limit."""
     figure = Figure(figsize=(8.2, 3.1))
     left, right = figure.subplots(1, 2)
     lengths = list(range(8, 641, 4))
@@ -243,7 +242,7 @@ def _after_prompt(tokens: int, settings: WildCatConfig) -> Row:
 
 
 def travel() -> Figure:
-    """A token's travel through one layer, and what the layer holds."""
+    """Draw a token's travel through one layer, and the parts that the layer holds."""
     figure = Figure(figsize=(10.4, 5.6))
     axes = figure.subplots()
     axes.set_xlim(0, 116)
@@ -287,7 +286,7 @@ def travel() -> Figure:
     strip = (
         (0, 11, _THIRD, "sink", "first 32,\nexact"),
         (11, 28, _OURS, "slots", "a key, a value and a weight\nfor many tokens"),
-        (39, 21, "#f0c8de", "since the last fold", "exact"),
+        (39, 21, PALE_PINK, "since the last fold", "exact"),
         (60, 12, _FOURTH, "window", "last 32,\nexact"),
     )
     for x, width, colour, title, text in strip:
@@ -325,9 +324,8 @@ def _arrow(
 
 
 def _samples(folder: Path) -> list[dict[str, Any]]:
-    """The samples of an evaluation run."""
-    lines = (folder / "samples.jsonl").read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines]
+    """Read the samples of an evaluation run."""
+    return Folder(folder).records()
 
 
 def _mean(samples: Sequence[dict[str, Any]], task: str, metric: str, method: str, ratio: float) -> float:
@@ -339,7 +337,7 @@ def _mean(samples: Sequence[dict[str, Any]], task: str, metric: str, method: str
 
 
 def _count(samples: Sequence[dict[str, Any]], task: str) -> int:
-    """Samples that every method has got of a task."""
+    """Count the samples that every method has got of a task."""
     return sum(sample["task"] == task and sample["method"] == "exact" for sample in samples)
 
 
@@ -348,7 +346,7 @@ def _records(benchmark: str) -> list[dict[str, Any]]:
 
 
 def _median(records: Sequence[dict[str, Any]], quantity: str, **labels: Any) -> float:
-    """The median of a benchmark's samples; 0 where there are none."""
+    """Take the median of a benchmark's samples; 0 where there are none."""
     found = [
         record["samples"]
         for record in records

@@ -20,6 +20,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+_LIMIT = "Most samples of a task, of each of its lengths and depths; wins over all limits of the file."
+_BASELINE = "Method that all others are compared with, such as exact. Default: wildcat."
+
 
 @app.command()
 def run(
@@ -29,7 +32,8 @@ def run(
     ratios: Annotated[str | None, typer.Option(help="Shares to keep, with commas between.")] = None,
     compression_ratios: Annotated[str | None, typer.Option(help="Shares to drop, instead of ratios.")] = None,
     tasks: Annotated[str | None, typer.Option(help="Names with commas between.")] = None,
-    limit: Annotated[int | None, typer.Option(help="Most samples of a task and length.", min=1)] = None,
+    limit: Annotated[int | None, typer.Option(help=_LIMIT, min=1)] = None,
+    baseline: Annotated[str | None, typer.Option(help=_BASELINE)] = None,
     protocol: Annotated[str | None, typer.Option(help="context-only or full-prompt.")] = None,
     data_dir: Annotated[Path | None, typer.Option(help="Local files of benchmarks.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ... Default: cuda if there is one.")] = None,
@@ -46,6 +50,7 @@ def run(
         "ratios": _shares(ratios, compression_ratios),
         "tasks": _names(tasks),
         "limit": limit,
+        "baseline": baseline,
         "protocol": protocol,
         "data_dir": data_dir,
         "device": device,
@@ -57,13 +62,32 @@ def run(
 
 
 @app.command()
-def report(folder: Annotated[Path, typer.Argument(help="Folder of a run, finished or not.")]) -> None:
-    """Make tables, plots and report of a run anew."""
+def report(
+    folder: Annotated[Path, typer.Argument(help="Folder of a run, finished or not.")],
+    baseline: Annotated[str | None, typer.Option(help=_BASELINE)] = None,
+) -> None:
+    """Make tables, plots and report of a run anew, and print the report's path."""
+    from eval.config import check_baseline
     from eval.records import Folder
     from eval.report import write_report
 
     found = Folder(folder)
-    write_report(found.manifest, found.records(), folder)
+    manifest, records = found.manifest, found.records()
+    if baseline is not None:
+        check_baseline(baseline, [record["method"] for record in records])
+        manifest = {**manifest, "config": {**(manifest.get("config") or {}), "baseline": baseline}}
+    print(write_report(manifest, records, folder))
+
+
+@app.command()
+def archive(
+    folders: Annotated[list[Path], typer.Argument(help="Folders of finished runs.")],
+) -> None:
+    """Make finished runs small: pack the samples, remove what `report` draws anew from them."""
+    from eval.archive import archive_run
+
+    for folder in folders:
+        print(f"{folder}: {archive_run(folder):,} bytes")
 
 
 @app.command()
@@ -96,7 +120,7 @@ def _names(text: str | None) -> list[str] | None:
 
 
 def _shares(ratios: str | None, compression_ratios: str | None) -> list[float] | None:
-    """Shares to keep, given as such or as shares to drop; None for those of the file."""
+    """Read shares to keep, given as such or as shares to drop; None for the file's own."""
     if ratios is not None and compression_ratios is not None:
         raise ValueError(f"ratios={ratios!r} and compression_ratios={compression_ratios!r}: give one of them")
     if compression_ratios is None:
@@ -112,7 +136,7 @@ def _numbers(name: str, text: str | None) -> list[float] | None:
 
 
 def main() -> None:
-    """Run the command; what a person can put right is one line on stderr and exit status 1."""
+    """Run the command; an error of the user's is one line on stderr, exit status 1."""
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     run_app(app, "python -m eval")
 

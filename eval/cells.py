@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any
@@ -11,11 +10,12 @@ from transformers import Cache, DynamicCache
 
 from wildcat_kv import CompressedCache, Context
 from wildcat_kv.compressors import Compressor, available
-from wildcat_kv.compressors.registry import Method, resolve
+from wildcat_kv.compressors.registry import resolve
 from wildcat_kv.config import WildCatConfig
+from wildcat_kv.lm_eval.options import EXACT, reads_twice
+from wildcat_kv.validation import did_you_mean
 
-EXACT = "exact"
-BASELINE = "wildcat"  # what every other method is compared with
+BASELINE = "wildcat"  # compared with every other method, unless a run names another
 
 
 @dataclass(frozen=True)
@@ -23,12 +23,12 @@ class Cell:
     """One method at one budget.
 
     Attributes:
-        method: the row of a table: the compressor's name, or a name of its own for a variant.
-        compressor: the name of the compressor, None for the exact cache.
+        method: name of the row in tables: the compressor's, or a variant's own.
+        compressor: name of the compressor, None for the exact cache.
         ratio: share of the tokens to keep, or None.
         max_tokens: most tokens to store, or None.
         settings: other fields of `WildCatConfig`.
-        parameters: of the compressor itself, where they are not its own.
+        parameters: parameters of the compressor that differ from its own.
     """
 
     method: str
@@ -40,22 +40,27 @@ class Cell:
 
     @property
     def exact(self) -> bool:
-        """Whether nothing is compressed."""
+        """True if nothing is compressed."""
         return self.compressor is None
+
+    def __str__(self) -> str:
+        budget = [f"{self.ratio:g}"] if self.ratio is not None else []
+        budget += [f"{self.max_tokens} tokens"] if self.max_tokens is not None else []
+        return " ".join([self.method, *budget])
 
     @property
     def key(self) -> tuple[str, float | None, int | None]:
-        """What tells this cell from all others of a run."""
+        """The cell's name, unique in a run."""
         return self.method, self.ratio, self.max_tokens
 
     def compress(self, context: Context, tokenizer: Any) -> CompressedCache:
-        """A cache that has read the context and compressed it; the context stays as it is."""
+        """Compress a context into a cache; the context stays as it is."""
         if self.compressor is None:
             return context.exact.clone()
         return context.compress(self._config(), compressor=self._compressor(), tokenizer=tokenizer)
 
     def empty(self, model_config: Any) -> Cache:
-        """A cache that compresses what it is yet to read."""
+        """Make a cache that compresses what it is yet to read."""
         if self.compressor is None:
             return DynamicCache(config=model_config)
         return CompressedCache(model_config, self._config(), compressor=self._compressor())
@@ -64,12 +69,12 @@ class Cell:
         """Refuse a method that cannot be measured on the tasks of a run.
 
         Args:
-            streams: whether tasks are among them that compress while they read on.
+            streams: True if one of the tasks compresses while it reads on.
 
         Raises:
             ValueError: the method must read a text twice.
         """
-        if self.compressor is None or _methods()[self.compressor].decodes:
+        if self.compressor is None or not reads_twice(self.compressor):
             return
         if streams or self.max_tokens is not None:
             raise ValueError(
@@ -81,13 +86,13 @@ class Cell:
         """Refuse a model that cannot be compressed, or a budget that the method cannot reach.
 
         Raises:
-            ValueError: as `CompressedCache`.
+            ValueError: `CompressedCache` refuses it.
         """
-        if self.compressor is not None and _methods()[self.compressor].decodes:
+        if self.compressor is not None and not reads_twice(self.compressor):
             CompressedCache(model_config, self._config(), compressor=self._compressor())
 
     def _compressor(self) -> str | Compressor:
-        """The method, with its parameters where they are not its own."""
+        """Make the method, with its changed parameters."""
         assert self.compressor is not None
         settings = self._config()
         if not self.parameters:
@@ -112,7 +117,7 @@ def make_cells(
     max_tokens: Sequence[int],
     settings: Mapping[str, Any],
 ) -> list[Cell]:
-    """The exact cache, then every method at every budget, in the order given.
+    """Make the exact cache's cell, then every method's at every budget, in the order given.
 
     Args:
         methods: names of compressors; or mappings with a "name" of their own, the "compressor", fields of
@@ -140,8 +145,7 @@ def make_cells(
         name = str(given.pop("name", given.get("compressor")))
         compressor = str(given.pop("compressor", name))
         if compressor not in _methods():
-            near = difflib.get_close_matches(compressor, _methods(), n=1)
-            hint = f"did you mean {near[0]!r}? " if near else ""
+            hint = did_you_mean(compressor, _methods())
             raise ValueError(f"methods={compressor!r}: no such method; {hint}there are exact, {', '.join(_methods())}")
         parameters: Any = given.pop("parameters", {})
         if not isinstance(parameters, Mapping):
@@ -158,5 +162,5 @@ def make_cells(
     return cells
 
 
-def _methods() -> dict[str, Method]:
-    return {method.name: method for method in available()}
+def _methods() -> list[str]:
+    return [method.name for method in available()]

@@ -16,13 +16,13 @@ from eval.summary import Budget
 
 
 def compare(method: str, folders: Sequence[Path]) -> pd.DataFrame:
-    """Paired differences of one method to every other, by task, length, first metric and budget.
+    """Compare one method with every other, by task, length, first metric and budget.
 
     Runs of the same model and seed may have measured different methods: samples are the same where their prompts are.
 
     Args:
-        method: the one to compare.
-        folders: of the runs.
+        method: method to compare.
+        folders: folders of the runs.
 
     Returns:
         One row a task, length, budget and other method: the means over the samples that both have, `difference` with

@@ -1,7 +1,8 @@
-"""What an evaluation run is: one YAML file, checked in one place."""
+"""The description of an evaluation: one YAML file, checked in one place."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,6 +20,7 @@ from eval.tasks.perplexity import Perplexity
 from wildcat_kv.compressors import available
 from wildcat_kv.config import WildCatConfig, share_kept
 from wildcat_kv.data.haystack import Half
+from wildcat_kv.validation import did_you_mean
 
 ALL = "all"
 OURS: dict[str, type[Task]] = {
@@ -34,9 +36,9 @@ class RunConfig(BaseModel):
     """An evaluation: which tasks, which methods, which budgets.
 
     Args:
-        name: of the run; the file's, by default.
+        name: name of the run; the file's, by default.
         model: hub id, folder or GGUF file; the default model if left out.
-        dtype: of the weights.
+        dtype: dtype of the weights.
         device: "cpu", "cuda", ...; a GPU if there is one.
         device_map: "auto" spreads a model over several devices.
         protocol: "context-only" compresses before the question is seen, "full-prompt" after.
@@ -45,11 +47,12 @@ class RunConfig(BaseModel):
         ratios: shares of the tokens to keep; or `compression_ratios`, shares to drop.
         max_tokens: budgets in tokens.
         settings: fields of `WildCatConfig` for all methods, beside the budget.
-        seed: of samples and pivots.
-        half: of the essays and their seeds: "develop" to choose by, "report" to report; all if left out.
-        limit: most samples of a task, and of each of its lengths.
-        chat_template: whether benchmarks' prompts are sent as chat messages.
-        data_dir: local files of benchmarks.
+        seed: seed of samples and pivots.
+        half: half of the essays and seeds, "develop" to choose by, "report" to report; all if left out.
+        limit: most samples of a task, of each of its lengths and depths; a task's own limit wins over it.
+        baseline: method that all others are compared with, such as "exact"; WildCat if left out.
+        chat_template: True to send benchmarks' prompts as chat messages.
+        data_dir: folder of benchmarks' local files.
         tasks: names, or mappings of a task and its options.
 
     Raises:
@@ -71,6 +74,7 @@ class RunConfig(BaseModel):
     seed: int = Field(0, ge=0, lt=2**31)
     half: Half | None = None
     limit: int | None = Field(None, ge=1)
+    baseline: str | None = None
     chat_template: bool = False
     data_dir: Path | None = None
     tasks: list[str | dict[str, Any]] = Field(min_length=1)
@@ -107,7 +111,7 @@ class RunConfig(BaseModel):
         return folder
 
     def cells(self) -> list[Cell]:
-        """Every method at every budget, the exact cache first.
+        """Make every method's cell at every budget, the exact cache's first.
 
         Raises:
             ValueError: an unknown method or a wrong budget.
@@ -116,10 +120,12 @@ class RunConfig(BaseModel):
         if unknown:
             raise ValueError(f"settings={sorted(unknown)[0]!r}: no such setting of a cache")
         settings = {"seed": self.seed, **self.settings}
-        return make_cells(self.methods, self.ratios, self.max_tokens, settings)
+        cells = make_cells(self.methods, self.ratios, self.max_tokens, settings)
+        check_baseline(self.baseline, [cell.method for cell in cells])
+        return cells
 
     def make_tasks(self) -> list[Task]:
-        """The tasks, groups of lm-eval resolved into their members.
+        """Make the tasks, and resolve groups of lm-eval into their members.
 
         Raises:
             ValueError: an unknown task, a wrong option, or one task twice.
@@ -132,8 +138,22 @@ class RunConfig(BaseModel):
         return tasks
 
 
+def check_baseline(baseline: str | None, methods: Sequence[str]) -> None:
+    """Refuse a baseline that is not measured; None is always one.
+
+    Raises:
+        ValueError: there is no such method in the run.
+    """
+    if baseline is not None and baseline not in methods:
+        names = list(dict.fromkeys(methods))
+        hint = did_you_mean(baseline, names)
+        raise ValueError(f"baseline={baseline!r} is no method of this run; {hint}there are {', '.join(names)}")
+
+
 def read_config(path: Path, **changes: Any) -> RunConfig:
-    """Read a run's YAML file; `changes` win over it, tasks named in them keep their options of the file.
+    """Read a run's YAML file; `changes` win over it.
+
+    Tasks named in `changes` keep their options of the file. A `limit` there wins over the tasks' own limits too.
 
     Raises:
         ValueError: the file cannot be read, or a field is wrong; names the file.
@@ -151,6 +171,9 @@ def read_config(path: Path, **changes: Any) -> RunConfig:
         fields.pop("compression_ratios", None)
     if "tasks" in changes:
         changes["tasks"] = _chosen(changes["tasks"], fields.get("tasks"))
+    if "limit" in changes:
+        tasks = changes.get("tasks", fields.get("tasks"))
+        changes["tasks"] = [_without_limit(task) for task in tasks] if isinstance(tasks, list) else tasks
     try:
         return RunConfig(**{"name": path.stem, **fields, **changes})
     except ValidationError as error:
@@ -158,12 +181,16 @@ def read_config(path: Path, **changes: Any) -> RunConfig:
 
 
 def _chosen(names: list[str], listed: Any) -> list[Any]:
-    """Entries of the file for these names; names that it does not list stand for themselves."""
+    """Pick the file's entries of these names; names that it does not list stand for themselves."""
     entries: dict[str, list[Any]] = {}
     for entry in listed if isinstance(listed, list) else []:
         if isinstance(entry, dict):
             entries.setdefault(str(entry.get("task")), []).append(entry)
     return [entry for name in names for entry in entries.get(name, [name])]
+
+
+def _without_limit(task: Any) -> Any:
+    return {name: value for name, value in task.items() if name != "limit"} if isinstance(task, dict) else task
 
 
 def _make(entry: str | dict[str, Any]) -> list[Task]:

@@ -11,7 +11,7 @@ import datasets
 
 
 def find_local(task: str, folder: Path, length: str | None = None) -> dict[str, Any] | None:
-    """What to change in a task of lm-eval so that it reads a local file.
+    """Find the fields to change in a task of lm-eval so that it reads a local file.
 
     Args:
         task: its name in lm-eval.
@@ -39,7 +39,7 @@ def find_local(task: str, folder: Path, length: str | None = None) -> dict[str, 
 
 
 def expected_files(task: str, length: str | None = None) -> list[str]:
-    """Where a task's file is looked for, without the suffix .jsonl or .json; none where it needs the hub.
+    """List the places of a task's file, without .jsonl or .json; none where it needs the hub.
 
     Example:
         >>> expected_files("longbench_qasper_e")

@@ -1,9 +1,8 @@
-"""lm-eval's tasks by name: their documents from its generators, the hub or local files, their prompts and scores."""
+"""lm-eval's tasks by name: documents from its generators, the hub or local files; prompts and scores."""
 
 from __future__ import annotations
 
 import contextlib
-import difflib
 import io
 import logging
 import random
@@ -11,6 +10,7 @@ import sys
 import tempfile
 from collections.abc import Iterable, Iterator
 from functools import lru_cache, partial
+from importlib.metadata import version
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,9 @@ from lm_eval.tasks import TaskManager
 from eval.data import expected_files, find_local
 from eval.tasks.base import Setting
 from wildcat_kv.contexts.prompts import messages_for
+from wildcat_kv.data.downloads import cache_folder
+from wildcat_kv.files import replacing
+from wildcat_kv.validation import did_you_mean
 
 RULER = ("niah_", "ruler_")
 
@@ -32,17 +35,28 @@ _LOGGERS = ("lm_eval", "datasets", "huggingface_hub", "httpx")
 
 
 def known_tasks() -> list[str]:
-    """Names of all tasks, groups and tags of lm-eval."""
+    """List the names of all tasks, groups and tags of lm-eval.
+
+    lm-eval reads 14,000 files for them, which takes half a minute: the list of each of its releases is kept on disk.
+    """
+    kept = cache_folder() / f"lm-eval-{version('lm-eval')}-tasks.txt"
+    if kept.is_file():
+        return kept.read_text(encoding="utf-8").splitlines()
     with quiet():
-        return _manager().all_tasks
+        names = _manager().all_tasks
+    with contextlib.suppress(OSError):  # a folder that cannot be written to costs time alone
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(kept) as new:
+            new.write_text("\n".join(names), encoding="utf-8")
+    return names
 
 
 def members(name: str, others: Iterable[str] = ()) -> list[str]:
-    """The single tasks of a group or tag of lm-eval, of a task itself.
+    """List the single tasks of a group or tag of lm-eval; of a task, itself.
 
     Args:
-        name: of the task, group or tag.
-        others: names that are not lm-eval's, to be proposed too.
+        name: name of the task, group or tag.
+        others: other names, to be proposed too.
 
     Raises:
         ValueError: there is no such name; near ones are proposed.
@@ -50,9 +64,10 @@ def members(name: str, others: Iterable[str] = ()) -> list[str]:
     with quiet():
         manager = _manager()
         if name not in manager.task_index:
-            near = difflib.get_close_matches(name, [*others, *manager.all_tasks], n=3)
-            hint = f"did you mean {', '.join(near)}?" if near else "`python -m eval tasks` lists the names"
-            raise ValueError(f"tasks={name!r}: neither a task of ours nor of lm-eval; {hint}")
+            hint = did_you_mean(name, [*others, *manager.all_tasks])
+            raise ValueError(
+                f"tasks={name!r}: neither a task of ours nor of lm-eval; {hint}`python -m eval tasks` lists the names"
+            )
         return _members(manager, name)
 
 
@@ -64,7 +79,7 @@ def _members(manager: TaskManager, name: str) -> list[str]:
 
 
 def _listed(manager: TaskManager, group: str, entries: list[Any]) -> list[str]:
-    """Tasks of a group's list: names, or mappings of a name, or groups that are only there."""
+    """Resolve a group's list: names, mappings of a name, or groups that are only there."""
     tasks = []
     for entry in entries:
         fields: dict[str, Any] = {"task": entry} if isinstance(entry, str) else entry
@@ -87,14 +102,14 @@ def _manager() -> TaskManager:
 
 @lru_cache(maxsize=4)
 def _saved(tokenizer: Any) -> tempfile.TemporaryDirectory[str]:
-    """A folder with the tokenizer, because RULER's generators load it by name."""
+    """Save the tokenizer in a folder, because RULER's generators load it by name."""
     folder = tempfile.TemporaryDirectory(prefix="wildcat-kv-")
     tokenizer.save_pretrained(folder.name)
     return folder
 
 
 def load(task: str, length: int | str | None, setting: Setting) -> Any:
-    """The task with its documents: a function of the setting alone, whatever was loaded before.
+    """Load a task with its documents: the same for the same setting, whatever was loaded before.
 
     Raises:
         ValueError: its documents cannot be had.
@@ -123,13 +138,13 @@ def load(task: str, length: int | str | None, setting: Setting) -> Any:
 
 
 def _takes_lengths(task: str, loaded: Any) -> bool:
-    """Whether it makes or chooses its documents by length: those functions of lm-eval are told."""
+    """Tell whether a task makes or chooses its documents by length, as lm-eval's own functions do."""
     family = task.partition("_")[0]
     return family not in ("longbench", "infinitebench", "wikitext") and loaded.config.custom_dataset is not None
 
 
 def _seed(seed: int) -> None:
-    """As lm-eval seeds itself; its generators draw from all of these."""
+    """Seed all sources that lm-eval's generators draw from, as it does."""
     random.seed(DEFAULT_RANDOM_SEED + seed)
     np.random.seed(DEFAULT_OTHER_SEED + seed)
     # Has a source of its own, made as it is imported: without this its samples would depend on what was made before.
@@ -151,7 +166,7 @@ def _missing(
 
 
 def requests_of(task: Any, document: dict[str, Any], tokenizer: Any) -> list[Any]:
-    """What lm-eval would ask a model about the document; in chat messages if there is a tokenizer for it."""
+    """Make lm-eval's requests about a document; chat messages if there is a tokenizer for them."""
     template = None if tokenizer is None else partial(_render, tokenizer)
     text = task.fewshot_context(
         document,
@@ -168,7 +183,7 @@ def requests_of(task: Any, document: dict[str, Any], tokenizer: Any) -> list[Any
 
 
 def _render(tokenizer: Any, messages: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-    """As lm-eval does it: templates that know no system role get the messages without it."""
+    """Render messages as lm-eval does: templates without a system role get none."""
     messages = messages_for(tokenizer, messages)
     options = {"add_generation_prompt": add_generation_prompt, "continue_final_message": not add_generation_prompt}
     try:
@@ -179,7 +194,7 @@ def _render(tokenizer: Any, messages: list[dict[str, str]], add_generation_promp
 
 
 def scores_of(task: Any, document: dict[str, Any], results: Any) -> dict[str, float]:
-    """What lm-eval's first filter and its metrics say; RULER's score by length becomes one score."""
+    """Score results by a task's first filter and metrics; RULER's score by length becomes one score."""
     if task.OUTPUT_TYPE == "generate_until":
         instance = Instance("generate_until", document, (), 0)
         instance.resps = list(results)
@@ -193,14 +208,14 @@ def scores_of(task: Any, document: dict[str, Any], results: Any) -> dict[str, fl
 
 
 def means_of(task: Any) -> dict[str, bool]:
-    """Metrics that are means over documents, and whether higher is better. Others have no value a document."""
+    """List a task's metrics that are means over documents: True where higher is better."""
     aggregations = task.aggregation()
     return {name: bool(higher) for name, higher in task.higher_is_better().items() if aggregations.get(name) is mean}
 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """lm-eval prints and logs while it makes samples; what matters comes as an error."""
+    """Silence lm-eval, which prints and logs while it makes samples; errors still come."""
     levels = [(logging.getLogger(name), logging.getLogger(name).level) for name in _LOGGERS]
     for logger, _ in levels:
         logger.setLevel(logging.ERROR)

@@ -1,4 +1,4 @@
-"""What a run was made with: versions and machine, for its record."""
+"""Versions, commit and machine, for the record of a run."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ _PACKAGES = ("wildcat-kv", "torch", "transformers", "accelerate", "datasets", "l
 
 
 def versions() -> dict[str, str]:
-    """Of Python and of all packages that a result depends on."""
+    """List the versions of Python and of all packages that a result depends on."""
     return {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}}
 
 
 def commit() -> str | None:
-    """The commit of the checkout that runs, with a + if files differ from it; None outside a checkout."""
+    """Name the checkout's commit, with a + if files differ from it; None outside a checkout."""
     try:
         return _git("rev-parse", "--short", "HEAD") + ("+" if _git("status", "--porcelain") else "")
     except (OSError, subprocess.CalledProcessError):
@@ -29,7 +29,7 @@ def commit() -> str | None:
 
 
 def machine() -> dict[str, Any]:
-    """Processor, cores, memory in GiB, and GPUs by name."""
+    """List processor, cores, memory in GiB, and GPUs by name."""
     return {
         "processor": _processor(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),

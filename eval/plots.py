@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
-import matplotlib.style
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
@@ -18,16 +17,14 @@ from matplotlib.ticker import MaxNLocator
 from scipy.optimize import isotonic_regression
 
 from eval.cells import BASELINE, EXACT
+from eval.style import COLOURS, DARK, GREY, GRID, MISSING, house_style, save
 from eval.summary import Budget, find_budgets, find_methods, score_frame
 from eval.tables import unit_and_direction
 
-# Told apart with every kind of colour vision (Okabe and Ito), and by dashes and markers without colour.
-_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#b8860b")
+# Told apart without colour, too.
 _DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1.5, 1.5)))
 _MARKERS = "os^vDP<>Xph8dH*"
-_GREY = "#666666"
 _LEFT, _RIGHT = 0.1, 0.74  # of the axes, in a figure that has its labels on the right
-_DPI = 110
 
 
 def save_plots(manifest: dict[str, Any], records: Sequence[dict[str, Any]], folder: Path) -> list[Path]:
@@ -37,8 +34,8 @@ def save_plots(manifest: dict[str, Any], records: Sequence[dict[str, Any]], fold
     layers. A budget is `0.25`, or `1024-tokens`.
 
     Args:
-        manifest: of the run.
-        records: of the run.
+        manifest: description of the run.
+        records: records of the run.
         folder: to write to; made if it is not there.
 
     Returns:
@@ -51,7 +48,7 @@ def save_plots(manifest: dict[str, Any], records: Sequence[dict[str, Any]], fold
     budgets = find_budgets(records) or [Budget()]
     folder.mkdir(parents=True, exist_ok=True)
     figures: dict[str, Figure | None] = {}
-    with matplotlib.style.context("default"):  # whatever the user's own settings are
+    with house_style():
         tasks = {}
         for task in frame["task"].unique():
             part = frame[frame["task"] == task]
@@ -75,23 +72,23 @@ def save_plots(manifest: dict[str, Any], records: Sequence[dict[str, Any]], fold
         for name, figure in figures.items():
             if figure is not None:
                 paths.append(folder / file_name(name))
-                figure.savefig(paths[-1], dpi=_DPI, bbox_inches="tight", metadata={"Software": None})
+                save(figure, paths[-1])
     return paths
 
 
 def file_name(name: str) -> str:
-    """Where a plot is written, such as accuracy-needle.png for accuracy-needle."""
+    """Name a plot's file, such as accuracy-needle.png for accuracy-needle."""
     return re.sub(r"[^A-Za-z0-9._-]+", "_", name) + ".png"
 
 
 def accuracy_plot(part: pd.DataFrame, methods: Sequence[str], task: str, label: str) -> Figure | None:
-    """A task's score against the share of the tokens that was kept, one line a method.
+    """Draw a task's score against the share of the tokens kept, one line a method.
 
     Args:
-        part: of `score_frame`, one task and metric.
-        methods: of the run, in order; a method looks the same in all plots of a run.
-        task: for the title.
-        label: of the scores, with their unit and direction.
+        part: rows of `score_frame`, one task and metric.
+        methods: methods of the run, in order; one looks the same in all plots of a run.
+        task: name, for the title.
+        label: name of the scores, with unit and direction.
 
     Returns:
         The figure; None where no score is finite.
@@ -123,7 +120,7 @@ def accuracy_plot(part: pd.DataFrame, methods: Sequence[str], task: str, label: 
     axes.set_xlabel("kept (stored tokens of seen)")
     axes.set_ylabel(label)
     axes.set_title(task, loc="left", fontsize=11)
-    axes.grid(color="#e5e5e5", linewidth=0.6)
+    axes.grid(color=GRID, linewidth=0.6)
     axes.set_axisbelow(True)
     _label_lines(axes, ends)
     return figure
@@ -132,15 +129,15 @@ def accuracy_plot(part: pd.DataFrame, methods: Sequence[str], task: str, label: 
 def needle_plot(
     part: pd.DataFrame, methods: Sequence[str], title: str, label: str, *, lower: bool = False, digits: int = 2
 ) -> Figure | None:
-    """Scores by depth and length, one panel a method, all with the same colours; bright is good.
+    """Draw scores by depth and length, one panel a method, in the same colours; bright is good.
 
     Args:
-        part: of `score_frame`, one task, metric and budget, and the exact cache.
-        methods: of the run, in order.
-        title: of the figure.
-        label: of the scores, with their unit and direction.
-        lower: whether lower is better.
-        digits: of the numbers in the panels; there are none in large panels.
+        part: rows of `score_frame`, one task, metric and budget, and the exact cache.
+        methods: methods of the run, in order.
+        title: title of the figure.
+        label: name of the scores, with unit and direction.
+        lower: True if lower is better.
+        digits: digits of the numbers in small panels; large ones have no numbers.
 
     Returns:
         The figure; None where there are no depths, or no score is finite.
@@ -163,7 +160,7 @@ def needle_plot(
     rows = math.ceil(len(shown) / columns)
     figure = Figure(figsize=(max(4.5, 1.6 * columns + 1.4), 1.6 * rows + 1.1), layout="constrained")
     panels = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
-    colours = matplotlib.colormaps["viridis_r" if lower else "viridis"].with_extremes(bad="#dddddd")
+    colours = matplotlib.colormaps["viridis_r" if lower else "viridis"].with_extremes(bad=MISSING)
     for panel in panels.flat[len(shown) :]:
         panel.remove()
     used = list(panels.flat[: len(shown)])
@@ -190,10 +187,10 @@ def needle_plot(
 
 
 def layer_plot(manifest: dict[str, Any], records: Sequence[dict[str, Any]], budget: Budget) -> Figure | None:
-    """Each method's error by layer, the mean over heads and samples, and WildCat's by head.
+    """Draw each method's error by layer, averaged over heads and samples, and WildCat's by head.
 
     Args:
-        manifest: of the run.
+        manifest: description of the run.
         records: of the run; those of tasks with `layers` count.
         budget: the cells to show. The exact cache is the reference of such errors, and is left out.
 
@@ -230,7 +227,7 @@ def layer_plot(manifest: dict[str, Any], records: Sequence[dict[str, Any]], budg
 
 
 def _draw_layers(axes: Axes, errors: dict[str, np.ndarray], methods: Sequence[str]) -> None:
-    """One line a method; the band is from WildCat's lowest head to its highest."""
+    """Draw one line a method; the band is from WildCat's lowest head to its highest."""
     lines = {method: _over_heads(np.nanmean, errors[method]) for method in _last_on_top(methods) if method in errors}
     positive = np.concatenate([line[np.isfinite(line)] for line in lines.values()])
     if len(positive) and positive.min() > 0 and positive.max() > 20 * positive.min():
@@ -254,14 +251,14 @@ def _draw_layers(axes: Axes, errors: dict[str, np.ndarray], methods: Sequence[st
     axes.set_xlim(-0.5, max(map(len, lines.values())) - 0.5)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("layer")
-    axes.grid(color="#e5e5e5", linewidth=0.6)
+    axes.grid(color=GRID, linewidth=0.6)
     axes.set_axisbelow(True)
     _label_lines(axes, ends)
 
 
 def _draw_heads(figure: Figure, axes: Axes, errors: np.ndarray, label: str) -> None:
-    """The errors of every head of every layer."""
-    colours = matplotlib.colormaps["viridis_r"].with_extremes(bad="#dddddd")
+    """Draw the errors of every head of every layer."""
+    colours = matplotlib.colormaps["viridis_r"].with_extremes(bad=MISSING)
     image = axes.imshow(errors.T, aspect="auto", cmap=colours, interpolation="nearest")
     axes.set_title(f"{BASELINE}, by head", loc="left", fontsize=10)
     axes.set_xlabel("layer")
@@ -311,12 +308,12 @@ def _label_lines(axes: Axes, ends: Sequence[tuple[str, float | None, float, dict
             va="center_baseline",
             fontsize=9 if name == BASELINE else 8,
             fontweight="bold" if name == BASELINE else "normal",
-            color="black" if name == BASELINE else "#333333",
+            color="black" if name == BASELINE else DARK,
         )
 
 
 def _write_values(axes: Axes, grid: np.ndarray, image: Any, digits: int) -> None:
-    """The numbers of a heat map, in it."""
+    """Write the numbers of a heat map into it."""
     for (row, column), value in np.ndenumerate(grid):
         if math.isfinite(value):
             red, green, blue, _ = image.cmap(image.norm(value))
@@ -333,15 +330,15 @@ def _write_values(axes: Axes, grid: np.ndarray, image: Any, digits: int) -> None
 
 
 def _style(method: str, methods: Sequence[str]) -> dict[str, Any]:
-    """How a method's line looks: WildCat's stands out, the others' depend on their place in the run."""
+    """Choose a line's look: WildCat's stands out, others' depend on their place in the run."""
     if method == EXACT:
-        return {"color": _GREY, "linewidth": 1.2, "linestyle": (0, (6, 3))}
+        return {"color": GREY, "linewidth": 1.2, "linestyle": (0, (6, 3))}
     if method == BASELINE:
         return {"color": "black", "linewidth": 2.6, "marker": "o", "markersize": 7, "zorder": 5}
     at = [other for other in methods if other not in (BASELINE, EXACT)].index(method)
     return {
-        "color": _COLOURS[at % len(_COLOURS)],
-        "linestyle": _DASHES[at // len(_COLOURS) % len(_DASHES)],
+        "color": COLOURS[at % len(COLOURS)],
+        "linestyle": _DASHES[at // len(COLOURS) % len(_DASHES)],
         "linewidth": 1.2,
         "marker": _MARKERS[at % len(_MARKERS)],
         "markersize": 5,
@@ -350,7 +347,7 @@ def _style(method: str, methods: Sequence[str]) -> dict[str, Any]:
 
 
 def _last_on_top(methods: Sequence[str]) -> list[str]:
-    """In order, but WildCat last."""
+    """Put WildCat last."""
     return sorted(methods, key=lambda method: method == BASELINE)
 
 
@@ -359,7 +356,7 @@ def _label(metric: str, meaning: dict[str, Any] | None) -> str:
 
 
 def _rectangle(layers: Sequence[Sequence[float]]) -> np.ndarray:
-    """Layers by heads, NaN where a layer has fewer heads than others."""
+    """Make an array of layers by heads, NaN where a layer has fewer heads than others."""
     grid = np.full((len(layers), max(map(len, layers), default=0)), math.nan)
     for row, heads in zip(grid, layers, strict=True):
         row[: len(heads)] = heads
@@ -367,7 +364,7 @@ def _rectangle(layers: Sequence[Sequence[float]]) -> np.ndarray:
 
 
 def _mean_of(grids: Sequence[np.ndarray]) -> np.ndarray:
-    """The mean over samples; infinite errors are left out like missing ones."""
+    """Average over samples; infinite errors are left out like missing ones."""
     stacked = np.stack(grids)
     return _over_heads(np.nanmean, np.moveaxis(np.where(np.isfinite(stacked), stacked, math.nan), 0, -1))
 

@@ -1,14 +1,19 @@
-"""The folder of a run: what it is (`run.json`) and one JSON line a measurement (`samples.jsonl`)."""
+"""The folder of a run: its description (`run.json`) and one JSON line a measurement (`samples.jsonl`, or `.gz`)."""
 
 from __future__ import annotations
 
+import gzip
 import json
+import zlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from wildcat_kv.files import replacing
+
 MANIFEST = "run.json"
 SAMPLES = "samples.jsonl"
+PACKED = f"{SAMPLES}.gz"
 # What may differ between the run that began and the one that resumes it.
 _FREE = ("command", "started", "finished", "machine", "commit")
 
@@ -16,11 +21,11 @@ Key = tuple[str, int, str, float | None, int | None]
 
 
 class Folder:
-    """A run's folder; several processes write shards beside each other, which become one file at the end.
+    """A run's folder, in which several processes write shards that become one file at the end.
 
     Args:
         path: the folder.
-        rank: of this process.
+        rank: number of this process.
     """
 
     def __init__(self, path: Path, rank: int = 0) -> None:
@@ -28,7 +33,7 @@ class Folder:
 
     @property
     def manifest(self) -> dict[str, Any]:
-        """What the run is.
+        """The description of the run.
 
         Raises:
             ValueError: there is no run in the folder, or its description is damaged.
@@ -66,10 +71,16 @@ class Folder:
             raise ValueError(f"output={str(self.path)!r} holds another run: {changed}; choose another folder")
 
     def begin(self, manifest: dict[str, Any]) -> None:
-        """Start a new run, or go on with an interrupted one, whose last line may have been cut short."""
+        """Start a new run, or go on with one whose last line may have been cut short.
+
+        Packed samples are unpacked first, so that lines can be appended to them.
+        """
         earlier = self.manifest if (self.path / MANIFEST).exists() else manifest
         self.path.mkdir(parents=True, exist_ok=True)
+        for left_over in self.path.glob(".*.partial"):
+            left_over.unlink()
         self._write({**earlier, "finished": None})
+        self._unpack()
         for path in self._files():
             text = path.read_bytes()
             end = text.rfind(b"\n") + 1
@@ -78,17 +89,17 @@ class Folder:
                     file.truncate(end)
 
     def finish(self, when: str) -> dict[str, Any]:
-        """Note that all is measured; returns the manifest."""
+        """Write down that all is measured; returns the manifest."""
         manifest = {**self.manifest, "finished": when}
         self._write(manifest)
         return manifest
 
     def records(self) -> list[dict[str, Any]]:
-        """All measurements of the folder, of every process; lines cut short by an interruption are left out."""
+        """Read the measurements of every process; lines cut short by an interruption are left out."""
         return [record for path in self._files() for record in _whole_lines(path)]
 
     def append(self, record: dict[str, Any]) -> None:
-        """Write a measurement of this process, at once."""
+        """Write a measurement of this process at once."""
         with self._shard().open("a", encoding="utf-8") as file:
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
@@ -100,49 +111,87 @@ class Folder:
         if shards == [self.path / SAMPLES] and records == wanted:
             return
         lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in wanted]
-        whole = self.path / f"{SAMPLES}.new"
-        whole.write_text("".join(lines), encoding="utf-8")
-        whole.replace(self.path / SAMPLES)
+        with replacing(self.path / SAMPLES) as whole:
+            whole.write_text("".join(lines), encoding="utf-8")
         for shard in shards:
             if shard.name != SAMPLES:
                 shard.unlink()
+
+    def pack(self) -> None:
+        """Compress the samples of a finished run; the same bytes for the same samples.
+
+        Raises:
+            ValueError: there is no run, or it has not finished.
+        """
+        if not self.manifest.get("finished"):
+            raise ValueError(f"output={str(self.path)!r} holds a run that has not finished; finish it with --resume")
+        plain = self.path / SAMPLES
+        if plain.is_file():
+            with replacing(self.path / PACKED) as packed:
+                packed.write_bytes(gzip.compress(plain.read_bytes(), compresslevel=9, mtime=0))
+            plain.unlink()
+
+    def _unpack(self) -> None:
+        plain, packed = self.path / SAMPLES, self.path / PACKED
+        if not packed.is_file():
+            return
+        if not plain.is_file():  # else an unpacking was interrupted after its last step but one
+            text = _read(packed)
+            with replacing(plain) as whole:
+                whole.write_bytes(text)
+        packed.unlink()
 
     def _shard(self) -> Path:
         return self.path / (SAMPLES if self._rank == 0 else f"samples.{self._rank}.jsonl")
 
     def _files(self) -> list[Path]:
-        return [path for path in sorted(self.path.glob("samples*.jsonl")) if path.is_file()]
+        found = [path for path in sorted(self.path.glob("samples*.jsonl")) if path.is_file()]
+        packed = self.path / PACKED
+        return [packed, *found] if packed.is_file() and self.path / SAMPLES not in found else found
 
     def _write(self, manifest: dict[str, Any]) -> None:
-        new = self.path / f"{MANIFEST}.new"
-        new.write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        new.replace(self.path / MANIFEST)
+        with replacing(self.path / MANIFEST) as new:
+            new.write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def key_of(record: dict[str, Any]) -> Key:
-    """What tells a measurement from all others of a run."""
+    """Make the key of a measurement, unique in a run."""
     return record["task"], record["sample"], record["method"], record["ratio"], record["max_tokens"]
 
 
 def _difference(earlier: dict[str, Any], now: dict[str, Any]) -> str:
-    """The first field in which two runs differ, in words; empty if they are one."""
+    """Name the first field in which two runs differ; empty if they are one.
+
+    A field that is missing is one that is None: runs from before a field was there can be gone on with.
+    """
     same = json.loads(json.dumps(now))
     for field in (*same, *earlier):
-        if field not in _FREE and earlier.get(field) != same.get(field):
-            old, new = earlier.get(field), same.get(field)
-            if isinstance(old, dict) and isinstance(new, dict):
-                field, old, new = next(
-                    (f"{field}.{name}", old.get(name), new.get(name))
-                    for name in (*old, *new)
-                    if old.get(name) != new.get(name)
-                )
+        if field in _FREE:
+            continue
+        old, new = earlier.get(field), same.get(field)
+        if isinstance(old, dict) and isinstance(new, dict):
+            changed = next((name for name in (*old, *new) if old.get(name) != new.get(name)), None)
+            if changed is None:
+                continue
+            field, old, new = f"{field}.{changed}", old.get(changed), new.get(changed)
+        if old != new:
             return f"{field} was {old!r} and is {new!r}"
     return ""
 
 
 def _whole_lines(path: Path) -> list[dict[str, Any]]:
-    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    lines = _read(path).decode("utf-8", errors="replace").split("\n")
     try:
         return [json.loads(line) for line in lines[:-1]]
     except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}; choose another folder") from None
+
+
+def _read(path: Path) -> bytes:
+    """Read a file of samples, packed or not."""
+    if path.suffix != ".gz":
+        return path.read_bytes()
+    try:
+        return gzip.decompress(path.read_bytes())
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise ValueError(f"{path} is damaged: {error}; choose another folder") from None

@@ -1,4 +1,4 @@
-"""The report of a run: one HTML file that needs nothing else, the tables as Markdown, and the plots."""
+"""The report of a run: one HTML file that needs no other, tables as Markdown, plots."""
 
 from __future__ import annotations
 
@@ -12,17 +12,20 @@ import jinja2
 import pandas as pd
 import yaml
 
-from eval.cells import BASELINE, EXACT
+from eval.cells import EXACT
+from eval.conclusion import conclude
+from eval.markdown import escape_markdown
 from eval.plots import file_name, save_plots
-from eval.summary import EVERY, Budget, find_budgets, find_methods, summarise
-from eval.tables import Table, escape_markdown, make_tables, markdown
+from eval.summary import EVERY, Budget, baseline_of, find_budgets, find_methods, summarise
+from eval.tables import Table, make_tables, markdown
 
+REPORT, SUMMARY = "report.html", "summary.md"
 SHOWN_SAMPLES = 3  # of a task, the first ones
 SHOWN_CHARACTERS = 400  # of a prediction
 
 _COMPARED = (
-    f"Differences to {BASELINE} are means over the samples that both methods have, at the same budget, with paired "
-    f"bootstrap 95 % intervals. better (▲), worse (▼): than {BASELINE}, the interval excludes 0. tie (=): the interval "
+    "Differences to {baseline} are means over the samples that both methods have, at the same budget, with paired "
+    "bootstrap 95 % intervals. better (▲), worse (▼): than {baseline}, the interval excludes 0. tie (=): the interval "
     "contains 0. There is no interval with fewer than three pairs, and no verdict on a difference that rounds to 0. "
     "Where two methods do not differ, one interval in twenty excludes 0 all the same, and there are many in a table. "
     "With few samples intervals are too narrow: about one in ten does with 10 samples, one in four with 3."
@@ -32,27 +35,31 @@ _BEST = "Bold: the best of the compressed methods, and all that print the same."
 _INVISIBLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]")
 
 
-def write_report(manifest: dict[str, Any], records: Sequence[dict[str, Any]], folder: Path) -> None:
+def write_report(manifest: dict[str, Any], records: Sequence[dict[str, Any]], folder: Path) -> Path:
     """Write `report.html`, `summary.md` and the plots; the same bytes for the same run.
 
     Args:
-        manifest: of the run; one that is not finished says so.
-        records: of the run.
-        folder: to write to; made if it is not there.
+        manifest: description of the run; one that is not finished says so.
+        records: records of the run.
+        folder: folder to write to; made if it is not there.
+
+    Returns:
+        Path of the report.
 
     Raises:
         ValueError: no records, or a task that the manifest does not describe.
     """
-    summary = summarise(manifest, records)
+    summary, baseline = summarise(manifest, records), baseline_of(manifest)
     tables, plots = make_tables(manifest, summary), save_plots(manifest, records, folder)
     page = {
         "title": f"{manifest['name']}: {manifest['model']['name']}",
         "facts": _facts(manifest),
         "warnings": _warnings(manifest, summary),
-        "reading": [*([_COMPARED] if summary["difference"].notna().any() else []), _BEST],
+        "conclusion": conclude(manifest, summary),
+        "reading": [*([_COMPARED.format(baseline=baseline)] if summary["difference"].notna().any() else []), _BEST],
         "sections": _sections(manifest, records, tables, plots),
     }
-    (folder / "summary.md").write_text(_summary(page), encoding="utf-8")
+    (folder / SUMMARY).write_text(_summary(page), encoding="utf-8")
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -62,12 +69,13 @@ def write_report(manifest: dict[str, Any], records: Sequence[dict[str, Any]], fo
         finalize=lambda value: visible(value) if type(value) is str else value,
     )
     config = yaml.safe_dump(manifest.get("config") or {}, sort_keys=False, allow_unicode=True)
-    html = environment.get_template("report.html.jinja").render(page, config=config, baseline=BASELINE, embed=_embed)
-    (folder / "report.html").write_text(html, encoding="utf-8")
+    html = environment.get_template("report.html.jinja").render(page, config=config, baseline=baseline, embed=_embed)
+    (folder / REPORT).write_text(html, encoding="utf-8")
+    return folder / REPORT
 
 
 def visible(text: str) -> str:
-    """Text with control characters as symbols or escapes; line ends and tabs stay."""
+    """Write control characters as symbols or escapes; line ends and tabs stay."""
     return _INVISIBLE.sub(lambda found: _symbol(ord(found[0])), text)
 
 
@@ -76,7 +84,7 @@ def _symbol(code: int) -> str:
 
 
 def _facts(manifest: dict[str, Any]) -> list[tuple[str, str]]:
-    """What was run, where and when."""
+    """List what was run, where and when."""
     model, machine = manifest["model"], manifest.get("machine") or {}
     parts = [model["name"]]
     if model.get("parameters"):
@@ -101,7 +109,7 @@ def _facts(manifest: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _warnings(manifest: dict[str, Any], summary: pd.DataFrame) -> list[str]:
-    """What a reader has to know before all numbers."""
+    """List warnings that belong before all numbers."""
     warnings = []
     if not manifest.get("finished"):
         warnings.append("This run has not finished: the numbers are those of the samples measured so far.")
@@ -120,7 +128,7 @@ def _warnings(manifest: dict[str, Any], summary: pd.DataFrame) -> list[str]:
 def _sections(
     manifest: dict[str, Any], records: Sequence[dict[str, Any]], tables: list[Table], plots: list[Path]
 ) -> list[dict[str, Any]]:
-    """The overview, each task, and the plots that belong to none; with tables, plots and samples of each."""
+    """Make the sections: overview, each task, plots of none; with tables, plots and samples."""
     budgets = find_budgets(records) or [Budget()]
     left = {path.name: path for path in plots}
     sections = []
@@ -140,7 +148,7 @@ def _sections(
 
 
 def _samples(manifest: dict[str, Any], records: Sequence[dict[str, Any]], task: str | None) -> list[dict[str, Any]]:
-    """What the methods wrote for the first samples of a task."""
+    """Collect the methods' texts for the first samples of a task."""
     written = [record for record in records if record["task"] == task and record["prediction"] is not None]
     by_sample: dict[Any, list[dict[str, Any]]] = {}
     for record in written:
@@ -168,7 +176,7 @@ def _samples(manifest: dict[str, Any], records: Sequence[dict[str, Any]], task: 
 
 
 def _prediction(record: dict[str, Any] | None) -> tuple[str, str] | None:
-    """A prediction and its scores."""
+    """Write a prediction and its scores."""
     if record is None:
         return None
     scores = (f"{name} {'–' if score is None else f'{score:.3g}'}" for name, score in record["scores"].items())
@@ -182,9 +190,10 @@ def _shortened(text: str | None) -> str | None:
 
 
 def _summary(page: dict[str, Any]) -> str:
-    """The report as Markdown, without samples."""
+    """Write the report as Markdown, without samples."""
     parts = [f"# {escape_markdown(page['title'])}"]
     parts += [f"**{warning}**" for warning in page["warnings"]]
+    parts += [escape_markdown(page["conclusion"])] if page["conclusion"] else []
     parts.append("\n".join(f"- {name}: {escape_markdown(value)}" for name, value in page["facts"] if value))
     parts += page["reading"]
     for section in page["sections"]:
@@ -195,5 +204,5 @@ def _summary(page: dict[str, Any]) -> str:
 
 
 def _embed(path: Path) -> str:
-    """A plot as a data URI."""
+    """Make a data URI of a plot."""
     return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()

@@ -1,10 +1,9 @@
-"""A run: every sample of every task, read once and measured for every cell, one line written at a time."""
+"""A run: every sample of every task, read once, measured for every cell, written at once."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
@@ -13,11 +12,12 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress, TextColumn
 
 from eval.cells import Cell
 from eval.config import RunConfig
 from eval.machine import commit, machine, versions
+from eval.progress import progress
 from eval.records import Folder, Key, key_of
 from eval.report import write_report
 from eval.tasks.base import Outcome, Sample, Setting, Task
@@ -32,10 +32,10 @@ def run(config: RunConfig, output: Path, *, command: str, resume: bool) -> None:
     Under `accelerate launch` the samples are shared out, and one process merges and reports.
 
     Args:
-        config: what to measure.
-        output: the run's folder.
-        command: how the run was started, for its record.
-        resume: whether the folder may hold the beginning of this run.
+        config: description of the run.
+        output: folder of the run.
+        command: command line, for the record.
+        resume: True if the folder may hold the beginning of this run.
 
     Raises:
         ValueError: something cannot be measured as asked; before anything long begins, with nothing written.
@@ -74,7 +74,7 @@ def run(config: RunConfig, output: Path, *, command: str, resume: bool) -> None:
 def _samples(
     config: RunConfig, tasks: list[Task], model: Any, tokenizer: Any, *, show: bool
 ) -> list[tuple[Task, Sample]]:
-    """All samples of all tasks, in the order of the records.
+    """Make all samples of all tasks, in the order of the records.
 
     Raises:
         ValueError: a task's data is missing, or a sample is longer than the model can read.
@@ -118,16 +118,16 @@ def _measure(
     *,
     show: bool,
 ) -> None:
-    with _progress(len(planned) * len(cells), show) as advance, torch.no_grad():
+    with progress(len(planned) * len(cells), show=show) as shown, torch.no_grad():
         for task, sample in planned:
             missing = [cell for cell in cells if _key(task, sample, cell) not in done]
-            advance(len(cells) - len(missing), task.name)
+            shown.skip(len(cells) - len(missing))
             if not missing:
                 continue
             measure = sample.open(model, tokenizer)
             for cell in missing:
                 folder.append(_record(config, task, sample, cell, measure(cell)))
-                advance(1, task.name)
+                shown.advance(task.name, str(cell))
             del measure  # two contexts at once may be more than a device holds
 
 
@@ -146,6 +146,7 @@ def _record(config: RunConfig, task: Task, sample: Sample, cell: Cell, outcome: 
         "scores": outcome.scores,
         "seen_tokens": outcome.seen_tokens,
         "stored_tokens": outcome.stored_tokens,
+        "memory_bytes": outcome.memory_bytes,
         "facets": dict(sample.facets),
         "layers": outcome.layers,
         "seconds": dict(outcome.seconds),
@@ -202,23 +203,3 @@ def _device(config: RunConfig, state: PartialState) -> torch.device | str:
 
 def _now() -> str:
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
-
-
-@contextmanager
-def _progress(total: int, show: bool) -> Iterator[Any]:
-    """A bar on stderr, with an estimate; yields what advances it."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(elapsed_when_finished=True),
-    )
-    with Progress(*columns, console=Console(stderr=True)) if show else nullcontext() as bar:
-        line = bar.add_task("", total=total) if bar else None
-
-        def advance(count: int, name: str) -> None:
-            if bar is not None and line is not None:
-                bar.update(line, advance=count, description=name)
-
-        yield advance

@@ -23,7 +23,7 @@ class Difference:
     """A mean difference over pairs of samples, and how sure it is.
 
     Attributes:
-        mean: of the differences; NaN without pairs.
+        mean: mean of the differences; NaN without pairs.
         low: lower end of the 95 % interval; None with fewer than three pairs.
         high: its upper end, or None.
         n: pairs that count.
@@ -38,17 +38,17 @@ class Difference:
 
     @property
     def tie(self) -> bool:
-        """Whether the interval contains 0; False without an interval."""
+        """True if the interval contains 0; False without an interval."""
         return self.low is not None and self.high is not None and self.low <= 0 <= self.high
 
     @property
     def finding(self) -> bool:
-        """Whether the interval excludes 0; False without an interval, which is not a tie either."""
+        """True if the interval excludes 0; False without an interval, which is no tie either."""
         return self.low is not None and not self.tie
 
 
 def paired_difference(scores: Scores, baseline: Scores) -> Difference:
-    """The mean of `scores` minus `baseline` over the samples that both have.
+    """Average `scores` minus `baseline` over the samples that both have.
 
     The interval is the bias-corrected and accelerated bootstrap (BCa) of the mean. It is the percentile bootstrap where
     BCa is not defined, which is where all differences are the same; it is then a single point: the data say nothing
@@ -67,7 +67,7 @@ def paired_difference(scores: Scores, baseline: Scores) -> Difference:
 
 
 def average_difference(pairs: Sequence[tuple[Scores, Scores]]) -> Difference:
-    """The mean over several tasks of each task's mean paired difference; every task counts the same.
+    """Average the mean paired differences of several tasks; every task counts the same.
 
     Samples are resampled within their task. There is no interval if a task has fewer than three pairs, and no mean if
     it has none.
@@ -101,7 +101,7 @@ def _mean(*tasks: np.ndarray, axis: int = -1) -> Any:
 
 
 def _interval(tasks: list[np.ndarray], nothing: float) -> tuple[float, float]:
-    """The ends of the bootstrap interval, from a generator of its own; 0 where no further from it than `nothing`."""
+    """Compute the bootstrap interval, with its own generator; ends within `nothing` of 0 are 0."""
     for method in ("BCa", "percentile"):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # where BCa is not defined, it says so and returns NaN

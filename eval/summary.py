@@ -24,7 +24,7 @@ _MOST_LENGTHS = 12  # more are lengths that samples happen to have, not lengths 
 
 @dataclass(frozen=True)
 class Budget:
-    """What a compressed cell may keep; neither is set where a run has nothing but the exact cache.
+    """The budget of a compressed cell; neither is set in a run of the exact cache alone.
 
     Attributes:
         ratio: share of the tokens, or None.
@@ -41,40 +41,45 @@ class Budget:
 
     @property
     def slug(self) -> str:
-        """As it is called in file names."""
+        """The budget's name in file names."""
         if self.ratio is not None:
             return f"{self.ratio:g}"
         return f"{self.max_tokens}-tokens" if self.max_tokens is not None else "exact"
 
 
 def find_budgets(records: Sequence[dict[str, Any]]) -> list[Budget]:
-    """The budgets of a run, shares first, the largest first."""
+    """List the budgets of a run, shares first, the largest first."""
     found = {Budget(record["ratio"], record["max_tokens"]) for record in records if record["method"] != EXACT}
     return sorted(found, key=lambda budget: (-(budget.ratio or 0), -(budget.max_tokens or 0)))
 
 
 def find_methods(manifest: dict[str, Any], records: Sequence[dict[str, Any]]) -> list[str]:
-    """The methods that were measured, in the manifest's order."""
+    """List the methods that were measured, in the manifest's order."""
     measured = dict.fromkeys(record["method"] for record in records)
     return [method for method in dict.fromkeys([*manifest["methods"], *measured]) if method in measured]
 
 
+def baseline_of(manifest: dict[str, Any]) -> str:
+    """Name the method that all others are compared with: the configuration's, or WildCat."""
+    return (manifest.get("config") or {}).get("baseline") or BASELINE
+
+
 def describe(manifest: dict[str, Any], task: str) -> dict[str, dict[str, Any]]:
-    """The metrics of a task or of an average, the first one first: direction, unit and digits of each."""
+    """Look up the metrics of a task or an average, in order: direction, unit and digits."""
     return _AVERAGE if task in AVERAGES else manifest["metrics"][task]
 
 
 def score_frame(manifest: dict[str, Any], records: Sequence[dict[str, Any]]) -> pd.DataFrame:
-    """Every score of a run.
+    """Make a frame of every score of a run.
 
     Args:
-        manifest: of the run; metrics that it does not describe are left out.
-        records: of the run. Where a cell has the same sample twice, the later one counts.
+        manifest: description of the run; metrics that it does not name are left out.
+        records: records of the run. Where a cell has the same sample twice, the later one counts.
 
     Returns:
         One row a record and metric: task, metric, method, budget ("" for the exact cache), sample (what pairs are made
         by), score (NaN where it is missing or null), the facets length and depth, kept (the share of the tokens seen),
-        stored_tokens, seen_tokens, and `seconds_` and what they went by.
+        stored_tokens, seen_tokens, memory_bytes (NaN where a record has none), and `seconds_` and what they went by.
 
     Raises:
         ValueError: no records, or a task that the manifest does not describe.
@@ -106,6 +111,7 @@ def score_frame(manifest: dict[str, Any], records: Sequence[dict[str, Any]]) -> 
                 "kept": stored / seen if seen else math.nan,
                 "stored_tokens": stored,
                 "seen_tokens": seen,
+                "memory_bytes": record.get("memory_bytes", math.nan),
                 **{f"seconds_{what}": seconds for what, seconds in (record.get("seconds") or {}).items()},
             }
     if not rows:
@@ -116,27 +122,27 @@ def score_frame(manifest: dict[str, Any], records: Sequence[dict[str, Any]]) -> 
 
 
 def summarise(manifest: dict[str, Any], records: Sequence[dict[str, Any]]) -> pd.DataFrame:
-    """What was measured, tidy.
+    """Summarise a run in tidy rows.
 
     A task with samples of several lengths has a group for each of them beside the group "all". LongBench and RULER,
     where more than one of their tasks is there, are tasks of their own: the mean of the tasks' first metrics, times
     100, without the methods that lack one of the tasks.
 
     Args:
-        manifest: of the run.
-        records: of the run.
+        manifest: description of the run.
+        records: records of the run.
 
     Returns:
         One row a task, group, metric, budget and method, and the exact cache at every budget. `mean` is over the scores
-        that are finite; `n` counts them, `not_finite` the others. `difference`, `low`, `high`, `tie`: to WildCat at the
-        same budget, as in `eval.statistics.Difference`, over `pairs` samples, without `pairs_left_out`; missing where
-        there is no WildCat, and in its own row. `kept`, `stored_tokens`, `seen_tokens` and the `seconds_` columns are
-        means over the samples.
+        that are finite; `n` counts them, `not_finite` the others. `difference`, `low`, `high`, `tie`: to the baseline
+        at the same budget, as in `eval.statistics.Difference`, over `pairs` samples, without `pairs_left_out`; missing
+        where there is no baseline, and in its own row. `kept`, `stored_tokens`, `seen_tokens`, `memory_bytes` and the
+        `seconds_` columns are means over the samples.
 
     Raises:
         ValueError: no records, or a task that the manifest does not describe.
     """
-    frame = score_frame(manifest, records)
+    frame, baseline = score_frame(manifest, records), baseline_of(manifest)
     # In the order of a record that has them all: the exact cache has nothing to compress.
     times = list(max((record.get("seconds") or {} for record in records), key=len))
     seconds = sorted(frame.filter(regex="^seconds_"), key=lambda name: _place(name.removeprefix("seconds_"), times))
@@ -161,8 +167,8 @@ def summarise(manifest: dict[str, Any], records: Sequence[dict[str, Any]]) -> pd
                             "ratio": budget.ratio,
                             "max_tokens": budget.max_tokens,
                             "method": method,
-                            **_means(strata, ["kept", "stored_tokens", "seen_tokens", *seconds]),
-                            **_scores(strata, of.get(BASELINE) if method != BASELINE else None),
+                            **_means(strata, ["kept", "stored_tokens", "seen_tokens", "memory_bytes", *seconds]),
+                            **_scores(strata, of.get(baseline) if method != baseline else None),
                         }
                     )
                     if task in AVERAGES:
@@ -171,12 +177,13 @@ def summarise(manifest: dict[str, Any], records: Sequence[dict[str, Any]]) -> pd
     table = pd.DataFrame(rows)
     order = ["task", "group", "metric", "budget", "ratio", "max_tokens", "method", "mean", "n", "not_finite"]
     order += ["difference", "low", "high", "pairs", "pairs_left_out", "tie", "kept", "stored_tokens", "seen_tokens"]
+    order += ["memory_bytes"]
     types = {"ratio": "float64", "max_tokens": "Int64", "tie": "boolean"}
     return table[order + seconds].astype(types)
 
 
 def _tasks(manifest: dict[str, Any], frame: pd.DataFrame) -> Iterator[tuple[str, list[str]]]:
-    """Each task alone, then the averages with the tasks that they are of."""
+    """List each task alone, then the averages with their tasks."""
     measured = [task for task in manifest["metrics"] if task in set(frame["task"])]
     yield from ((task, [task]) for task in measured)
     for name, starts in AVERAGES.items():
@@ -192,7 +199,7 @@ def _tasks(manifest: dict[str, Any], frame: pd.DataFrame) -> Iterator[tuple[str,
 def _measures(
     manifest: dict[str, Any], task: str, members: list[str], frame: pd.DataFrame
 ) -> Iterator[tuple[str, list[str], str]]:
-    """The metrics of a task by what they are called in it and in its members, in each group."""
+    """List a task's metrics, by name in it and in its members, for each group."""
     groups = [f"length {length}" for length in _lengths(frame, members)]
     for metric in describe(manifest, task):
         own = [metric] if task not in AVERAGES else [next(iter(manifest["metrics"][member])) for member in members]
@@ -200,7 +207,7 @@ def _measures(
 
 
 def _lengths(frame: pd.DataFrame, tasks: list[str]) -> list[Any]:
-    """The lengths that all of the tasks have, if they are several, the shortest first."""
+    """List the lengths that all of the tasks have, if there are several, the shortest first."""
     shared = set.intersection(*(set(frame.loc[frame["task"] == task, "length"].dropna()) for task in tasks))
     if not 1 < len(shared) <= _MOST_LENGTHS:
         return []
@@ -210,7 +217,7 @@ def _lengths(frame: pd.DataFrame, tasks: list[str]) -> list[Any]:
 def _strata(
     cells: dict[Any, pd.DataFrame], tasks: list[str], metrics: list[str], budget: str, method: str, group: str
 ) -> list[pd.DataFrame]:
-    """A method's scores in each of the tasks; nothing where it lacks one of them."""
+    """Collect a method's scores in each of the tasks; nothing where it lacks one."""
     strata = []
     for task, metric in zip(tasks, metrics, strict=True):
         cell = cells.get((task, metric, budget, method))
@@ -223,12 +230,12 @@ def _strata(
 
 
 def _means(strata: list[pd.DataFrame], columns: list[str]) -> dict[str, float]:
-    """Means of the tasks' means."""
+    """Average the tasks' means."""
     return {column: sum(cell[column].mean() for cell in strata) / len(strata) for column in columns}
 
 
 def _scores(strata: list[pd.DataFrame], baseline: list[pd.DataFrame] | None) -> dict[str, Any]:
-    """What the summary says of a method's scores, and of their difference to the baseline's."""
+    """Summarise a method's scores, and their difference to the baseline's."""
     finite = [cell.loc[cell["score"].map(math.isfinite), "score"] for cell in strata]
     n = sum(map(len, finite))
     row = {
@@ -257,5 +264,5 @@ def _by_sample(cell: pd.DataFrame) -> dict[Any, float]:
 
 
 def _place(name: str, names: list[str]) -> int:
-    """Where a name is among others; last if it is not."""
+    """Find a name's place among others; the end if it is not there."""
     return names.index(name) if name in names else len(names)

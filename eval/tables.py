@@ -8,11 +8,14 @@ from typing import Any
 
 import pandas as pd
 
-from eval.cells import BASELINE, EXACT
-from eval.summary import AVERAGES, EVERY, Budget, describe
+from eval.cells import EXACT
+from eval.markdown import escape_markdown, markdown_table
+from eval.summary import AVERAGES, EVERY, Budget, baseline_of, describe
 
 _SYMBOLS = {"better": "▲", "worse": "▼", "tie": "=", "": ""}
 _NOTHING = "–"
+_ARROWS = " ↑↓"
+_MIB = 2**20
 
 
 @dataclass(frozen=True)
@@ -20,10 +23,10 @@ class TableCell:
     """One cell of a table.
 
     Attributes:
-        text: all that it says.
-        mark: what it says about the method beside WildCat: "better", "worse", "tie", or "".
-        best: whether it is the best of the compressed methods, as far as it is printed.
-        order: what to sort a column by; None for cells that go last.
+        text: text of the cell.
+        mark: verdict on the method beside the baseline: "better", "worse", "tie", or "".
+        best: True if it is the best of the compressed methods, as printed.
+        order: key to sort a column by; None for cells that go last.
     """
 
     text: str
@@ -37,9 +40,9 @@ class Table:
     """A table to read; the first cell of each row is the method.
 
     Attributes:
-        task: that it is about; None for the overview of all.
-        budget: of the compressed methods.
-        title: what was measured, on what, and how many samples.
+        task: name of the task; None for the overview of all.
+        budget: budget of the compressed methods.
+        title: heading, with model, protocol and number of samples.
         notes: units, and what is better.
         header: one cell a column.
         rows: in the manifest's order of methods.
@@ -54,16 +57,16 @@ class Table:
 
 
 def unit_and_direction(metric: dict[str, Any]) -> str:
-    """A metric's unit and direction, as a heading or an axis says them."""
+    """Write a metric's unit and direction, for a heading or an axis."""
     direction = f"{'higher' if metric['higher_is_better'] else 'lower'} is better"
     return f"{metric['unit']}, {direction}" if metric.get("unit") else direction
 
 
 def make_tables(manifest: dict[str, Any], summary: pd.DataFrame) -> list[Table]:
-    """An overview of each budget, then for each task and budget a table, and one by length for each metric.
+    """Make an overview of each budget, a table of each task and budget, and one by length.
 
     Args:
-        manifest: of the run.
+        manifest: description of the run.
         summary: from `summarise`.
     """
     parts = list(summary.groupby(["ratio", "max_tokens"], sort=False, dropna=False))
@@ -87,31 +90,24 @@ def make_tables(manifest: dict[str, Any], summary: pd.DataFrame) -> list[Table]:
 
 
 def markdown(table: Table) -> str:
-    """The table with its heading, as GitHub's Markdown."""
+    """Write the table with its heading as Markdown."""
 
     def written(cell: TableCell, column: int) -> str:
         text = escape_markdown(cell.text)
         return f"`{text}`" if column == 0 else f"**{text}**" if cell.best else text
 
-    lines = [[escape_markdown(name) for name in table.header]]
-    lines += [["---", *["---:"] * (len(table.header) - 1)]]
-    lines += [[written(cell, column) for column, cell in enumerate(row)] for row in table.rows]
-    body = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    return f"### {escape_markdown(table.title)}\n\n{escape_markdown(table.notes)}\n\n{body}\n"
-
-
-def escape_markdown(text: str) -> str:
-    """Text that can neither end a cell or a line, nor be HTML."""
-    return " ".join(text.split()).replace("&", "&amp;").replace("<", "&lt;").replace("|", "\\|")
+    rows = [[written(cell, column) for column, cell in enumerate(row)] for row in table.rows]
+    right = [column > 0 for column in range(len(table.header))]
+    return markdown_table(table.title, table.notes, table.header, rows, right=right)
 
 
 def _overview(manifest: dict[str, Any], budget: Budget, part: pd.DataFrame) -> Table:
-    """The first metric of every task, and how often each method is better or worse than WildCat."""
+    """Make a table of every task's first metric, and of each method's verdicts."""
     tasks = list(part["task"].unique())
     metrics = {task: _first(manifest, part, task) for task in tasks}
     firsts = {task: part[(part["task"] == task) & (part["metric"] == metrics[task])] for task in tasks}
     entries = {task: {entry["method"]: entry for entry in firsts[task].to_dict("records")} for task in tasks}
-    compared = part["difference"].notna().any()
+    compared, baseline = part["difference"].notna().any(), baseline_of(manifest)
     rows = []
     for method in _methods(manifest, part):
         cells, marks = [], []
@@ -126,7 +122,7 @@ def _overview(manifest: dict[str, Any], budget: Budget, part: pd.DataFrame) -> T
             cells.append(TableCell(text, mark, cell.best, cell.order))
             marks += [mark] if task not in AVERAGES else []
         if compared:
-            cells.append(_tally(method, marks))
+            cells.append(_tally(marks) if method != baseline else TableCell(""))
         rows.append((TableCell(method, order=method), *cells))
     notes = [
         f"{task}: {metrics[task]}, {unit_and_direction(describe(manifest, task)[metrics[task]])}, "
@@ -141,27 +137,29 @@ def _overview(manifest: dict[str, Any], budget: Budget, part: pd.DataFrame) -> T
         (
             "method",
             *(f"{task} {_arrow(describe(manifest, task)[metrics[task]])}" for task in tasks),
-            *([f"to {BASELINE}"] if compared else []),
+            *([f"to {baseline}"] if compared else []),
         ),
         tuple(rows),
     )
 
 
-def _tally(method: str, marks: list[str]) -> TableCell:
-    """In how many tasks a method is better, worse, or neither."""
+def _tally(marks: list[str]) -> TableCell:
+    """Count the tasks in which a method is better, worse, or neither."""
     counts = {mark: marks.count(mark) for mark in ("better", "worse", "tie")}
-    if method == BASELINE or not any(counts.values()):
+    if not any(counts.values()):
         return TableCell("")
     text = ", ".join(f"{count} {_SYMBOLS[mark]}" for mark, count in counts.items() if count)
     return TableCell(text, order=counts["better"] - counts["worse"])
 
 
 def _task_table(manifest: dict[str, Any], task: str, budget: Budget, part: pd.DataFrame) -> Table:
-    """All metrics of a task over all of its samples."""
+    """Make a table of all metrics of a task over all of its samples."""
     metrics = {name: metric for name, metric in describe(manifest, task).items() if name in set(part["metric"])}
     columns = [(f"{name} {_arrow(metric)}", part[part["metric"] == name], metric) for name, metric in metrics.items()]
     seconds = [name for name in part if name.startswith("seconds_") and part[name].notna().any()]
     extra = ["n"] if "to" in _samples(part) else []
+    sized = part["memory_bytes"].notna().any()
+    whole_bytes = part.loc[part["method"] == EXACT, "memory_bytes"].max()
     header, rows = _compared(manifest, part, columns)
     whole = []
     for row in rows:
@@ -174,24 +172,35 @@ def _task_table(manifest: dict[str, Any], task: str, budget: Budget, part: pd.Da
                 order=_number(entry["kept"]),
             )
         )
+        if sized:
+            cells.append(_bytes_cell(entry, whole_bytes))
         if seconds:
             times = [_NOTHING if pd.isna(entry[name]) else f"{entry[name]:.2f}" for name in seconds]
             cells.append(TableCell(" + ".join(times), order=float(entry[seconds].fillna(0).sum())))
         whole.append((*row, *cells))
-    kept = "kept (stored tokens of seen)"
+    kept = ["kept (stored tokens of seen)", *(["cache, MiB"] if sized else [])]
     took = [f"seconds ({' + '.join(name.removeprefix('seconds_') for name in seconds)})"] if seconds else []
     return Table(
         task,
         budget,
         f"{task}, {_setting(manifest, budget)}, n = {_samples(part)}",
         " ".join(f"{name}: {unit_and_direction(metric)}." for name, metric in metrics.items()),
-        (*header, *extra, kept, *took),
+        (*header, *extra, *kept, *took),
         tuple(whole),
     )
 
 
+def _bytes_cell(entry: pd.Series, whole: float) -> TableCell:
+    """Write the cache's size, and its share of the exact cache's where that was measured."""
+    held = entry["memory_bytes"]
+    if pd.isna(held):
+        return TableCell(_NOTHING)
+    share = "" if pd.isna(whole) else f" ({held / whole:.1%} of exact)"
+    return TableCell(f"{held / _MIB:.1f}{share}", order=float(held))
+
+
 def _length_table(manifest: dict[str, Any], task: str, name: str, budget: Budget, part: pd.DataFrame) -> Table:
-    """One metric of a task at every length."""
+    """Make a table of one metric at every length."""
     metric = describe(manifest, task)[name]
     groups = [group for group in part["group"].unique() if group != EVERY]
     columns = [(group, part[part["group"] == group], metric) for group in groups]
@@ -212,10 +221,10 @@ def _length_table(manifest: dict[str, Any], task: str, name: str, budget: Budget
 def _compared(
     manifest: dict[str, Any], part: pd.DataFrame, columns: list[tuple[str, pd.DataFrame, dict[str, Any]]]
 ) -> tuple[tuple[str, ...], tuple[tuple[TableCell, ...], ...]]:
-    """Header and rows with a column for each measure, and one for its difference to WildCat if there is one."""
-    header, compared = ["method"], part["difference"].notna().any()
+    """Make header and rows: a column for each measure, and one for its difference to the baseline."""
+    header, compared, baseline = ["method"], part["difference"].notna().any(), baseline_of(manifest)
     for name, _, _ in columns:
-        header += [name, f"to {BASELINE} (95 %)"] if compared else [name]
+        header += [name, f"{name.rstrip(_ARROWS)}, to {baseline} (95 %)"] if compared else [name]
     measures = [
         ({entry["method"]: entry for entry in entries.to_dict("records")}, metric) for _, entries, metric in columns
     ]
@@ -226,7 +235,7 @@ def _compared(
             entry = entries.get(method)
             cells.append(_mean_cell(entry, metric, entries.values()) if entry else TableCell(_NOTHING))
             if compared:
-                cells.append(_difference_cell(entry, metric) if entry else TableCell(""))
+                cells.append(_difference_cell(entry, metric) if entry and method != baseline else TableCell(""))
         rows.append(tuple(cells))
     return tuple(header), tuple(rows)
 
@@ -247,7 +256,7 @@ def _mean_cell(entry: dict[str, Any], metric: dict[str, Any], entries: Any) -> T
 
 def _difference_cell(entry: dict[str, Any], metric: dict[str, Any]) -> TableCell:
     if not math.isfinite(entry["difference"]):
-        return TableCell("" if entry["method"] == BASELINE else "no pairs")
+        return TableCell("no pairs")
     digits, mark = metric["digits"], _mark(entry, metric)
     inside = ["no interval"]
     if not math.isnan(entry["low"]):
@@ -258,7 +267,7 @@ def _difference_cell(entry: dict[str, Any], metric: dict[str, Any]) -> TableCell
 
 
 def _mark(entry: dict[str, Any], metric: dict[str, Any]) -> str:
-    """What the interval says; nothing without one, nor of a difference that is too small to be printed."""
+    """Read the verdict from an interval; none without one, or where the difference prints as 0."""
     if pd.isna(entry["tie"]):
         return ""
     if entry["tie"]:
@@ -273,7 +282,7 @@ def _arrow(metric: dict[str, Any]) -> str:
 
 
 def _first(manifest: dict[str, Any], part: pd.DataFrame, task: str) -> str:
-    """The first metric of a task that was measured."""
+    """Find the first metric of a task that was measured."""
     measured = set(part.loc[part["task"] == task, "metric"])
     return next(metric for metric in describe(manifest, task) if metric in measured)
 
@@ -288,7 +297,7 @@ def _setting(manifest: dict[str, Any], budget: Budget) -> str:
 
 
 def _samples(part: pd.DataFrame) -> str:
-    """How many samples there are, with and without a finite score, and a range if not the same for all."""
+    """Count the samples, finite or not; a range if methods have different numbers."""
     counts = part["n"] + part["not_finite"]
     low, high = int(counts.min()), int(counts.max())
     return f"{high:,}" if low == high else f"{low:,} to {high:,}"

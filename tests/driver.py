@@ -55,7 +55,7 @@ def read(cache, keys, values, start, count, mask=None):
         cache.update(keys[number][:, :, part], values[number][:, :, part], index)
         layer = cache.layers[index]
         queries = keys[number][:, :, part].repeat_interleave(2, 1) + 0.5
-        outputs.append(None if forward.exact else layer.attend(queries, *layer.state.storage.view(), SCALE, {}))
+        outputs.append(None if forward.uses_fallback else layer.attend(queries, *layer.state.storage.view(), SCALE, {}))
         layer.after_attention(queries, SCALE)
     return outputs
 

@@ -192,7 +192,7 @@ REGISTRY: dict[str, Family] = {
     "deepseek_v3": _refused("DeepseekV3Config", "latent (MLA)", "latent"),
     "t5": _refused("T5Config", "encoder and decoder", "encoder-decoder"),
     "gemma3n": _refused("Gemma3nTextConfig", "later layers read earlier ones' keys", "share"),
-    "gemma4_shared": _refused(
+    "gemma4_pass_state": _refused(
         "Gemma4TextConfig",
         "later layers read earlier ones' keys",
         "share",

@@ -12,9 +12,9 @@ from transformers import DynamicCache
 from eval.config import RunConfig
 from eval.records import Folder
 from eval.run import run
+from tests.coreset.mass import token_mass
 from wildcat_kv import WildCatCache
 from wildcat_kv.contexts.prompts import encode_question
-from wildcat_kv.coreset.compresskv import token_mass
 from wildcat_kv.data.haystack import build_context
 from wildcat_kv.hook.keyword import CACHE
 from wildcat_kv.models import default_model

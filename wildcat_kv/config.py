@@ -7,8 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from wildcat_kv.coreset.rpnys import Weights
-from wildcat_kv.coreset.temperature import Temperature
+from wildcat_kv.coreset.choices import Temperature, Weights
 from wildcat_kv.validation import one_line
 
 # With ratio="auto": what is counted on until a method says how little is enough, and when it is asked again.

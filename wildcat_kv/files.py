@@ -1,8 +1,9 @@
-"""Files that are complete or not there at all."""
+"""Files: written whole or not at all, and read as text."""
 
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,9 +11,9 @@ from pathlib import Path
 
 @contextmanager
 def replacing(target: Path) -> Iterator[Path]:
-    """A file beside `target` to write to, which takes its place at the end of the block, unless that fails.
+    """Write to a file that replaces `target` unless the block fails.
 
-    It has the permissions that a new file of the user's has, or those of the file that it replaces.
+    It has the permissions of a new file of the user's, or those of the file that it replaces.
 
     Args:
         target: path of the file; one that exists is replaced.
@@ -32,3 +33,28 @@ def replacing(target: Path) -> Iterator[Path]:
         partial.replace(target)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def read_text(path: Path, name: str, *, stdin: bool = False) -> str:
+    """Read a UTF-8 text that is not empty.
+
+    Args:
+        path: path of the file.
+        name: name of the argument or option that gave the path, for messages.
+        stdin: True to read standard input where the path is "-".
+
+    Raises:
+        ValueError: there is no such file, it cannot be read, is no UTF-8 text, or is empty.
+    """
+    given = f"{name}={str(path)!r}"
+    try:
+        text = sys.stdin.read() if stdin and str(path) == "-" else path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ValueError(f"{given}: there is no such file; check the path (current folder: {Path.cwd()})") from None
+    except OSError as error:
+        raise ValueError(f"{given} cannot be read: {error.strerror or error}; give a text file") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{given} is no UTF-8 text: {error}; save it as UTF-8") from None
+    if not text.strip():
+        raise ValueError(f"{given} is empty; write a text into it")
+    return text

@@ -1,25 +1,29 @@
-"""What pydantic found wrong, as one line that names the field, its value and what it takes."""
+"""Messages for wrong input: pydantic's findings, and names that were meant."""
 
 from __future__ import annotations
 
 import difflib
+from collections.abc import Iterable
 from typing import Any
 
 from pydantic import BaseModel, JsonValue, ValidationError
+from pydantic_core import to_jsonable_python
 
 _BRANCHES = ("constrained-", "literal[")
 
 
 def one_line(error: ValidationError, model: type[BaseModel] | None = None) -> str:
-    """The first finding of a validation, as: path.to.field=value: what is wrong; what it takes.
+    """Say the first finding of a validation in one line.
+
+    It reads "path.to.field=value: what is wrong; what it takes".
 
     Args:
-        error: of the validation.
-        model: whose fields' descriptions tell what they take, and whose names are known.
+        error: error that pydantic raised.
+        model: model that was validated; its fields' descriptions tell what they take.
     """
     finding = error.errors(include_url=False)[0]
     kind, message = finding["type"], finding["msg"].removeprefix("Value error, ")
-    # Which branch of a union was tried is no name of the user's.
+    # The branches of a union are no names of the user's.
     names = [str(part) for part in finding["loc"] if not str(part).startswith(_BRANCHES)]
     if kind == "value_error":  # by a validator of ours, whose message begins with the field as it knows it
         above = names[:-1] if names and message.startswith(names[-1]) else names
@@ -30,18 +34,28 @@ def one_line(error: ValidationError, model: type[BaseModel] | None = None) -> st
     given = f"{path}={finding['input']!r}"
     known = list(model.model_fields) if model is not None else []
     if kind == "extra_forbidden":
-        near = difflib.get_close_matches(str(finding["loc"][-1]), known, n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
+        hint = did_you_mean(str(finding["loc"][-1]), known)
         return f"{given}: no such setting" + (f"; {hint}known ones are {', '.join(known)}" if known else "")
     field = model.model_fields.get(str(finding["loc"][0])) if model is not None else None
     takes = f"; {field.description}" if field is not None and field.description else ""
     return f"{given}: {message[0].lower()}{message[1:]}{takes}"
 
 
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Name the known name that is nearest to a wrong one.
+
+    Args:
+        name: name that was given.
+        known: names that there are.
+
+    Returns:
+        "did you mean 'NAME'? " with the blank behind it, to go on from; empty where none is near.
+    """
+    names = {each.lower(): each for each in known}
+    near = difflib.get_close_matches(name.lower(), names, n=1)
+    return f"did you mean {names[near[0]]!r}? " if near else ""
+
+
 def plain(value: Any) -> JsonValue:
-    """As JSON would give it back: mappings with string keys, lists, numbers."""
-    if isinstance(value, dict) or hasattr(value, "items"):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(item) for item in value]
-    return value if isinstance(value, (str, int, float, bool)) or value is None else str(value)
+    """Turn a value into JSON's mappings, lists and numbers, else its text."""
+    return to_jsonable_python(value, fallback=str)

@@ -1,1 +1,1 @@
-"""What can be measured: one file a task."""
+"""The tasks: one file each."""

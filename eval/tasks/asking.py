@@ -6,15 +6,16 @@ import time
 from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
+from transformers import Cache
 
 from eval.cells import Cell
 from eval.tasks.base import Protocol
 from wildcat_kv import CompressedCache, Context
-from wildcat_kv.cache.sizes import stored_tokens
+from wildcat_kv.cache.sizes import cache_bytes, stored_tokens
 from wildcat_kv.contexts.reading import Likelihood, generate, loglikelihood
 
 
@@ -32,13 +33,25 @@ class Prompt:
 
     @classmethod
     def of(cls, context: Tensor, question: Tensor, protocol: Protocol) -> Prompt:
-        """Where the protocol puts the compression."""
+        """Split a prompt where the protocol puts the compression."""
         if protocol == "context-only":
             return cls(context, question)
         return cls(torch.cat((context, question)), question[:0])
 
     def __len__(self) -> int:
         return len(self.context) + len(self.question)
+
+
+class Held(TypedDict):
+    """Fields of an `Outcome` that say what a cache holds."""
+
+    stored_tokens: float
+    memory_bytes: int
+
+
+def held_by(cache: Cache) -> Held:
+    """Count the entries and bytes of a cache."""
+    return {"stored_tokens": round(stored_tokens(cache), 4), "memory_bytes": cache_bytes(cache)}
 
 
 class Clock(dict[str, float]):
@@ -65,17 +78,17 @@ class Asked:
 
     @property
     def seen_tokens(self) -> int:
-        """Of the context."""
+        """Tokens of the context."""
         return self.context.input_ids.shape[1]
 
-    def compress(self, cell: Cell, clock: Clock) -> tuple[CompressedCache, float]:
-        """The cell's cache of the context, and the tokens that it stores."""
+    def compress(self, cell: Cell, clock: Clock) -> tuple[CompressedCache, Held]:
+        """Make the cell's cache of the context, and count what it holds."""
         with clock("compress", self._model.device):
             cache = cell.compress(self.context, self._tokenizer)
-        return cache, round(stored_tokens(cache), 4)
+        return cache, held_by(cache)
 
     def generate(self, cache: CompressedCache, max_new_tokens: int, until: Sequence[str]) -> str:
-        """The answer; uses the cache up."""
+        """Write the answer; uses the cache up."""
         return generate(
             self._model,
             self._tokenizer,
@@ -87,7 +100,7 @@ class Asked:
         )[0]
 
     def likelihoods(self, cache: CompressedCache, answers: Sequence[Tensor]) -> list[Likelihood]:
-        """How likely each of several answers is; uses the cache up."""
+        """Score several answers; uses the cache up."""
         if len(answers) > 1:
             cache.batch_repeat_interleave(len(answers))
         ids = self._ids.expand(len(answers), -1)

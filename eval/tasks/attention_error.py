@@ -1,4 +1,4 @@
-"""The error of the attention's output, by layer and head, for queries that come after the compression."""
+"""The error of the attention's output, by layer and head, for queries after the compression."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ import torch
 from pydantic import Field
 
 from eval.cells import Cell
-from eval.tasks.asking import Clock
+from eval.tasks.asking import Clock, held_by
 from eval.tasks.base import Measure, Metric, Outcome, Sample, Setting
 from eval.tasks.essays import EssayTask, Stretch
 from wildcat_kv import CompressedCache, Context, weighted_attention
 from wildcat_kv.cache.layer import WildCatLayer
-from wildcat_kv.cache.sizes import stored_tokens
 from wildcat_kv.contexts.reading import read
 
 
 class AttentionError(EssayTask):
-    """Relative error of every head's output over a continuation, its own words exact and the context compressed.
+    """Relative error of every head's output over a continuation, with a compressed context.
 
     Every layer gets the queries that the exact cache gives it: errors of earlier layers do not add up.
 
     Args:
-        lengths: tokens that are read and compressed.
-        tokens: of the continuation.
-        repeats: texts for each length; the run's limit may lower it.
+        lengths: tokens of the beginning, which is compressed.
+        repeats: texts of each length; the run's limit may lower it.
+        limit: most texts of each length, instead of the run's limit.
+        tokens: tokens of the continuation.
     """
 
     task: Literal["attention_error"] = "attention_error"
@@ -36,12 +36,12 @@ class AttentionError(EssayTask):
 
     @property
     def name(self) -> str:
-        """As the option is called."""
+        """The task's name."""
         return "attention_error"
 
     @property
     def metrics(self) -> dict[str, Metric]:
-        """Mean over layers and heads; how well a method's own estimate ranks them, and what it says on average."""
+        """The mean over layers and heads; rank correlation and mean of a method's own estimate."""
         return {
             "error": Metric(False, "of the output's norm", 3),
             "rank_correlation": Metric(True, "Spearman's, of estimate and error", 3),
@@ -58,7 +58,7 @@ class AttentionError(EssayTask):
             )
 
     def samples(self, setting: Setting) -> list[Sample]:
-        """Every length `repeats` times."""
+        """Make the texts of every length."""
         return [_Error(**fields) for fields in self.stretches(setting, self.tokens)]
 
 
@@ -74,23 +74,25 @@ class _Error(Stretch):
             clock = Clock()
             with clock("compress", model.device):
                 cache = cell.compress(context, tokenizer)
-            stored = round(stored_tokens(cache), 4)
+            held = held_by(cache)
             with clock("answer", model.device):
                 errors = attention_errors(whole, cache, ids.shape[1] - self.length)
             scores, layers = {"error": float(torch.tensor(errors).mean())}, {"error": _rounded(errors)}
-            if cache.compressor.estimates and stored < self.length:  # of what is exact there is no estimate
+            if (
+                cache.compressor.estimates and held["stored_tokens"] < self.length
+            ):  # of what is exact there is no estimate
                 estimates = [error[0].tolist() for error in cache.error_report().errors.values()]
                 layers["estimate"] = _rounded(estimates)
                 scores["estimate"] = float(torch.tensor(estimates).mean())
                 if len(estimates) == len(errors):  # no layer was left exact
                     scores["rank_correlation"] = rank_correlation(estimates, errors)
-            return Outcome(scores, stored, self.length, layers=layers, seconds=clock)
+            return Outcome(scores, seen_tokens=self.length, layers=layers, seconds=clock, **held)
 
         return measure
 
 
 def rank_correlation(estimates: list[list[float]], errors: list[list[float]]) -> float:
-    """Spearman's rank correlation of what was estimated and what was measured, over all layers and heads."""
+    """Compute Spearman's rank correlation of estimates and errors, over all layers and heads."""
     flat = (torch.tensor(numbers).flatten().numpy() for numbers in (estimates, errors))
     return float(scipy.stats.spearmanr(*flat).statistic)
 
@@ -100,12 +102,12 @@ def _rounded(numbers: list[list[float]]) -> list[list[float]]:
 
 
 def attention_errors(whole: CompressedCache, compressed: CompressedCache, after: int) -> list[list[float]]:
-    """Relative error of the attention's output, ||o' - o|| / ||o|| over the newest tokens.
+    """Compute the relative error of the attention's output, ||o' - o|| / ||o||, over the newest tokens.
 
     Args:
         whole: the exact cache of one row of text, with its queries, as `Context` has it.
         compressed: the cache of the same text without its newest tokens.
-        after: how many these are.
+        after: number of these tokens.
 
     Returns:
         For each compressed layer, an error for each query head.

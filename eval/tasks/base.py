@@ -1,4 +1,4 @@
-"""What every task is: samples, each read once and then measured for every cell."""
+"""The base of every task: samples, each read once and then measured for every cell."""
 
 from __future__ import annotations
 
@@ -7,25 +7,25 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from eval.cells import Cell
 from wildcat_kv.data.haystack import Half
+from wildcat_kv.lm_eval.prompts import Protocol
 
-Protocol = Literal["context-only", "full-prompt"]
 Lengths = Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=1)]  # tokens
 
 
 @dataclass(frozen=True)
 class Metric:
-    """How a score is to be read.
+    """The meaning of a score.
 
     Attributes:
-        higher_is_better: whether it is.
-        unit: what it counts.
-        digits: to print after the point.
+        higher_is_better: True if it is.
+        unit: unit of the score.
+        digits: digits to print after the point.
     """
 
     higher_is_better: bool
@@ -35,17 +35,17 @@ class Metric:
 
 @dataclass(frozen=True)
 class Setting:
-    """What the samples of all tasks depend on.
+    """The setting that the samples of all tasks depend on.
 
     Attributes:
-        tokenizer: of the model.
-        seed: chooses samples.
+        tokenizer: tokenizer of the model.
+        seed: seed that chooses samples.
         protocol: "context-only": compressed before the question is read. "full-prompt": after.
         positions: most tokens that the model can read.
-        limit: most samples of a task, or of each of its lengths; None for a task's own number.
-        chat_template: whether prompts are sent as chat messages.
-        data_dir: where benchmarks lie that are not to come from the hub.
-        half: of the essays and of the seeds; None for all.
+        limit: most samples of a task, of each of its lengths and depths; None for a task's own number.
+        chat_template: True to send prompts as chat messages.
+        data_dir: folder of benchmarks that are not to come from the hub.
+        half: half of the essays and of the seeds; None for all.
     """
 
     tokenizer: Any
@@ -58,21 +58,22 @@ class Setting:
     half: Half | None = None
 
     def seed_of(self, index: int) -> int:
-        """The seed of a sample; those of the two halves are never the same."""
+        """Make the seed of a sample; those of the two halves are never the same."""
         seed = self.seed * 100_003 + index
         return seed if self.half is None else 2 * seed + (self.half == "report")
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one cell made of one sample.
+    """The outcome of one cell on one sample.
 
     Attributes:
-        scores: by the metric's name.
+        scores: scores by the metric's name.
         stored_tokens: entries that a key head held after the compression, on average.
         seen_tokens: tokens that had been read then.
-        prediction: what the model wrote, if it wrote.
-        reference: what was expected, if there is such a thing.
+        memory_bytes: bytes of all tensors that the cache held then, free room included.
+        prediction: text that the model wrote, if it wrote.
+        reference: expected text, if there is one.
         layers: scores by layer and head, by name.
         seconds: times, by what took them.
     """
@@ -80,6 +81,7 @@ class Outcome:
     scores: dict[str, float]
     stored_tokens: float
     seen_tokens: int
+    memory_bytes: int
     prediction: str | None = None
     reference: str | None = None
     layers: dict[str, list[list[float]]] | None = None
@@ -94,9 +96,9 @@ class Sample(ABC):
     """One text to measure all cells on.
 
     Attributes:
-        index: its number in the task.
-        facets: what it is grouped by in tables and plots, such as its length.
-        prompt: all that is read, to be hashed.
+        index: number in the task.
+        facets: groups of tables and plots, such as its length.
+        prompt: whole text that is read, to be hashed.
         tokens: the most positions that the model needs for it.
     """
 
@@ -112,14 +114,14 @@ class Sample(ABC):
 
     @abstractmethod
     def open(self, model: Any, tokenizer: Any) -> Measure:
-        """Do what is the same for all cells, such as reading the context, and return what measures one."""
+        """Do the work that all cells share, such as reading the context; return a function that measures one."""
 
 
 class Task(BaseModel, ABC):
     """Something to measure. Its fields are its options in a configuration file.
 
     Args:
-        limit: most samples, instead of the run's.
+        limit: most samples, of each length and depth, instead of the run's limit.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -129,7 +131,7 @@ class Task(BaseModel, ABC):
     @property
     @abstractmethod
     def name(self) -> str:
-        """As it is called in records and tables."""
+        """The task's name in records and tables."""
 
     @property
     @abstractmethod
@@ -138,7 +140,7 @@ class Task(BaseModel, ABC):
 
     @property
     def streams(self) -> bool:
-        """Whether it compresses while it reads on; known at the latest when the samples are."""
+        """True if it compresses while it reads on; known once the samples are."""
         return False
 
     def check_model(self, model_config: Any) -> None:
@@ -150,12 +152,12 @@ class Task(BaseModel, ABC):
 
     @abstractmethod
     def samples(self, setting: Setting) -> list[Sample]:
-        """All samples, the same ones for the same setting.
+        """Make all samples, the same ones for the same setting.
 
         Raises:
             ValueError: they cannot be made, or the data is not there; says what is missing.
         """
 
     def count(self, setting: Setting, default: int) -> int:
-        """How many samples to make."""
+        """Choose how many samples to make."""
         return next(limit for limit in (self.limit, setting.limit, default) if limit is not None)

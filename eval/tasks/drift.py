@@ -10,11 +10,10 @@ from pydantic import Field
 from torch import Tensor
 
 from eval.cells import Cell
-from eval.tasks.asking import Clock
+from eval.tasks.asking import Clock, held_by
 from eval.tasks.base import Measure, Metric, Outcome, Sample, Setting
 from eval.tasks.essays import EssayTask, Stretch
 from wildcat_kv import Context
-from wildcat_kv.cache.sizes import stored_tokens
 from wildcat_kv.contexts.reading import read
 
 
@@ -22,9 +21,10 @@ class Drift(EssayTask):
     """Kullback-Leibler divergence from the exact cache's distribution, over a continuation in the true words.
 
     Args:
-        lengths: tokens that are read and compressed.
-        tokens: of the continuation.
-        repeats: texts for each length; the run's limit may lower it.
+        lengths: tokens of the beginning, which is compressed.
+        repeats: texts of each length; the run's limit may lower it.
+        limit: most texts of each length, instead of the run's limit.
+        tokens: tokens of the continuation.
     """
 
     task: Literal["drift"] = "drift"
@@ -33,7 +33,7 @@ class Drift(EssayTask):
 
     @property
     def name(self) -> str:
-        """As the option is called."""
+        """The task's name."""
         return "drift"
 
     @property
@@ -46,7 +46,7 @@ class Drift(EssayTask):
         }
 
     def samples(self, setting: Setting) -> list[Sample]:
-        """Every length `repeats` times."""
+        """Make the texts of every length."""
         return [_Drift(**fields) for fields in self.stretches(setting, self.tokens)]
 
 
@@ -61,17 +61,17 @@ class _Drift(Stretch):
             clock = Clock()
             with clock("compress", model.device):
                 cache = cell.compress(context, tokenizer)
-            stored = round(stored_tokens(cache), 4)
+            held = held_by(cache)
             with clock("answer", model.device):
                 found = read(model, cache, ids, last=after)[0].log_softmax(-1)
                 scores = _scores(expected, found, ids[0, self.length :])
-            return Outcome(scores=scores, stored_tokens=stored, seen_tokens=self.length, seconds=clock)
+            return Outcome(scores, seen_tokens=self.length, seconds=clock, **held)
 
         return measure
 
 
 def _scores(expected: Tensor, found: Tensor, words: Tensor) -> dict[str, float]:
-    """Of log-probabilities (tokens, vocabulary): what follows each word of the continuation, int64 (tokens,)."""
+    """Score log-probabilities (tokens, vocabulary) of what follows each word of a continuation, int64 (tokens,)."""
     kl = torch.nn.functional.kl_div(found, expected, log_target=True, reduction="batchmean")
     nll = torch.nn.functional.nll_loss(found[:-1], words[1:])
     agreement = (found.argmax(-1) == expected.argmax(-1)).float().mean()

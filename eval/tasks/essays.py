@@ -21,7 +21,7 @@ class Stretch(Sample):
 
     Attributes:
         ids: int64 (1, tokens), all of it.
-        length: of its beginning, in tokens.
+        length: tokens of its beginning.
     """
 
     ids: Tensor
@@ -33,17 +33,18 @@ class EssayTask(Task):
 
     Args:
         lengths: tokens of the beginning, which is compressed.
-        repeats: texts for each length; the run's limit may lower it.
+        repeats: texts of each length; the run's limit may lower it.
+        limit: most texts of each length, instead of the run's limit.
     """
 
     lengths: Lengths = Field([1000])
     repeats: int = Field(8, ge=1)
 
     def stretches(self, setting: Setting, after: int = 0) -> Iterator[dict[str, Any]]:
-        """The fields of a `Stretch` for every length, `repeats` times.
+        """Make the fields of a `Stretch` for every length, `repeats` times.
 
         Args:
-            setting: of the run.
+            setting: setting of the run.
             after: tokens that follow the beginning.
         """
         repeats = min(self.repeats, self.count(setting, self.repeats))

@@ -14,12 +14,10 @@ from torch import Tensor
 
 from eval.cells import Cell
 from eval.lm_eval_tasks import RULER, load, means_of, quiet, requests_of, scores_of
-from eval.tasks.asking import Asked, Clock, Prompt
+from eval.tasks.asking import Asked, Clock, Prompt, held_by
 from eval.tasks.base import Measure, Metric, Outcome, Sample, Setting, Task
-from wildcat_kv.cache.sizes import stored_tokens
-from wildcat_kv.contexts.prompts import encode_parts
 from wildcat_kv.contexts.reading import token_losses
-from wildcat_kv.lm_eval.splits import cut_middle, split_prompt
+from wildcat_kv.lm_eval.prompts import Parts, PromptEncoder, cut_middle, loses_middle, move_spaces
 
 # What LongBench's authors send as plain text even to chat models: examples and code.
 _PLAIN = ("trec", "triviaqa", "samsum", "lsht", "lcc", "repobench-p")
@@ -33,9 +31,10 @@ class HarnessTask(Task):
     Scores are the task's metrics that are means over documents, after the first of its filters.
 
     Args:
-        task: the name.
+        task: name of the task.
         lengths: tokens of RULER's texts, 4096 by default, or the version of a benchmark that has several, such as
             "4k" of BABILong.
+        limit: most documents of each length, instead of the run's limit.
         max_gen_toks: most tokens of an answer, instead of the task's own number.
         truncate: "middle" cuts prompts that are too long as LongBench does, and is its default; "never" refuses them.
         max_length: most tokens of prompt and answer, instead of the model's positions. Texts whose likelihood is
@@ -52,7 +51,7 @@ class HarnessTask(Task):
 
     @property
     def name(self) -> str:
-        """As lm-eval calls it."""
+        """The name in lm-eval."""
         return self.task
 
     @property
@@ -62,11 +61,11 @@ class HarnessTask(Task):
 
     @property
     def streams(self) -> bool:
-        """Where lm-eval asks for the likelihood of whole texts."""
+        """True where lm-eval asks for the likelihood of whole texts."""
         return self._rolling
 
     def samples(self, setting: Setting) -> list[Sample]:
-        """The first documents of every length, as lm-eval orders them."""
+        """Take the first documents of every length, as lm-eval orders them."""
         samples: list[Sample] = []
         lengths: list[int | str | None] = [*self.lengths] or [None]
         for length in lengths:
@@ -86,10 +85,11 @@ class HarnessTask(Task):
         fields: dict[str, Any] = {"index": index, "facets": facets, "loaded": loaded, "document": document}
         if loaded.OUTPUT_TYPE == "loglikelihood_rolling":
             (text,) = first.args
-            ids = _tensor(_encode(setting.tokenizer, text))
+            ids = torch.tensor(_encode(setting.tokenizer, text), dtype=torch.int64)
             tokens = min(len(ids), self.max_length or setting.positions)
             return _Rolling(prompt=text, tokens=tokens, ids=ids[None, :tokens], **fields)
         text = first.args[0]
+        encoder = PromptEncoder(partial(_encode, setting.tokenizer), setting.protocol)
         if any(other.args[0] != text for other in others):
             raise ValueError(
                 f"task={self.task!r}: each of its choices comes after another prompt, and one prompt a sample is read "
@@ -99,10 +99,10 @@ class HarnessTask(Task):
             with quiet():
                 options = normalize_gen_kwargs(first.args[1])
             room = self.max_gen_toks or options["max_gen_toks"]
-            parts = self._split(text, document, setting)
-            prompt = self._prompt(parts, room, index, setting)
+            parts = encoder.split(text, self.task, document)
+            prompt = self._prompt(encoder, parts, room, index, setting)
             reference = _reference(loaded, document, self.task)
-            expected = _answer(setting.tokenizer, parts, reference if text[-1:].isspace() else f" {reference}")
+            expected = encoder.answer(parts, reference if text[-1:].isspace() else f" {reference}")
             return _Generation(
                 prompt=text,
                 tokens=len(prompt) + room,
@@ -113,10 +113,10 @@ class HarnessTask(Task):
                 expected=expected if reference.strip() else None,
                 **fields,
             )
-        bare = text.rstrip()  # the spaces belong to what follows, as in lm-eval
-        parts = self._split(bare, document, setting)
-        answers = [_answer(setting.tokenizer, parts, text[len(bare) :] + request.args[1]) for request in requests]
-        prompt = self._prompt(parts, max(map(len, answers)), index, setting)
+        bare, _ = move_spaces(text, "")
+        parts = encoder.split(bare, self.task, document)
+        answers = [encoder.answer(parts, move_spaces(text, request.args[1])[1]) for request in requests]
+        prompt = self._prompt(encoder, parts, max(map(len, answers)), index, setting)
         return _Choice(
             prompt=text,
             tokens=len(prompt) + max(map(len, answers)),
@@ -126,15 +126,11 @@ class HarnessTask(Task):
             **fields,
         )
 
-    def _split(self, text: str, document: Mapping[str, Any], setting: Setting) -> tuple[str, str]:
-        """What is read before the compression, and after it."""
-        return (text, "") if setting.protocol == "full-prompt" else split_prompt(text, self.task, document)
-
-    def _prompt(self, parts: tuple[str, str], room: int, index: int, setting: Setting) -> Prompt:
-        context, question = map(_tensor, encode_parts(partial(_encode, setting.tokenizer), *parts))
+    def _prompt(self, encoder: PromptEncoder, parts: Parts, room: int, index: int, setting: Setting) -> Prompt:
+        context, question = encoder.ids(parts)
         limit = (self.max_length or setting.positions) - room
         try:
-            if self.truncate == "middle" or (self.truncate is None and self.task.startswith("longbench")):
+            if self.truncate == "middle" or (self.truncate is None and loses_middle(self.task)):
                 context = cut_middle(context, question, limit)
             elif self.max_length is not None and len(context) + len(question) > limit:
                 raise ValueError(
@@ -146,7 +142,7 @@ class HarnessTask(Task):
         return Prompt(context, question)
 
     def _chats(self, setting: Setting) -> Any:
-        """The tokenizer whose chat template is to be used, or None."""
+        """Choose the tokenizer whose chat template is used; None for plain text."""
         name = self.task.removeprefix("longbench_").removesuffix("_e")
         plain = self.task.startswith("longbench") and name in _PLAIN
         return setting.tokenizer if setting.chat_template and setting.tokenizer.chat_template and not plain else None
@@ -171,14 +167,21 @@ class _Generation(_Document):
 
         def measure(cell: Cell) -> Outcome:
             clock = Clock()
-            cache, stored = asked.compress(cell, clock)
+            cache, held = asked.compress(cell, clock)
             found = asked.likelihoods(cache.clone(), [expected]) if expected is not None else []
             with clock("answer", model.device):
                 prediction = asked.generate(cache, self.max_new_tokens, self.until)
             scores = scores_of(self.loaded, self.document, [prediction])
             if found:
                 scores["nll"] = -found[0].total / found[0].tokens
-            return Outcome(scores, stored, asked.seen_tokens, prediction, self.reference, seconds=clock)
+            return Outcome(
+                scores,
+                seen_tokens=asked.seen_tokens,
+                prediction=prediction,
+                reference=self.reference,
+                seconds=clock,
+                **held,
+            )
 
         return measure
 
@@ -194,7 +197,7 @@ class _Choice(_Document):
 
         def measure(cell: Cell) -> Outcome:
             clock = Clock()
-            cache, stored = asked.compress(cell, clock)
+            cache, held = asked.compress(cell, clock)
             with clock("answer", model.device):
                 found = asked.likelihoods(cache, self.answers)
             results = [(likelihood.total, likelihood.greedy) for likelihood in found]
@@ -202,7 +205,8 @@ class _Choice(_Document):
             if self.loaded.OUTPUT_TYPE == "loglikelihood":
                 scores["nll"] = -found[0].total / found[0].tokens
             best = max(range(len(results)), key=lambda choice: results[choice][0])
-            return Outcome(scores, stored, asked.seen_tokens, self.choices[best], seconds=clock)
+            prediction = self.choices[best]
+            return Outcome(scores, seen_tokens=asked.seen_tokens, prediction=prediction, seconds=clock, **held)
 
         return measure
 
@@ -218,13 +222,14 @@ class _Rolling(_Document):
             clock, cache = Clock(), cell.empty(model.config)
             with clock("read", model.device):
                 losses = token_losses(model, cache, ids, chunk=_CHUNK)
-            return Outcome({"nll": float(losses.mean())}, round(stored_tokens(cache), 4), ids.shape[1], seconds=clock)
+            scores = {"nll": float(losses.mean())}
+            return Outcome(scores, seen_tokens=ids.shape[1], seconds=clock, **held_by(cache))
 
         return measure
 
 
 def _length(task: str, document: Mapping[str, Any], chosen: int | str | None) -> dict[str, int | str]:
-    """The group of lengths that a document belongs to; LongBench-E has three, in words."""
+    """Find the group of lengths that a document belongs to; LongBench-E has three, in words."""
     if task.startswith("longbench") and task.endswith("_e"):
         words = int(document["length"])
         return {"length": "0-4k" if words < 4000 else "4-8k" if words < 8000 else "8k+"}
@@ -241,7 +246,7 @@ def _metrics(task: Any, name: str) -> dict[str, Metric]:
 
 
 def _reference(task: Any, document: dict[str, Any], name: str) -> str:
-    """Of several right answers the first; RULER wants all."""
+    """Take the first of several right answers; RULER wants all."""
     target = task.doc_to_target(document)
     if isinstance(target, list):
         return ", ".join(map(str, target)) if name.startswith(RULER) else str(target[0] if target else "")
@@ -249,16 +254,6 @@ def _reference(task: Any, document: dict[str, Any], name: str) -> str:
 
 
 def _encode(tokenizer: Any, text: str, begins: bool = True) -> list[int]:
-    """Token ids; special tokens as the tokenizer has them, but not twice and not inside a text."""
+    """Encode a text; with the tokenizer's special tokens, not twice and not inside a text."""
     begins = begins and not (tokenizer.bos_token and text.startswith(tokenizer.bos_token))
     return tokenizer(text, add_special_tokens=begins).input_ids
-
-
-def _tensor(ids: list[int]) -> Tensor:
-    return torch.tensor(ids, dtype=torch.int64)
-
-
-def _answer(tokenizer: Any, parts: tuple[str, str], text: str) -> Tensor:
-    """Token ids of what follows a prompt, as they come when it is encoded with what stands before it."""
-    before = parts[1] or parts[0]
-    return _tensor(_encode(tokenizer, before + text, False)[len(_encode(tokenizer, before, False)) :])

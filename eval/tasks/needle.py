@@ -1,4 +1,4 @@
-"""Needles in essays: how likely is the right answer still, by the text's length and the needle's depth?"""
+"""Needles in essays: likelihood of the right answer, by the text's length and the needle's depth."""
 
 from __future__ import annotations
 
@@ -21,9 +21,10 @@ class Needle(Task):
 
     Args:
         lengths: tokens of the essays.
-        depths: of the needle that is asked for, 0 for the beginning and 1 for the end of the text.
-        needles: in one text, 1 to 8.
-        repeats: texts for each length and depth; the run's limit may lower it.
+        depths: depths of the needle that is asked for, from 0, the beginning of the text, to 1, its end.
+        needles: needles in one text, 1 to 8.
+        repeats: texts of each length and depth; the run's limit may lower it.
+        limit: most texts of each length and depth, instead of the run's limit.
     """
 
     task: Literal["needle"] = "needle"
@@ -34,7 +35,7 @@ class Needle(Task):
 
     @property
     def name(self) -> str:
-        """With the number of needles where there are several."""
+        """The task's name, with the number of needles where there are several."""
         return "needle" if self.needles == 1 else f"needle_{self.needles}"
 
     @property
@@ -43,7 +44,7 @@ class Needle(Task):
         return {"nll": Metric(False, "nats a digit"), "exact_match": Metric(True, "share")}
 
     def samples(self, setting: Setting) -> list[Sample]:
-        """Every length and depth, `repeats` times; the limit counts these repeats."""
+        """Make the texts of every length and depth, `repeats` of each; the limit counts these."""
         repeats = min(self.repeats, self.count(setting, self.repeats))
         places = [(length, depth) for length in self.lengths for depth in self.depths]
         return [
@@ -83,13 +84,13 @@ class _NeedleSample(Sample):
 
         def measure(cell: Cell) -> Outcome:
             clock = Clock()
-            cache, stored = asked.compress(cell, clock)
+            cache, held = asked.compress(cell, clock)
             with clock("answer", model.device):
                 [likelihood] = asked.likelihoods(cache, [self.answer])
             return Outcome(
                 scores={"nll": -likelihood.total / likelihood.tokens, "exact_match": float(likelihood.greedy)},
-                stored_tokens=stored,
                 seen_tokens=asked.seen_tokens,
+                **held,
                 reference=self.reference,
                 seconds=clock,
             )

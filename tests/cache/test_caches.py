@@ -22,7 +22,7 @@ from tests.tiny import FAMILIES, SMALL, random_ids, tiny_model
 from wildcat_kv import CompressedCache, WildCatCache, WildCatConfig
 from wildcat_kv.cache.budget import block_size, kept_tokens
 from wildcat_kv.compressors import Uniform
-from wildcat_kv.hook.attention import wildcat_attention
+from wildcat_kv.hook.attention import cached_attention
 from wildcat_kv.hook.keyword import CACHE
 
 
@@ -490,7 +490,7 @@ def test_one_token_copies_no_layer(dtype):
     model = tiny_model("llama", intermediate_size=64).to(dtype)
     cache = WildCatCache(model.config, ratio=1.0)
     model(random_ids(1, 2000), **{CACHE: cache})
-    cache._shared.compressed = True
+    cache._pass_state.compressed = True
     largest = cache.layers[0].keys.numel()
 
     class Watch(TorchDispatchMode):
@@ -616,7 +616,7 @@ def test_a_model_in_place_of_its_config_is_refused():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({}, "neither"),
+        ({"ratio": None, "max_tokens": None}, "neither"),
         ({"ratio": 0.25, "max_tokens": 100}, "both"),
         ({"ratio": 2.0}, "ratio=2.0"),
         ({"max_tokens": 10}, "max_tokens=10 is too small"),
@@ -649,7 +649,7 @@ def test_attention_that_changes_the_values_is_refused(llama):
     keys, values = cache.update(torch.zeros(1, 2, 1, 16), torch.zeros(1, 2, 1, 16), 0)
     attention = llama.model.layers[0].self_attn
     with pytest.raises(RuntimeError, match="LlamaAttention changes the values"):
-        wildcat_attention(attention, torch.zeros(1, 4, 1, 16), keys, values.clone(), None, scaling=0.25)
+        cached_attention(attention, torch.zeros(1, 4, 1, 16), keys, values.clone(), None, scaling=0.25)
 
 
 def test_keys_that_never_reach_the_attention_are_noticed(llama):

@@ -7,12 +7,12 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache
 
+from tests.coreset.mass import token_mass
 from tests.driver import METHODS, SCALE, read, small_cache, tokens
 from tests.tiny import FAMILIES, random_ids, tiny_model
 from tests.words import tokenizer, words
 from wildcat_kv import CompressedCache, WildCatCache, compress_context, compress_kv, weighted_attention
 from wildcat_kv.compressors import Scorer
-from wildcat_kv.coreset.compresskv import token_mass
 from wildcat_kv.hook.keyword import CACHE
 
 SETTINGS = {"bin_rank": 4, "sink": 2, "window": 4}

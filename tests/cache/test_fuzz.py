@@ -90,7 +90,7 @@ class Caches(RuleBasedStateMachine):
             if not hasattr(layer, "announce"):
                 continue
             queries = new[0][index].repeat_interleave(2, 1)
-            if not announced.exact:
+            if not announced.uses_fallback:
                 assert torch.isfinite(layer.attend(queries, *layer.state.storage.view(), SCALE, {})).all()
             layer.after_attention(queries, SCALE)
 

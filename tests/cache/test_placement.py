@@ -21,7 +21,7 @@ from tests.tiny import random_ids, tiny_model
 from wildcat_kv import WildCatCache
 from wildcat_kv.cache.state import LayerState
 from wildcat_kv.coreset.bins import BinLayout
-from wildcat_kv.coreset.wtdattn import Weighting
+from wildcat_kv.coreset.wtdattn import WeightSigns
 from wildcat_kv.hook.keyword import CACHE
 
 DEVICES = ("toy:0", "toy:1")
@@ -40,11 +40,11 @@ def toy_backend():
     torch.toy.get_amp_supported_dtype = lambda: [torch.bfloat16]
 
 
-@pytest.fixture(params=[Weighting.POSITIVE, Weighting.SIGNED], ids=lambda weighting: weighting.name.lower())
+@pytest.fixture(params=[WeightSigns.POSITIVE, WeightSigns.SIGNED], ids=lambda weighting: weighting.name.lower())
 def fake(monkeypatch, toy_backend, request):
     # What a fold looks at on the host; fake tensors have nothing to look at.
     monkeypatch.setattr(LayerState, "check_finite", lambda self, keys: None)
-    monkeypatch.setattr(Weighting, "of", staticmethod(lambda weights, valid: request.param))
+    monkeypatch.setattr(WeightSigns, "of", staticmethod(lambda weights, valid: request.param))
     # Small constants would be computed with after all, and there is nothing to compute with.
     monkeypatch.setattr(FakeTensorMode, "may_turn_const", lambda self, tensor: False)
     build = BinLayout.build
@@ -72,7 +72,7 @@ def step(cache, count, rows=2):
         keys = torch.zeros(rows, 2, count, 16, device=device)
         cache.update(keys, keys, index)
         queries = torch.zeros(rows, 4, count, 16, device=device)
-        if not forward.exact:
+        if not forward.uses_fallback:
             held = cache.layers[index].state.storage.view()
             assert str(cache.layers[index].attend(queries, *held, SCALE, {}).device) == device
         cache.layers[index].after_attention(queries, SCALE)
@@ -114,7 +114,7 @@ def test_offloading_keeps_keys_and_values_on_the_cpu_between_forward_passes(fake
             returned = cache.update(keys, keys, index)
             layer.offload()
             assert all(str(tensor.device) == DEVICES[index] for tensor in returned)
-            if not forward.exact:
+            if not forward.uses_fallback:
                 queries = torch.zeros(2, 4, count, 16, device=DEVICES[index])
                 layer.attend(queries, *layer.state.storage.view(), SCALE, {})
             layer.after_attention(keys, SCALE)

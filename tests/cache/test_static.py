@@ -301,7 +301,7 @@ def test_memory_of_the_last_text_is_given_back(model):
     token = read(model, cache, random_ids(1, 33))
     decode(compiled(model, cache), token, 2)
     cache.reset()
-    assert cache.memory_bytes() == 0 and not cache._shared.buffers
+    assert cache.memory_bytes() == 0 and not cache._pass_state.buffers
 
 
 def test_nan_is_refused_again_and_again_and_nothing_is_overwritten(model):
@@ -429,8 +429,8 @@ class Pairs(RuleBasedStateMachine):
                 for number, layer in enumerate(cache.layers):
                     held = cache.update(keys[number], values[number], number)
                     query = keys[number].repeat_interleave(2, 1) + 0.5
-                    seen = None if layer.exact and not traced else layer.attend(query, *held, SCALE, {})
-                    outputs.append(None if forward.exact else seen)
+                    seen = None if layer.uses_fallback and not traced else layer.attend(query, *held, SCALE, {})
+                    outputs.append(None if forward.uses_fallback else seen)
                     layer.after_attention(query, SCALE)
         half = len(outputs) // 2
         for static, other in zip(outputs[:half], outputs[half:], strict=True):

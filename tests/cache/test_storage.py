@@ -8,10 +8,10 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from wildcat_kv.cache.storage import Entries, Storage
 from wildcat_kv.coreset.compresskv import Coreset
-from wildcat_kv.coreset.wtdattn import Weighting, mass_of
+from wildcat_kv.coreset.wtdattn import WeightSigns, mass_of
 
 HEADS, CHANNELS, VALUE_CHANNELS = 2, 4, 3
-ORDER = list(Weighting)
+ORDER = list(WeightSigns)
 
 
 def entries(rows, n, seed=0, memory=0, dtype=torch.float32, exact=False):
@@ -84,7 +84,7 @@ class Storages(RuleBasedStateMachine):
         self.storage.rewrite(start, [slots, view.slice(stop, length)])
         self.held = joined(self.held.slice(0, start), slots, self.held.slice(stop, length))
         self.folded = self.limit is None or self.storage.length <= self.limit
-        assert self.storage.weighting is Weighting.of(self.held.weights, self.held.valid)
+        assert self.storage.weighting is WeightSigns.of(self.held.weights, self.held.valid)
 
     @rule(share=st.floats(0, 1))
     def truncate(self, share):
@@ -123,7 +123,7 @@ class Storages(RuleBasedStateMachine):
 
     @invariant()
     def knows_its_weights(self):
-        truth = Weighting.of(self.held.weights, self.held.valid)
+        truth = WeightSigns.of(self.held.weights, self.held.valid)
         assert ORDER.index(self.storage.weighting) >= ORDER.index(truth)
 
     @invariant()
@@ -192,7 +192,7 @@ def test_a_fold_that_fails_leaves_everything_as_it_was(monkeypatch):
     def fail(weights, valid):
         raise torch.OutOfMemoryError
 
-    monkeypatch.setattr(Weighting, "of", staticmethod(fail))
+    monkeypatch.setattr(WeightSigns, "of", staticmethod(fail))
     with pytest.raises(torch.OutOfMemoryError):
         storage.rewrite(2, [entries(1, 4, seed=5)])
     assert storage.length == 20

@@ -2,15 +2,24 @@
 
 import io
 import json
+import os
 import re
+import subprocess
 import sys
 
 import pytest
+from prompt_toolkit.application import create_app_session
+from prompt_toolkit.completion import CompleteEvent
+from prompt_toolkit.document import Document
+from prompt_toolkit.input import create_pipe_input
+from prompt_toolkit.output import DummyOutput
 
+import wildcat_kv
 from tests.tiny import tiny_model
 from tests.words import tokenizer, words
 from wildcat_kv import CompressedContext, WildCatCache, cli, compress_context, preset_names
 from wildcat_kv.cli import options
+from wildcat_kv.cli.prompting import CommandCompleter, typed_lines
 from wildcat_kv.compressors import available
 from wildcat_kv.hook.keyword import CACHE
 from wildcat_kv.recipes.presets import preset_schema
@@ -62,6 +71,38 @@ def test_a_wrong_argument_is_one_line_and_a_failure(monkeypatch, capsys, prompt,
     assert err.startswith("wildcat-kv: ") and message in err and err.count("\n") == 1
 
 
+def test_no_arguments_are_answered_with_the_help(monkeypatch, capsys):
+    status, out, err = run(monkeypatch, capsys)
+    assert status == 2 and "Usage: " in out and "generate" in out and not err
+
+
+def test_the_version_is_shown(monkeypatch, capsys):
+    assert run(monkeypatch, capsys, "--version") == (0, f"wildcat-kv {wildcat_kv.__version__}\n", "")
+
+
+_WITHOUT_TORCH = """
+import atexit, sys
+atexit.register(lambda: print("torch" in sys.modules, "transformers" in sys.modules))
+from wildcat_kv.cli import main
+main()
+"""
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["demo", "--help"], ["--version"], ["presets"]], ids=str)
+def test_what_needs_no_model_does_not_wait_for_torch(arguments):
+    command = [sys.executable, "-c", _WITHOUT_TORCH, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert len(done.stdout.splitlines()) > 1 and done.stdout.splitlines()[-1] == "False False"
+
+
+def test_presets_are_completed_without_torch():
+    environment = {**os.environ, "COMP_WORDS": "wildcat-kv demo --preset ", "COMP_CWORD": "3"}
+    environment["_WILDCAT_KV_COMPLETE"] = "complete_bash"
+    code = f"import sys; sys.argv = ['wildcat-kv']\n{_WITHOUT_TORCH}"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    assert done.stdout.split() == [*preset_names(), "False", "False"]
+
+
 def test_all_methods_are_listed(monkeypatch, capsys):
     status, out, err = run(monkeypatch, capsys, "methods")
     assert status == 0 and not err
@@ -77,7 +118,8 @@ def test_a_damaged_model_is_one_line(monkeypatch, capsys, prompt, damaged_gguf):
 
 
 @pytest.mark.parametrize(
-    ("content", "message"), [(None, "cannot be read"), (b"  \n", "is empty"), (b"\xff\xfe", "UTF-8")]
+    ("content", "message"),
+    [(None, "cannot be read: No such file"), (b"  \n", "is empty"), (b"\xff\xfe", "is no UTF-8 text")],
 )
 def test_a_wrong_prompt_file_is_one_line(monkeypatch, capsys, tmp_path, content, message):
     path = tmp_path / "prompt.txt"
@@ -88,14 +130,20 @@ def test_a_wrong_prompt_file_is_one_line(monkeypatch, capsys, tmp_path, content,
 
 
 def test_demo_refuses_a_wrong_ratio_before_loading_anything(monkeypatch, capsys):
-    monkeypatch.setattr(options, "load_model", None)
+    monkeypatch.setattr(options, "load", None)
     status, _, err = run(monkeypatch, capsys, "demo", "--ratio", "0")
     assert status == 1 and "ratio=0.0" in err
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [(["demo", "--ratio", "abc"], "--ratio"), (["generate"], "--prompt-file"), (["nope"], "nope")],
+    [
+        (["demo", "--ratio", "abc"], "--ratio"),
+        (["demo", "--preset", "balancd"], "did you mean 'balanced'?"),
+        (["generate"], "--prompt-file"),
+        (["chat"], "context is missing; give the document to talk about, such as --context report.txt"),
+        (["nope"], "nope"),
+    ],
 )
 def test_a_usage_error_is_one_line(monkeypatch, capsys, arguments, message):
     status, _, err = run(monkeypatch, capsys, *arguments)
@@ -118,18 +166,27 @@ def test_generate_takes_a_preset_and_plain_text(monkeypatch, capsys, prompt):
 
 @pytest.mark.real
 def test_demo_prints_one_table(monkeypatch, capsys):
-    status, out, _ = run(monkeypatch, capsys, "demo", "--tokens", "600", "--max-new-tokens", "12")
+    status, out, _ = run(monkeypatch, capsys, "demo", "--tokens", "600", "--max-new-tokens", "24")
     assert status == 0
     for word in (
-        "exact",
-        "WildCat 25%",
-        "special magic number",
-        "tokens stored",
+        "exact cache",
+        "preset balanced",
+        "hold this sentence: The special magic number for Krakow is 65125",
+        "Both find 65125; the compressed cache holds",
         "cache, MiB",
-        "prefill",
-        "per second",
+        "reading, seconds",
+        "tokens a second",
+        "weights are 4-bit (Q4_1), dequantised",
     ):
-        assert word in out
+        assert word in " ".join(out.split())
+
+
+@pytest.mark.real
+def test_the_demo_takes_every_method_and_says_when_it_fails(monkeypatch, capsys):
+    for method, verdict in (("kvzip", "Both find 65125"), ("streaming_llm", "the compressed one does not")):
+        arguments = ["--tokens", "600", "--max-new-tokens", "16", "--method", method, "--ratio", "0.2"]
+        status, out, _ = run(monkeypatch, capsys, "demo", *arguments)
+        assert status == 0 and f"method {method}" in out and verdict in " ".join(out.split())
 
 
 # The folder of a model, and what is done to it
@@ -146,13 +203,67 @@ def folder(tmp_path):
 
 def test_a_folder_is_patched_and_taken_back(monkeypatch, capsys, folder):
     before = (folder / "config.json").read_bytes()
-    status, out, _ = run(monkeypatch, capsys, "patch", folder, "--preset", "published", "--ratio", "0.5")
+    status, out, err = run(monkeypatch, capsys, "patch", folder, "--preset", "published", "--ratio", "0.5")
+    assert "Programs obey it if they call wildcat_kv.enable(model)" in out and not err
     section = json.loads((folder / "config.json").read_text())["wildcat_kv"]
     assert status == 0 and str(folder) in out and "ratio=0.5" in out
     assert (section["preset"], section["settings"]["ratio"]) == ("published", 0.5)
     status, out, _ = run(monkeypatch, capsys, "patch", folder, "--undo")
-    assert status == 0 and "as it was" in out
+    assert status == 0 and "byte for byte as it was" in out
     assert (folder / "config.json").read_bytes() == before
+
+
+def test_an_undo_of_a_file_that_has_changed_since_says_so(monkeypatch, capsys, folder):
+    run(monkeypatch, capsys, "patch", folder, "--ratio", "0.5")
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "new": 1}))
+    status, out, _ = run(monkeypatch, capsys, "patch", folder, "--undo")
+    assert status == 0 and "the section wildcat_kv is taken out" in out and "byte for byte" not in out
+    assert json.loads(path.read_text())["new"] == 1 and "wildcat_kv" not in json.loads(path.read_text())
+
+
+def test_a_preset_that_knows_no_layers_of_a_model_says_so_in_one_line(monkeypatch, capsys, folder):
+    status, _, err = run(monkeypatch, capsys, "patch", folder, "--preset", "balanced")
+    assert status == 0 and err.count("\n") == 1
+    assert err.startswith("wildcat-kv: preset='balanced' leaves layers exact that were found by measuring SmolLM2-135M")
+    assert "for this model (llama) none are known" in err
+    status, _, err = run(monkeypatch, capsys, "patch", folder, "--preset", "balanced", "--max-tokens", "100")
+    assert status == 0 and not err  # which leaves no layers exact anyway
+
+
+# Answers with a tiny model
+
+
+def test_a_log_holds_no_blank_lines(monkeypatch, capsys, folder, prompt):
+    prompt.write_text(words(200))
+    arguments = ["--model", folder, "--max-new-tokens", "12", "--ratio", "0.5"]
+    status, out, err = run(monkeypatch, capsys, "generate", "--prompt-file", prompt, *arguments)
+    assert status == 0 and out.strip()
+    assert len(err.splitlines()) == 2 and all(line.strip() for line in err.splitlines())
+
+
+@pytest.mark.parametrize(
+    ("length", "arguments", "message"),
+    [
+        (
+            39,
+            ["--ratio", "0.25"],
+            "A short text: 10 of 39 tokens are kept, and of the 32 first and 32 last ones that should stay exact only "
+            "4 and 4 do. Raise the ratio to keep more.",
+        ),
+        (39, ["--ratio", "0.25", "--preset", "small.yaml"], None),
+        (39, ["--max-tokens", "100"], "Nothing is compressed: all 39 tokens fit into 100."),
+        (119, ["--max-tokens", "100"], None),
+        (39, ["--ratio", "1"], None),
+    ],
+)
+def test_a_short_prompt_is_remarked_on(monkeypatch, capsys, folder, prompt, length, arguments, message):
+    prompt.write_text(words(length))
+    monkeypatch.chdir(prompt.parent)
+    (prompt.parent / "small.yaml").write_text("settings: {ratio: 0.5, sink: 2, window: 2, bin_rank: 4}")
+    fixed = ["generate", "--prompt-file", prompt, "--model", folder, "--max-new-tokens", "8", "--no-chat"]
+    status, _, err = run(monkeypatch, capsys, *fixed, *arguments)
+    assert status == 0 and [" ".join(line.split()) for line in err.splitlines()[2:]] == ([message] if message else [])
 
 
 @pytest.mark.parametrize(
@@ -302,6 +413,27 @@ def test_a_document_is_saved_loaded_and_read_at_another_ratio(monkeypatch, capsy
     assert status == 0 and context.ask("w5", max_new_tokens=8) in out
 
 
+def test_commands_and_their_files_are_completed(tmp_path):
+    (tmp_path / "report.txt").touch()
+    completer = CommandCompleter(["/ratio", "/save", "/load"])
+
+    def completed(text):
+        return [found.text for found in completer.get_completions(Document(text), CompleteEvent())]
+
+    assert completed("/r") == ["/ratio"] and completed("/") == ["/ratio", "/save", "/load"]
+    assert completed(f"/load {tmp_path}/rep") == ["ort.txt"] and not completed(f"/ratio {tmp_path}/rep")
+    assert not completed("r") and not completed("What is /r")
+
+
+def test_lines_of_a_terminal_are_edited(monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO())
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
+    back, left = "\x7f", "\x02"
+    with create_pipe_input() as keys, create_app_session(input=keys, output=DummyOutput()):
+        keys.send_text(f"first{back}{back}e{left}{left}{left}{left}a\r \r/new\r\x04never")
+        assert list(typed_lines(["/new"])) == ["afire", "/new"]
+
+
 def test_mistakes_in_a_chat_are_one_line_and_change_nothing(monkeypatch, capsys, folder, document, tmp_path):
     other = tmp_path / "other.safetensors"
     cache = WildCatCache((model := tiny_model("qwen3")).config, ratio=0.5)
@@ -330,7 +462,7 @@ def test_mistakes_in_a_chat_are_one_line_and_change_nothing(monkeypatch, capsys,
 @pytest.mark.parametrize(
     ("content", "arguments", "message"),
     [
-        (None, [], "context='.*' cannot be read as UTF-8"),
+        (None, [], "context='.*' cannot be read: No such file"),
         (" \n", [], "context='.*' is empty"),
         ("w5", ["--ratio", "0"], "ratio=0.0"),
         ("w5", ["--method", "snapk"], "did you mean 'snapkv'"),
@@ -338,7 +470,7 @@ def test_mistakes_in_a_chat_are_one_line_and_change_nothing(monkeypatch, capsys,
     ],
 )
 def test_a_chat_that_cannot_begin_is_one_line(monkeypatch, capsys, tmp_path, content, arguments, message):
-    monkeypatch.setattr(options, "load_model", None)
+    monkeypatch.setattr(options, "load", None)
     path = tmp_path / "document.txt"
     if content is not None:
         path.write_text(content)

@@ -209,14 +209,20 @@ def test_conversations_are_apart_and_stream(context):
 
 def test_a_text_beyond_the_positions_is_read_in_parts(words_tokenizer):
     model = tiny_model("llama", max_position_embeddings=128)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
         context = compress_context(model, words_tokenizer, words(300), reserve=40, **SETTINGS)
         answer = context.ask(QUESTIONS[0], **SHORT)
+    [warning] = caught
+    beginning = 1 if words_tokenizer.chat_template else 0  # each part has the template's
+    said = (
+        f"text_or_file has 300 tokens, and the model's positions have room for {88 - beginning}: it is read in 4 parts"
+    )
+    assert str(warning.message).startswith(said)
+    assert warning.filename == __file__
     parts = 4
     assert context.cache.get_seq_length() <= 128 - 40 and answer
-    beginnings = parts if words_tokenizer.chat_template else 0  # each part has the template's
-    assert context.tokens == 300 + beginnings
+    assert context.tokens == 300 + parts * beginning
     assert context.cache.stored_length() == pytest.approx(context.tokens / 2, abs=parts)
     assert context.ask_many(QUESTIONS, **SHORT)[0] == answer
 
@@ -236,7 +242,7 @@ def test_parts_are_read_apart_and_joined():
 def test_a_text_is_read_in_chunks_where_that_is_asked_for(llama, words_tokenizer):
     chunked = compress_context(llama, words_tokenizer, TEXT, chunk_tokens=40, **SETTINGS)
     cache = WildCatCache(llama.config, **SETTINGS)
-    for piece in chunked._ids.split(40, dim=1):
+    for piece in chunked.ids.split(40, dim=1):
         llama(piece, **{CACHE: cache})
     assert_same(state(chunked.cache), state(cache))
 
@@ -247,16 +253,21 @@ def test_where_memory_runs_out_less_is_read_at_once(llama, monkeypatch):
     def short_of_memory(input_ids, **options):
         sizes.append(input_ids.shape[1])
         if input_ids.shape[1] > 400:
-            raise torch.OutOfMemoryError("CUDA out of memory")
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
         return forward(input_ids, **options)
 
     monkeypatch.setattr(llama, "forward", short_of_memory)
     with pytest.warns(UserWarning, match="memory ran out; reading 375 tokens at once"):
         context = compress_context(llama, tokenizer(None), text, **SETTINGS)
     assert sizes == [1500, 750, 375, 375, 375, 375] and context.tokens == 1500
-    monkeypatch.setattr(llama, "forward", lambda *_, **__: (_ for _ in ()).throw(torch.OutOfMemoryError("none at all")))
-    with pytest.raises(torch.OutOfMemoryError), pytest.warns(UserWarning):
-        compress_context(llama, tokenizer(None), text, **SETTINGS)
+    for error in (
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:118] err == 0. DefaultCPUAllocator: can't allocate memory"),
+    ):
+        monkeypatch.setattr(llama, "forward", lambda *_, error=error, **__: (_ for _ in ()).throw(error))
+        with pytest.raises(type(error)) as raised, pytest.warns(UserWarning, match="reading 256 tokens at once"):
+            compress_context(llama, tokenizer(None), text, **SETTINGS)
+        assert raised.value is error
 
 
 def test_max_tokens_holds_for_all_parts_together():
@@ -520,8 +531,14 @@ def test_what_cannot_be_is_said_before_anything_is_read(llama, monkeypatch, give
 
 def test_a_file_that_cannot_be_read_is_named(llama, tmp_path):
     (tmp_path / "latin.txt").write_bytes(b"\xe4\xff")
-    for name in ("latin.txt", "nowhere.txt"):
-        with pytest.raises(ValueError, match=f"{name}' cannot be read as UTF-8 text"):
+    (tmp_path / "empty.txt").touch()
+    for name, message in (
+        ("latin.txt", "latin.txt' is no UTF-8 text: .*; save it as UTF-8"),
+        ("nowhere.txt", "nowhere.txt': there is no such file; check the path"),
+        ("", "' cannot be read: Is a directory"),
+        ("empty.txt", "empty.txt' is empty; write a text into it"),
+    ):
+        with pytest.raises(ValueError, match=message):
             compress_context(llama, tokenizer(), tmp_path / name, **SETTINGS)
     with pytest.raises(TypeError, match="text_or_file=3 must be a text"):
         compress_context(llama, tokenizer(), 3, **SETTINGS)

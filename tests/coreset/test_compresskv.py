@@ -1,14 +1,13 @@
-"""COMPRESSKV: what must hold for any keys, and what the inputs may be."""
+"""COMPRESSKV: the reference's coreset, what must hold for any keys, and what the inputs may be."""
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from tests.coreset.mass import token_mass
 from wildcat_kv import compress_kv, weighted_attention
-from wildcat_kv.coreset import binned
-from wildcat_kv.coreset.compresskv import token_mass
-from wildcat_kv.coreset.rpnys import nystrom_weights, pivoted_cholesky
+from wildcat_kv.coreset import binned, reference
 from wildcat_kv.coreset.temperature import squared_temperature
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
@@ -57,19 +56,58 @@ def test_every_batch_entry_is_compressed_on_its_own():
     torch.testing.assert_close(together.values[1, 2], alone.values)
 
 
-def test_one_bin_is_the_factorisation_of_the_scaled_recentred_keys():
-    keys, values = tokens(40)
-    noise = gumbel(6, 40)
-    centred = keys - keys.mean(0)
-    scale = 0.3
-    points = centred * (scale / 3.94582) ** 0.5
-    factor = pivoted_cholesky(points, noise)
-    weights = nystrom_weights(points, factor)
-    coreset = compress_kv(keys, values, rank=6, scale=scale, noise=noise)
-    order = factor.pivots.argsort()
-    assert torch.equal(coreset.keys, keys[factor.pivots[order]])
-    torch.testing.assert_close(coreset.values, (weights @ values)[order])
-    torch.testing.assert_close(coreset.weights, weights.sum(-1)[order])
+def in_order(keys, coreset):
+    """K_S, V_S and w of the reference, sorted by the positions of the pivots."""
+    places = torch.cdist(coreset[0], keys.double()).argmin(-1)
+    return [tensor[places.argsort()] for tensor in coreset]
+
+
+@given(
+    st.integers(0, 2**31),
+    st.integers(2, 60),
+    st.integers(1, 30),
+    st.integers(1, 6),
+    st.floats(0.3, 2.0),
+    st.sampled_from(["released", "theory"]),
+    st.sampled_from([None, 1.5, 6.0]),
+)
+def test_matches_the_reference(seed, n, rank, bins, scale, temperature, query_norm):
+    bins = min(bins, rank, n)
+    keys, values = tokens(n, d=16, seed=seed)
+    noise = gumbel(-(-rank // bins), n, seed=seed)
+    options = {"scale": scale, "R_Q": query_norm, "B": bins, "rule": temperature}
+    expected = in_order(keys, reference.compress_kv(keys, values, rank, noise, **options))
+    for nudge in gumbel(2, *noise.shape, seed=seed):  # a draw so close that rounding decides
+        nudged = reference.compress_kv(keys, values, rank, noise + 1e-4 * nudge, **options)
+        assume(torch.equal(in_order(keys, nudged)[0], expected[0]))
+    ours = compress_kv(
+        keys, values, rank=rank, scale=scale, bins=bins, temperature=temperature, query_norm=query_norm, noise=noise
+    )
+    held = ours.valid
+    assert torch.equal(ours.keys[held].double(), expected[0])
+    torch.testing.assert_close(ours.values[held].double(), expected[1], rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(ours.weights[held].double(), expected[2], rtol=1e-3, atol=1e-3)
+
+
+@given(st.integers(0, 2**31), st.integers(40, 80), st.integers(5, 20), st.integers(1, 3))
+def test_attention_to_a_coreset_is_the_wildcat_of_the_reference(seed, n, rank, bins):
+    keys, values = tokens(n, d=16, seed=seed)
+    query, noise = gumbel(7, 16, seed=seed + 1), gumbel(rank, n, seed=seed)
+    expected = reference.wildcat(query, keys, values, rank, noise, scale=0.5, B=bins)
+    for nudge in gumbel(2, *noise.shape, seed=seed):
+        nudged = reference.wildcat(query, keys, values, rank, noise + 1e-4 * nudge, scale=0.5, B=bins)
+        assume(torch.equal(nudged, expected))
+    bound = float(query.norm(dim=-1).max())
+    coreset = compress_kv(keys, values, rank=rank, scale=0.5, bins=bins, query_norm=bound, noise=noise)
+    ours = weighted_attention(
+        query[None],
+        coreset.keys[None],
+        coreset.values[None],
+        coreset.weights[None],
+        scale=0.5,
+        value_range=(values.amin(0)[None, None], values.amax(0)[None, None]),
+    )
+    torch.testing.assert_close(ours[0].double(), expected, rtol=1e-3, atol=1e-3)
 
 
 @given(st.integers(0, 2**31), st.integers(2, 60), st.floats(-20, 20))
@@ -94,20 +132,6 @@ def test_permuting_tokens_and_noise_leaves_the_coreset(seed):
     torch.testing.assert_close(mixed.weights[match], plain.weights, rtol=1e-3, atol=1e-3)
 
 
-def test_bins_are_factorised_apart_around_the_centre_of_all():
-    keys, values = tokens(41)
-    noise = gumbel(4, 41)
-    coreset = compress_kv(keys, values, rank=7, bins=2, noise=noise)
-    points = (keys - keys.mean(0)) * (8**-0.5 / 3.94582) ** 0.5
-    for part, rank, slots in ((slice(0, 21), 4, slice(0, 4)), (slice(21, 41), 3, slice(4, 7))):
-        factor = pivoted_cholesky(points[part], noise[:rank, part])
-        weights = nystrom_weights(points[part], factor)
-        order = factor.pivots.argsort()
-        assert torch.equal(coreset.keys[slots], keys[part][factor.pivots[order]])
-        torch.testing.assert_close(coreset.values[slots], (weights @ values[part])[order])
-        torch.testing.assert_close(coreset.weights[slots], weights.sum(-1)[order])
-
-
 def test_compressing_twice_carries_weights_of_either_sign():
     """U' = W U and w' = W w: linear in what the slots stand for."""
     keys, values = tokens(30)
@@ -118,11 +142,19 @@ def test_compressing_twice_carries_weights_of_either_sign():
     assert torch.equal(once.keys, twice.keys)
     torch.testing.assert_close(2 * once.values, twice.values)
     # The importance changes which keys are drawn: check the solve with those that were.
-    points = (keys - keys.mean(0)) * (8**-0.5 / 3.94582) ** 0.5
-    kernel = (points.double() @ points.double().T).exp()
-    chosen = torch.cdist(once.keys, keys).argmin(-1)
-    expected = torch.linalg.solve(kernel[chosen][:, chosen], kernel[chosen]) @ weights.double()
+    _, expected = solved(keys, values, once, 8**-0.5, weights=weights)
     torch.testing.assert_close(once.weights.double(), expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_heavy_slots_are_drawn_as_by_the_reference_with_their_importance(seed):
+    keys, values = tokens(40, d=16, seed=seed)
+    weights, noise = 3 * torch.randn(40, generator=torch.Generator().manual_seed(seed)), gumbel(6, 40, seed=seed)
+    heavy = noise + 2 * weights.abs().log()
+    expected, _, _ = in_order(keys, reference.compress_kv(keys, values, 6, heavy, scale=0.5))
+    assert torch.equal(
+        compress_kv(keys, values, rank=6, scale=0.5, weights=weights, noise=noise).keys.double(), expected
+    )
 
 
 def test_padding_slots_take_part_in_nothing():
@@ -160,14 +192,14 @@ def test_what_fits_the_workspace_changes_nothing(weighted, monkeypatch):
         torch.testing.assert_close(parts.weights, whole.weights)
 
 
-def solved(keys, values, coreset, scale):
-    """U and w of the coreset's keys by float64 linear algebra."""
-    points = (keys.double() - keys.mean(0).double()) * (scale / 3.94582) ** 0.5
+def solved(keys, values, coreset, scale, weights=1.0, clipped=False):
+    """U and w of the coreset's keys, by the reference's Nystrom weights for them."""
+    centred = keys.double() - keys.double().mean(0)
+    points = centred * scale**0.5 / reference.temperature(centred, scale, None, "released")
     drawn = torch.cdist(coreset.keys[coreset.valid], keys, compute_mode="donot_use_mm_for_euclid_dist").argmin(-1)
-    square = torch.cdist(points[drawn], points, compute_mode="donot_use_mm_for_euclid_dist").square()
-    kernel, half = (-square / 2).exp(), points.square().sum(-1) / 2
-    matrix = torch.linalg.solve(kernel[:, drawn], kernel) * (half - half[drawn].unsqueeze(-1)).exp()
-    return matrix @ values.double(), matrix.sum(-1)
+    matrix = reference.nystrom_weights(reference.kernel(points), drawn.tolist())
+    matrix = matrix.clamp_min(0) if clipped else matrix
+    return matrix @ values.double(), (matrix * weights).sum(-1)
 
 
 @pytest.mark.parametrize("blocked", [False, True])
@@ -187,13 +219,11 @@ def test_near_duplicates_of_large_norm_do_not_spoil_attention(square, apart, blo
     assert coreset.valid.all()
     query = 0.3 * keys[::4] + torch.randn(40, 16, generator=generator)
     sums, mass = solved(keys, values, coreset, scale)
-    scores = query.double() @ coreset.keys.double().T * scale
-    terms = (scores - scores.amax(-1, keepdim=True)).exp()
-    low, high = values.amin(0), values.amax(0)
-    expected = ((terms @ sums) / (terms @ mass).unsqueeze(-1)).clamp(low, high)
-    ours = (terms @ coreset.values.double()) / (terms @ coreset.weights.double()).unsqueeze(-1)
+    box = values.amin(0), values.amax(0)
+    expected = reference.wtdattn(query, coreset.keys, sums, mass, *box, scale=scale)
+    ours = reference.wtdattn(query, coreset.keys, coreset.values, coreset.weights, *box, scale=scale)
     # Attention over so few of these keys is itself off by about as much as it is large.
-    assert (ours.clamp(low, high) - expected).norm() < 1e-2 * expected.norm()
+    assert (ours - expected).norm() < 1e-2 * expected.norm()
 
 
 @given(st.integers(0, 2**31), st.integers(100, 200), st.sampled_from(["nystrom", "clipped"]))
@@ -204,12 +234,10 @@ def test_large_ranks_without_noise_are_drawn_in_blocks_and_solve_the_same_system
     for head in range(2):
         one = type(coreset)(coreset.keys[head], coreset.values[head], coreset.weights[head], coreset.valid[head])
         assert one.valid.all() and len(torch.unique(one.keys, dim=0)) == 80
-        if weighting == "nystrom":
-            sums, mass = solved(keys[head], values[head], one, 8**-0.5)
-            torch.testing.assert_close(one.values.double(), sums, rtol=1e-2, atol=1e-2)
-            torch.testing.assert_close(one.weights.double(), mass, rtol=1e-2, atol=1e-2)
-        else:
-            assert (one.weights > 0).all()
+        sums, mass = solved(keys[head], values[head], one, 8**-0.5, clipped=weighting == "clipped")
+        torch.testing.assert_close(one.values.double(), sums, rtol=1e-2, atol=1e-2)
+        torch.testing.assert_close(one.weights.double(), mass, rtol=1e-2, atol=1e-2)
+        assert weighting == "nystrom" or (one.weights > 0).all()
 
 
 @given(
@@ -326,7 +354,7 @@ def test_errors_name_the_argument(change, message):
 
 
 class TestTemperature:
-    def reference(self, key_norm, query_norm, n, scale):
+    def by_mpmath(self, key_norm, query_norm, n, scale):
         from mpmath import exp, lambertw, log, mpf, sqrt
 
         rho = sqrt(1 + exp(lambertw(2 / exp(2)) + 2))
@@ -336,8 +364,10 @@ class TestTemperature:
     @given(st.floats(1e-6, 1e4), st.floats(1e-6, 1e4), st.integers(2, 10**6), st.floats(1e-3, 1.0))
     def test_theory_is_the_papers_formula(self, key_norm, query_norm, n, scale):
         ours = squared_temperature(torch.tensor(key_norm), torch.tensor(query_norm), torch.tensor(n), scale, "theory")
-        expected = self.reference(key_norm, query_norm, n, scale)
+        expected = self.by_mpmath(key_norm, query_norm, n, scale)
         assert float(ours) == pytest.approx(expected, rel=2e-4) or not 1e-26 < expected < 1e26
+        keys = torch.tensor([[key_norm]], dtype=torch.float64).expand(n, 1)
+        assert reference.temperature(keys, scale, query_norm, "theory") ** 2 == pytest.approx(expected, rel=1e-6)
 
     @given(st.floats(0, 3e38), st.floats(0, 3e38), st.integers(0, 10**9), st.sampled_from(["released", "theory"]))
     def test_always_finite_and_positive(self, key_norm, query_norm, n, rule):

@@ -1,4 +1,4 @@
-"""The factorisation and the weights against float64 linear algebra and the law of the pivots."""
+"""RPNYS in float32 batches: the pivots, their law and the weights against the reference."""
 
 import pytest
 import scipy.stats
@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from wildcat_kv import weighted_attention
+from wildcat_kv.coreset import reference
 from wildcat_kv.coreset.noise import gumbel_noise
 from wildcat_kv.coreset.rpnys import nystrom_weights, pivoted_cholesky
 
@@ -24,31 +25,62 @@ def factorised(seed, n, d, rank, spread):
     return points, noise, factor, nystrom_weights(points, factor)
 
 
-def exponential_kernel(points):
-    points = points.double()
-    return (points @ points.mT).exp()
-
-
 cases = st.tuples(
     st.integers(0, 2**31), st.integers(2, 40), st.integers(1, 16), st.integers(1, 12), st.floats(0.05, 3.0)
 )
 
 
-@given(cases)
-def test_weights_solve_the_nystrom_system(case):
-    points, _, factor, weights = factorised(*case)
-    chosen = factor.pivots[factor.valid]
-    kernel = exponential_kernel(points)
-    expected = torch.linalg.solve(kernel[chosen][:, chosen], kernel[chosen])
-    gaussian = (-torch.cdist(points[chosen].double(), points[chosen].double()).square() / 2).exp()
-    ours = weights[factor.valid].double()
-    if torch.linalg.cond(gaussian) <= 1e3 and expected.abs().max() < 1e4:
-        assert (ours - expected).abs().max() <= 1e-4 * expected.abs().max()
+def rounded(kernel, points):
+    """The kernel with entries off by as much as float32 distances are: what it changes, rounding may change."""
+    noise = torch.randn(kernel.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    error = 2.0**-22 * (1 + float(points.square().sum(-1).max()))
+    return kernel * (1 + error * (noise + noise.T).fill_diagonal_(0))
+
+
+def assert_reference_pivots(points, noise, pivots):
+    """Each draw is the reference's, as far as rounding lets one tell."""
+    kernel = reference.kernel(points.double())
+    diagonal, other = kernel.diagonal(), rounded(kernel, points)
+    for step in range(len(noise)):
+        left = reference.residual_diagonal(kernel, pivots[:step])
+        doubt = ((left - reference.residual_diagonal(other, pivots[:step])).abs() / diagonal).max()
+        rounding = (10 * doubt + 2e-5 * max(1.0, float(points.square().sum(-1).max()))) * diagonal
+        if step == len(pivots):
+            assert (left <= rounding).all()
+            break
+        least, most = ((left + error).clamp_min(0).log() + noise[step] for error in (-rounding, rounding))
+        assert most[pivots[step]] >= least.max()
+
+
+def assert_reference_weights(points, pivots, weights):
+    """W (r, n) solves H_SS W = H_S as the reference does."""
+    kernel = reference.kernel(points.double())
+    expected, ours = reference.nystrom_weights(kernel, pivots.tolist()), weights.double()
+    root = kernel.diagonal()[pivots].sqrt()
+    other = reference.nystrom_weights(rounded(kernel, points), pivots.tolist())
+    if torch.linalg.cond(kernel[pivots][:, pivots] / root / root.unsqueeze(-1)) <= 1e3 and expected.abs().max() < 1e4:
+        allowed = 1e-4 * expected.abs().max() + 10 * (other - expected).abs().max()
+        assert (ours - expected).abs().max() <= allowed
     else:  # the system is not well determined, what it is for still is
         query = points.double()[:5]
-        scores = (query @ points.double()[chosen].T).exp()
-        exact = (scores @ expected).sum(-1)
-        assert torch.allclose((scores @ ours).sum(-1), exact, rtol=1e-2)
+        scores = (query @ points.double()[pivots].T).exp()
+        exact, nearby = ((scores @ matrix).sum(-1) for matrix in (expected, other))
+        assert ((scores @ ours).sum(-1) - exact).abs().le(1e-2 * exact.abs() + 30 * (nearby - exact).abs()).all()
+
+
+@given(cases)
+def test_matches_the_reference(case):
+    points, noise, factor, weights = factorised(*case)
+    assert_reference_pivots(points, noise, factor.pivots[factor.valid].tolist())
+    assert_reference_weights(points, factor.pivots[factor.valid], weights[factor.valid])
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_draws_the_pivots_of_the_reference(seed):
+    points, noise, factor, weights = factorised(seed, 60, 8, 12, 1.0)
+    pivots, expected = reference.rpnys(reference.kernel(points.double()), noise)
+    assert factor.pivots.tolist() == pivots
+    torch.testing.assert_close(weights.double(), expected, rtol=1e-4, atol=1e-4)
 
 
 @given(cases)
@@ -82,14 +114,15 @@ def test_pivots_follow_the_residual_diagonal(weighted):
         points.expand(draws, n, 4), noise, log_importance=importance.expand(draws, n) if weighted else None
     )
     first, second = factor.pivots.T
-    kernel = exponential_kernel(points)
-    mass = kernel.diagonal() * importance.double().exp()
-    assert_frequencies(first, mass / mass.sum())
+    assert_law(first, points, [], importance)
     for pivot in range(n):
-        row = kernel[pivot]
-        residual = (kernel.diagonal() - row.square() / row[pivot]).clamp_min(0) * importance.double().exp()
-        residual[pivot] = 0
-        assert_frequencies(second[first == pivot], residual / residual.sum())
+        assert_law(second[first == pivot], points, [pivot], importance)
+
+
+def assert_law(drawn, points, before, importance):
+    """Pivots drawn after `before` follow the reference's residual diagonal times exp(importance)."""
+    mass = reference.residual_diagonal(reference.kernel(points.double()), before) * importance.double().exp()
+    assert_frequencies(drawn, mass / mass.sum())
 
 
 def assert_frequencies(drawn, probability):

@@ -5,10 +5,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.coreset.test_rpnys import assert_frequencies, exponential_kernel, points_and_noise
+from tests.coreset.test_rpnys import assert_law, assert_reference_weights, points_and_noise
 from wildcat_kv.compressors.base import KVBlock
 from wildcat_kv.compressors.wildcat import WildCat
-from wildcat_kv.coreset import rpnys_blocked
+from wildcat_kv.coreset import reference, rpnys_blocked
 from wildcat_kv.coreset.noise import uniform_rows
 from wildcat_kv.coreset.rpnys import nystrom_sums, nystrom_weights, pivoted_cholesky
 from wildcat_kv.coreset.rpnys_blocked import BLOCK, accelerated_cholesky
@@ -21,8 +21,10 @@ def uniforms(entries, seed=5, block=BLOCK):
 
 
 def gaussian_kernel(points):
-    points = points.double()
-    return (-torch.cdist(points, points, compute_mode="donot_use_mm_for_euclid_dist").square() / 2).exp()
+    """G = D^-1 H D^-1 of the reference's H."""
+    kernel = reference.kernel(points.double())
+    root = kernel.diagonal().sqrt()
+    return kernel / root / root.unsqueeze(-1)
 
 
 @pytest.mark.parametrize("block", [1, 3, 64])
@@ -41,14 +43,9 @@ def test_pivots_follow_the_residual_diagonal(block, weighted, monkeypatch):
     )
     assert factor.valid.all()
     first, second = factor.pivots.T
-    kernel = exponential_kernel(points)
-    mass = kernel.diagonal() * importance.double().exp()
-    assert_frequencies(first, mass / mass.sum())
+    assert_law(first, points, [], importance)
     for pivot in range(n):
-        row = kernel[pivot]
-        residual = (kernel.diagonal() - row.square() / row[pivot]).clamp_min(0) * importance.double().exp()
-        residual[pivot] = 0
-        assert_frequencies(second[first == pivot], residual / residual.sum())
+        assert_law(second[first == pivot], points, [pivot], importance)
 
 
 @given(st.integers(0, 2**31), st.integers(70, 200), st.integers(2, 16), st.integers(1, 90), st.floats(0.05, 3.0))
@@ -66,6 +63,16 @@ def test_the_rows_reproduce_the_kernel_at_the_pivots(seed, n, d, rank, spread):
     if count < rank:  # nothing was left
         left = gaussian_kernel(points).diagonal() - rows.double().square().sum(0)
         assert left.max() < 10 * rounding
+
+
+@given(st.integers(0, 2**31), st.integers(80, 160), st.integers(1, 12), st.integers(1, 100), st.floats(0.05, 2.0))
+def test_matches_the_reference_given_its_pivots(seed, n, d, rank, spread):
+    points, _ = points_and_noise(seed, n, d, 1, spread)
+    factor = accelerated_cholesky(points, uniforms([seed]), min(rank, n))
+    drawn = factor.pivots[factor.valid]
+    assert_reference_weights(points, drawn, nystrom_weights(points, factor)[factor.valid])
+    identity = nystrom_sums(factor, torch.eye(n), log_scale=points.square().sum(-1))
+    assert_reference_weights(points, drawn, identity[factor.valid])
 
 
 def test_as_many_rounds_as_it_takes_find_what_one_step_at_a_time_finds():

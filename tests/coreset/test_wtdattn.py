@@ -1,5 +1,6 @@
-"""Attention to weighted entries, whichever way it is computed, against its definition in float64."""
+"""Attention to weighted entries, whichever way it is computed, against WTDATTN of the reference."""
 
+import itertools
 from unittest.mock import patch
 
 import pytest
@@ -8,28 +9,28 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from wildcat_kv import weighted_attention
-from wildcat_kv.coreset import wtdattn
-from wildcat_kv.coreset.wtdattn import Weighting, coreset_attention, mass_of
+from wildcat_kv.coreset import reference, wtdattn
+from wildcat_kv.coreset.wtdattn import AttentionOptions, WeightSigns, coreset_attention, mass_of
 
 
-def reference(query, keys, values, weights, scale, valid=None, causal=False, softcap=None, sinks=None):
-    groups = query.shape[-3] // keys.shape[-3]
-    keys, values, weights = (
-        tensor.double().repeat_interleave(groups, dim=dim) for tensor, dim in ((keys, -3), (values, -3), (weights, -2))
-    )
-    scores = query.double() @ keys.mT * scale
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    terms = scores.exp()
-    if valid is not None:
-        terms = terms * valid.repeat_interleave(groups, dim=-2).unsqueeze(-2)
-    if causal:
-        n, own = keys.shape[-2], query.shape[-2]
-        terms = terms * (torch.arange(n) <= torch.arange(n - own, n).unsqueeze(-1))
-    denominator = (terms * weights.unsqueeze(-2)).sum(-1, keepdim=True)
-    if sinks is not None:
-        denominator = denominator + sinks.double().exp().view(-1, 1, 1)
-    return terms @ values / denominator
+def definition(query, keys, values, weights, scale, valid=None, causal=False, softcap=None, sinks=None, box=None):
+    """WTDATTN of the reference for every query: what it sees, as one channel that holds the scores."""
+    groups, (n, own) = query.shape[-3] // keys.shape[-3], (keys.shape[-2], query.shape[-2])
+    valid = torch.ones(keys.shape[:-1], dtype=torch.bool) if valid is None else valid
+    scores = query.double() @ keys.double().repeat_interleave(groups, -3).mT * scale
+    scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
+    output = torch.empty(*query.shape[:-1], values.shape[-1], dtype=torch.float64)
+    low, high = (torch.full_like(values[..., :1, :], end) for end in (-torch.inf, torch.inf)) if box is None else box
+    for *batch, head, place in itertools.product(*map(range, query.shape[:-1])):
+        of = (*batch, head // groups)
+        seen = valid[of] & (torch.arange(n) <= (n - own + place if causal else n))
+        entries = scores[(*batch, head, place)][seen].unsqueeze(-1), values[of][seen].double(), weights[of][seen]
+        if sinks is not None:  # an entry of weight 1 without a value
+            sink = sinks[head].double().view(1, 1), torch.zeros(1, values.shape[-1]), torch.ones(1)
+            entries = [torch.cat(pair) for pair in zip(entries, sink, strict=True)]
+        one = torch.ones(1, 1)
+        output[(*batch, head, place)] = reference.wtdattn(one, *entries, low[of][0], high[of][0], scale=1.0)[0]
+    return output
 
 
 def inputs(heads=4, kv_heads=2, own=3, n=11, d=8, d_v=5, seed=0, batch=(2,)):
@@ -49,18 +50,29 @@ def inputs(heads=4, kv_heads=2, own=3, n=11, d=8, d_v=5, seed=0, batch=(2,)):
     st.booleans(),
     st.sampled_from([None, 5.0]),
     st.booleans(),
+    st.booleans(),
     st.integers(0, 999),
 )
-def test_is_its_definition(heads, own, n, causal, softcap, with_sinks, seed):
+def test_matches_the_reference(heads, own, n, causal, softcap, with_sinks, clipped, seed):
     query, keys, values, weights = inputs(*heads, own=own, n=n, seed=seed)
     weights = weights.abs()
     valid = torch.rand(2, heads[1], n) < 0.7
     valid[..., 0] = True
     sinks = torch.randn(heads[0]) if with_sinks else None
+    box = (values.amin(-2, keepdim=True) / 3, values.amax(-2, keepdim=True) / 3) if clipped else None
     ours = weighted_attention(
-        query, keys, values, weights, scale=0.4, valid=valid, causal=causal, softcap=softcap, sink_logits=sinks
+        query,
+        keys,
+        values,
+        weights,
+        scale=0.4,
+        valid=valid,
+        causal=causal,
+        value_range=box,
+        softcap=softcap,
+        sink_logits=sinks,
     )
-    expected = reference(query, keys, values, weights, 0.4, valid, causal, softcap, sinks)
+    expected = definition(query, keys, values, weights, 0.4, valid, causal, softcap, sinks, box)
     torch.testing.assert_close(ours.double(), expected, rtol=1e-4, atol=1e-5)
 
 
@@ -69,7 +81,7 @@ def test_negative_weights_are_summed_with_their_sign():
     assert (weights < 0).any()
     torch.testing.assert_close(
         weighted_attention(query, keys, values, weights, scale=0.2).double(),
-        reference(query, keys, values, weights, 0.2),
+        definition(query, keys, values, weights, 0.2),
         rtol=1e-4,
         atol=1e-5,
     )
@@ -146,7 +158,7 @@ def test_accumulates_in_float32(dtype):
     assert output.dtype == dtype
     torch.testing.assert_close(
         output.double(),
-        reference(query, keys, values, weights, 8**-0.5),
+        definition(query, keys, values, weights, 8**-0.5),
         rtol=1e-5 if dtype == torch.float64 else torch.finfo(dtype).eps,
         atol=1e-5 if dtype == torch.float64 else torch.finfo(dtype).eps,
     )
@@ -188,20 +200,24 @@ def test_nan_is_not_hidden():
 
 # As a cache stores them: numerators over their masses, and what is known of the weights
 
-KINDS = list(Weighting)
+KINDS = list(WeightSigns)
+
+
+def stored_attention(query, keys, values, weights, valid, kind, **options):
+    return coreset_attention(query, keys, values, weights, kind, AttentionOptions(0.4, valid, **options))
 
 
 def as_stored(kind, heads, own, n, seed, dtype=torch.float32):
     """Query, keys, values, weights and validity of which `kind` is true; the first entry is always valid."""
     query, keys, values, weights = inputs(*heads, own=own, n=n, seed=seed)
     valid = torch.ones(weights.shape, dtype=torch.bool)
-    if kind is Weighting.NONE:
+    if kind is WeightSigns.NONE:
         weights = torch.ones_like(weights)
     else:
         generator = torch.Generator().manual_seed(seed)
         valid = torch.rand(weights.shape, generator=generator) < 0.7
         valid[..., 0] = True
-        if kind is Weighting.POSITIVE:
+        if kind is WeightSigns.POSITIVE:
             weights = weights.abs().clamp_min(2**-7)
         else:  # little that is negative: a denominator that cancels is another test's
             weights[..., ::4] *= 0.1
@@ -224,26 +240,17 @@ def as_stored(kind, heads, own, n, seed, dtype=torch.float32):
     st.sampled_from([2**26, 150]),
     st.integers(0, 999),
 )
-def test_attention_to_stored_entries_is_the_definition(
+def test_attention_to_stored_entries_matches_the_reference(
     kind, heads, own, n, causal, softcap, with_sinks, dtype, at_once, seed
 ):
     query, keys, values, weights, valid = as_stored(kind, heads, own, n, seed, dtype)
     sinks = torch.randn(heads[0]) if with_sinks else None
     with patch.object(wtdattn, "_SCORES_AT_ONCE", at_once):
-        ours = coreset_attention(
-            query,
-            keys,
-            values,
-            weights,
-            weighting=kind,
-            scale=0.4,
-            valid=valid,
-            causal=causal,
-            softcap=softcap,
-            sink_logits=sinks,
+        ours = stored_attention(
+            query, keys, values, weights, valid, kind, causal=causal, softcap=softcap, sink_logits=sinks
         )
     numerators = values.double() * mass_of(weights).unsqueeze(-1)
-    expected = reference(query, keys, numerators, weights, 0.4, valid, causal, softcap, sinks)
+    expected = definition(query, keys, numerators, weights, 0.4, valid, causal, softcap, sinks)
     assert ours.dtype == dtype and ours.shape == expected.shape
     tolerance = 1e-5 if dtype == torch.float32 else torch.finfo(dtype).eps
     # The fused kernel rounds the terms of an average: the error is one of the largest value.
@@ -254,93 +261,80 @@ def test_attention_to_stored_entries_is_the_definition(
 @pytest.mark.parametrize("own", [1, 5])
 @pytest.mark.parametrize("softcap", [None, 3.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("kind", [Weighting.POSITIVE, Weighting.SIGNED])
+@pytest.mark.parametrize("kind", [WeightSigns.POSITIVE, WeightSigns.SIGNED])
 def test_a_query_that_sees_nothing_gives_finite_numbers(kind, dtype, softcap, own):
     query, keys, values, weights, valid = as_stored(kind, (4, 2), own, 9, 0, dtype)
     valid[0], weights[0] = False, 0
     keys[0] *= 100  # loud padding
-    output = coreset_attention(
-        query, keys, values, weights, weighting=kind, scale=0.4, valid=valid, causal=True, softcap=softcap
-    )
+    output = stored_attention(query, keys, values, weights, valid, kind, causal=True, softcap=softcap)
     assert torch.isfinite(output).all()
-    alone = coreset_attention(
-        query[1:],
-        keys[1:],
-        values[1:],
-        weights[1:],
-        weighting=kind,
-        scale=0.4,
-        valid=valid[1:],
-        causal=True,
-        softcap=softcap,
-    )
+    rest = (tensor[1:] for tensor in (query, keys, values, weights, valid))
+    alone = stored_attention(*rest, kind, causal=True, softcap=softcap)
     torch.testing.assert_close(output[1:], alone)
 
 
 @given(st.integers(1, 5), st.integers(6, 30), st.booleans(), st.integers(0, 999))
 def test_both_ways_agree_where_no_weight_is_negative(own, n, causal, seed):
-    query, keys, values, weights, valid = as_stored(Weighting.POSITIVE, (4, 2), own, n, seed)
+    query, keys, values, weights, valid = as_stored(WeightSigns.POSITIVE, (4, 2), own, n, seed)
     box = (values.amin(-2, keepdim=True) / 3, values.amax(-2, keepdim=True) / 3)  # narrow: some outputs are clipped
     fused, general = (
-        coreset_attention(
-            query, keys, values, weights, weighting=kind, scale=0.4, valid=valid, causal=causal, value_range=box
-        )
-        for kind in (Weighting.POSITIVE, Weighting.SIGNED)
+        stored_attention(query, keys, values, weights, valid, kind, causal=causal, value_range=box)
+        for kind in (WeightSigns.POSITIVE, WeightSigns.SIGNED)
     )
     torch.testing.assert_close(fused, general, rtol=1e-4, atol=1e-5)
+    numerators = values * mass_of(weights).unsqueeze(-1)
+    expected = definition(query, keys, numerators, weights, 0.4, valid, causal, box=box)
+    torch.testing.assert_close(general.double(), expected, rtol=1e-4, atol=1e-5)
     lowest, highest = (bound.repeat_interleave(2, 1) for bound in box)
     assert ((fused >= lowest) & (fused <= highest)).all()
 
 
 def test_a_large_key_of_padding_outweighs_nothing():
     for dtype in (torch.float32, torch.float16):
-        query, keys, values, weights, valid = as_stored(Weighting.POSITIVE, (4, 2), 1, 12, 3, dtype)
+        query, keys, values, weights, valid = as_stored(WeightSigns.POSITIVE, (4, 2), 1, 12, 3, dtype)
         valid[..., 5], weights[..., 5] = False, 0
         keys[..., 5, :] = 300.0
         query = query.abs()
         kept = torch.arange(12) != 5
         torch.testing.assert_close(
-            coreset_attention(query, keys, values, weights, weighting=Weighting.POSITIVE, scale=0.4, valid=valid),
-            coreset_attention(
+            stored_attention(query, keys, values, weights, valid, WeightSigns.POSITIVE),
+            stored_attention(
                 query,
                 keys[..., kept, :],
                 values[..., kept, :],
                 weights[..., kept],
-                weighting=Weighting.POSITIVE,
-                scale=0.4,
-                valid=valid[..., kept],
+                valid[..., kept],
+                WeightSigns.POSITIVE,
             ),
         )
 
 
 def test_keys_and_values_of_another_dtype_than_the_query_are_attended_to():
-    query, keys, values, weights, valid = as_stored(Weighting.POSITIVE, (4, 2), 1, 12, 0)
-    same = coreset_attention(query, keys, values, weights, weighting=Weighting.POSITIVE, scale=0.4, valid=valid)
-    mixed = coreset_attention(
-        query, keys.bfloat16(), values.bfloat16(), weights, weighting=Weighting.POSITIVE, scale=0.4, valid=valid
-    )
+    query, keys, values, weights, valid = as_stored(WeightSigns.POSITIVE, (4, 2), 1, 12, 0)
+    same = stored_attention(query, keys, values, weights, valid, WeightSigns.POSITIVE)
+    mixed = stored_attention(query, keys.bfloat16(), values.bfloat16(), weights, valid, WeightSigns.POSITIVE)
     torch.testing.assert_close(mixed, same, rtol=0.05, atol=0.05)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        under = coreset_attention(query, keys, values, weights, weighting=Weighting.POSITIVE, scale=0.4, valid=valid)
+        under = stored_attention(query, keys, values, weights, valid, WeightSigns.POSITIVE)
     torch.testing.assert_close(under, same)
 
 
 @pytest.mark.parametrize(
     ("weights", "valid", "expected"),
     [
-        ([1, 1, 1], [1, 1, 1], Weighting.NONE),
-        ([1, 0, 1], [1, 0, 1], Weighting.POSITIVE),
-        ([1, 5, 2**-7], [1, 1, 1], Weighting.POSITIVE),
-        ([1, 0, 1], [1, 1, 1], Weighting.SIGNED),
-        ([1, 2**-8, 1], [1, 1, 1], Weighting.SIGNED),
-        ([1, -3, 1], [1, 1, 1], Weighting.SIGNED),
-        ([1, -3, 1], [1, 0, 1], Weighting.POSITIVE),
-        ([1, float("nan"), 1], [1, 1, 1], Weighting.SIGNED),
-        ([], [], Weighting.NONE),
+        ([1, 1, 1], [1, 1, 1], WeightSigns.NONE),
+        ([1, 0, 1], [1, 0, 1], WeightSigns.POSITIVE),
+        ([1, 5, 2**-7], [1, 1, 1], WeightSigns.POSITIVE),
+        ([1, 0, 1], [1, 1, 1], WeightSigns.SIGNED),
+        ([1, 2**-8, 1], [1, 1, 1], WeightSigns.SIGNED),
+        ([1, -3, 1], [1, 1, 1], WeightSigns.SIGNED),
+        ([1, -3, 1], [1, 0, 1], WeightSigns.POSITIVE),
+        ([1, float("nan"), 1], [1, 1, 1], WeightSigns.SIGNED),
+        ([], [], WeightSigns.NONE),
     ],
 )
 def test_what_is_known_of_weights(weights, valid, expected):
-    assert Weighting.of(torch.tensor(weights, dtype=torch.float32), torch.tensor(valid, dtype=torch.bool)) is expected
+    assert WeightSigns.of(torch.tensor(weights, dtype=torch.float32), torch.tensor(valid, dtype=torch.bool)) is expected
 
 
 def test_masses_are_weights_that_can_be_divided_by():

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import lm_eval
 import pytest
@@ -382,8 +383,23 @@ def test_a_group_that_changes_its_members_is_refused():
         members("openllm")
 
 
+def test_names_are_read_from_disk_the_second_time(monkeypatch, tmp_path):
+    monkeypatch.setenv("WILDCAT_KV_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(lm_eval_tasks, "_manager", lambda: SimpleNamespace(all_tasks=["one", "two"]))
+    assert known_tasks() == ["one", "two"]
+    monkeypatch.setattr(lm_eval_tasks, "_manager", lambda: pytest.fail("lm-eval's files were read again"))
+    assert known_tasks() == ["one", "two"]
+
+
+def test_names_are_found_where_none_can_be_kept(monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("WILDCAT_KV_CACHE", str(tmp_path / "file"))
+    monkeypatch.setattr(lm_eval_tasks, "_manager", lambda: SimpleNamespace(all_tasks=["one"]))
+    assert known_tasks() == ["one"]
+
+
 def test_near_names_are_proposed():
-    with pytest.raises(ValueError, match=r"tasks='longbench_qaspr_e': .*did you mean longbench_qasper_e"):
+    with pytest.raises(ValueError, match=r"tasks='longbench_qaspr_e': .*did you mean 'longbench_qasper_e'\?"):
         RunConfig(tasks=["longbench_qaspr_e"]).make_tasks()
     with pytest.raises(ValueError, match="`python -m eval tasks` lists the names"):
         members("@@@@")

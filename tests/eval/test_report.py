@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from eval import report, statistics
+from eval.conclusion import conclude
 from eval.plots import save_plots
 from eval.statistics import average_difference, paired_difference
 from eval.summary import summarise
@@ -402,6 +403,81 @@ def test_rows_are_in_the_order_of_the_manifest():
     methods = ["uniform", "exact", "snapkv", "wildcat"]
     table = make_tables(run(methods=methods), summarise(run(methods=methods), verdicts()))[1]
     assert [cells[0].text for cells in table.rows] == methods
+
+
+def test_no_two_columns_have_the_same_head():
+    for table in make_tables(run(), summarise(run(), verdicts())):
+        assert len(set(table.header)) == len(table.header)
+
+
+def test_exact_can_be_the_baseline():
+    manifest = run(config={"baseline": "exact"})
+    overview, table = make_tables(manifest, summarise(manifest, verdicts()))
+    assert "nll, to exact (95 %)" in table.header and "to exact" in overview.header
+    assert line(table, "exact")["nll ↓, difference"].text == ""
+    assert line(table, "wildcat")["nll ↓, difference"].mark == "worse"
+    assert line(table, "wildcat")["nll ↓, difference"].text.startswith("+1.00")
+
+
+def test_bytes_stand_beside_what_is_kept_where_they_were_measured():
+    sizes = {"exact": 8 * 2**20, "wildcat": 2 * 2**20, "snapkv": 3 * 2**20}
+    records = [{**entry, "memory_bytes": sizes.get(entry["method"])} for entry in verdicts()]
+    records = [entry for entry in records if entry["memory_bytes"]] + cell([1.0] * 10, method="uniform")
+    table = make_tables(run(), summarise(run(), records))[1]
+    shown = {method: line(table, method)["cache, MiB"].text for method in run()["methods"]}
+    assert shown == {
+        "exact": "8.0 (100.0% of exact)",
+        "wildcat": "2.0 (25.0% of exact)",
+        "snapkv": "3.0 (37.5% of exact)",
+        "uniform": "–",
+    }
+    old = make_tables(run(), summarise(run(), verdicts()))[1]
+    assert not any("MiB" in name for name in old.header)
+
+
+# Conclusion
+
+
+def concluded(records, **fields):
+    return conclude(run(**fields), summarise(run(**fields), records))
+
+
+def test_the_conclusion_counts_what_was_found():
+    assert concluded(verdicts()) == (
+        "At ratio 0.25, uniform finds 90 % of the needles, the best of 3 methods; wildcat 40 %; "
+        "the exact cache 100 % (n = 10)."
+    )
+
+
+def test_the_conclusion_names_a_tie_once():
+    records = [entry for entry in verdicts() if entry["method"] != "uniform"]
+    found = concluded(records, config={"baseline": "exact"})
+    assert found == "At ratio 0.25, wildcat and 1 more find 40 % of the needles; the exact cache 100 % (n = 10)."
+
+
+def test_where_nothing_was_found_the_first_metric_decides():
+    records = [
+        record(sample=at, method=method, scores={"nll": nll, "exact_match": 0.0})
+        for method, nll in (("wildcat", 2.0), ("snapkv", 3.0))
+        for at in range(3)
+    ]
+    assert concluded(records) == "At ratio 0.25, wildcat has nll 2.00 nats a digit in needle (n = 3)."
+
+
+def test_other_tasks_are_told_by_their_score():
+    records = cell([1.0, 0.0], "recall", task="niah_single_1", method="snapkv")
+    records += cell([0.0, 0.0], "recall", task="niah_single_1")
+    assert concluded(records) == "At ratio 0.25, snapkv has recall 50 % in niah_single_1; wildcat none (n = 2)."
+
+
+def test_the_exact_cache_alone_has_no_conclusion(tmp_path):
+    assert concluded(cell([1.0] * 3, method="exact")) == ""
+
+
+def test_the_conclusion_stands_above_the_facts(tmp_path):
+    html = written(tmp_path, run(), verdicts())
+    for text in (html, (tmp_path / "summary.md").read_text()):
+        assert text.index("uniform finds 90 % of the needles") < text.index("python -m eval run")
 
 
 # Plots

@@ -16,7 +16,10 @@ import yaml
 
 import eval.run
 from eval.__main__ import main
+from eval.archive import archive_run
 from eval.config import RunConfig, read_config
+from eval.progress import _Log
+from eval.records import Folder
 
 pytest_plugins = ["tests.eval_fixtures"]
 
@@ -36,7 +39,7 @@ KEYS = [
 ]
 FIELDS = [
     *("task", "sample", "method", "ratio", "max_tokens", "protocol", "seed", "prompt_hash", "prediction", "reference"),
-    *("scores", "seen_tokens", "stored_tokens", "facets", "layers", "seconds"),
+    *("scores", "seen_tokens", "stored_tokens", "memory_bytes", "facets", "layers", "seconds"),
 ]
 
 
@@ -162,6 +165,8 @@ def test_a_line_says_all_there_is_to_know(reference):
         assert record["seconds"].keys() == {"compress", "answer"}
         share = record["ratio"] or 1
         assert record["stored_tokens"] == pytest.approx(share * record["seen_tokens"], abs=1)
+        # A key and a value of 16 numbers of 4 bytes, for each of 2 heads in 3 layers, is the least that a token takes.
+        assert record["memory_bytes"] >= record["stored_tokens"] * 2 * 3 * 2 * 16 * 4
         if record["task"] == "drift":
             assert record["scores"].keys() == {"kl", "nll", "agreement"} and record["facets"] == {"length": 120}
             assert record["seen_tokens"] == 120 and record["reference"] is None
@@ -329,6 +334,15 @@ def test_a_run_of_other_versions_is_not_gone_on_with(config_file, interrupted, r
     assert contents(folder) == before
 
 
+def test_a_run_from_before_an_option_was_there_goes_on(config_file, interrupted, reference, reported):
+    folder = interrupted(30)
+    manifest = json.loads((folder / "run.json").read_text())
+    assert manifest["config"].pop("half") is None
+    (folder / "run.json").write_text(json.dumps(manifest))
+    measure(config_file, folder, resume=True)
+    assert timeless(folder) == timeless(reference)
+
+
 @pytest.mark.parametrize("characters", [0, 50])
 def test_a_run_of_other_prompts_is_not_gone_on_with(config_file, interrupted, reported, characters):
     folder = interrupted(10, characters)
@@ -351,6 +365,126 @@ def test_a_damaged_run_is_not_gone_on_with(config_file, interrupted, reported, d
     with pytest.raises(ValueError, match=r"holds no run|is damaged"):
         measure(config_file, folder, resume=True)
     assert contents(folder)[damage] == before[damage]
+
+
+# What a run says while it runs
+
+
+def test_a_log_has_a_line_now_and_then():
+    seconds, lines = [0.0], []
+    log = _Log(168, lines.append, lambda: seconds[0])
+    log.skip(10)
+    for task in ["needle"] * 4 + ["drift"] * 2:
+        seconds[0] += 3.1
+        log.advance(task, "wildcat 0.25")
+    assert lines == [
+        "needle wildcat 0.25: 11 of 168, 3.1 s each, about 8 min left",
+        "drift wildcat 0.25: 15 of 168, 3.1 s each, about 8 min left",
+    ]
+    seconds[0] += 10
+    log.advance("drift", "snapkv 0.1")
+    log.skip(150)
+    log.advance("drift", "kvzip 0.1")
+    assert [line.partition(":")[0] for line in lines[2:]] == ["drift snapkv 0.1", "drift kvzip 0.1"]
+    assert lines[-1].endswith("168 of 168, 3.6 s each")
+
+
+def test_a_run_without_a_terminal_writes_plain_lines(config_file, reported, tmp_path, capsys):
+    measure(config_file, tmp_path / "new", tasks=["drift"], limit=1)
+    lines = capsys.readouterr().err.splitlines()
+    assert re.fullmatch(r"drift exact: 1 of 7, \d+\.\d s each, about \d+ s left", lines[0])
+    assert re.fullmatch(r"drift kvzip 0\.3: 7 of 7, \d+\.\d s each", lines[1])
+    assert not any("\x1b" in line for line in lines)
+
+
+# The command
+
+
+def test_a_limit_of_the_command_wins_over_the_files_own(config_file, tmp_path):
+    fields = yaml.safe_load(config_file.read_text())
+    fields["tasks"] = [{"task": "niah_single_1", "limit": 10}, "drift"]
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump({**fields, "limit": 7}))
+    by_file = read_config(tmp_path / "own.yaml")
+    by_command = read_config(tmp_path / "own.yaml", limit=2)
+    chosen = read_config(tmp_path / "own.yaml", limit=2, tasks=["niah_single_1"])
+    assert by_file.limit == 7 and by_file.tasks[0]["limit"] == 10
+    assert by_command.limit == 2 and by_command.tasks == [{"task": "niah_single_1"}, "drift"]
+    assert chosen.tasks == [{"task": "niah_single_1"}]
+
+
+def test_a_report_says_where_it_is_and_takes_a_baseline(reference, monkeypatch, capsys, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(reference, folder)
+    for baseline, said in (("exact", None), ("snapvk", "baseline='snapvk' is no method of this run; did you mean")):
+        monkeypatch.setattr(sys, "argv", ["eval", "report", str(folder), "--baseline", baseline])
+        with pytest.raises(SystemExit) as exit_:
+            main()
+        captured = capsys.readouterr()
+        if said is None:
+            assert not exit_.value.code and captured.out == f"{folder}/report.html\n"
+            assert "nll, to exact (95 %)" in (folder / "summary.md").read_text()
+        else:
+            assert exit_.value.code == 1 and said in captured.err
+
+
+# Runs to keep
+
+
+@pytest.fixture
+def archived(reference, tmp_path):
+    """Makes an archive of the first lines of the run."""
+
+    def make(lines):
+        folder = tmp_path / "archived"
+        shutil.copytree(reference, folder)
+        text = (folder / "samples.jsonl").read_text().splitlines(keepends=True)
+        (folder / "samples.jsonl").write_text("".join(text[:lines]))
+        archive_run(folder)
+        return folder
+
+    return make
+
+
+def test_an_archive_holds_the_same_samples(reference, archived):
+    folder = archived(42)
+    assert sorted(contents(folder)) == ["run.json", "samples.jsonl.gz"]
+    assert Folder(folder).records() == records(reference)
+    before = contents(folder)
+    assert archive_run(folder) == sum(map(len, before.values())) and contents(folder) == before
+
+
+@pytest.mark.parametrize("lines", [9, 42])
+def test_an_archive_goes_on(config_file, reference, archived, reported, lines):
+    folder = archived(lines)
+    measure(config_file, folder, resume=True)
+    assert timeless(folder) == timeless(reference)
+    assert sorted(contents(folder)) == ["run.json", "samples.jsonl"]
+
+
+def test_an_unpacking_that_was_interrupted_loses_nothing(config_file, reference, archived, reported):
+    """The plain file is whole, the packed one is still beside it."""
+    folder = archived(9)
+    shutil.copy(reference / "samples.jsonl", folder)
+    assert len(Folder(folder).records()) == 42
+    measure(config_file, folder, resume=True)
+    assert (folder / "samples.jsonl").read_bytes() == (reference / "samples.jsonl").read_bytes()
+    assert sorted(contents(folder)) == ["run.json", "samples.jsonl"]
+
+
+def test_an_unfinished_run_is_not_archived(interrupted):
+    folder = interrupted(10)
+    before = contents(folder)
+    with pytest.raises(ValueError, match="has not finished"):
+        archive_run(folder)
+    assert contents(folder) == before
+
+
+def test_a_damaged_archive_is_refused(archived):
+    folder = archived(42)
+    packed = folder / "samples.jsonl.gz"
+    packed.write_bytes(packed.read_bytes()[:-20])
+    with pytest.raises(ValueError, match="is damaged"):
+        Folder(folder).records()
 
 
 # Folders that hold something else
@@ -413,7 +547,7 @@ def test_two_processes_measure_what_one_does(config_file, reference, tmp_path):
     assert done.returncode == 0 and not done.stdout, done.stderr
     assert_same_but_for_noise(folder, reference)
     assert [path.name for path in folder.glob("samples*")] == ["samples.jsonl"]
-    assert (folder / "report.html").exists() and not list(folder.glob("*.new"))
+    assert (folder / "report.html").exists() and not list(folder.glob("*.partial"))
     manifest = json.loads((folder / "run.json").read_text())
     assert manifest["finished"]
     assert manifest["command"] == f"python -m eval run {config_file} --output {folder}"
@@ -437,7 +571,7 @@ def test_a_merge_that_was_interrupted_is_done_again(config_file, interrupted, re
     folder = interrupted(42)
     lines = (folder / "samples.jsonl").read_text().splitlines(keepends=True)
     (folder / "samples.1.jsonl").write_text("".join(lines[7:14]))
-    (folder / "samples.jsonl.new").write_text("".join(lines[:5]))
+    (folder / ".samples.jsonl.1.partial").write_text("".join(lines[:5]))
     measure(config_file, folder, resume=True)
     assert (folder / "samples.jsonl").read_text() == "".join(lines)
     assert sorted(contents(folder)) == ["run.json", "samples.jsonl"]
@@ -474,6 +608,7 @@ def no_model(monkeypatch):
         (["--ratios", ""], "ratios=[]"),
         (["--protocol", "foo"], "protocol='foo'"),
         (["--limit", "-3"], "--limit"),
+        (["--baseline", "snapvk"], "baseline='snapvk' is no method of this run; did you mean 'snapkv'?"),
         (["--limit", "many"], "--limit"),
         (["--data-dir", "no/such/folder"], "data_dir='no/such/folder'"),
         (["--tasks", ""], "tasks"),
@@ -645,7 +780,8 @@ def test_committed_results_are_those_of_the_files(folder):
     manifest = json.loads((folder / "run.json").read_text())
     config = read_config(ROOT / f"configs/eval/{folder.name}.yaml")
     assert manifest["finished"] and RunConfig(**manifest["config"]) == config
-    samples = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+    samples = Folder(folder).records()
+    assert {path.suffix for path in folder.iterdir()} <= {".json", ".gz", ".md"}  # the rest is drawn anew from these
     per_task = {task: sum(sample["task"] == task for sample in samples) for task in manifest["metrics"]}
     cells = len(config.cells())
     assert all(count and count % cells == 0 for count in per_task.values())

@@ -13,8 +13,7 @@ from tests.words import tokenizer
 from wildcat_kv import WildCatCache, cli, enable
 from wildcat_kv.cache.layer import WildCatLayer
 from wildcat_kv.hook.marks import Forward
-from wildcat_kv.integrations import model_checks as checks
-from wildcat_kv.integrations.model_checks import names, run_checks
+from wildcat_kv.integrations.model_checks import checks, names, run_checks
 
 
 def statuses(model, **options):

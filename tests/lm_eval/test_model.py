@@ -207,14 +207,14 @@ def test_the_compressed_context_does_not_depend_on_the_question(make, monkeypatc
     """Of two questions about one context the first token of an answer differs; what they are asked of does not."""
     model = make("snapkv", "context-only")
     stored = []
-    read = model._read
+    read = model._reader.read
 
     def keep(contexts):
         cache, *others = read(contexts)
         stored.append([layer.state.storage.entries.keys.clone() for layer in cache.layers])
         return cache, *others
 
-    monkeypatch.setattr(model, "_read", keep)
+    monkeypatch.setattr(model._reader, "read", keep)
     context = prose(120)
     doc = {"context": context}
     requests = [choice(f"{context} {question}", " cat", doc) for question in ("Who?", "Where is the mat?")]

@@ -1,9 +1,8 @@
-"""Prompts of benchmarks cut where their context ends, and contexts cut to what fits."""
+"""Prompts of benchmarks split where their context ends."""
 
 import pytest
-import torch
 
-from wildcat_kv.lm_eval.splits import cut_middle, split_prompt
+from wildcat_kv.lm_eval.splits import split_prompt
 
 NEEDLES = "A special magic number is hidden.\nOne of the special magic numbers for red-fox is: 123.\n"
 RULER = {
@@ -67,25 +66,3 @@ def test_a_prompt_without_a_context_names_the_way_out(document):
 def test_a_context_that_nothing_comes_after_is_refused(after):
     with pytest.raises(ValueError, match=r"task='mine': nothing comes after the context.*full-prompt"):
         split_prompt(f"Sum up: a story.{after}", "mine", {"context": "a story."})
-
-
-@pytest.mark.parametrize("asked", [0, 1, 7, 25])
-@pytest.mark.parametrize("limit", [50, 51])
-def test_a_prompt_loses_its_middle_as_in_the_authors_code(asked, limit):
-    prompt = torch.arange(90)
-    context, question = prompt[: 90 - asked], prompt[90 - asked :]
-    half = int(limit / 2)
-    expected = torch.cat((prompt[:half], prompt[-half:]))
-    assert torch.equal(torch.cat((cut_middle(context, question, limit), question)), expected)
-
-
-@pytest.mark.parametrize("limit", [90, 1000])
-def test_a_prompt_that_fits_stays_whole(limit):
-    context = torch.arange(80)
-    assert cut_middle(context, torch.arange(10), limit) is context
-
-
-@pytest.mark.parametrize(("asked", "limit", "message"), [(26, 50, "26 tokens.*the 50.*is 25"), (1, -4, "the -4")])
-def test_a_question_that_leaves_no_room_for_a_context_is_refused(asked, limit, message):
-    with pytest.raises(ValueError, match=message):
-        cut_middle(torch.arange(80), torch.arange(asked), limit)

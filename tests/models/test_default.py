@@ -4,10 +4,17 @@ import json
 import struct
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from huggingface_hub.errors import (
+    GatedRepoError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+)
 from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers import models as tokenizer_models
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -211,7 +218,7 @@ def test_folder_with_cut_weights(tmp_path: Path) -> None:
     assert "cannot be loaded" in error_of(str(tmp_path))
 
 
-@pytest.mark.parametrize("source", ["/nowhere/model", "./missing", "a/b/c", "two words"])
+@pytest.mark.parametrize("source", ["/nowhere/model", "./missing", "a/b/c", "two words", "a--b", "name.git"])
 def test_missing_folder(source: str) -> None:
     assert "no such folder" in error_of(source)
 
@@ -236,27 +243,32 @@ def test_damaged_gguf(tmp_path: Path, content: bytes) -> None:
     assert "cut short" in error_of(str(path))
 
 
-class OfflineModeIsEnabled(Exception):  # noqa: N818 - the hub library's own name
-    pass
-
-
-class RepositoryNotFoundError(Exception):
-    pass
+# What the errors of the hub look into.
+NOT_FOUND: Any = SimpleNamespace(headers={}, request=None)
 
 
 @pytest.mark.parametrize(
     ("cause", "said"),
     [
         (OfflineModeIsEnabled("offline"), "hub cannot be reached"),
-        (RepositoryNotFoundError("404"), "not on the hub"),
+        (LocalEntryNotFoundError("not in the cache"), "hub cannot be reached"),
+        (RepositoryNotFoundError("404", response=NOT_FOUND), "not on the hub"),
+        (GatedRepoError("403", response=NOT_FOUND), "you have no access"),
         (ValueError("odd\nthing"), "odd"),
     ],
 )
 def test_hub_failures(monkeypatch: pytest.MonkeyPatch, cause: Exception, said: str) -> None:
     def fail(*_: Any, **__: Any) -> None:
-        raise cause
+        raise OSError("what Transformers says") from cause
 
     monkeypatch.setattr(loading.AutoModelForCausalLM, "from_pretrained", fail)
+    if not isinstance(cause, ValueError):
+        assert said in error_of("nobody/nothing")
+
+    def fail_at_once(*_: Any, **__: Any) -> None:
+        raise cause
+
+    monkeypatch.setattr(loading.AutoModelForCausalLM, "from_pretrained", fail_at_once)
     assert said in error_of("nobody/nothing")
 
 

@@ -116,7 +116,7 @@ def test_weighted_attention_does_all_that_the_family_does(family):
 
         read(ids, mask)
         if force:
-            cache._shared.compressed = True
+            cache._pass_state.compressed = True
         seen, collected = longer(mask, 6), []
         for new in (later[:, :6], *later[:, 6:].split(1, dim=1)):
             collected.append(read(new, seen))

@@ -8,7 +8,7 @@ import transformers as tf
 import yaml
 
 from tests.tiny import tiny_config
-from wildcat_kv import Preset, WildCatConfig, load_preset, preset_names
+from wildcat_kv import Preset, WildCatCache, WildCatConfig, load_preset, preset_names
 from wildcat_kv.compressors import resolve
 from wildcat_kv.recipes.presets import preset_schema
 from wildcat_kv.recipes.recipe import Recipe
@@ -29,11 +29,11 @@ def test_every_file_loads_by_its_name_and_by_its_path(path):
 def test_every_file_fits_models_in_and_out_of_its_families(path):
     preset = load_preset(path)
     for config in (tiny_config("llama"), tf.Gemma3TextConfig(), tf.Qwen2Config()):
-        Recipe.choose(config, preset=path).check(config)
+        WildCatCache(config, preset=path)
     for family in preset.families:
         config = tf.AutoConfig.for_model(**family.match)
         assert preset.settings_for(config).exact_layers == family.exact_layers
-        Recipe.choose(config, preset=path).check(config)
+        WildCatCache(config, preset=path)
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)

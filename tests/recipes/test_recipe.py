@@ -15,7 +15,8 @@ import transformers as tf
 from tests.integrations.test_enable import llava
 from tests.tiny import random_ids, tiny_config, tiny_model
 from wildcat_kv import CompressedCache, WildCatCache, WildCatConfig, enable, load_preset, patch_config
-from wildcat_kv.compressors import SnapKV
+from wildcat_kv.cache.blueprint import Blueprint
+from wildcat_kv.compressors import SnapKV, resolve
 from wildcat_kv.hook.keyword import CACHE
 from wildcat_kv.recipes.recipe import Recipe, read_section
 
@@ -165,16 +166,37 @@ def test_a_second_patch_changes_the_first(config):
 
 
 def test_every_cache_is_a_new_one(config):
-    recipe = Recipe.choose(config, **SETTINGS)
-    first, second = recipe.cache(config), recipe.cache(config)
+    first, second = (WildCatCache(config, **SETTINGS) for _ in range(2))
     assert first is not second and first.layers[0] is not second.layers[0]
     assert first.settings == second.settings == WildCatConfig(**SETTINGS)
 
 
 def test_checking_does_not_switch(config):
-    before = as_it_is(config)
-    Recipe.choose(config, **SETTINGS).check(config)
+    before, recipe = as_it_is(config), Recipe.choose(config, **SETTINGS)
+    Blueprint.of(config, recipe.settings, recipe.compressor)
     assert as_it_is(config) == before
+
+
+@pytest.mark.parametrize(
+    "choice",
+    [
+        {},
+        {"ratio": 0.5},
+        {"preset": "adaptive"},
+        {"preset": "balanced", "ratio": 0.5},
+        {"preset": "published", "compressor": "snapkv", "max_tokens": 300},
+        {"compressor": "keydiff", "compression_ratio": 0.75},
+        {"settings": WildCatConfig(ratio=0.5, sink=4), "compressor": "tova"},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("patched", [False, True])
+def test_a_cache_takes_what_every_other_way_takes(config, choice, patched):
+    if patched:
+        patch_config(config, preset="adaptive")
+    cache, recipe = WildCatCache(config, **choice), Recipe.choose(config, **choice)
+    assert cache.settings == recipe.settings
+    assert cache.compressor == resolve(recipe.compressor, recipe.settings)
 
 
 # What is refused.

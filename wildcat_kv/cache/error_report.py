@@ -1,13 +1,17 @@
-"""What a cache estimates of its own error, for people and programs to read."""
+"""Report what a cache estimates of its own error, for people and programs to read."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
+
+from wildcat_kv.cache.state import LayerState
+from wildcat_kv.compressors import Compressor
 
 
 @dataclass(frozen=True)
@@ -53,3 +57,28 @@ class ErrorReport:
         with console.capture() as capture:
             console.print(table)
         return f"{capture.get()}mean {self.mean:.3f}"
+
+
+def report(compressor: Compressor, states: Mapping[int, LayerState]) -> ErrorReport:
+    """Collect the estimates of a cache's last fold.
+
+    Args:
+        compressor: the method.
+        states: contents of the layers that fold, by index.
+
+    Raises:
+        ValueError: the method makes no estimate, or nothing has been compressed yet.
+    """
+    if not compressor.estimates:
+        raise ValueError(f"{type(compressor).__name__} does not estimate its error; take compressor='query_wildcat'")
+    errors = {index: state.error.cpu() for index, state in states.items() if state.error is not None}
+    if not errors:
+        raise ValueError("nothing was compressed in this process yet: there is no error to report")
+    return ErrorReport(errors, {index: _kept(states[index]) for index in errors})
+
+
+def _kept(state: LayerState) -> float:
+    """Share of the tokens seen that a layer holds, averaged over rows and heads."""
+    rows = state.count_rows(state.progress.seen)  # those read since the last fold are held, too
+    seen = torch.tensor([max(1, row.seen) for row in rows], dtype=torch.float64)
+    return float((state.entries.valid.sum(-1).cpu().double().mean(1) / seen).mean())

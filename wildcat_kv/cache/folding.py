@@ -44,7 +44,7 @@ def fold_due(state: LayerState, until: int) -> None:
                 made = method.compress(block, group.rank)
             found.append(_checked(made, block, group.rank, type(method).__name__))
         _carry_out(state, pending, found)
-    _trim(state)
+    trim_queries(state)
 
 
 @torch.no_grad()
@@ -91,7 +91,7 @@ def fold_together(states: Sequence[LayerState], until: int) -> None:
             state.pending = None
             _carry_out(state, each, found)
     for state in states:
-        _trim(state)
+        trim_queries(state)
 
 
 def will_fold(state: LayerState, until: int) -> bool:
@@ -333,7 +333,7 @@ def _fold_log(state: LayerState, pending: PendingFold) -> None:
     pending.forgotten = True
 
 
-def _trim(state: LayerState) -> None:
+def trim_queries(state: LayerState) -> None:
     """Forget queries that no fold will ask for."""
     # Columns of padding are no queries: what is among them is known only at the fold.
     log, progress = state.log, state.progress

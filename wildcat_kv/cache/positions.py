@@ -161,11 +161,6 @@ def holds_positions(model: Any) -> bool:
     return any(NAME in vars(module) for module in model.modules())
 
 
-def names_positions(caller: FrameType) -> bool:
-    """Tell whether the function of this frame uses `rope_deltas`."""
-    return NAME in caller.f_code.co_names
-
-
 def _holder(owner: Any) -> Any:
     """The module that has the positions: the owner of the calling method, or one right within it; None for neither."""
     if not isinstance(owner, torch.nn.Module):

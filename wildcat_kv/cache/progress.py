@@ -48,10 +48,14 @@ class Progress:
         self.seen += columns
         self.masked = self.masked or masked
 
-    def end_forward(self, scale: float) -> None:
-        """Note that a forward pass ends here."""
+    def end_forward(self, scale: float) -> bool:
+        """Note that a forward pass ends here; tell if a fold may be due."""
         self.scale = scale
+        if not self.record_past and not self.ends and (self.fold_from is None or self.seen < self.fold_from):
+            self.settled = self.seen
+            return False
         self.ends.append(self.seen)
+        return True
 
     def due(self, until: int) -> int | None:
         """The next end, up to column `until`, for which a fold is to be decided; None if there is none.

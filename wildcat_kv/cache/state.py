@@ -111,13 +111,21 @@ class LayerState:
 
     def append(self, keys: Tensor, values: Tensor, valid: Tensor | None) -> None:
         """Read exact tokens (rows, kv_heads, q, channels); `valid` is bool (rows, q), False for padding."""
-        self.held.append(keys, values, valid)
-        if keys.shape[2] > 1 and self.checked == self.progress.seen:  # the layer has looked at them
-            self.checked += keys.shape[2]
-        self.progress.read(keys.shape[2], masked=valid is not None)
-        if self.value_range is not None:
+        assert self.storage is not None, "allocate() comes first"
+        self.storage.append(keys, values, valid)
+        progress, new = self.progress, keys.shape[2]
+        if new > 1 and self.checked == progress.seen:  # the layer has looked at them
+            self.checked += new
+        progress.seen += new
+        progress.masked = progress.masked or valid is not None
+        if self.value_range is None:
+            return
+        shown = None if valid is None else valid.unsqueeze(1)
+        if torch.is_grad_enabled() or torch.is_inference_mode_enabled():
             with ordinary_tensors():
-                self.value_range = self.value_range.extend(values, None if valid is None else valid.unsqueeze(1))
+                self.value_range = self.value_range.extend(values, shown)
+        else:
+            self.value_range = self.value_range.extend(values, shown)
 
     def carry(self, state: Tensor) -> None:
         """Keep float32 (rows, kv_heads, k, state_size), numbers of the newest k tokens, for the method."""

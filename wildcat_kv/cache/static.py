@@ -16,11 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from wildcat_kv.cache.folding import fold_due
-from wildcat_kv.cache.layer import Shared, WildCatLayer
+from wildcat_kv.cache.forward import PassState
+from wildcat_kv.cache.layer import WildCatLayer
 from wildcat_kv.cache.positions import Step, holds_positions
 from wildcat_kv.cache.state import LayerState
 from wildcat_kv.coreset.tensors import ordinary_tensors
-from wildcat_kv.coreset.wtdattn import Weighting, coreset_attention
+from wildcat_kv.coreset.wtdattn import AttentionOptions, WeightSigns, coreset_attention
 from wildcat_kv.hook.keyword import CACHE
 from wildcat_kv.hook.marks import Forward, mark
 
@@ -85,7 +86,7 @@ class DecodeBuffers:
             else:
                 self.lowest.copy_(box.lowest)
                 self.highest.copy_(box.highest)
-        self.signed = state.storage.weighting is Weighting.SIGNED
+        self.signed = state.storage.weighting is WeightSigns.SIGNED
 
     @torch.no_grad()
     def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
@@ -102,22 +103,19 @@ class DecodeBuffers:
 
     def attend(self, query: Tensor, keys: Tensor, values: Tensor, scale: float, options: dict[str, Any]) -> Tensor:
         """Weighted attention of the token's queries (rows, heads, 1, d) to all columns; free ones have weight 0."""
-        return coreset_attention(
-            query,
-            keys,
-            values,
-            self.weights,
-            weighting=Weighting.SIGNED if self.signed else Weighting.POSITIVE,
+        attention = AttentionOptions(
             scale=scale,
             valid=self.valid,
             value_range=(self.lowest, self.highest),
             softcap=options.get("softcap"),
             sink_logits=options.get("s_aux"),
         )
+        signs = WeightSigns.SIGNED if self.signed else WeightSigns.POSITIVE
+        return coreset_attention(query, keys, values, self.weights, signs, attention)
 
 
 @dataclass
-class StaticShared(Shared):
+class StaticPassState(PassState):
     """What the layers of a static cache have in common.
 
     Attributes:
@@ -206,29 +204,29 @@ class StaticWildCatLayer(WildCatLayer):
     is_croppable = False
     fixed = True
 
-    _shared: StaticShared
+    _pass_state: StaticPassState
 
     # Traced
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """As of `WildCatLayer`; where it is traced, the views are of all columns, free ones included."""
         if torch.compiler.is_compiling():
-            keys, values = self._shared.buffers[self._index].append(key_states, value_states)
-            return mark(keys, self), mark(values, self)
-        self._shared.announced = False
-        self._shared.catch_up()  # what traced steps have read comes before it
-        self._shared.stale = True
+            keys, values = self._pass_state.buffers[self._index].append(key_states, value_states)
+            return mark(keys, values, self)
+        self._pass_state.announced = False
+        self._pass_state.catch_up()  # what traced steps have read comes before it
+        self._pass_state.stale = True
         return super().update(key_states, value_states, *args, **kwargs)
 
     @property
-    def exact(self) -> bool:
+    def uses_fallback(self) -> bool:
         """Whether this forward pass attends exactly, through the fallback; one of a single token never does."""
-        return not torch.compiler.is_compiling() and super().exact
+        return not torch.compiler.is_compiling() and super().uses_fallback
 
     def attend(self, query: Tensor, keys: Tensor, values: Tensor, scale: float, options: dict[str, Any]) -> Tensor:
         """See `WildCatLayer`."""
         if torch.compiler.is_compiling():
-            return self._shared.buffers[self._index].attend(query, keys, values, scale, options)
+            return self._pass_state.buffers[self._index].attend(query, keys, values, scale, options)
         return super().attend(query, keys, values, scale, options)
 
     def after_attention(self, query: Tensor, scale: float) -> None:
@@ -239,34 +237,29 @@ class StaticWildCatLayer(WildCatLayer):
     def get_seq_length(self) -> Any:
         """Tokens seen: int, or int64 () on the device where it is traced."""
         if torch.compiler.is_compiling():
-            return self._shared.buffers[self._index].seen
-        return super().get_seq_length() + self._shared.untold + self._shared.announced
+            return self._pass_state.buffers[self._index].seen
+        return super().get_seq_length() + self._pass_state.untold + self._pass_state.announced
 
     # Between forward passes
 
     def announce(self, rows: int, queries: int, mask: Tensor | None, *, causal: bool = True) -> Forward:
         """See `WildCatLayer`. The pass of a single token may be traced: all that the host has to do is done here."""
-        shared = self._shared
+        shared = self._pass_state
         shared.note_step()
         if queries > 1 or shared.due:
             shared.catch_up()
             shared.settle()  # again, where it has failed before
         forward = super().announce(rows, queries, mask, causal=causal)
         if queries == 1 and self.is_initialized:
-            forward.exact = False
+            forward.uses_fallback = False
             shared.load()
             shared.announced = True
         return forward
 
-    def _check_unpadded(self, queries: int) -> None:
-        """Not where a single token is read, which attends to what is valid, compressed or not."""
-        if queries > 1 or not self.is_initialized:
-            super()._check_unpadded(queries)
-
     @property
     def state(self) -> LayerState:
         """What the layer holds."""
-        self._shared.catch_up()
+        self._pass_state.catch_up()
         return self._state
 
     @property
@@ -276,14 +269,14 @@ class StaticWildCatLayer(WildCatLayer):
 
     def tensors(self) -> list[Tensor]:
         """See `WildCatLayer`."""
-        buffers = self._shared.buffers.get(self._index)
+        buffers = self._pass_state.buffers.get(self._index)
         of_steps = [] if buffers is None else [value for value in vars(buffers).values() if isinstance(value, Tensor)]
         return [*super().tensors(), *of_steps]
 
     def select_rows(self, index: Tensor, on_host: list[int] | None) -> None:
         """See `WildCatLayer`."""
-        self._shared.catch_up()
-        self._shared.stale = True
+        self._pass_state.catch_up()
+        self._pass_state.stale = True
         super().select_rows(index, on_host)
 
     def activate_past_recording(self) -> None:
@@ -318,7 +311,7 @@ class _NextPositions:
 
     def next(self, ids: Tensor) -> Tensor:
         """Positions int64 (rows, 1) of the tokens `ids` (rows, 1)."""
-        shared, seen = self._cache._shared, self._cache.get_seq_length()
+        shared, seen = self._cache._pass_state, self._cache.get_seq_length()
         deltas = shared.rope.after(seen, self._model)
         positions = torch.full_like(ids, seen)
         if deltas is None:
@@ -361,7 +354,7 @@ def compile_decoding(model: nn.Module, cache: Any, **options: Any) -> Callable[[
     positions = _NextPositions(model, cache) if holds_positions(model) else None
     compiled = torch.compile(model.forward, **{"fullgraph": True, "dynamic": False, **options})
 
-    shared: StaticShared = cache._shared
+    shared: StaticPassState = cache._pass_state
 
     @torch.no_grad()
     def step(ids: Tensor) -> Tensor:

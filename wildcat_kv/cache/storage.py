@@ -10,7 +10,7 @@ from torch import Tensor
 
 from wildcat_kv.coreset.compresskv import Coreset
 from wildcat_kv.coreset.tensors import at_least_float32, ordinary_tensors, saturate_, take_columns
-from wildcat_kv.coreset.wtdattn import Weighting, mass_of
+from wildcat_kv.coreset.wtdattn import WeightSigns, mass_of
 
 # Free columns where more are allocated than needed: this many, or this part of what is in use if that is more.
 _LEAST_ROOM = 32
@@ -92,7 +92,7 @@ class Storage:
         self,
         parts: Sequence[Entries],
         limit: int | None = None,
-        weighting: Weighting | None = None,
+        weighting: WeightSigns | None = None,
         extra: int = 0,
         fixed: bool = False,
     ) -> None:
@@ -112,7 +112,7 @@ class Storage:
             self.length = self._write(0, parts)
         # Where a fixed storage comes back to; it leaves it only for more tokens at once than the limit.
         self._home = self._memory if fixed and shape[2] == limit else None
-        self.weighting = Weighting.of(self.entries.weights, self.entries.valid) if weighting is None else weighting
+        self.weighting = WeightSigns.of(self.entries.weights, self.entries.valid) if weighting is None else weighting
 
     @staticmethod
     def empty(
@@ -126,7 +126,7 @@ class Storage:
             keys.new_ones(*keys.shape[:2], 0, dtype=torch.bool),
             keys.new_zeros(*keys.shape[:2], 0, state_size, dtype=torch.float32),
         )
-        return Storage([none], limit, Weighting.NONE, extra=keys.shape[2], fixed=fixed)
+        return Storage([none], limit, WeightSigns.NONE, extra=keys.shape[2], fixed=fixed)
 
     @staticmethod
     def adopt(memory: Entries, length: int, limit: int | None = None) -> Storage:
@@ -134,9 +134,9 @@ class Storage:
         if memory.keys.is_inference():  # which could not be written to later
             with ordinary_tensors():
                 memory = Entries(*(tensor.clone() for tensor in memory.tensors()))
-        storage = Storage([memory.slice(0, 0)], 0, Weighting.NONE)
+        storage = Storage([memory.slice(0, 0)], 0, WeightSigns.NONE)
         storage._limit, storage._memory, storage.length = limit, memory, length
-        storage.weighting = Weighting.of(storage.entries.weights, storage.entries.valid)
+        storage.weighting = WeightSigns.of(storage.entries.weights, storage.entries.valid)
         return storage
 
     def snapshot(self) -> Entries:
@@ -165,7 +165,7 @@ class Storage:
         with ordinary_tensors():
             whole = [self._memory.slice(0, start), *parts]
             # Before anything is written: what fails here leaves everything as it was.
-            weighting = Weighting.of(
+            weighting = WeightSigns.of(
                 torch.cat([part.weights for part in whole], dim=2), torch.cat([part.valid for part in whole], dim=2)
             )
             if needed <= held and (self._memory is self._home if self._fixed else held <= self._most(needed)):
@@ -286,5 +286,5 @@ class Storage:
 
     def hide(self) -> None:
         """Take note that entries may be hidden: a mask came that the host has not read."""
-        if self.weighting is Weighting.NONE:
-            self.weighting = Weighting.POSITIVE
+        if self.weighting is WeightSigns.NONE:
+            self.weighting = WeightSigns.POSITIVE

@@ -1,52 +1,91 @@
-"""The command `wildcat-kv` and its subcommands."""
+"""The command `wildcat-kv`: its subcommands, and errors as one line."""
 
 from __future__ import annotations
 
 import logging
 import sys
+import warnings
+from typing import Annotated, Any
 
 import typer
 
-from wildcat_kv.cli.chat import chat
-from wildcat_kv.cli.checking import check
-from wildcat_kv.cli.demo import demo
-from wildcat_kv.cli.evaluating import lm_eval
-from wildcat_kv.cli.folders import custom_generate, patch
-from wildcat_kv.cli.generate import generate
-from wildcat_kv.cli.listing import inspect, methods, presets
+from wildcat_kv import __version__
+from wildcat_kv.cli import commands
+
+_NAME = "wildcat-kv"
 
 app = typer.Typer(
     help="Compress the KV cache of a language model into a small weighted coreset.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (demo, generate, chat, check, methods, presets, inspect, patch):
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"{_NAME} {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+for command in (
+    commands.demo,
+    commands.generate,
+    commands.chat,
+    commands.check,
+    commands.methods,
+    commands.presets,
+    commands.inspect,
+    commands.patch,
+    commands.custom_generate,
+):
     app.command()(command)
-app.command(name="custom-generate")(custom_generate)
 app.command(
     name="lm-eval",
     add_help_option=False,
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
-)(lm_eval)
+)(commands.lm_eval)
 
 
 def main() -> None:
-    """The command's entry point."""
+    """Run the command `wildcat-kv`."""
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries would bury the one line
-    run_app(app, "wildcat-kv")
+    with warnings.catch_warnings():
+        warnings.showwarning = _show_warning
+        run_app(app, _NAME)
 
 
 def run_app(app: typer.Typer, name: str) -> None:
-    """Run a command; what a person can put right is one line on stderr and exit status 1."""
+    """Run a command; print what a person can put right as one line, and exit with status 1.
+
+    Args:
+        app: the command.
+        name: the command's name, which begins the line.
+    """
     try:
         sys.exit(app(standalone_mode=False))
     except (typer.Abort, KeyboardInterrupt):
         sys.exit(130)
+    except (ValueError, RuntimeError, OSError) as error:
+        message = str(error)
     except Exception as error:
-        usage = getattr(error, "format_message", None)  # typer's, or click's with an older typer
-        if usage is None and not isinstance(error, (ValueError, RuntimeError, OSError)):
+        if not hasattr(error, "format_message"):  # typer's errors of usage, or click's with an older typer
             raise
-        message = usage() if usage is not None else str(error)
-        print(f"{name}: {' '.join(message.split())}", file=sys.stderr)
-        sys.exit(1)
+        message = error.format_message()
+        if not message:  # the help has been printed, since no arguments were given
+            sys.exit(getattr(error, "exit_code", 2))
+    print(f"{name}: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(1)
+
+
+def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    """Print a warning as one line, without the line of code that it came from."""
+    print(f"{_NAME}: {' '.join(str(message).split())}", file=sys.stderr)

@@ -1,21 +1,22 @@
-"""`wildcat-kv chat`: a conversation over a compressed document, in the terminal."""
+"""A conversation over a compressed document, in the terminal."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import typer
 from rich.console import Console
 from rich.markup import escape
 
 from wildcat_kv.cache.sizes import stored_tokens
 from wildcat_kv.cli import options
+from wildcat_kv.cli.figures import MIB, short_text_note
+from wildcat_kv.cli.prompting import typed_lines
 from wildcat_kv.cli.streaming import TextStream, layers_seen, steps
 from wildcat_kv.cli.timing import TimedStreamer, Timing
 from wildcat_kv.config import DROPPED
 from wildcat_kv.contexts.compressed_context import CompressedContext, compress_context
-from wildcat_kv.contexts.context import reads_twice
 
 _HELP = """\
 [bold]/ratio[/bold] R      read the document again, keeping a share R of its tokens
@@ -25,48 +26,26 @@ _HELP = """\
 [bold]/quit[/bold]         leave; so does Ctrl-D. Ctrl-C ends an answer."""
 
 
-def chat(
-    context: Annotated[Path, typer.Option(help="A text file, or a compressed document saved before.")],
-    model: options.ModelOption = None,
-    method: options.MethodOption = None,
-    ratio: options.RatioOption = None,
-    compression_ratio: options.DropOption = None,
-    max_tokens: options.MaxTokensOption = None,
-    preset: options.PresetOption = None,
-    chunk_tokens: Annotated[int | None, typer.Option(help="Tokens to read at once, where memory is short.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Most tokens of an answer.", min=1)] = 256,
-    dtype: options.DtypeOption = "float32",
-    device: options.DeviceOption = None,
-    seed: options.SeedOption = None,
-) -> None:
-    """Talk about a document that was read once and compressed."""
-    twice = reads_twice(method or "")  # of a method that only contexts have
-    fields = {"ratio": ratio, "compression_ratio": compression_ratio, "max_tokens": max_tokens, "seed": seed}
-    choice = options.chosen(preset, None if twice else method, **fields)
-    choice["compressor"] = method
-    if not _is_saved(context):
-        options.read_text(context, "context")  # before a model is loaded
-    loaded, tokenizer = options.load(model, dtype, device)
-    console = Console(highlight=False)
-    session = Session(console, loaded, tokenizer, choice, chunk_tokens, max_new_tokens)
-    session.open(context)
-    console.print("Ask about it; [bold]/help[/bold] lists the commands.", style="dim")
-    session.run()
-
-
 class Session:
-    """A document, a conversation about it, and the commands that change them."""
+    """A document, a conversation about it, and the commands that change them.
+
+    Args:
+        model: a Transformers decoder.
+        tokenizer: the model's tokenizer.
+        choice: keyword arguments of `compress_context`.
+        chunk_tokens: tokens to read at once; None for all.
+        max_new_tokens: most tokens of an answer.
+    """
 
     def __init__(
         self,
-        console: Console,
         model: Any,
         tokenizer: Any,
         choice: dict[str, Any],
         chunk_tokens: int | None,
         max_new_tokens: int,
     ) -> None:
-        self._console = console
+        self._console = Console(highlight=False)
         self._model = model
         self._tokenizer = tokenizer
         self._choice = choice
@@ -79,16 +58,20 @@ class Session:
             "/load": self.open,
             "/new": self._new,
             "/help": self._help,
+            "/quit": self._quit,
         }
 
     def open(self, path: str | Path) -> None:
         """Go on with a saved document, or with a text file, which is read and compressed.
 
+        Args:
+            path: a .safetensors file, or a text file.
+
         Raises:
-            ValueError, OSError: it cannot be read. What was open stays.
+            ValueError, OSError: a file that cannot be read. What was open stays.
         """
         path = Path(_given(path, "a file")).expanduser()
-        if _is_saved(path):
+        if path.suffix == ".safetensors":
             context, text = CompressedContext.load(path, self._model, self._tokenizer), None
         else:
             text = options.read_text(path, "context")
@@ -96,34 +79,33 @@ class Session:
         self._take(context, text)
 
     def run(self) -> None:
-        """Answer and obey until the end of the input."""
-        while True:
-            try:
-                line = self._console.input("\n[bold cyan]>[/bold cyan] ").strip()
-            except (EOFError, KeyboardInterrupt):
-                self._console.print()
-                return
-            if line in ("/quit", "/exit"):
-                return
+        """Answer questions and obey commands until the end of the input."""
+        self._console.print("Ask about it; [bold]/help[/bold] lists the commands.", style="dim")
+        for line in typed_lines(self._commands):
             try:
                 if line.startswith("/"):
                     name, _, argument = line.partition(" ")
                     self._command(name)(argument.strip())
-                elif line:
+                else:
                     self._answer(line)
+            except EOFError:
+                return
             except KeyboardInterrupt:
                 self._console.print("\n[dim]stopped; this question and its answer are forgotten[/dim]")
             except (ValueError, OSError, RuntimeError) as error:
                 self._console.print(f"[red]{escape(' '.join(str(error).split()))}[/red]", soft_wrap=True)
 
-    def _command(self, name: str) -> Any:
+    def _command(self, name: str) -> Callable[[str], None]:
         if name not in self._commands:
-            raise ValueError(f"{name}: no such command; there are {', '.join(self._commands)}, /quit")
+            raise ValueError(f"{name}: no such command; there are {', '.join(self._commands)}")
         return self._commands[name]
+
+    def _quit(self, argument: str) -> None:
+        raise EOFError
 
     def _answer(self, question: str) -> None:
         text = TextStream(self._tokenizer, lambda piece: self._console.out(piece, end="", highlight=False))
-        streamer = TimedStreamer(text.put)
+        streamer = TimedStreamer(text)
         self._conversation.ask(question, max_new_tokens=self._max_new_tokens, streamer=streamer)
         self._console.print()
         self._status(streamer.timing)
@@ -146,7 +128,7 @@ class Session:
         if path.suffix != ".safetensors":
             raise ValueError(f"path={str(path)!r} must end in .safetensors")
         self._context.save(path)
-        self._console.print(f"saved to {escape(str(path))}, {path.stat().st_size / 2**20:.1f} MiB", style="dim")
+        self._console.print(f"saved to {escape(str(path))}, {path.stat().st_size / MIB:.1f} MiB", style="dim")
 
     def _new(self, argument: str) -> None:
         self._conversation = self._context.conversation()
@@ -166,23 +148,21 @@ class Session:
         self._context, self._text = context, text
         self._conversation = context.conversation()
         self._status()
+        if note := short_text_note(context.cache, context.tokens):
+            self._console.print(note, style="dim", soft_wrap=True)
 
     def _status(self, timing: Timing | None = None) -> None:
-        """One line: what was read, what is held of it, and how fast the last answer came."""
+        """Print in one line what was read, what is held of it, and the last answer's speed."""
         cache = self._conversation.cache
         seen = self._context.tokens + cache.get_seq_length() - self._context.cache.get_seq_length()
         parts = [
             f"{seen:,} tokens seen",
             f"{stored_tokens(cache):,.0f} stored",
-            f"{cache.memory_bytes() / 2**20:.1f} MiB",
+            f"{cache.memory_bytes() / MIB:.1f} MiB",
         ]
         if timing is not None:
             parts.append(f"{timing.tokens_per_second:.1f} tokens/s")
         self._console.print(" · ".join(parts), style="dim")
-
-
-def _is_saved(path: Path) -> bool:
-    return path.suffix == ".safetensors"
 
 
 def _given(argument: Any, what: str) -> Any:

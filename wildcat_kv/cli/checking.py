@@ -1,15 +1,13 @@
-"""`wildcat-kv check`: what works with a compressed cache of a given model."""
+"""Checks of a given model, as `wildcat-kv check` prints them."""
 
 from __future__ import annotations
 
 import time
-from typing import Annotated, Any
+from typing import Any
 
-import typer
 from rich.console import Console
 from rich.table import Table
 
-from wildcat_kv.cli import options
 from wildcat_kv.cli.streaming import steps
 from wildcat_kv.integrations.model_checks import Result, names, run_checks
 from wildcat_kv.models.support import cache_layers, decoder_config
@@ -21,18 +19,21 @@ _MARKS = {
 }
 
 
-def check(
-    model: Annotated[
-        str | None,
-        typer.Argument(help="Hub id, local folder or GGUF file. Default: SmolLM2-135M-Instruct, from PyPI."),
-    ] = None,
-    dtype: options.DtypeOption = "float32",
-    device: options.DeviceOption = None,
-) -> None:
-    """Check what works with a compressed cache of a model; exit status 1 if something fails."""
-    loaded, _ = options.load(model, dtype, device)
-    compressed, layers = _compressed(loaded.config)
-    start, results = time.perf_counter(), _results(loaded)
+def check_model(model: Any, dtype: str) -> bool:
+    """Print what works with a compressed cache of a model.
+
+    Args:
+        model: a Transformers decoder.
+        dtype: the name of its dtype, to be shown.
+
+    Returns:
+        False if a check failed.
+
+    Raises:
+        ValueError: a model that cannot be compressed.
+    """
+    compressed, layers = _compressed(model.config)
+    start, results = time.perf_counter(), _results(model)
     table = Table(box=None, padding=(0, 2, 0, 0))
     for name, wraps in (("check", False), ("result", False), ("", True)):
         table.add_column(name, no_wrap=not wraps)
@@ -40,7 +41,7 @@ def check(
         table.add_row(result.name, _MARKS[result.status], result.reason)
     console = Console(highlight=False)
     console.print(
-        f"{type(loaded).__name__}, {dtype} on {loaded.device}: {compressed} of {layers} layers are compressed\n"
+        f"{type(model).__name__}, {dtype} on {model.device}: {compressed} of {layers} layers are compressed\n"
     )
     console.print(table)
     failed = [result.name for result in results if result.status == "failed"]
@@ -48,16 +49,11 @@ def check(
         f"[red]{len(failed)} of {len(results)} checks failed[/red]" if failed else "[green]No check failed[/green]"
     )
     console.print(f"\n{verdict}, in {time.perf_counter() - start:.0f} s. The prompts were random tokens.")
-    if failed:
-        raise typer.Exit(1)
+    return not failed
 
 
 def _compressed(config: Any) -> tuple[int, int]:
-    """The numbers of compressed layers and of all layers.
-
-    Raises:
-        ValueError: a model that cannot be compressed.
-    """
+    """Count the compressed layers and all layers."""
     layers, full = cache_layers(decoder_config(config))
     return len(full), len(layers)
 

@@ -1,70 +1,65 @@
-"""`wildcat-kv generate`: one prompt, answered with a compressed cache."""
+"""Answers with a compressed cache, as `wildcat-kv generate` gives them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-import typer
 from rich.console import Console
 from rich.table import Table
 from transformers import Cache
 
+from wildcat_kv.cache.caches import WildCatCache
 from wildcat_kv.cache.read_check import with_read_check
 from wildcat_kv.cache.sizes import cache_bytes, stored_tokens
-from wildcat_kv.cli import options
+from wildcat_kv.cli.figures import MIB, short_text_note
 from wildcat_kv.cli.streaming import TextStream, layers_seen, steps
 from wildcat_kv.cli.timing import TimedStreamer, Timing
 from wildcat_kv.contexts.answering import pad_id
 from wildcat_kv.contexts.prompts import encode_prompt
 from wildcat_kv.hook.keyword import CACHE
-from wildcat_kv.recipes.recipe import Recipe
 
 
-def generate(
-    prompt_file: Annotated[Path, typer.Option(help="Text file with the prompt; '-' for standard input.")],
-    model: options.ModelOption = None,
-    method: options.MethodOption = None,
-    ratio: options.RatioOption = None,
-    compression_ratio: options.DropOption = None,
-    max_tokens: options.MaxTokensOption = None,
-    preset: options.PresetOption = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Length of the answer.", min=1)] = 128,
-    chat: Annotated[bool, typer.Option(help="Send the prompt as a chat message if the model has a template.")] = True,
-    dtype: options.DtypeOption = "float32",
-    device: options.DeviceOption = None,
-    seed: options.SeedOption = None,
+def answer_prompt(
+    model: Any, tokenizer: Any, prompt: str, choice: dict[str, Any], max_new_tokens: int, *, chat: bool
 ) -> None:
-    """Answer a prompt with a compressed cache; the answer goes to stdout, the accounting to stderr."""
-    choice = options.chosen(
-        preset, method, ratio=ratio, compression_ratio=compression_ratio, max_tokens=max_tokens, seed=seed
-    )
-    prompt = options.read_text(prompt_file, "prompt_file")
-    loaded, tokenizer = options.load(model, dtype, device)
-    ids = encode_prompt(tokenizer, prompt, chat=chat).to(loaded.device)
-    cache = Recipe.choose(loaded.config, **choice).cache(loaded.config)
-    text = TextStream(tokenizer, lambda piece: print(piece, end="", flush=True))
+    """Print the answer to a prompt on stdout as it comes, and its figures on stderr.
+
+    Args:
+        model: a Transformers decoder.
+        tokenizer: the model's tokenizer.
+        prompt: the text.
+        choice: keyword arguments of `WildCatCache`.
+        max_new_tokens: most tokens of the answer.
+        chat: True to send the prompt as a chat message, if the model has a template.
+    """
+    ids = encode_prompt(tokenizer, prompt, chat=chat).to(model.device)
+    cache = WildCatCache(model.config, **choice)
     with steps() as progress:
-        read = progress.add_task(f"reading {ids.shape[1]} tokens", total=None)
-        with layers_seen(loaded, progress, read):
+        task = progress.add_task(f"reading {ids.shape[1]} tokens", total=None)
 
-            def on_token(token: int) -> None:
+        def show(piece: str) -> None:
+            if not progress.finished:
+                progress.update(task, total=1, completed=1)
                 progress.stop()
-                text.put(token)
+            print(piece, end="", flush=True)
 
-            timing = decode(loaded, tokenizer, cache, ids, max_new_tokens, on_token)
+        with layers_seen(model, progress, task):
+            timing = decode(model, tokenizer, cache, ids, max_new_tokens, show)
     print()
     table = Table("tokens seen", "stored", "cache MiB", "first token s", "tokens/s", box=None)
     table.add_row(
         str(cache.get_seq_length()),
         f"{stored_tokens(cache):.0f}",
-        f"{cache_bytes(cache) / 2**20:.1f}",
+        f"{cache_bytes(cache) / MIB:.1f}",
         f"{timing.first_token_seconds:.1f}",
         f"{timing.tokens_per_second:.1f}",
     )
-    Console(stderr=True).print(table)
+    console = Console(stderr=True, highlight=False)
+    console.print(table)
+    if note := short_text_note(cache, ids.shape[1]):
+        console.print(note, soft_wrap=True)
 
 
 def decode(
@@ -73,11 +68,21 @@ def decode(
     cache: Cache,
     ids: torch.Tensor,
     max_new_tokens: int,
-    on_token: Callable[[int], None],
+    on_text: Callable[[str], Any],
     stop_strings: list[str] | None = None,
 ) -> Timing:
-    """Greedy decoding, each new token handed to `on_token` as it comes."""
-    streamer = TimedStreamer(on_token)
+    """Decode greedily, and hand new text on as it comes.
+
+    Args:
+        model: a Transformers decoder.
+        tokenizer: the model's tokenizer.
+        cache: any Transformers cache; what it has seen is the beginning of `ids`.
+        ids: the prompt, int64 (1, n).
+        max_new_tokens: most tokens of the answer.
+        on_text: function called with each piece of text.
+        stop_strings: texts that end the answer.
+    """
+    streamer = TimedStreamer(TextStream(tokenizer, on_text))
     _, checked = with_read_check(model, cache, (), {})
     model.generate(
         ids,

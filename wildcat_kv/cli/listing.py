@@ -1,24 +1,23 @@
-"""`wildcat-kv methods`, `presets` and `inspect`: what there is."""
+"""Lists of methods, presets, and what a saved file holds."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
 
-import typer
 from rich.console import Console
 from rich.table import Table
 
-from wildcat_kv.cache.disk.inspection import inspect_file
-from wildcat_kv.compressors import available
-from wildcat_kv.recipes.presets import load_preset, preset_names, preset_schema
+from wildcat_kv.config import WildCatConfig
+from wildcat_kv.recipes.presets import preset_schema, shipped_presets
 
 _MIB = 2**20
 
 
-def methods() -> None:
-    """List the compression methods, ours and those of installed packages."""
+def list_methods() -> None:
+    """Print the compression methods, ours and those of installed packages."""
+    from wildcat_kv.compressors import available
+
     table = Table("name", "what it does", "paper", "queries", "decodes", box=None, padding=(0, 2, 0, 0))
     for method in available():
         marks = ("yes" if has else "no" for has in (method.needs_queries, method.decodes))
@@ -31,26 +30,32 @@ def methods() -> None:
     )
 
 
-def presets(
-    schema: Annotated[bool, typer.Option("--schema", help="Print the JSON schema of a preset's file instead.")] = False,
-) -> None:
-    """List the presets that come with the package."""
-    if schema:
-        print(json.dumps(preset_schema(), indent=2))
-        return
+def list_presets() -> None:
+    """Print the presets that come with the package. Imports no torch."""
     table = Table("name", "method", "settings", "what it is good for", box=None, padding=(0, 2, 0, 0))
-    for name in preset_names():
-        preset = load_preset(name)
-        budget = preset.settings.model_dump(exclude_defaults=True, exclude_none=True)
-        shown = ", ".join(f"{field}={value}" for field, value in budget.items())
-        table.add_row(name, preset.compressor, shown, preset.description)
+    for name, fields in shipped_presets().items():
+        settings = WildCatConfig(**fields["settings"]).model_dump(exclude_defaults=True, exclude_none=True)
+        shown = ", ".join(f"{field}={value}" for field, value in settings.items())
+        table.add_row(name, fields["compressor"], shown, fields["description"])
     Console().print(table)
 
 
-def inspect(
-    file: Annotated[Path, typer.Argument(help="A saved context or cache.")],
-) -> None:
-    """Show what a saved context holds, layer by layer; the model is not needed."""
+def print_schema() -> None:
+    """Print the JSON schema of a preset's file."""
+    print(json.dumps(preset_schema(), indent=2))
+
+
+def show_file(file: Path) -> None:
+    """Print what a saved context or cache holds, layer by layer.
+
+    Args:
+        file: the .safetensors file.
+
+    Raises:
+        ValueError: a file that holds neither.
+    """
+    from wildcat_kv.cache.disk.inspection import inspect_file
+
     found = inspect_file(file)
     console, model = Console(highlight=False), found.model
     settings = ", ".join(f"{name}={value}" for name, value in found.settings.model_dump(exclude_none=True).items())

@@ -1,4 +1,4 @@
-"""What the commands have in common: options, and how they are read."""
+"""Options that several subcommands have, and how they are read. Imports no torch."""
 
 from __future__ import annotations
 
@@ -6,13 +6,10 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
 
-from wildcat_kv.compressors import resolve
 from wildcat_kv.config import DROPPED, WildCatConfig
-from wildcat_kv.models import load_model
-from wildcat_kv.recipes.presets import load_preset
+from wildcat_kv.recipes.presets import load_preset, preset_names
 
 ModelOption = Annotated[
     str | None, typer.Option(help="Hub id, local folder or GGUF file. Default: SmolLM2-135M-Instruct, from PyPI.")
@@ -22,7 +19,10 @@ MethodOption = Annotated[
 ]
 PresetOption = Annotated[
     str | None,
-    typer.Option(help="Settings by name, `wildcat-kv presets` lists them, or a YAML file. Default: the model's own."),
+    typer.Option(
+        help="Settings by name, `wildcat-kv presets` lists them, or a YAML file. Default: the model's own.",
+        autocompletion=preset_names,
+    ),
 ]
 RatioOption = Annotated[float | None, typer.Option(help="Share of the tokens to keep, in (0, 1].")]
 DropOption = Annotated[
@@ -32,39 +32,66 @@ DropOption = Annotated[
 MaxTokensOption = Annotated[int | None, typer.Option(help="Most tokens to store, instead of a ratio.")]
 DtypeOption = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
 DeviceOption = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps ... Default: cuda if there is one.")]
-SeedOption = Annotated[int | None, typer.Option(help="Of the pivots; 0 unless the preset says otherwise.")]
+SeedOption = Annotated[int | None, typer.Option(help="Seed of the pivots; 0 unless the preset says otherwise.")]
 
 
 def load(model: str | None, dtype: str, device: str | None) -> tuple[Any, Any]:
-    """The model and its tokenizer.
+    """Load a model and its tokenizer.
+
+    Args:
+        model: hub id, folder or GGUF file; None for the default model.
+        dtype: "float32", "bfloat16" or "float16".
+        device: the name of a device; None for cuda if there is one.
 
     Raises:
         ValueError: a dtype or device that cannot be used.
-        ModelError: see `load_model`.
+        ModelError: a model that cannot be loaded; see `load_model`.
     """
     if dtype not in ("float32", "bfloat16", "float16"):
         raise ValueError(f"dtype={dtype!r} must be float32, bfloat16 or float16")
+    import torch
+
+    from wildcat_kv.models import load_model
+
     return load_model(model, getattr(torch, dtype), _device(device))
 
 
-def chosen(preset: str | None, compressor: str | None, **fields: Any) -> dict[str, Any]:
-    """What was given of these, for `Recipe.choose`; checked before a model is loaded.
+def chosen(preset: str | None, compressor: str | None, *, of_text: bool = False, **fields: Any) -> dict[str, Any]:
+    """Check what was given before a model is loaded.
+
+    Args:
+        preset: a preset's name or file; None for the model's own settings.
+        compressor: a method's name; None for the preset's.
+        of_text: True if a text is read by itself, before the questions. Some methods can do only that.
+        **fields: fields of `WildCatConfig`; None for those not given.
+
+    Returns:
+        Keyword arguments of `Recipe.choose` and `compress_context`.
 
     Raises:
         ValueError: no such preset or method, or a wrong setting.
     """
+    from wildcat_kv.compressors import resolve
+    from wildcat_kv.contexts.context import reads_twice
+
     fields = {name: value for name, value in fields.items() if value is not None}
     if preset is None:  # the model's own section may begin with anything: what is wrong anyhow
         settings, method = WildCatConfig(ratio=1.0, sink=0, window=0, bin_rank=1), "wildcat"
     else:
         base = load_preset(preset)
         settings, method = base.settings, base.compressor
-    resolve(compressor or method, settings.changed(**fields))
+    changed, method = settings.changed(**fields), compressor or method
+    if not (of_text and reads_twice(method)):
+        resolve(method, changed)
     return {"preset": preset, "compressor": compressor, **fields}
 
 
 def share(ratio: float | None, compression_ratio: float | None) -> WildCatConfig:
-    """Settings with the share that was given in either spelling; a quarter by default.
+    """Make settings from a share in either spelling; a quarter by default.
+
+    Args:
+        ratio: share of the tokens to keep.
+        compression_ratio: share of the tokens to drop.
 
     Raises:
         ValueError: both are given, or one that is no share.
@@ -74,21 +101,30 @@ def share(ratio: float | None, compression_ratio: float | None) -> WildCatConfig
 
 
 def read_text(path: Path, name: str) -> str:
-    """The text of a file, or of standard input for "-"; `name` is the option's.
+    """Read a text file, or standard input for "-".
+
+    Args:
+        path: the file.
+        name: the option's name, for errors.
 
     Raises:
-        ValueError: it cannot be read, or is empty.
+        ValueError: a file that cannot be read, is no UTF-8 text, or is empty.
     """
+    given = f"{name}={str(path)!r}"
     try:
         text = sys.stdin.read() if str(path) == "-" else path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{name}={str(path)!r} cannot be read as UTF-8 text: {error}") from None
+    except OSError as error:
+        raise ValueError(f"{given} cannot be read: {error.strerror or error}; check the path") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{given} is no UTF-8 text: {error}; convert it") from None
     if not text.strip():
-        raise ValueError(f"{name}={str(path)!r} is empty; write a text into it")
+        raise ValueError(f"{given} is empty; write a text into it")
     return text
 
 
 def _device(name: str | None) -> str:
+    import torch
+
     if name is None:
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:

@@ -1,4 +1,4 @@
-"""Tokens shown as text while they come, and forward passes followed layer by layer."""
+"""Answers shown as text while they come, and forward passes followed layer by layer."""
 
 from __future__ import annotations
 
@@ -8,37 +8,46 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from transformers import TextStreamer
+from typing_extensions import override
 
 
-class TextStream:
-    """Turns token ids into text as they come, whole characters only; special tokens are left out."""
+class TextStream(TextStreamer):
+    """Streamer that hands new text on; special tokens are left out.
+
+    Args:
+        tokenizer: the model's tokenizer.
+        on_text: function called with each piece of text, whole characters only.
+    """
 
     def __init__(self, tokenizer: Any, on_text: Callable[[str], Any]) -> None:
-        self._tokenizer = tokenizer
+        super().__init__(tokenizer, skip_special_tokens=True)
         self._on_text = on_text
-        self._ids: list[int] = []
-        self._shown = 0
 
-    def put(self, token: int) -> None:
-        """Hand the text of one more token on."""
-        self._ids.append(token)
-        text = self._tokenizer.decode(self._ids, skip_special_tokens=True)
-        if not text.endswith("\ufffd"):  # a character whose last bytes are still to come
-            self._on_text(text[self._shown :])
-            self._shown = len(text)
+    @override
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        if text:
+            self._on_text(text)
 
 
 @contextmanager
 def steps() -> Iterator[Progress]:
-    """Progress bars on stderr, gone at the end."""
+    """Show progress bars on stderr, gone at the end; nothing where stderr is no terminal."""
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         yield progress
 
 
 @contextmanager
 def layers_seen(model: Any, progress: Progress, task: Any) -> Iterator[None]:
-    """Let a progress bar follow forward passes layer by layer, each from the beginning."""
+    """Let a progress bar follow forward passes layer by layer, each from the beginning.
+
+    Args:
+        model: a Transformers decoder.
+        progress: the bars.
+        task: the bar's task.
+    """
     layers = getattr(model.get_decoder(), "layers", ())
     progress.update(task, total=len(layers) or None)
     hooks = [

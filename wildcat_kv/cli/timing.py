@@ -1,9 +1,8 @@
-"""Keep the time of one `generate()`."""
+"""Times of one `generate()`."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -15,9 +14,9 @@ class Timing:
     """Times of one `generate()`.
 
     Attributes:
-        first_token_seconds: from the call to the first new token: the prompt is read in it.
-        tokens: new tokens.
-        tokens_per_second: of the tokens after the first; 0 where there are none.
+        first_token_seconds: time from the call to the first new token, the reading of the prompt included.
+        tokens: number of new tokens.
+        tokens_per_second: speed of the tokens after the first; 0 where there are none.
     """
 
     first_token_seconds: float
@@ -26,32 +25,35 @@ class Timing:
 
 
 class TimedStreamer(BaseStreamer):
-    """Hands on every new token as it comes, and keeps the time.
+    """Streamer that keeps the time, and hands new tokens on to another streamer.
 
     Args:
-        on_token: called with the id of each new token.
+        follower: the other streamer, which does not get the prompt.
     """
 
-    def __init__(self, on_token: Callable[[int], None] = lambda token: None) -> None:
-        self._on_token = on_token
+    def __init__(self, follower: BaseStreamer | None = None) -> None:
+        self._follower = follower
         self._start = time.perf_counter()
         self._times: list[float] = []
         self._prompt = True
 
     def put(self, value: Tensor) -> None:
-        """Called by `generate()`: the prompt first, then each token (rows,), of which there is one row."""
+        """Take what `generate()` gives: the prompt first, then each token, int64 (1,)."""
         if self._prompt:
             self._prompt = False
             return
         self._times.append(time.perf_counter())
-        self._on_token(int(value.flatten()[0]))
+        if self._follower is not None:
+            self._follower.put(value)
 
     def end(self) -> None:
-        """Called by `generate()` at the end."""
+        """Take the end of `generate()`."""
+        if self._follower is not None:
+            self._follower.end()
 
     @property
     def timing(self) -> Timing:
-        """What was measured."""
+        """The times so far."""
         if not self._times:
             return Timing(0.0, 0, 0.0)
         later = self._times[-1] - self._times[0]

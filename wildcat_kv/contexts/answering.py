@@ -1,4 +1,4 @@
-"""Options of `generate()` for answers over a cache that holds a text already: one config, whoever says what."""
+"""Options of `generate()` for answers over a cache that holds the text."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from transformers import GenerationConfig
 from wildcat_kv.hook.keyword import CACHE, OLD
 
 DEFAULT_LENGTH = 256
-# Given by whoever generates, or of no use where there is one answer to a text that was read.
-_OURS = (
+# Arguments that the caller of generate() sets itself, or that have no use here.
+_RESERVED = (
     "inputs",
     "input_ids",
     "attention_mask",
@@ -32,7 +32,7 @@ class AnswerOptions:
     """How to generate.
 
     Attributes:
-        config: all that a `GenerationConfig` says.
+        config: options that a `GenerationConfig` has.
         ends: tokens that end an answer.
         others: further arguments of `generate()`.
     """
@@ -43,24 +43,24 @@ class AnswerOptions:
 
     @property
     def beams(self) -> int:
-        """Rows of the cache that each prompt needs."""
+        """Number of rows of the cache that each prompt needs."""
         return self.config.num_beams or 1
 
     @staticmethod
     def of(model: Any, tokenizer: Any, max_new_tokens: int | None = None, **options: Any) -> AnswerOptions:
-        """What was given, over what the model has as its own; greedy unless a config or an option says otherwise.
+        """Merge what was given into the model's own options; greedy by default.
 
         Args:
             model: a Transformers decoder.
-            tokenizer: of the model.
+            tokenizer: tokenizer of the model.
             max_new_tokens: most tokens of an answer; by default the given config's, or 256.
-            **options: of `generate()`, a `generation_config` among them.
+            **options: options of `generate()`, such as a `generation_config`.
 
         Raises:
             ValueError: an option that cannot be followed here; names it, its value and why.
         """
         given: GenerationConfig | None = options.pop("generation_config", None)
-        if own := next((name for name in _OURS if options.get(name) is not None), None):
+        if own := next((name for name in _RESERVED if options.get(name) is not None), None):
             raise ValueError(f"{own} cannot be given here: the text and its cache are the context's; leave it out")
         if given is None:
             config = copy.deepcopy(model.generation_config)
@@ -87,7 +87,7 @@ class AnswerOptions:
 
 
 def pad_id(tokenizer: Any) -> int | None:
-    """The token to pad with; None of a tokenizer that has neither one nor an end token."""
+    """Return the token to pad with; None if the tokenizer has none."""
     return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
 
 
@@ -118,7 +118,7 @@ def _length(length: Any) -> int:
 
 
 def _ends(model: Any, tokenizer: Any, given: GenerationConfig | None, options: dict[str, Any]) -> set[int]:
-    """Tokens that end a text: those that were given, or of the model's generation config and the tokenizer."""
+    """Collect the tokens that end a text, given or the model's own."""
     if "eos_token_id" in options:
         return _several(options["eos_token_id"])
     if given is not None and given.eos_token_id is not None:

@@ -1,42 +1,45 @@
-"""One context, many questions: a text read and compressed once, asked, saved, and talked about."""
+"""One text, many questions: read and compressed once, asked often, saved."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from typing_extensions import Self
 
-from wildcat_kv.cache.caches import CompressedCache
-from wildcat_kv.cache.disk import persistence
+from wildcat_kv.cache.blueprint import Blueprint
+from wildcat_kv.cache.caches import CompressedCache, WildCatCache
+from wildcat_kv.cache.disk.read import read
+from wildcat_kv.cache.disk.saved import SavedText
+from wildcat_kv.cache.disk.write import write
 from wildcat_kv.cache.joining import join_caches, unjoinable
 from wildcat_kv.cache.sizes import stored_tokens
 from wildcat_kv.compressors import Compressor
 from wildcat_kv.config import WildCatConfig
 from wildcat_kv.contexts.answering import AnswerOptions, pad_id
 from wildcat_kv.contexts.context import Context, reads_twice
+from wildcat_kv.contexts.conversation import Conversation
+from wildcat_kv.contexts.held_text import HeldText, checked
 from wildcat_kv.contexts.prompts import encode_context, encode_follow_up, text_tokenizer
-from wildcat_kv.contexts.reading import generate, generate_tokens, join, pad_left, text_of
-from wildcat_kv.contexts.streaming import streamed
-from wildcat_kv.contexts.texts import parts_of, read_part, share_of, text_from
-from wildcat_kv.models.identity import WeightWatch, differing_weight
+from wildcat_kv.contexts.reading import generate, join, pad_left
+from wildcat_kv.contexts.texts import parts_of, read_part, room_for, share_of, text_from, warn_of_parts
+from wildcat_kv.models.identity import differing_weight
 from wildcat_kv.models.support import check_prompt
 from wildcat_kv.recipes.presets import Preset
 from wildcat_kv.recipes.recipe import Recipe
 
 
-class CompressedContext:
-    """A text that a model has read, compressed. Made by `compress_context` or `load`.
+class CompressedContext(HeldText):
+    """A compressed text to ask about, made by `compress_context` or `load`.
 
     Attributes:
-        model: that has read it.
-        tokenizer: of the model.
-        cache: what it holds of the text. Stays as it is: every question is asked of a copy.
-        tokens: of the text, template included.
+        model: model that has read it.
+        tokenizer: tokenizer of the model.
+        cache: cache that holds the text. It stays as it is: every question is asked of a copy.
+        tokens: number of tokens of the text, template included.
 
     Example:
         context = wildcat_kv.compress_context(model, tokenizer, Path("report.txt"), ratio=0.25)
@@ -44,21 +47,13 @@ class CompressedContext:
         context.save("report.safetensors")
     """
 
-    def __init__(self, model: Any, tokenizer: Any, cache: CompressedCache, ids: Tensor, tokens: int) -> None:
-        self.model = model
-        self.tokenizer = tokenizer
-        self.cache = cache
-        self.tokens = tokens
-        self._ids = ids  # int64 (1, cache.get_seq_length())
-        self._weights = WeightWatch(model)
-
     def ask(self, question: str, *, max_new_tokens: int | None = None, **options: Any) -> str:
         """Answer a question about the text.
 
         Args:
-            question: not empty.
+            question: text that is not empty.
             max_new_tokens: most tokens of the answer; by default those of a given `generation_config`, or 256.
-            **options: of `generate()`, such as a `streamer`; greedy decoding by default.
+            **options: options of `generate()`, such as a `streamer`; greedy decoding by default.
 
         Raises:
             ValueError: an empty question, a model with other weights than when it read the text (another adapter), or
@@ -73,11 +68,11 @@ class CompressedContext:
         """Answer several questions, each as if it were the only one.
 
         Args:
-            questions: none of them empty.
+            questions: texts, none of them empty.
             max_new_tokens: most tokens of an answer; by default those of a given `generation_config`, or 256.
-            batch_size: questions at once, each with a copy of the compressed context; of models with linear
-                attention one after the other.
-            **options: of `generate()`; greedy decoding by default.
+            batch_size: questions at once, each with a copy of the compressed context; models with linear
+                attention are asked one question after the other.
+            **options: options of `generate()`; greedy decoding by default.
 
         Returns:
             The answers, in the order of the questions.
@@ -89,17 +84,16 @@ class CompressedContext:
             raise ValueError(f"questions={questions!r} is one text; give a list, or call ask()")
         if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
             raise ValueError(f"batch_size={batch_size!r} must be a positive integer, the questions at once")
-        self._check_weights()
-        plan = AnswerOptions.of(self.model, self.tokenizer, max_new_tokens, **options)
+        plan = self.answer_options(max_new_tokens, options)
         if unjoinable(self.cache):  # states that would read the padding of shorter questions
             batch_size = 1
-        rows = [encode_follow_up(self.tokenizer, _asked(question))[0] for question in questions]
+        rows = [encode_follow_up(self.tokenizer, checked(question))[0] for question in questions]
         answers: list[str] = []
         for start in range(0, len(rows), batch_size):
             batch = rows[start : start + batch_size]
             asked, mask = pad_left(batch, pad_id(self.tokenizer) or 0)
-            asked = asked.to(self._ids)
-            read_before = self._ids.expand(len(batch), -1)
+            asked = asked.to(self.ids)
+            read_before = self.ids.expand(len(batch), -1)
             answers += generate(
                 self.model,
                 self.tokenizer,
@@ -115,20 +109,20 @@ class CompressedContext:
         """Answer a question piece by piece, as the words come.
 
         Args:
-            question: not empty.
+            question: text that is not empty.
             max_new_tokens: most tokens of the answer; by default those of a given `generation_config`, or 256.
-            **options: of `generate()`.
+            **options: options of `generate()`.
 
         Returns:
-            Pieces of text. Where it is closed early, so is the generation.
+            Pieces of text. Closing the iterator ends the generation.
 
         Raises:
             ValueError: as `ask`, at once; what generation raises, as it comes.
         """
-        return _streamed(self.ask, self, question, max_new_tokens, options)
+        return self.pieces(self.ask, question, max_new_tokens, options)
 
     def conversation(self) -> Conversation:
-        """A conversation about the text, in which earlier questions and answers are remembered."""
+        """Begin a conversation, in which earlier questions and answers are remembered."""
         return Conversation(self)
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -138,18 +132,18 @@ class CompressedContext:
             ValueError: the model has other weights than when it read the text.
             OSError: the file cannot be written.
         """
-        self._check_weights()
-        text = persistence.SavedText(self._ids, self.tokens, self._weights.samples)
-        persistence.write(self.cache, path, text)
+        self.check_weights()
+        text = SavedText(self.ids, self.tokens, self.weights.samples)
+        write(path, self.cache.saved(text))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], model: Any, tokenizer: Any) -> Self:
         """Read what `save` wrote; its text is not read again.
 
         Args:
-            path: of the file.
-            model: that read the text. Its shape is compared, and samples of its weights.
-            tokenizer: of the model, or its processor of images and text.
+            path: path of the file.
+            model: model that read the text. Its shape is compared, and samples of its weights.
+            tokenizer: tokenizer of the model, or its processor of images and text.
 
         Raises:
             FileNotFoundError: there is no such file.
@@ -158,7 +152,7 @@ class CompressedContext:
         """
         tokenizer = text_tokenizer(tokenizer)
         _check(model, tokenizer)
-        saved = persistence.read(path, model.config, model.device)
+        saved = read(path, model.config, model.device)
         if saved.text is None:
             raise ValueError(
                 f"path={str(path)!r} holds a cache without its text; load it with WildCatCache.load(path, "
@@ -181,73 +175,12 @@ class CompressedContext:
         mebibytes = self.cache.memory_bytes() / 2**20
         return f"CompressedContext({self.tokens} tokens, {stored_tokens(self.cache):.0f} stored, {mebibytes:.1f} MiB)"
 
-    def _check_weights(self) -> None:
-        """Refuse to go on with a model that is another by now.
-
-        Raises:
-            ValueError: names the parameter.
-        """
-        if (name := self._weights.difference(self.model)) is not None:
-            raise ValueError(
-                f"model={type(self.model).__name__} has other weights than when it read the text, {name} differs; set "
-                "the adapter that read it, or read the text again"
-            )
-
     def _copies(self, rows: int) -> CompressedCache:
-        """A copy of the cache with that many rows, to be used up."""
+        """Copy the cache into that many rows, to be used up."""
         cache = self.cache.clone()
         if rows > 1:
             cache.batch_repeat_interleave(rows)
         return cache
-
-
-class Conversation:
-    """Questions about a compressed context, each with those before it in mind. The context stays as it is.
-
-    Attributes:
-        context: that it is about.
-    """
-
-    def __init__(self, context: CompressedContext) -> None:
-        self.context = context
-        self._ids = context._ids
-        self._begun = False
-        self._cache: CompressedCache | None = None
-
-    @property
-    def cache(self) -> CompressedCache:
-        """What is held of the context and the conversation so far."""
-        return self.context.cache if self._cache is None else self._cache
-
-    def ask(self, question: str, *, max_new_tokens: int | None = None, **options: Any) -> str:
-        """Answer a question, and remember both.
-
-        A generation that fails, is interrupted, or whose stream is closed early leaves nothing behind.
-
-        Args:
-            question: not empty.
-            max_new_tokens: most tokens of the answer; by default those of a given `generation_config`, or 256.
-            **options: of `generate()`, such as a `streamer`; greedy decoding by default; one beam.
-
-        Raises:
-            ValueError: as `CompressedContext.ask`.
-        """
-        context = self.context
-        context._check_weights()
-        options["num_beams"] = 1
-        plan = AnswerOptions.of(context.model, context.tokenizer, max_new_tokens, **options)
-        turn = encode_follow_up(context.tokenizer, _asked(question), first=not self._begun).to(self._ids)
-        ids = torch.cat((self._ids, turn), dim=1)
-        cache, self._cache = self._cache or context.cache.clone(), None  # until it is known to be whole
-        length = plan.config.max_new_tokens
-        (tokens,) = generate_tokens(context.model, context.tokenizer, cache, ids, max_new_tokens=length, **options)
-        self._cache, self._begun = cache, True
-        self._ids = torch.cat((ids, torch.tensor([tokens], dtype=ids.dtype, device=ids.device)), dim=1)
-        return text_of(context.tokenizer, tokens)
-
-    def stream(self, question: str, *, max_new_tokens: int | None = None, **options: Any) -> Iterator[str]:
-        """The same piece by piece, as the words come; see `CompressedContext.stream`."""
-        return _streamed(self.ask, self.context, question, max_new_tokens, options)
 
 
 def compress_context(
@@ -262,25 +195,22 @@ def compress_context(
     reserve: int | None = None,
     **fields: Any,
 ) -> CompressedContext:
-    """Let a model read a text once, compressed, to be asked about as often as you like.
+    """Read and compress a text once, to be asked often.
 
-    With a chat template the text is the beginning of the first user message, and the questions go on from there. A
-    text that is longer than the model's positions is read in parts of equal length, each from the first position on,
-    whose caches are joined (parallel context windows, Ratner et al., arXiv 2212.10947): a part does not see those
-    before it, the questions see all.
+    With a chat template the text is the beginning of the first user message. A text that is longer than the model's
+    positions is read in parts that do not see each other, with a warning; their caches are joined, see `join_caches`.
 
     Args:
         model: a Transformers decoder.
-        tokenizer: of the model, or its processor of images and text.
+        tokenizer: tokenizer of the model, or its processor of images and text.
         text_or_file: the text; or the path of a UTF-8 file, as a `Path`.
-        settings: of the cache; or:
+        settings: settings of the cache; or:
         preset: a preset's name, file or object; by default the model's own section, or "published".
         compressor: the method, by name or as an object, instead of the preset's.
-        chunk_tokens: tokens to read at once, in each of which a chunk sees those before it compressed; by default a
-            part as a whole, and half as much where memory runs out, as often as needed.
-        reserve: positions to keep free for questions and answers, in tokens; by default 1,024, or a quarter of the
-            model's positions if that is less.
-        **fields: of `WildCatConfig`, such as ratio=0.25, instead of the preset's.
+        chunk_tokens: tokens to read at once, each chunk with those before it compressed; by default all, and half as
+            many where memory runs out, as often as needed.
+        reserve: positions to keep free for questions and answers; by default 1,024, or a quarter if that is less.
+        **fields: fields of `WildCatConfig`, such as ratio=0.25, instead of the preset's.
 
     Raises:
         ValueError: an empty text, a file that cannot be read, settings that do not fit, or a model that cannot be
@@ -293,14 +223,28 @@ def compress_context(
     tokenizer = text_tokenizer(tokenizer)
     _check(model, tokenizer)
     recipe = Recipe.choose(model.config, settings, preset=preset, compressor=compressor, **fields)
+    return _compress(model, tokenizer, recipe, text_or_file, chunk_tokens, reserve)
+
+
+def _compress(
+    model: Any,
+    tokenizer: Any,
+    recipe: Recipe,
+    text_or_file: str | os.PathLike[str],
+    chunk_tokens: int | None,
+    reserve: int | None,
+) -> CompressedContext:
+    """Read a text by a chosen method; see `compress_context`."""
     twice = reads_twice(recipe.compressor)
-    Recipe(recipe.settings, twice or recipe.compressor).check(model.config)
+    Blueprint.of(model.config, recipe.settings, twice or recipe.compressor)
     text = text_from(text_or_file)
     for name, value in (("chunk_tokens", chunk_tokens), ("reserve", reserve)):
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
             raise ValueError(f"{name}={value!r} must be a positive integer, in tokens")
     head, body = (ids.to(model.device) for ids in encode_context(tokenizer, text))
-    parts = parts_of(model, head, body, reserve)
+    room = room_for(model, head, reserve)
+    parts = parts_of(head, body, room)
+    tokens = sum(part.shape[1] for part in parts)
     if twice is not None:
         if len(parts) > 1 or chunk_tokens is not None:
             raise ValueError(
@@ -309,44 +253,27 @@ def compress_context(
                 "compressor"
             )
         cache = Context(model, parts[0]).compress(recipe.settings, compressor=twice, tokenizer=tokenizer)
-        return CompressedContext(model, tokenizer, cache, parts[0], parts[0].shape[1])
-    share = share_of(recipe.settings, len(parts))
-    if len(parts) > 1 and (fault := unjoinable(Recipe(share, recipe.compressor).cache(model.config))):
-        raise ValueError(
-            f"text_or_file has {body.shape[1]} tokens, more than the model has positions for, and its cache {fault}; "
-            "shorten the text"
-        )
-    caches = [read_part(model, Recipe(share, recipe.compressor), part, chunk_tokens) for part in parts]
+        return CompressedContext(model, tokenizer, cache, parts[0], tokens)
+    share = Recipe(share_of(recipe.settings, len(parts)), recipe.compressor)
+    if len(parts) > 1:
+        if fault := unjoinable(WildCatCache(model.config, share.settings, compressor=share.compressor)):
+            raise ValueError(
+                f"text_or_file has {body.shape[1]} tokens, more than the model has positions for, and its cache "
+                f"{fault}; shorten the text"
+            )
+        warn_of_parts(body.shape[1], room, len(parts))
+    caches = []
+    for part in parts:
+        caches.append(read_part(model, share, part, chunk_tokens))
     cache = join_caches(caches, recipe.settings) if len(parts) > 1 else caches[0]
-    return CompressedContext(model, tokenizer, cache, parts[-1], sum(part.shape[1] for part in parts))
+    return CompressedContext(model, tokenizer, cache, parts[-1], tokens)
 
 
 def _check(model: Any, tokenizer: Any) -> None:
-    """Refuse what is no model with its tokenizer, or a model that cannot go on from a cache."""
+    """Refuse what is no model with its tokenizer."""
     if not hasattr(model, "config") or not hasattr(model, "generation_config"):
         raise TypeError(f"model={type(model).__name__} is no Transformers model; give the model, then its tokenizer")
     if not callable(tokenizer) or not hasattr(tokenizer, "chat_template"):
         raise TypeError(f"tokenizer={type(tokenizer).__name__} is no Transformers tokenizer; give the model's own")
     check_prompt(model)
     AnswerOptions.of(model, tokenizer)  # the model's own options are such as can be followed
-
-
-def _asked(question: str) -> str:
-    if not isinstance(question, str) or not question.strip():
-        raise ValueError(f"question={question!r} is empty; ask something")
-    return question
-
-
-def _streamed(
-    ask: Callable[..., str],
-    context: CompressedContext,
-    question: str,
-    max_new_tokens: int | None,
-    options: dict[str, Any],
-) -> Iterator[str]:
-    """The pieces of an answer, all of it checked before a thread is started."""
-    if options.get("streamer") is not None:
-        raise ValueError("streamer cannot be given to stream(), which makes one; call ask(..., streamer=...)")
-    context._check_weights()
-    AnswerOptions.of(context.model, context.tokenizer, max_new_tokens, **options)
-    return streamed(ask, context.tokenizer, _asked(question), {"max_new_tokens": max_new_tokens, **options})

@@ -1,4 +1,4 @@
-"""Prompts as token ids: with the model's chat template where it has one, split before the question."""
+"""Prompts as token ids, in the chat template, split before the question."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ _CONTEXT, _QUESTION, _ANSWER, _NEXT = (f"\ue000{name}\ue001" for name in ("conte
 
 @dataclass(frozen=True)
 class Frame:
-    """What stands around a context, its questions and the answers.
+    """Texts around a context, its questions and the answers.
 
     Attributes:
-        head: before the context.
-        gap: between the context and the first question, in the same message.
-        tail: between a question and its answer.
-        between: between an answer and the next question.
-        special: whether the tokenizer is to add the tokens that begin a text; a chat template has them in `head`.
+        head: text before the context.
+        gap: text between the context and the first question, in the same message.
+        tail: text between a question and its answer.
+        between: text between an answer and the next question.
+        special: True if the tokenizer adds the tokens that begin a text; a chat template has them in `head`.
     """
 
     head: str
@@ -35,7 +35,7 @@ class Frame:
 
     @staticmethod
     def of(tokenizer: Any) -> Frame:
-        """The frame that a tokenizer's chat template gives, or a plain one where it has none.
+        """Take the frame from a tokenizer's chat template; a plain one without.
 
         Raises:
             ValueError: the template cannot be rendered, or does not give the messages back as they are.
@@ -55,10 +55,10 @@ class Frame:
 
 
 def text_tokenizer(given: Any) -> Any:
-    """Take the tokenizer out of a processor of images and text, with the processor's chat template.
+    """Take the tokenizer out of a processor, with the processor's chat template.
 
     Args:
-        given: a processor; anything else is returned as it is.
+        given: processor of images and text; anything else is returned as it is.
     """
     inner = getattr(given, "tokenizer", None) if isinstance(given, ProcessorMixin) else None
     if inner is None:
@@ -72,13 +72,13 @@ def text_tokenizer(given: Any) -> Any:
 
 
 def messages_for(tokenizer: Any, messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Give messages the form that a chat template takes: the text as it is, or as a list of parts.
+    """Give messages the form that a chat template takes: text, or parts.
 
     Templates of models for images and text go through the parts of a message. Of a string some make nothing.
 
     Args:
-        tokenizer: whose template is tried with a short message.
-        messages: role and content; content that is no string stays as it is.
+        tokenizer: tokenizer whose template is tried with a short message.
+        messages: mappings with role and content; content that is no string stays as it is.
 
     Raises:
         ValueError: the template leaves the text out in either form.
@@ -102,21 +102,27 @@ def messages_for(tokenizer: Any, messages: Sequence[dict[str, Any]]) -> list[dic
 
 
 def encode_prompt(tokenizer: Any, text: str, *, chat: bool = True) -> Tensor:
-    """Token ids int64 (1, n) of `text`, as one user message unless `chat` is off or there is no template."""
+    """Encode a text into token ids int64 (1, n).
+
+    Args:
+        tokenizer: tokenizer of the model.
+        text: text of the prompt.
+        chat: True to make it one user message, if there is a chat template.
+    """
     if chat and tokenizer.chat_template:
         return _encode(tokenizer, _render(tokenizer, [{"role": "user", "content": text}]))
     return _encode(tokenizer, text, add_special_tokens=True)
 
 
 def encode_context(tokenizer: Any, context: str) -> tuple[Tensor, Tensor]:
-    """Token ids of what comes before a context, and of the context up to where a question follows.
+    """Encode a context up to where a question follows.
 
     Args:
-        tokenizer: of the model.
-        context: what is read first.
+        tokenizer: tokenizer of the model.
+        context: text that is read first.
 
     Returns:
-        int64 (1, h) of the template's beginning, and int64 (1, n).
+        Token ids of the template's beginning, int64 (1, h), and of the context, int64 (1, n).
     """
     frame = Frame.of(tokenizer)
     text = f"{context}{frame.gap}"
@@ -135,16 +141,18 @@ def encode_context(tokenizer: Any, context: str) -> tuple[Tensor, Tensor]:
 
 
 def encode_follow_up(tokenizer: Any, question: str, answer: str = "", *, first: bool = True) -> Tensor:
-    """Token ids int64 (1, m) of a question after a context, up to where the answer begins.
+    """Encode a question after a context, up to where the answer begins.
 
-    Where the edge of the context is an edge of tokens, encoded as it is within the whole prompt; elsewhere by itself.
+    It is encoded as within the whole prompt if the edge of the context is an edge of tokens; otherwise by itself.
 
     Args:
-        tokenizer: of the model.
-        question: what is asked.
-        answer: the beginning of the model's answer, to be continued.
-        first: whether it is asked right after the context; otherwise it comes after an answer, without the token that
-            ended that.
+        tokenizer: tokenizer of the model.
+        question: text of the question.
+        answer: beginning of the model's answer, to be continued.
+        first: True if it is asked right after the context; otherwise it follows an answer without its end token.
+
+    Returns:
+        Token ids int64 (1, m).
     """
     frame = Frame.of(tokenizer)
 
@@ -158,30 +166,30 @@ def encode_follow_up(tokenizer: Any, question: str, answer: str = "", *, first: 
 
 
 def encode_question(tokenizer: Any, context: str, question: str, answer: str = "") -> tuple[Tensor, Tensor]:
-    """Token ids of a context, and of the question after it, encoded apart so that the split is a token's edge.
+    """Encode a context and the question after it apart.
 
     Args:
-        tokenizer: of the model.
-        context: what is read first.
-        question: what is asked about it, in the same user message.
-        answer: the beginning of the model's answer, to be continued.
+        tokenizer: tokenizer of the model.
+        context: text that is read first.
+        question: question about it, in the same user message.
+        answer: beginning of the model's answer, to be continued.
 
     Returns:
-        int64 (1, n) of everything up to the question, and int64 (1, m) of all that follows.
+        Token ids of everything up to the question, int64 (1, n), and of all that follows, int64 (1, m).
     """
     return torch.cat(encode_context(tokenizer, context), dim=1), encode_follow_up(tokenizer, question, answer)
 
 
 def encode_parts(encode: Callable[[str, bool], list[int]], before: str, after: str) -> tuple[list[int], list[int]]:
-    """Token ids of two parts of a prompt; the first ones are the same whatever comes after.
+    """Encode two parts of a prompt, the first by itself.
 
     Where the edge of the parts is an edge of tokens, the second part is encoded as it is in the whole prompt: some
     tokenizers begin every text with a token of its own. Elsewhere it is encoded by itself.
 
     Args:
-        encode: gives the token ids of a text, and is told whether it begins the prompt.
-        before: the first part.
-        after: the second part.
+        encode: function of a text and of whether it begins the prompt; gives token ids.
+        before: first part.
+        after: second part.
     """
     first, whole = encode(before, True), encode(before + after, True)
     if whole[: len(first)] == first:
@@ -190,14 +198,14 @@ def encode_parts(encode: Callable[[str, bool], list[int]], before: str, after: s
 
 
 def repeat_request(tokenizer: Any, *, first: bool) -> tuple[Tensor, Tensor]:
-    """Token ids that ask the model to repeat a part of the context before them, in the words of KVzip.
+    """Encode KVzip's request to repeat a part of the context.
 
     Args:
-        tokenizer: of the model.
-        first: whether it is the first part; later ones are told by how they begin, which goes in between.
+        tokenizer: tokenizer of the model.
+        first: True for the first part; the beginning of a later one goes behind the request.
 
     Returns:
-        int64 (1, n) of the request, and int64 (1, m) of what stands between it and the model's answer.
+        Token ids of the request, int64 (1, n), and of the text between it and the answer, int64 (1, m).
 
     Source: arXiv 2505.23416.
     """

@@ -1,4 +1,4 @@
-"""Reading and answering in rows: what stands between token ids and a cache, whatever the cache."""
+"""Reading and answering in rows, with any cache."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import Cache, GenerationConfig, RepetitionPenaltyLogitsProcessor, StoppingCriteria
 
 from wildcat_kv.cache.caches import CompressedCache
@@ -21,12 +22,12 @@ from wildcat_kv.hook.keyword import CACHE
 
 @dataclass(frozen=True)
 class Likelihood:
-    """How likely a model finds an answer.
+    """Likelihood of an answer by a model.
 
     Attributes:
         total: log-likelihood of all its tokens, in nats.
-        tokens: how many.
-        greedy: whether greedy decoding would have written it.
+        tokens: number of tokens.
+        greedy: True if greedy decoding would have written it.
     """
 
     total: float
@@ -35,22 +36,20 @@ class Likelihood:
 
 
 def pad_left(rows: Sequence[Tensor], pad: int = 0) -> tuple[Tensor, Tensor | None]:
-    """Rows of token ids, int64 (n_i,) each, as one block.
+    """Pad rows of token ids, int64 (n_i,) each, into one block.
 
     Returns:
-        ids int64 (rows, n), and the attention mask int64 (rows, n), 0 for padding; None where nothing is padded.
+        Token ids int64 (rows, n), and the attention mask int64 (rows, n), 0 for padding; None if nothing is padded.
     """
-    longest = max(row.shape[0] for row in rows)
-    if all(row.shape[0] == longest for row in rows):
-        return torch.stack(list(rows)), None
-    ids = torch.stack([torch.nn.functional.pad(row, (longest - row.shape[0], 0), value=pad) for row in rows])
-    lengths = torch.tensor([row.shape[0] for row in rows], device=ids.device)
-    mask = torch.arange(longest, device=ids.device) >= (longest - lengths)[:, None]
-    return ids, mask.long()
+    ids = pad_sequence(list(rows), batch_first=True, padding_value=pad, padding_side="left")
+    if all(row.shape[0] == ids.shape[1] for row in rows):
+        return ids, None
+    ones = [torch.ones_like(row) for row in rows]
+    return ids, pad_sequence(ones, batch_first=True, padding_side="left")
 
 
 def join(left: Tensor | None, right: Tensor | None, left_ids: Tensor, right_ids: Tensor) -> Tensor | None:
-    """The masks of two blocks of ids side by side; None is a mask of ones, and stays None if both are."""
+    """Join the masks of two blocks of ids; None means ones."""
     if left is None and right is None:
         return None
     masks = (left, left_ids), (right, right_ids)
@@ -63,10 +62,10 @@ def read(model: Any, cache: Cache, ids: Tensor, mask: Tensor | None = None, *, l
 
     Args:
         model: a Transformers decoder.
-        cache: what it has read before; it reads the rest.
-        ids: int64 (rows, n), all of the text, of which the cache holds the first tokens.
-        mask: (rows, n), 0 for padding.
-        last: of how many of the last tokens to return logits; no more than are read.
+        cache: cache that holds the first tokens; it reads the rest.
+        ids: tokens of the whole text, int64 (rows, n).
+        mask: attention mask (rows, n), 0 for padding.
+        last: number of last tokens to return logits of; no more than are read.
 
     Returns:
         Logits float32 (rows, last, vocabulary).
@@ -90,7 +89,7 @@ def read(model: Any, cache: Cache, ids: Tensor, mask: Tensor | None = None, *, l
 
 
 def _offsets(model: Any, cache: CompressedCache, ids: Tensor) -> Tensor:
-    """How far the positions of the next tokens are off the count of valid ones, int64 (rows, 1); the cache notes it."""
+    """Return the offsets of the next positions, int64 (rows, 1), and note them."""
     seen = cache.get_seq_length()
     deltas = cache.rope.after(seen, model) if seen else None
     if deltas is not None:
@@ -111,22 +110,22 @@ def generate(
     next_logits: Tensor | None = None,
     **options: Any,
 ) -> list[str]:
-    """Answers to rows of prompts, by greedy decoding unless the options say otherwise.
+    """Answer rows of prompts, by greedy decoding unless the options say otherwise.
 
     Args:
         model: a Transformers decoder.
-        tokenizer: of the model.
-        cache: what it has read of the prompts; used up.
-        ids: int64 (rows, n), the prompts.
-        mask: (rows, n), 0 for padding.
+        tokenizer: tokenizer of the model.
+        cache: cache that holds the beginning of the prompts; used up.
+        ids: tokens of the prompts, int64 (rows, n).
+        mask: attention mask (rows, n), 0 for padding.
         max_new_tokens: most tokens of an answer.
         until: texts that end an answer; they are cut off.
-        next_logits: float (rows, vocabulary) after the prompts, where the cache holds all of them. The first
-            token is then the likeliest one.
-        **options: of `generate()`.
+        next_logits: logits after the prompts, float (rows, vocabulary), where the cache holds all of them. The
+            first token is then the likeliest one.
+        **options: options of `generate()`.
 
     Returns:
-        An answer a row, without special tokens.
+        One answer a row, without special tokens.
     """
     if any(until):
         criteria = [*(options.get("stopping_criteria") or ()), _Until(tokenizer, until, ids.shape[1])]
@@ -149,7 +148,7 @@ def generate_tokens(
     next_logits: Tensor | None = None,
     **options: Any,
 ) -> list[list[int]]:
-    """The tokens of the answers, up to the one that ends a text; see `generate`."""
+    """Generate the tokens of the answers, without end tokens; see `generate`."""
     plan, prompt = AnswerOptions.of(model, tokenizer, max(max_new_tokens, 1), **options), ids.shape[1]
     if next_logits is not None:
         first = _likeliest(ids, next_logits, plan.config)
@@ -171,7 +170,7 @@ def generate_tokens(
 
 
 def text_of(tokenizer: Any, tokens: Sequence[int], until: Sequence[str] = ()) -> str:
-    """The text of an answer, without special tokens, up to the first of the texts that end it."""
+    """Decode an answer up to the first text that ends it."""
     text = tokenizer.decode(tokens, skip_special_tokens=True)
     for stop in until:
         text = text.split(stop)[0] if stop else text
@@ -187,18 +186,18 @@ def loglikelihood(
     answers: Sequence[Tensor],
     next_logits: Tensor | None = None,
 ) -> list[Likelihood]:
-    """How likely each row's answer is after its prompt.
+    """Measure how likely each row's answer is after its prompt.
 
     Args:
         model: a Transformers decoder.
-        cache: what it has read of the prompts; used up.
-        ids: int64 (rows, n), the prompts.
-        mask: (rows, n), 0 for padding.
-        answers: int64 (m_i,) a row, at least one token each.
-        next_logits: float (rows, vocabulary) after the prompts, where the cache holds all of them.
+        cache: cache that holds the beginning of the prompts; used up.
+        ids: tokens of the prompts, int64 (rows, n).
+        mask: attention mask (rows, n), 0 for padding.
+        answers: tokens of each row's answer, int64 (m_i,), at least one.
+        next_logits: logits after the prompts, float (rows, vocabulary), where the cache holds all of them.
     """
     left = ids.shape[1] - cache.get_seq_length()
-    tails = torch.nn.utils.rnn.pad_sequence(list(answers), batch_first=True).to(ids)  # nothing sees what comes after
+    tails = pad_sequence(list(answers), batch_first=True).to(ids)  # nothing sees what comes after
     longest = tails.shape[1]
     text, shown = torch.cat((ids, tails), dim=1), join(mask, None, ids, tails)
     if left:
@@ -220,16 +219,19 @@ def loglikelihood(
 
 @torch.no_grad()
 def token_losses(model: Any, cache: Cache, ids: Tensor, *, chunk: int) -> Tensor:
-    """Negative log-likelihood of each token of a text after those before it, in nats, float32 (n - 1,).
+    """Measure the loss of each token of a text.
 
     The text is read `chunk` tokens at a time, so that a cache that compresses has compressed all that comes before a
     chunk. With 1 it is read as text is generated.
 
     Args:
         model: a Transformers decoder.
-        cache: an empty one; used up.
-        ids: int64 (1, n).
-        chunk: tokens.
+        cache: an empty cache; used up.
+        ids: tokens of the text, int64 (1, n).
+        chunk: number of tokens to read at once.
+
+    Returns:
+        Negative log-likelihood of each token after those before it, in nats, float32 (n - 1,).
     """
     losses = []
     for start in range(0, ids.shape[1] - 1, chunk):
@@ -240,7 +242,10 @@ def token_losses(model: Any, cache: Cache, ids: Tensor, *, chunk: int) -> Tensor
 
 
 class _Until(StoppingCriteria):
-    """Ends an answer that holds one of some texts. Transformers' own looks at the prompt's end as well."""
+    """Stop where an answer holds one of some texts.
+
+    Not `StopStringCriteria`: it looks at the prompt's end as well, and sorts the whole vocabulary for each batch.
+    """
 
     def __init__(self, tokenizer: Any, until: Sequence[str], prompt: int) -> None:
         self._tokenizer, self._until, self._prompt = tokenizer, [stop for stop in until if stop], prompt
@@ -254,7 +259,7 @@ class _Until(StoppingCriteria):
 
 
 def _likeliest(ids: Tensor, logits: Tensor, config: GenerationConfig) -> Tensor:
-    """The token that greedy decoding writes after prompts (rows, n), int64 (rows, 1); penalties as in `generate()`."""
+    """Return the greedy token after prompts, int64 (rows, 1), penalised as in `generate()`."""
     penalty = config.repetition_penalty
     if penalty and penalty != 1.0:
         logits = RepetitionPenaltyLogitsProcessor(penalty)(ids, logits)

@@ -1,4 +1,4 @@
-"""Answers piece by piece: a generation in a thread of its own, and what it writes as an iterator."""
+"""Answers piece by piece, from a generation in a thread."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from transformers import StoppingCriteria, TextIteratorStreamer
 
 
 def streamed(ask: Callable[..., str], tokenizer: Any, question: str, options: dict[str, Any]) -> Iterator[str]:
-    """The pieces of `ask(question, **options)`, which runs in a thread of its own."""
+    """Run `ask(question, **options)` in a thread and yield its pieces."""
     abandoned, failures = _Abandoned(), []
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
 
@@ -46,7 +46,7 @@ class _LeftError(Exception):
 
 
 class _Abandoned(StoppingCriteria):
-    """Ends a generation that nobody listens to any more, as if it had failed: nothing of it is remembered."""
+    """Stop a generation that nobody listens to, as if it had failed."""
 
     def __init__(self) -> None:
         self.event = threading.Event()

@@ -1,4 +1,4 @@
-"""Texts on their way into caches: from files, in parts that fit the positions, in chunks that fit the memory."""
+"""Texts into caches, in parts and chunks that fit positions and memory."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import find_executable_batch_size
 from torch import Tensor
 
 from wildcat_kv.cache.caches import CompressedCache
 from wildcat_kv.config import WildCatConfig
 from wildcat_kv.contexts.reading import read
+from wildcat_kv.files import read_text
 from wildcat_kv.models.support import decoder_config
 from wildcat_kv.recipes.recipe import Recipe
 
@@ -23,24 +25,23 @@ _RESERVE_PART = 4
 _LEAST_CHUNK = 256
 
 
-def parts_of(model: Any, head: Tensor, body: Tensor, reserve: int | None) -> list[Tensor]:
-    """The text as one prompt, or as several of equal length that fit the positions.
+def room_for(model: Any, head: Tensor, reserve: int | None) -> int | None:
+    """Return how many tokens of a text fit the positions at once.
 
     Args:
         model: a Transformers decoder.
-        head: int64 (1, h), the template's beginning, which every part has.
-        body: int64 (1, n), the text.
+        head: beginning of the chat template, int64 (1, h).
         reserve: positions to keep free, in tokens; by default 1,024, or a quarter of all if that is less.
 
     Returns:
-        int64 (1, m) each.
+        A positive number; None where the model has no positions to run out of.
 
     Raises:
         ValueError: nothing is left for a text.
     """
     positions = getattr(decoder_config(model.config), "max_position_embeddings", None)
     if positions is None:
-        return [torch.cat((head, body), dim=1)]
+        return None
     reserve = min(_RESERVE, positions // _RESERVE_PART) if reserve is None else reserve
     room = positions - reserve - head.shape[1]
     if room < 1:
@@ -48,12 +49,36 @@ def parts_of(model: Any, head: Tensor, body: Tensor, reserve: int | None) -> lis
             f"reserve={reserve} leaves no room for a text: the model has {positions} positions, and its template takes "
             f"{head.shape[1]}; lower reserve"
         )
-    count = -(-body.shape[1] // room)
+    return room
+
+
+def parts_of(head: Tensor, body: Tensor, room: int | None) -> list[Tensor]:
+    """Split a text into prompts of equal length that fit the positions.
+
+    Args:
+        head: beginning of the chat template, which every part has, int64 (1, h).
+        body: the text, int64 (1, n).
+        room: most tokens of a part, see `room_for`; None for any number.
+
+    Returns:
+        Prompts int64 (1, m).
+    """
+    count = 1 if room is None else -(-body.shape[1] // room)
     return [torch.cat((head, piece), dim=1) for piece in body.tensor_split(count, dim=1)]
 
 
+def warn_of_parts(tokens: int, room: int | None, parts: int) -> None:
+    """Warn that a text is longer than the model's positions."""
+    warnings.warn(
+        f"text_or_file has {tokens} tokens, and the model's positions have room for {room}: it is read in {parts} "
+        "parts that do not see each other, and answers get worse; shorten it, lower reserve, or take a model with more "
+        "positions",
+        stacklevel=4,
+    )
+
+
 def share_of(settings: WildCatConfig, parts: int) -> WildCatConfig:
-    """The settings of each of several parts: a limit is dealt out equally, a ratio is everybody's.
+    """Return the settings of each part, with its share of a limit.
 
     Raises:
         ValueError: the limit is too small for so many.
@@ -70,53 +95,54 @@ def share_of(settings: WildCatConfig, parts: int) -> WildCatConfig:
 
 
 def read_part(model: Any, recipe: Recipe, ids: Tensor, chunk: int | None) -> CompressedCache:
-    """A cache that has read a part, `chunk` tokens at a time, or fewer where memory runs out.
+    """Read a part into a cache, in smaller chunks where memory lacks.
 
     Args:
         model: a Transformers decoder.
-        recipe: of the cache.
-        ids: int64 (1, n).
+        recipe: method and settings of the cache.
+        ids: tokens of the part, int64 (1, n).
         chunk: tokens to read at once; None for all.
+
+    Raises:
+        RuntimeError: memory runs out even with chunks of 256 tokens; whatever the device says of it.
     """
     n = ids.shape[1]
-    chunk = min(chunk or n, n)
-    while True:
-        cache = recipe.cache(model.config)
-        try:
-            for start in range(0, n, chunk):
-                read(model, cache, ids[:, : start + chunk])
-            return cache
-        except torch.OutOfMemoryError:
-            if chunk <= _LEAST_CHUNK:
-                raise
-        del cache
-        chunk = max(_LEAST_CHUNK, chunk // 2)
+    size = min(chunk or n, n)
+
+    def read_in_chunks(size: int) -> CompressedCache:
+        cache = CompressedCache(model.config, recipe.settings, compressor=recipe.compressor)
+        for start in range(0, n, size):
+            read(model, cache, ids[:, : start + size])
+        return cache
+
+    def smaller() -> int:
+        nonlocal size
+        if size <= _LEAST_CHUNK:
+            raise  # called while the device's own error is handled
+        size = max(_LEAST_CHUNK, size // 2)
         warnings.warn(
-            f"memory ran out; reading {chunk} tokens at once, each chunk with those before it compressed (pass "
+            f"memory ran out; reading {size} tokens at once, each chunk with those before it compressed (pass "
             "chunk_tokens to begin there)",
-            stacklevel=3,
+            stacklevel=6,
         )
+        return size
+
+    return find_executable_batch_size(read_in_chunks, size, smaller)()
 
 
 def text_from(text_or_file: str | os.PathLike[str]) -> str:
-    """The text that was given, or that is in the file that was.
+    """Return the given text, or the text of the given file.
 
     Raises:
         TypeError: neither a text nor a path.
         ValueError: it is empty, a file that cannot be read, or a file's name that is no path.
     """
     if isinstance(text_or_file, os.PathLike):
-        try:
-            text = Path(text_or_file).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"text_or_file={str(text_or_file)!r} cannot be read as UTF-8 text: {error}") from None
-    elif isinstance(text_or_file, str):
-        text = text_or_file
-        if os.path.isfile(text):  # noqa: PTH113  # a Path of a long text would raise
-            raise ValueError(f"text_or_file={text!r} is the name of a file; pass Path({text!r}) to read it")
-    else:
+        return read_text(Path(text_or_file), "text_or_file")
+    if not isinstance(text_or_file, str):
         raise TypeError(f"text_or_file={text_or_file!r} must be a text, or the Path of a file")
-    if not text.strip():
-        shown = repr(str(text_or_file)) if isinstance(text_or_file, os.PathLike) else repr(text[:20])
-        raise ValueError(f"text_or_file={shown} is empty; there is nothing to compress")
-    return text
+    if os.path.isfile(text_or_file):  # noqa: PTH113  # a Path of a long text would raise
+        raise ValueError(f"text_or_file={text_or_file!r} is the name of a file; pass Path({text_or_file!r}) to read it")
+    if not text_or_file.strip():
+        raise ValueError(f"text_or_file={text_or_file[:20]!r} is empty; there is nothing to compress")
+    return text_or_file

@@ -6,6 +6,6 @@ Read `reference.py` first: the whole paper for one head in plain float64 lines. 
     COMPRESSKV   compresskv.py, for all bins at once binned.py and bins.py
     WTDATTN      wtdattn.py
     tau          temperature.py
-    randomness   noise.py
-    helpers      tensors.py
+    randomness   draws.py from noise.py
+    helpers      tensors.py, choices.py
 """

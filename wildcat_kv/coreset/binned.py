@@ -1,18 +1,23 @@
-"""The numbers of a fold: bins of tokens into sums over their pivots, in float32, a workspace at a time.
+"""COMPRESSKV for all bins of all heads at once: tokens into sums over their pivots, in float32.
 
-Source: COMPRESSKV of Schröder and Mackey, "WildCat: Near-Linear Attention in Theory and Practice", arXiv 2602.10056.
+For every bin: scale the keys, draw pivots and solve for W (RPNYS), sum V and 1 over W. Bins are taken as many at a time
+as a workspace holds.
+
+Source: Schröder and Mackey, "WildCat: Near-Linear Attention in Theory and Practice", arXiv 2602.10056.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol, TypedDict
+from functools import partial
+from typing import NamedTuple, TypedDict
 
 import torch
 from torch import Tensor
 
 from wildcat_kv.coreset.bins import BinLayout
+from wildcat_kv.coreset.draws import Draws
 from wildcat_kv.coreset.rpnys import (
     WHOLE_KERNEL,
     Factor,
@@ -26,30 +31,56 @@ from wildcat_kv.coreset.rpnys_blocked import accelerated_cholesky
 from wildcat_kv.coreset.temperature import Temperature, constant_temperature, squared_temperature
 from wildcat_kv.coreset.tensors import saturate_
 
-# From this rank of a bin on, rejection sampling in blocks is faster than one step a pivot.
+# From this rank of a bin on, drawing in blocks is faster than one step a pivot.
 BLOCKED_RANK = 64
 
 # Bytes to work with at a time: a quarter of the keys and values, within these bounds.
 _WORKSPACE = (32 * 2**20, 128 * 2**20)
 
-# Arrays of a number for every slot and token of a bin that live side by side.
+# Arrays (bin_rank, t) for every bin that are alive at once.
 _FACTOR_BUFFERS = 5
 
 
-class Draws(Protocol):
-    """Where a fold takes its randomness from: the same for a bin whatever else is drawn."""
+@dataclass(frozen=True)
+class WeightedTokens:
+    """Keys and values to compress, with the weights that they already carry.
 
-    def gumbel(self, heads: range, bins: range) -> Tensor:
-        """Standard Gumbel noise in the layout's order, float32 (rows, heads, bins, bin_rank, t)."""
-        ...
+    Attributes:
+        keys: (rows, heads, n, d), finite, also where they take part in nothing.
+        values: (rows, heads, n, d_v), finite; numerators U where there are weights.
+        weights: float32 (rows, heads, n), w; None for 1.
+        valid: bool (rows, heads, n), False for padding; None for all True.
+        value_bound: float32 (rows, heads), s^2: makes slots with a large U more likely pivots; None to leave U out.
+    """
 
-    def uniform(self, heads: range, bins: range, turn: int) -> Tensor:
-        """Uniform noise of a round of `accelerated_cholesky`, float32 (rows, heads, bins, 3, BLOCK)."""
-        ...
+    keys: Tensor
+    values: Tensor
+    weights: Tensor | None = None
+    valid: Tensor | None = None
+    value_bound: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class KernelOptions:
+    """Settings of the kernel and of its solution.
+
+    Attributes:
+        scale: b, the factor of the attention scores.
+        query_norm: float32 (rows, heads), R_Q; None for R_K.
+        temperature: rule for tau, see `temperature.py`.
+        weights_rule: "nystrom" for signed weights, "clipped" for their non-negative part.
+        blocked: True to draw pivots in blocks, see `rpnys_blocked.py`; False for one at a time.
+    """
+
+    scale: float
+    query_norm: Tensor | None = None
+    temperature: Temperature = "released"
+    weights_rule: Weights = "nystrom"
+    blocked: bool = False
 
 
 class _Options(TypedDict):
-    """What both ways to draw pivots take."""
+    """Arguments that both ways to draw pivots take."""
 
     valid: Tensor | None
     log_importance: Tensor | None
@@ -58,14 +89,14 @@ class _Options(TypedDict):
 
 
 class Slots(NamedTuple):
-    """What becomes of bins, in the order of the pivots' positions.
+    """The slots of some bins, in the order of the pivots' positions.
 
     Attributes:
         pivots: int64 (rows, heads, bins, r), places within the bins; arbitrary where not `found`.
-        found: bool (rows, heads, bins, r).
-        computed: bool (rows, heads, bins, r), False where a slot keeps its token as it is; None for all.
+        found: bool (rows, heads, bins, r), False for padding slots.
+        computed: bool (rows, heads, bins, r), False where a slot keeps its token as it is; None for all True.
         values: (rows, heads, bins, r, d_v), U in the dtype of the values; 0 where not `found` and `computed`.
-        weights: float32 (rows, heads, bins, r), w, likewise.
+        weights: float32 (rows, heads, bins, r), w; 0 where not `found` and `computed`.
     """
 
     pivots: Tensor
@@ -76,7 +107,7 @@ class Slots(NamedTuple):
 
     @staticmethod
     def join(parts: Sequence[Slots], dim: int) -> Slots:
-        """Parts side by side."""
+        """Put parts side by side along `dim`."""
         if len(parts) == 1:
             return parts[0]
         computed = [part.computed for part in parts if part.computed is not None]
@@ -90,69 +121,54 @@ class Slots(NamedTuple):
 
 
 @dataclass(frozen=True)
-class BinwiseFold:
-    """A fold of rows that may differ in length, rank and number of bins.
+class BinnedCompression:
+    """A compression of rows that may differ in length, rank and number of bins.
 
     Attributes:
-        keys: (rows, heads, n, d), finite, also where they take part in nothing.
-        values: (rows, heads, n, d_v), likewise.
-        layout: of the rows' bins.
-        draws: the randomness.
-        blocked: whether pivots are drawn in blocks, see `accelerated.py`; else one at a time.
-        scale: b.
-        weights: float32 (rows, heads, n), None for 1.
-        valid: bool (rows, heads, n), None for all.
-        query_norm: float32 (rows, heads), R_Q, None for R_K.
-        value_bound: float32 (rows, heads), s^2, None to leave numerators out of the importance.
-        temperature: rule for tau.
-        weighting: signed or clipped.
+        tokens: keys and values to compress.
+        layout: bins of the rows.
+        draws: source of the randomness.
+        options: settings of the kernel.
     """
 
-    keys: Tensor
-    values: Tensor
+    tokens: WeightedTokens
     layout: BinLayout
     draws: Draws
-    blocked: bool
-    scale: float
-    weights: Tensor | None = None
-    valid: Tensor | None = None
-    query_norm: Tensor | None = None
-    value_bound: Tensor | None = None
-    temperature: Temperature = "released"
-    weighting: Weights = "nystrom"
+    options: KernelOptions
 
     def slots(self) -> Slots:
-        """The slots of all bins: (rows, heads, bins, bin_rank, ...)."""
+        """Compute the slots of all bins: (rows, heads, bins, bin_rank, ...)."""
         heads, bins = self._spans()
         return Slots.join([self._head_slots(some, bins) for some in heads], dim=1)
 
     def used(self, heads: range, bins: range) -> Tensor:
-        """bool (rows, heads, bins, t), the places that take part."""
+        """Mark the places that take part: bool (rows, heads, bins, t)."""
         used = self.layout.used[:, None, bins.start : bins.stop]
-        used = used.expand(self.keys.shape[0], len(heads), -1, -1)
-        return used if self.valid is None else used & self.layout.gather(_heads(self.valid, heads), bins)
+        used = used.expand(self.tokens.keys.shape[0], len(heads), -1, -1)
+        valid = self.tokens.valid
+        return used if valid is None else used & self.layout.gather(_take_heads(valid, heads), bins)
 
     def _spans(self) -> tuple[list[range], list[range]]:
-        """Heads and bins to take at once: as many as keep to the workspace, no less than one bin of one head."""
-        rows, heads = self.keys.shape[:2]
-        size = self.keys.numel() * self.keys.element_size() + self.values.numel() * self.values.element_size()
+        """Choose the heads and bins to take at once: as many as the workspace holds, at least one bin of one head."""
+        keys, values, layout, blocked = self.tokens.keys, self.tokens.values, self.layout, self.options.blocked
+        rows, heads = keys.shape[:2]
+        size = keys.numel() * keys.element_size() + values.numel() * values.element_size()
         least, most = _WORKSPACE
-        numbers = (most if self.blocked else min(max(size // 4, least), most)) // 4
-        layout = self.layout
+        numbers = (most if blocked else min(max(size // 4, least), most)) // 4
         # Numbers for each token: the factor once, or more and a row of G where that is computed whole.
-        factor = layout.bin_rank if self.blocked else _FACTOR_BUFFERS * layout.bin_rank
-        kernel = 0 if self.blocked else min(layout.longest, WHOLE_KERNEL * layout.bin_rank)
-        columns = self.keys.shape[-1] + 2 * self.values.shape[-1] + factor + kernel
-        bins = numbers // (rows * layout.longest * columns)  # of a single head
+        factor = layout.bin_rank if blocked else _FACTOR_BUFFERS * layout.bin_rank
+        kernel = 0 if blocked else min(layout.longest, WHOLE_KERNEL * layout.bin_rank)
+        per_token = keys.shape[-1] + 2 * values.shape[-1] + factor + kernel
+        bins = numbers // (rows * layout.longest * per_token)  # of a single head
         if bins >= heads:
             return [range(heads)], _chunks(layout.bins, bins // heads)
         return _chunks(heads, max(1, bins)), _chunks(layout.bins, 1)
 
     def _head_slots(self, heads: range, spans: list[range]) -> Slots:
-        """The slots of some heads, whose bins are taken by `spans`."""
+        """Compute the slots of some heads, the bins of one span after another."""
         sums, counts = [], []
         for bins in spans:
-            keys = self._gather(self.keys, heads, bins)
+            keys = self._gather(self.tokens.keys, heads, bins)
             used = self.used(heads, bins).to(torch.float32)
             sums.append(torch.matmul(used.unsqueeze(-2), keys).squeeze(-2))
             counts.append(used.sum(-1, keepdim=True))
@@ -162,45 +178,39 @@ class BinwiseFold:
         parts = []
         for bins in spans:
             if len(spans) > 1:
-                keys = self._gather(self.keys, heads, bins)
+                keys = self._gather(self.tokens.keys, heads, bins)
             chosen = slice(bins.start, bins.stop)
             parts.append(self._bin_slots(keys, mean[:, :, chosen], offset[:, :, chosen], heads, bins))
         return Slots.join(parts, dim=2)
 
     def _bin_slots(self, keys: Tensor, mean: Tensor, offset: Tensor, heads: range, bins: range) -> Slots:
-        """The slots of some bins of some heads.
+        """Compute the slots of some bins of some heads.
 
         Args:
             keys: float32 (rows, heads, bins, t, d), overwritten.
-            mean: float32 (rows, heads, bins, d), of the keys of each bin.
-            offset: float32 (rows, heads, bins, d), of these means from the mean of the head.
-            heads: which.
-            bins: which.
+            mean: float32 (rows, heads, bins, d), mean key of each bin.
+            offset: float32 (rows, heads, bins, d), this mean less the mean of the head.
+            heads: range of the heads.
+            bins: range of the bins.
         """
+        tokens = self.tokens
         used = self.used(heads, bins)
-        everywhere = self.valid is None and not self.layout.ragged
         ranks = self.layout.rank[:, None, bins.start : bins.stop].expand(used.shape[:-1])
         points, log_scale = self._scaled(keys, used, mean, offset, heads)
-        values = self._gather(self.values, heads, bins)
-        mass = None if self.weights is None else self._gather(self.weights, heads, bins)
-        importance = None if mass is None else _log_importance(mass, values, self._of(self.value_bound, heads))
+        values = self._gather(tokens.values, heads, bins)
+        mass = None if tokens.weights is None else self._gather(tokens.weights, heads, bins)
+        importance = None if mass is None else _log_importance(mass, values, _bound(tokens.value_bound, heads))
+        everywhere = tokens.valid is None and not self.layout.ragged
         options = _Options(
             valid=None if everywhere else used,
             log_importance=importance,
             log_scale=log_scale,
             ranks=ranks if self.layout.uneven else None,
         )
-        if self.blocked:
-
-            def uniforms(turn: int) -> Tensor:
-                return self.draws.uniform(heads, bins, turn)
-
-            factor = accelerated_cholesky(points, uniforms, self.layout.bin_rank, **options)
-        else:
-            factor = pivoted_cholesky(points, self.draws.gumbel(heads, bins), **options)
+        factor = self._factorise(points, options, heads, bins)
 
         pivots, found, computed = factor.pivots, factor.valid, None
-        if self.layout.mixed or self.valid is not None:  # bins that need no compression keep their tokens as they are
+        if self.layout.mixed or tokens.valid is not None:  # bins that need no compression keep their tokens as they are
             lossless = (used.sum(-1) <= ranks).unsqueeze(-1)
             everything, present = take_all(used, self.layout.bin_rank)
             pivots, found = torch.where(lossless, everything, pivots), torch.where(lossless, present, found)
@@ -211,20 +221,29 @@ class BinwiseFold:
             pivots.gather(-1, order),
             found.gather(-1, order),
             None if computed is None else computed.gather(-1, order),
-            saturate_(summed, self.values.dtype),
+            saturate_(summed, tokens.values.dtype),
             weights,
         )
 
-    def _scaled(self, keys: Tensor, used: Tensor, mean: Tensor, offset: Tensor, heads: range) -> tuple[Tensor, Tensor]:
-        """z around the mean of each bin, and log D^2 of z around the mean of the head, up to a constant of the bin.
+    def _factorise(self, points: Tensor, options: _Options, heads: range, bins: range) -> Factor:
+        """Draw the pivots of some bins, in blocks or one at a time."""
+        if not self.options.blocked:
+            return pivoted_cholesky(points, self.draws.gumbel(heads, bins), **options)
+        uniforms = partial(self.draws.uniform, heads, bins)
+        return accelerated_cholesky(points, uniforms, self.layout.bin_rank, **options)
 
-        G knows no centre, and is most precise around a near one; D is what the centre of the head makes it.
+    def _scaled(self, keys: Tensor, used: Tensor, mean: Tensor, offset: Tensor, heads: range) -> tuple[Tensor, Tensor]:
+        """Compute z around the mean of each bin, and log D^2 of z around the mean of the head.
+
+        log D^2 is up to a constant of the bin. G knows no centre, and is most precise around a near one; D is what
+        the centre of the head makes it.
         """
         mean, offset = mean.unsqueeze(-2), offset.unsqueeze(-1)
-        query_norm = self._of(self.query_norm, heads)
-        known = constant_temperature(self.temperature) if query_norm is None else None
+        scale, rule = self.options.scale, self.options.temperature
+        query_norm = _bound(self.options.query_norm, heads)
+        known = constant_temperature(rule) if query_norm is None else None
         if known is not None:  # in one pass
-            root = (self.scale / known) ** 0.5
+            root = (scale / known) ** 0.5
             points = torch.add(mean * -root, keys, alpha=root, out=keys)
             return points, _log_scale(points, offset * root)
         points = keys.sub_(mean)
@@ -232,42 +251,38 @@ class BinwiseFold:
         key_norm = square.masked_fill_(~used, 0.0).amax(-1).clamp_min_(0.0).sqrt_()
         if query_norm is not None:
             query_norm = query_norm.unsqueeze(-1).expand_as(key_norm)
-        tau2 = squared_temperature(key_norm, query_norm, used.sum(-1), self.scale, self.temperature)
-        roots = (self.scale / tau2).sqrt_()[..., None, None]
+        tau2 = squared_temperature(key_norm, query_norm, used.sum(-1), scale, rule)
+        roots = (scale / tau2).sqrt_()[..., None, None]
         points = points.mul_(roots)
         return points, _log_scale(points, offset * roots)
 
     def _sums(
         self, points: Tensor, factor: Factor, log_scale: Tensor, values: Tensor, mass: Tensor | None, order: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """U and w, float32, with the slots in `order`."""
-        if self.blocked and self.weighting == "nystrom":  # W itself would be as large as the factor
+        """Compute U = W V and w = W 1, or W times the weights: float32, the slots in `order`."""
+        if self.options.blocked and self.options.weights_rule == "nystrom":  # W itself would be as large as the factor
             ones = torch.ones_like(log_scale) if mass is None else mass
             both = nystrom_sums(factor, torch.cat((values, ones.unsqueeze(-1)), dim=-1), log_scale=log_scale)
             both = both.gather(-2, order.unsqueeze(-1).expand_as(both))
             return both[..., :-1], both[..., -1]
         matrix = nystrom_weights(points, factor, log_scale=log_scale, order=order)
-        if self.weighting == "clipped":
+        if self.options.weights_rule == "clipped":
             matrix = matrix.clamp_min_(0.0)
         if mass is None:
             return torch.matmul(matrix, values), matrix.sum(-1)
         return torch.matmul(matrix, values), torch.matmul(matrix, mass.unsqueeze(-1)).squeeze(-1)
 
     def _gather(self, tokens: Tensor, heads: range, bins: range) -> Tensor:
-        return self.layout.gather(_heads(tokens, heads), bins, torch.float32)
-
-    @staticmethod
-    def _of(bound: Tensor | None, heads: range) -> Tensor | None:
-        return None if bound is None else _heads(bound, heads)
+        return self.layout.gather(_take_heads(tokens, heads), bins, torch.float32)
 
 
 def position_order(pivots: Tensor, found: Tensor) -> Tensor:
-    """Slots (..., r) of each bin in the order of their positions, empty ones last."""
+    """Sort the slots (..., r) of each bin by their positions, empty ones last."""
     return pivots.masked_fill(~found, torch.iinfo(torch.int64).max).argsort(dim=-1, stable=True)
 
 
 def take_all(used: Tensor, slots: int) -> tuple[Tensor, Tensor]:
-    """Pivots and validity when every token of a bin becomes a slot, in order."""
+    """Make every token of a bin a slot, in order: pivots and validity."""
     places = (~used).to(torch.int8).argsort(dim=-1, stable=True)[..., :slots]
     places = torch.nn.functional.pad(places, (0, slots - places.shape[-1]))
     fits = torch.arange(slots, device=used.device) < used.sum(-1, keepdim=True)
@@ -275,12 +290,12 @@ def take_all(used: Tensor, slots: int) -> tuple[Tensor, Tensor]:
 
 
 def _log_scale(points: Tensor, offset: Tensor) -> Tensor:
-    """|z + o|^2 - |o|^2 of points z (..., t, d) and an offset o (..., d, 1)."""
+    """Compute |z + o|^2 - |o|^2 of points z (..., t, d) and an offset o (..., d, 1)."""
     return torch.matmul(offset.mT, points.mT).squeeze(-2).add_(half_squares(points)).mul_(2)
 
 
 def _log_importance(weights: Tensor, values: Tensor, value_bound: Tensor | None) -> Tensor:
-    """0 for an exact token, more for slots whose weight or numerator is large."""
+    """Rate the tokens: 0 for an exact one, more for slots whose weight or numerator is large."""
     importance = 2 * weights.abs().log()
     if value_bound is not None:
         tiny = torch.finfo(torch.float32).tiny
@@ -290,10 +305,15 @@ def _log_importance(weights: Tensor, values: Tensor, value_bound: Tensor | None)
     return importance.clamp_min(-80.0)
 
 
-def _heads(tensor: Tensor, heads: range) -> Tensor:
+def _take_heads(tensor: Tensor, heads: range) -> Tensor:
     return tensor[:, heads.start : heads.stop]
 
 
+def _bound(bound: Tensor | None, heads: range) -> Tensor | None:
+    """Take some heads of a bound (rows, heads), where there is one."""
+    return None if bound is None else _take_heads(bound, heads)
+
+
 def _chunks(total: int, most: int) -> list[range]:
-    """range(total) in ranges of at most `most`."""
+    """Cut range(total) into ranges of at most `most`."""
     return [range(start, min(start + most, total)) for start in range(0, total, most)]

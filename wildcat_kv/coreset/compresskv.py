@@ -1,4 +1,6 @@
-"""COMPRESSKV: keys and values into a weighted coreset, bin by bin. Pure tensors, knows no model.
+"""COMPRESSKV: keys and values into a weighted coreset, bin by bin.
+
+`reference.compress_kv` says what is computed; `binned.py` computes it for all bins at once.
 
 Source: Schröder and Mackey, "WildCat: Near-Linear Attention in Theory and Practice", arXiv 2602.10056.
 """
@@ -11,10 +13,17 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from wildcat_kv.coreset.binned import BLOCKED_RANK, BinwiseFold, Draws, position_order, take_all
+from wildcat_kv.coreset.binned import (
+    BLOCKED_RANK,
+    BinnedCompression,
+    KernelOptions,
+    WeightedTokens,
+    position_order,
+    take_all,
+)
 from wildcat_kv.coreset.bins import BinLayout
+from wildcat_kv.coreset.draws import Draws, GivenDraws, GlobalDraws
 from wildcat_kv.coreset.rpnys import Weights
-from wildcat_kv.coreset.rpnys_blocked import BLOCK
 from wildcat_kv.coreset.temperature import Temperature
 from wildcat_kv.coreset.tensors import full_precision, take_columns
 
@@ -51,72 +60,75 @@ def compress_kv(
     bins: int = 1,
     noise: Tensor | None = None,
 ) -> Coreset:
-    """Compress n keys and values into `rank` weighted ones.
-
-    Computed in float32 whatever the dtype of the inputs, without gradients.
+    """Compress n keys and values into `rank` weighted ones: COMPRESSKV of arXiv 2602.10056.
 
     Args:
         keys: (..., n, d), floating point.
         values: (..., n, d_v); with `weights`, the numerators U of earlier slots.
-        rank: slots to fill, at least `bins`. A bin with no more tokens than slots is stored unchanged.
+        rank: number of slots to fill, at least `bins`. A bin with no more tokens than slots is stored unchanged.
         scale: b, the factor of the attention scores, positive; d^-1/2 by default.
-        weights: (..., n), the weights w of points that are coreset slots already, 1 for exact tokens.
-        valid: bool (..., n), False for points that take part in nothing, though they keep their place in
-            the bins; all by default.
-        query_norm: R_Q, a bound on the norms of the queries to come, a number or (...); by default the
-            largest norm of a recentred key in the bin.
-        temperature: "released" or "theory", see `temperature.py`.
+        weights: (..., n), weights w of points that are slots already, 1 for exact tokens.
+        valid: bool (..., n), False for points that keep their place in a bin but take part in nothing; all by default.
+        query_norm: R_Q, a bound on the norms of the queries to come, a number or (...); by default the largest norm
+            of a recentred key in the bin.
+        temperature: rule for tau, "released" or "theory", see `temperature.py`.
         weighting: "nystrom" for signed weights, "clipped" for their non-negative part.
-        value_bound: (...), s^2, the sum over channels of the largest squared value seen; with `weights`,
-            slots with a U that is large against it are drawn more often.
-        bins: bins of consecutive tokens, each compressed on its own.
-        noise: (..., s, n), standard Gumbel noise, s at least the largest rank of a bin: draws pivots one at a
-            time. By default from torch's global generator, and large ranks in blocks; the law is the same.
+        value_bound: (...), s^2, the sum over channels of the largest squared value seen; with `weights`, slots with a
+            U that is large against it are drawn more often.
+        bins: number of bins of consecutive tokens, each compressed on its own.
+        noise: (..., s, n), standard Gumbel noise, s at least the largest rank of a bin: draws pivots one at a time.
+            By default from torch's global generator, and large ranks in blocks; the law is the same.
 
     Returns:
-        A Coreset of `rank` slots.
+        A Coreset of `rank` slots, computed in float32 whatever the dtype of the inputs, without gradients.
 
     Raises:
         ValueError: shapes, dtypes or numbers that do not fit; names the argument and its value.
-
-    Source: COMPRESSKV of arXiv 2602.10056.
 
     Example:
         >>> keys, values = torch.randn(2, 8, 100, 64), torch.randn(2, 8, 100, 64)
         >>> compress_kv(keys, values, rank=24, bins=2).values.shape
         torch.Size([2, 8, 24, 64])
     """
-    _check(keys, values, weights, valid, query_norm, scale, rank, bins, temperature, weighting)
+    tokens = WeightedTokens(keys, values, weights, valid, value_bound)
+    _check_tokens(tokens, rank, bins)
+    _check_options(scale, query_norm, temperature, weighting)
+    scale = keys.shape[-1] ** -0.5 if scale is None else scale
+    options = KernelOptions(scale, _norm_of_heads(query_norm, keys), temperature, weighting)
+    return _compress_batch(tokens, options, rank, bins, noise)
+
+
+def _norm_of_heads(query_norm: float | Tensor | None, keys: Tensor) -> Tensor | None:
+    """Give every head of keys (..., n, d) its bound: float32 (1, heads)."""
+    if query_norm is None:
+        return None
+    norm = torch.as_tensor(query_norm, dtype=torch.float32, device=keys.device)
+    return norm.expand(keys.shape[:-2]).reshape(1, -1)
+
+
+def _compress_batch(
+    tokens: WeightedTokens, options: KernelOptions, rank: int, bins: int, noise: Tensor | None
+) -> Coreset:
+    """Compress tokens of any batch shape (..., n, d): their batch entries are the heads of one row."""
+    keys, values, weights, valid, bound = tokens.keys, tokens.values, tokens.weights, tokens.valid, tokens.value_bound
     batch, (n, d) = keys.shape[:-2], keys.shape[-2:]
     layout = BinLayout.build(n, [n], [rank], [bins], keys.device)
-    draws: Draws = _Drawn(layout, keys.device)
     if noise is not None:
-        if noise.shape[:-2] != batch or noise.shape[-1] != n or noise.shape[-2] < layout.bin_rank:
-            raise ValueError(
-                f"noise has shape {tuple(noise.shape)}; it must be {(*batch, layout.bin_rank, n)}, "
-                "one row for every step of a bin"
-            )
-        steps = noise[..., : layout.bin_rank, :].reshape(1, -1, layout.bin_rank, n)
-        draws = _Given(layout.gather(steps.mT, dtype=torch.float32).mT)
+        draws: Draws = GivenDraws(_noise_of_bins(noise, batch, n, layout))
+    else:
+        draws = GlobalDraws(layout, keys.device)
+        options = replace(options, blocked=layout.bin_rank >= BLOCKED_RANK)
     if valid is not None:  # what takes part in nothing may be NaN
         valid = valid.expand(*batch, n)
         keys, values = (tensor.masked_fill(~valid.unsqueeze(-1), 0.0) for tensor in (keys, values))
-    if query_norm is not None:
-        query_norm = torch.as_tensor(query_norm, dtype=torch.float32, device=keys.device).expand(batch).reshape(1, -1)
-    coreset, _ = compress_bins(
+    flat = WeightedTokens(
         keys.reshape(1, -1, n, d),
         values.reshape(1, -1, n, values.shape[-1]),
-        layout,
-        draws,
-        blocked=noise is None and layout.bin_rank >= BLOCKED_RANK,
-        scale=d**-0.5 if scale is None else scale,
-        weights=None if weights is None else weights.expand(*batch, n).reshape(1, -1, n),
-        valid=None if valid is None else valid.reshape(1, -1, n),
-        query_norm=query_norm,
-        value_bound=None if value_bound is None else value_bound.expand(batch).reshape(1, -1),
-        temperature=temperature,
-        weighting=weighting,
+        None if weights is None else weights.to(torch.float32).expand(*batch, n).reshape(1, -1, n),
+        None if valid is None else valid.reshape(1, -1, n),
+        None if bound is None else bound.expand(batch).reshape(1, -1),
     )
+    coreset, _ = compress_bins(flat, layout, draws, options)
     return Coreset(
         keys=coreset.keys.reshape(*batch, rank, d),
         values=coreset.values.reshape(*batch, rank, -1),
@@ -125,51 +137,40 @@ def compress_kv(
     )
 
 
+def _noise_of_bins(noise: Tensor, batch: torch.Size, n: int, layout: BinLayout) -> Tensor:
+    """Lay noise (..., s, n) out as the bins are: float32 (1, heads, bins, bin_rank, t)."""
+    if noise.shape[:-2] != batch or noise.shape[-1] != n or noise.shape[-2] < layout.bin_rank:
+        raise ValueError(
+            f"noise has shape {tuple(noise.shape)}; it must be {(*batch, layout.bin_rank, n)}, "
+            "one row for every step of a bin"
+        )
+    steps = noise[..., : layout.bin_rank, :].reshape(1, -1, layout.bin_rank, n)
+    return layout.gather(steps.mT, dtype=torch.float32).mT
+
+
 @torch.no_grad()
 def compress_bins(
-    keys: Tensor,
-    values: Tensor,
-    layout: BinLayout,
-    draws: Draws,
-    *,
-    blocked: bool,
-    scale: float,
-    weights: Tensor | None = None,
-    valid: Tensor | None = None,
-    query_norm: Tensor | None = None,
-    value_bound: Tensor | None = None,
-    temperature: Temperature = "released",
-    weighting: Weights = "nystrom",
+    tokens: WeightedTokens, layout: BinLayout, draws: Draws, options: KernelOptions
 ) -> tuple[Coreset, Tensor]:
-    """`compress_kv` for rows of a batch that may differ in length, rank and number of bins.
+    """Compress rows of a batch that may differ in length, rank and number of bins.
 
     Args:
-        keys: (rows, heads, n, d), finite, also where they take part in nothing.
-        values: (rows, heads, n, d_v), likewise.
-        layout: of the rows' bins.
-        draws: the randomness.
-        blocked: whether pivots are drawn in blocks, see `accelerated.py`; else one at a time.
-        scale: as in `compress_kv`; so are the arguments below.
-        weights: float32 (rows, heads, n).
-        valid: bool (rows, heads, n).
-        query_norm: float32 (rows, heads).
-        value_bound: float32 (rows, heads).
-        temperature: rule for tau.
-        weighting: signed or clipped.
+        tokens: keys and values to compress, (rows, heads, n, ...).
+        layout: bins of the rows.
+        draws: source of the randomness.
+        options: settings of the kernel.
 
     Returns:
         A Coreset of (rows, heads, c, ...), c the largest rank of a row; and int64 (rows, heads, c), the place of the
         key that each slot has, arbitrary for padding slots.
     """
-    weights = None if weights is None else weights.to(torch.float32)
-    fold = BinwiseFold(
-        keys, values, layout, draws, blocked, scale, weights, valid, query_norm, value_bound, temperature, weighting
-    )
+    keys, values = tokens.keys, tokens.values
+    compression = BinnedCompression(tokens, layout, draws, options)
     if layout.lossless:
-        used = fold.used(range(keys.shape[1]), range(layout.bins))
-        return take_pivots(keys, values, weights, layout, *take_all(used, layout.bin_rank))
+        used = compression.used(range(keys.shape[1]), range(layout.bins))
+        return take_pivots(tokens, layout, *take_all(used, layout.bin_rank))
     with full_precision(keys.device):
-        slots = fold.slots()
+        slots = compression.slots()
 
     if slots.computed is None:  # all are
         valid = layout.collect(slots.found) & layout.slot_used.unsqueeze(1)
@@ -181,128 +182,46 @@ def compress_bins(
             valid=valid,
         )
         return coreset, source
-    tokens, source = take_pivots(keys, values, weights, layout, slots.pivots, slots.found)
+    unchanged, source = take_pivots(tokens, layout, slots.pivots, slots.found)
     computed = layout.collect(slots.computed) & layout.slot_used.unsqueeze(1)
     coreset = replace(
-        tokens,
-        values=torch.where(computed.unsqueeze(-1), layout.collect(slots.values), tokens.values),
-        weights=torch.where(computed, layout.collect(slots.weights), tokens.weights),
+        unchanged,
+        values=torch.where(computed.unsqueeze(-1), layout.collect(slots.values), unchanged.values),
+        weights=torch.where(computed, layout.collect(slots.weights), unchanged.weights),
     )
     return coreset, source
 
 
-def token_mass(
-    keys: Tensor,
-    *,
-    rank: int,
-    scale: float | None = None,
-    temperature: Temperature = "released",
-    bins: int = 1,
-    noise: Tensor | None = None,
-) -> Tensor:
-    """How much of each token lives on in the coreset: the column sums of W, a diagnostic.
-
-    1 for pivots; near 0 for tokens that the kernel does not reach (widely spread keys), whose values are
-    lost. The median over the tokens says whether the temperature suits the keys.
+def take_pivots(tokens: WeightedTokens, layout: BinLayout, pivots: Tensor, found: Tensor) -> tuple[Coreset, Tensor]:
+    """Make a Coreset of pivots as they came, their keys, values and weights unchanged.
 
     Args:
-        keys: (..., n, d), with the other arguments as in `compress_kv`.
-        rank: slots.
-        scale: b.
-        temperature: rule for tau.
-        bins: bins of consecutive tokens.
-        noise: as in `compress_kv`.
+        tokens: keys and values, (rows, heads, n, ...).
+        layout: bins of the rows.
+        pivots: int64 (rows, heads, bins, bin_rank), places within the bins, in any order.
+        found: bool (rows, heads, bins, bin_rank), False for slots that stay empty.
 
     Returns:
-        float32 (..., n).
-
-    Example:
-        >>> float(token_mass(torch.zeros(10, 4), rank=2).min())  # equal keys stand for each other
-        1.0
-    """
-    # The weights are linear in the inputs, so the identity in place of the values reads off W.
-    n = keys.shape[-2]
-    identity = torch.eye(n, dtype=torch.float32, device=keys.device).expand(*keys.shape[:-2], n, n)
-    return compress_kv(
-        keys, identity, rank=rank, scale=scale, temperature=temperature, bins=bins, noise=noise
-    ).values.sum(-2)
-
-
-def take_pivots(
-    keys: Tensor,
-    values: Tensor,
-    weights: Tensor | None,
-    layout: BinLayout,
-    pivots: Tensor,
-    found: Tensor,
-) -> tuple[Coreset, Tensor]:
-    """A Coreset of pivots as they came: keys, values and weights unchanged, padding slots zero.
-
-    Args:
-        keys: (rows, heads, n, d).
-        values: (rows, heads, n, d_v).
-        weights: float32 (rows, heads, n), or None for 1.
-        layout: of the rows' bins.
-        pivots: int64 (rows, heads, bins, bin_rank), places within the bins; sorted here by position.
-        found: bool, of the same shape, False for slots that stay empty.
-
-    Returns:
-        A Coreset of (rows, heads, c, ...), and the places of its keys, int64 (rows, heads, c).
+        A Coreset of (rows, heads, c, ...), the slots in the order of their positions, padding slots zero; and the
+        places of its keys, int64 (rows, heads, c).
     """
     order = position_order(pivots, found)
-    columns = layout.collect(layout.columns(pivots.gather(-1, order)))
+    source = layout.collect(layout.columns(pivots.gather(-1, order)))
     valid = layout.collect(found.gather(-1, order)) & layout.slot_used.unsqueeze(1)
 
-    empty = ~valid
+    empty, weights = ~valid, tokens.weights
     coreset = Coreset(
-        keys=take_columns(keys, columns).masked_fill_(empty.unsqueeze(-1), 0.0),
-        values=take_columns(values, columns).masked_fill_(empty.unsqueeze(-1), 0.0),
-        weights=valid.to(torch.float32) if weights is None else take_columns(weights, columns).masked_fill_(empty, 0.0),
+        keys=take_columns(tokens.keys, source).masked_fill_(empty.unsqueeze(-1), 0.0),
+        values=take_columns(tokens.values, source).masked_fill_(empty.unsqueeze(-1), 0.0),
+        weights=valid.to(torch.float32) if weights is None else take_columns(weights, source).masked_fill_(empty, 0.0),
         valid=valid,
     )
-    return coreset, columns
+    return coreset, source
 
 
-class _Given:
-    """Noise that the caller gave, (rows, heads, bins, bin_rank, t)."""
-
-    def __init__(self, noise: Tensor) -> None:
-        self._noise = noise
-
-    def gumbel(self, heads: range, bins: range) -> Tensor:
-        return self._noise[:, heads.start : heads.stop, bins.start : bins.stop]
-
-    def uniform(self, heads: range, bins: range, turn: int) -> Tensor:
-        raise NotImplementedError("noise that is given is for one step after the other")
-
-
-class _Drawn:
-    """Noise from torch's global generator."""
-
-    def __init__(self, layout: BinLayout, device: torch.device) -> None:
-        self._layout, self._device = layout, device
-
-    def gumbel(self, heads: range, bins: range) -> Tensor:
-        shape = (1, len(heads), len(bins), self._layout.bin_rank, self._layout.longest)
-        return torch.empty(shape, dtype=torch.float32, device=self._device).exponential_().log_().neg_()
-
-    def uniform(self, heads: range, bins: range, turn: int) -> Tensor:
-        return torch.rand(1, len(heads), len(bins), 3, BLOCK, dtype=torch.float32, device=self._device)
-
-
-def _check(
-    keys: Tensor,
-    values: Tensor,
-    weights: Tensor | None,
-    valid: Tensor | None,
-    query_norm: float | Tensor | None,
-    scale: float | None,
-    rank: int,
-    bins: int,
-    temperature: str,
-    weighting: str,
-) -> None:
-    """Refuse what does not fit, before any work."""
+def _check_tokens(tokens: WeightedTokens, rank: int, bins: int) -> None:
+    """Refuse tensors and sizes that do not fit, before any work."""
+    keys, values, valid = tokens.keys, tokens.values, tokens.valid
     for name, tensor in (("keys", keys), ("values", values)):
         if not tensor.is_floating_point():
             raise ValueError(f"{name} has dtype {tensor.dtype}; it must be float16, bfloat16, float32 or float64")
@@ -313,20 +232,13 @@ def _check(
             f"values has shape {tuple(values.shape)} and keys {tuple(keys.shape)}; "
             "all but the last dimension must agree"
         )
-    for name, extra in (("weights", weights), ("valid", valid)):
+    for name, extra in (("weights", tokens.weights), ("valid", valid)):
         if extra is not None and extra.shape[-1:] != keys.shape[-2:-1]:
             raise ValueError(
                 f"{name} has shape {tuple(extra.shape)}; its last dimension must be {keys.shape[-2]} tokens"
             )
     if valid is not None and valid.dtype != torch.bool:
         raise ValueError(f"valid has dtype {valid.dtype}; it must be bool, True for points that take part")
-    for name, chosen, rules in (("temperature", temperature, Temperature), ("weighting", weighting, Weights)):
-        if chosen not in get_args(rules):
-            raise ValueError(f"{name}={chosen!r} must be one of {', '.join(map(repr, get_args(rules)))}")
-    if query_norm is not None and not bool((torch.as_tensor(query_norm) > 0).all()):
-        raise ValueError(f"query_norm={query_norm} must be positive, a bound on the norms of the queries")
-    if scale is not None and not 0 < scale < float("inf"):
-        raise ValueError(f"scale={scale} must be positive and finite, for example d ** -0.5")
     if not 1 <= bins <= min(rank, keys.shape[-2]):
         raise ValueError(
             f"bins={bins} with rank={rank} and {keys.shape[-2]} tokens: every bin takes at least one slot and one "
@@ -336,3 +248,16 @@ def _check(
         finite = torch.isfinite(tensor) if valid is None else torch.isfinite(tensor) | ~valid.unsqueeze(-1)
         if not bool(finite.all()):
             raise ValueError(f"{name} holds NaN or infinity; give finite ones, and mark padding with valid")
+
+
+def _check_options(
+    scale: float | None, query_norm: float | Tensor | None, temperature: Temperature, weighting: Weights
+) -> None:
+    """Refuse settings that do not fit, before any work."""
+    for name, chosen, rules in (("temperature", temperature, Temperature), ("weighting", weighting, Weights)):
+        if chosen not in get_args(rules):
+            raise ValueError(f"{name}={chosen!r} must be one of {', '.join(map(repr, get_args(rules)))}")
+    if query_norm is not None and not bool((torch.as_tensor(query_norm) > 0).all()):
+        raise ValueError(f"query_norm={query_norm} must be positive, a bound on the norms of the queries")
+    if scale is not None and not 0 < scale < float("inf"):
+        raise ValueError(f"scale={scale} must be positive and finite, for example d ** -0.5")

@@ -15,7 +15,7 @@ _MIX_2 = 0x94D049BB133111EB - 2**64
 
 
 def gumbel_noise(seed: int, *counters: Tensor) -> Tensor:
-    """Standard Gumbel noise keyed by `seed` and the counters, as in `uniform_noise`.
+    """Draw standard Gumbel noise keyed by `seed` and the counters, see `uniform_noise`.
 
     Returns:
         float32 tensor of the broadcast shape, between -2.8 and 16.7.
@@ -24,23 +24,23 @@ def gumbel_noise(seed: int, *counters: Tensor) -> Tensor:
 
 
 def gumbel_rows(seed: int, *counters: Tensor, columns: int) -> Tensor:
-    """Rows of standard Gumbel noise, keyed by `seed`, the counters and the column.
+    """Draw rows of standard Gumbel noise, keyed by `seed`, the counters and the column.
 
     The law of `gumbel_noise` with the column as the last counter, in a stream of its own, for a third of the work.
 
     Args:
         seed: any integer in [0, 2**63).
-        *counters: as in `uniform_noise`.
-        columns: of each row. A shorter row is the beginning of a longer one.
+        *counters: integer tensors, see `uniform_noise`.
+        columns: length of each row. A shorter row is the beginning of a longer one.
 
     Returns:
-        float32 tensor of the counters' broadcast shape and then (columns,), between -2.8 and 16.7.
+        float32 tensor of the counters' broadcast shape and (columns,), between -2.8 and 16.7.
     """
     return _gumbel_(uniform_rows(seed, *counters, columns=columns))
 
 
 def uniform_noise(seed: int, *counters: Tensor) -> Tensor:
-    """Uniform noise keyed by `seed` and the counters.
+    """Draw uniform noise keyed by `seed` and the counters.
 
     Args:
         seed: any integer in [0, 2**63).
@@ -55,7 +55,7 @@ def uniform_noise(seed: int, *counters: Tensor) -> Tensor:
 
 
 def uniform_rows(seed: int, *counters: Tensor, columns: int) -> Tensor:
-    """Rows of uniform noise, keyed by `seed`, the counters and the column; see `gumbel_rows`."""
+    """Draw rows of uniform noise in (0, 1), keyed like `gumbel_rows`."""
     # A number of 64 bits makes two columns.
     pairs = torch.arange((columns + 1) // 2, device=counters[0].device)
     state = _mix_(_hash(seed, counters).unsqueeze(-1) + pairs * _GOLDEN)
@@ -81,5 +81,5 @@ def _mix_(state: Tensor) -> Tensor:
 
 
 def _shift(state: Tensor, bits: int) -> Tensor:
-    """Logical shift to the right; the operator's is arithmetic."""
+    """Shift to the right logically; the operator's shift is arithmetic."""
     return (state >> bits).bitwise_and_((1 << (64 - bits)) - 1)

@@ -1,4 +1,7 @@
-"""Randomly pivoted Cholesky and Nystrom weights for the exponential kernel. Pure tensors.
+"""RPNYS: randomly pivoted Cholesky and Nystrom weights for the exponential kernel, in batches.
+
+`reference.rpnys` says what is computed: pivots S drawn in proportion to the residual diagonal, then W = H_SS^-1 H_S.
+`pivoted_cholesky` draws (the loop of the paper's RPNYS), `nystrom_weights` and `nystrom_sums` solve (its last line).
 
 The kernel is H_ij = exp(<z_i, z_j>) = D_i G_ij D_j with the Gaussian kernel G_ij = exp(-|z_i - z_j|^2 / 2)
 and D_i = exp(|z_i|^2 / 2). G has entries in [0, 1] and is what gets factorised; D overflows float32 for
@@ -16,17 +19,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-Weights = Literal["nystrom", "clipped"]
+from wildcat_kv.coreset.choices import Weights as Weights
 
 # A residual of G at or below this is rounding: float32 squares and sums leave about 1e-6 at rank 100.
 TOLERANCE = 1e-5
 
-# What float32 leaves of an entry of G at the distances' rounding, for every unit of |z|^2.
+# Rounding of an entry of G in float32, for every unit of |z|^2 in its distance.
 _ROUNDING = 8 * 2.0**-23
 
 _LARGEST_WEIGHT = 1e4
@@ -37,7 +40,7 @@ _TINY = 1e-30
 # Rows of a large factor at a time: their temporaries stay in the cache.
 _SLOTS_AT_ONCE = 64
 
-# Up to so many points for each step it is faster to compute all of G, in one product, than a row at every step.
+# With at most this many points for each step, one product for all of G is faster than a row at every step.
 WHOLE_KERNEL = 6
 
 # Products with fewer terms take a slow path of torch's on CPU; rows of zeros cost less.
@@ -48,18 +51,56 @@ class Factor(NamedTuple):
     """A partial Cholesky factorisation of G.
 
     Attributes:
-        pivots: int64 (..., r), the drawn points in the order of the draws; arbitrary where not `valid`.
+        pivots: int64 (..., r), pivots in the order of the draws; arbitrary where not `valid`.
         valid: bool (..., r), False for slots past the numerical rank or the number of points.
-        rows: float32 (..., r, n), G is close to rows^T rows; zero where not `valid`, and in
-            columns of points that do not take part.
-        triangle: float32 (..., r, r), the rows at the pivots, upper triangular: arbitrary below the diagonal, zero
-            where not `valid`.
+        rows: float32 (..., r, n), F with G close to F^T F; zero where not `valid`, and in columns of points that do
+            not take part.
+        triangle: float32 (..., r, r), F at the pivots, upper triangular: arbitrary below the diagonal, zero where
+            not `valid`.
     """
 
     pivots: Tensor
     valid: Tensor
     rows: Tensor
     triangle: Tensor
+
+
+class Kernel(NamedTuple):
+    """The kernel of a flat batch of points, as the draws need it.
+
+    Attributes:
+        points: float32 (batch, n, d), z.
+        half_square: float32 (batch, n), |z|^2 / 2.
+        floor: float32 (batch, n), the residual of G at which a point is exhausted; infinite for points that do not
+            take part.
+        log_mass: float32 (batch, n), log D^2 and the log importance: with the log residual, the log probability of a
+            draw up to a constant.
+    """
+
+    points: Tensor
+    half_square: Tensor
+    floor: Tensor
+    log_mass: Tensor
+
+    @staticmethod
+    def of(
+        points: Tensor,
+        valid: Tensor | None,
+        log_importance: Tensor | None,
+        log_scale: Tensor | None,
+        tolerance: float,
+    ) -> Kernel:
+        """Flatten the batch of `pivoted_cholesky`'s arguments."""
+        n = points.shape[-2]
+        z = points.reshape(-1, n, points.shape[-1])
+        half_square = half_squares(z)
+        floor = (half_square * (2 * _ROUNDING)).clamp_(tolerance, max(tolerance, 0.5))
+        if valid is not None:
+            floor = floor.masked_fill_(~valid.reshape(floor.shape), math.inf)
+        log_mass = 2 * half_square if log_scale is None else log_scale.reshape(-1, n)
+        if log_importance is not None:
+            log_mass = log_mass + log_importance.reshape(-1, n)
+        return Kernel(z, half_square, floor, log_mass)
 
 
 def pivoted_cholesky(
@@ -79,34 +120,47 @@ def pivoted_cholesky(
     Args:
         points: float32 (..., n, d), the scaled keys z.
         noise: float32 (..., r, n), standard Gumbel noise, fresh for every step; r is the rank.
-        valid: bool (..., n), points that take part; all by default.
+        valid: bool (..., n), True for points that take part; all by default.
         log_importance: float32 (..., n), added to the log of the residual diagonal (weighted points).
         log_scale: float32 (..., n), log D^2 up to a constant of the batch entry; |z|^2 by default.
         ranks: int64 (...), a rank of its own, at most r, for each batch entry.
-        tolerance: points whose residual of G is at or below it are exhausted; so are points at or below the
-            rounding of their own distances, which is more where |z|^2 is above 10.
+        tolerance: residual of G at or below which a point is exhausted. So is a point at or below the rounding of
+            its own distances, which is more where |z|^2 is above 10.
 
     Returns:
-        The factor, with as many slots as `noise` has steps.
+        A Factor with as many slots as `noise` has steps.
     """
     *batch, rank, n = noise.shape
-    z = points.reshape(-1, n, points.shape[-1])
-    entries = torch.arange(z.shape[0], device=z.device)
-    half_square = half_squares(z)
-    kernel_row = _kernel_rows(z, half_square, whole=n <= WHOLE_KERNEL * rank)
-    floor = residual_floor(half_square, tolerance, valid)
-    importance = 2 * half_square if log_scale is None else log_scale.reshape(-1, n)
-    if log_importance is not None:
-        importance = importance + log_importance.reshape(-1, n)
+    kernel = Kernel.of(points, valid, log_importance, log_scale, tolerance)
+    pivots, found, rows = _draw(kernel, noise.reshape(-1, rank, n), tolerance)
+    if ranks is not None:
+        found = found & (torch.arange(rank, device=rows.device) < ranks.reshape(-1, 1))
+        rows.mul_(found.unsqueeze(-1).to(rows.dtype))
+    if valid is not None:
+        rows.mul_(valid.reshape(-1, 1, n).to(rows.dtype))
+    triangle = rows.gather(-1, pivots.unsqueeze(-2).expand(-1, rank, -1)).mul_(found.unsqueeze(-2).to(rows.dtype))
+    return Factor(
+        pivots.view(*batch, rank),
+        found.view(*batch, rank),
+        rows.view(*batch, rank, n),
+        triangle.view(*batch, rank, rank),
+    )
 
+
+def _draw(kernel: Kernel, noise: Tensor, tolerance: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Run the steps of a flat batch: pivots (batch, r), which of them were found, and rows (batch, r, n)."""
+    z, _, floor, log_mass = kernel
+    batch, rank, n = noise.shape
+    entries = torch.arange(batch, device=z.device)
+    kernel_row = _kernel_rows(kernel, whole=n <= WHOLE_KERNEL * rank)
     # Steps first: what a step reads and writes is contiguous. Masks are numbers: on CPU much faster than bool ones.
-    score = z.new_empty(rank, z.shape[0], n)
-    torch.add(noise.reshape(-1, rank, n).transpose(0, 1), importance, out=score)
-    rows = z.new_zeros(max(rank, _FEWEST_TERMS), z.shape[0], n)
-    residual = torch.ones_like(half_square)
+    score = z.new_empty(rank, batch, n)
+    torch.add(noise.transpose(0, 1), log_mass, out=score)
+    rows = z.new_zeros(max(rank, _FEWEST_TERMS), batch, n)
+    residual = torch.ones_like(log_mass)
     exhausted = torch.empty_like(residual)
-    pivots = torch.empty(rank, z.shape[0], 1, dtype=torch.int64, device=z.device)
-    found = z.new_empty(rank, z.shape[0], 1)
+    pivots = torch.empty(rank, batch, 1, dtype=torch.int64, device=z.device)
+    found = z.new_empty(rank, batch, 1)
     for step in range(rank):
         torch.le(residual, floor, out=exhausted)
         candidates = score[step].add_(residual.clamp_min(_TINY).log_()).add_(exhausted, alpha=_NEVER)
@@ -121,25 +175,17 @@ def pivoted_cholesky(
         height = residual.gather(-1, pivot).clamp_min_(tolerance)
         row = torch.mul(row.squeeze(1), height.rsqrt_().mul_(found[step]), out=rows[step])
         residual.addcmul_(row, row, value=-1).scatter_(-1, pivot, 0.0)
-
-    pivots, found = pivots.squeeze(-1).T.contiguous(), found.squeeze(-1).T > 0
-    rows = rows[:rank].transpose(0, 1)
-    if ranks is not None:
-        found = found & (torch.arange(rank, device=z.device) < ranks.reshape(-1, 1))
-        rows.mul_(found.unsqueeze(-1).to(rows.dtype))
-    if valid is not None:
-        rows.mul_(valid.reshape(-1, 1, n).to(rows.dtype))
-    triangle = rows.gather(-1, pivots.unsqueeze(-2).expand(-1, rank, -1)).mul_(found.unsqueeze(-2).to(rows.dtype))
-    return Factor(
-        pivots.view(*batch, rank),
-        found.view(*batch, rank),
-        rows.view(*batch, rank, n),
-        triangle.view(*batch, rank, rank),
-    )
+    return pivots.squeeze(-1).T.contiguous(), found.squeeze(-1).T > 0, rows[:rank].transpose(0, 1)
 
 
-def _kernel_rows(z: Tensor, half_square: Tensor, *, whole: bool) -> Callable[[Tensor], Tensor]:
-    """What gives the row of G at a point of each entry, (batch, 1, n) for (batch, 1); `whole` computes all at once."""
+def _kernel_rows(kernel: Kernel, *, whole: bool) -> Callable[[Tensor], Tensor]:
+    """Make the function from a point of each entry (batch, 1) to its row of G (batch, 1, n).
+
+    Args:
+        kernel: points of a flat batch.
+        whole: True to compute all of G at once.
+    """
+    z, half_square = kernel.points, kernel.half_square
     first = torch.arange(z.shape[0], device=z.device).unsqueeze(-1) * z.shape[1]
 
     def between(points: Tensor, half_squares: Tensor) -> Tensor:
@@ -150,8 +196,8 @@ def _kernel_rows(z: Tensor, half_square: Tensor, *, whole: bool) -> Callable[[Te
         return numbers.flatten(0, 1).index_select(0, (first + pivot).view(-1)).unsqueeze(1)
 
     if whole:
-        kernel = between(z, half_square)
-        return lambda pivot: at(pivot, kernel)
+        all_rows = between(z, half_square)
+        return lambda pivot: at(pivot, all_rows)
     return lambda pivot: between(at(pivot, z), half_square.gather(-1, pivot))
 
 
@@ -163,18 +209,18 @@ def nystrom_weights(
     log_scale: Tensor | None = None,
     order: Tensor | None = None,
 ) -> Tensor:
-    """W = H_SS^-1 H_S, every point as a combination of the pivots; W[:, S] is the identity.
+    """Compute W = H_SS^-1 H_S, every point as a combination of the pivots; W[:, S] = I.
 
     Args:
         points: float32 (..., n, d), the scaled keys z that were factorised.
-        factor: of `pivoted_cholesky`, with r slots.
-        valid: bool (..., n), the points that took part.
-        log_scale: float32 (..., n), as in `pivoted_cholesky`.
-        order: int64 (..., r), a permutation of the slots: row i of the result is that of slot order[i].
+        factor: factorisation with r slots.
+        valid: bool (..., n), True for the points that took part.
+        log_scale: float32 (..., n), log D^2 as in `pivoted_cholesky`.
+        order: int64 (..., r), a permutation of the slots: row i of the result belongs to slot order[i].
 
     Returns:
         float32 (..., r, n). Rows of slots that are not valid, and columns of points that are not, are 0.
-        Entries may be negative; none is larger than 1e4.
+        Entries may be negative; none is larger than 1e4 in magnitude.
     """
     pivots, found, rows, _ = factor
     rank = pivots.shape[-1]
@@ -196,12 +242,12 @@ def nystrom_weights(
 
 
 def nystrom_sums(factor: Factor, values: Tensor, *, log_scale: Tensor) -> Tensor:
-    """W V without W: O(n r) operations for each channel of V, where W takes O(n r^2).
+    """Compute W V without W: O(n r) operations for each channel of V, where W takes O(n r^2).
 
     Args:
-        factor: with r slots.
-        values: float32 (..., n, c), V. Numbers of points that do not take part are without effect.
-        log_scale: float32 (..., n), as in `pivoted_cholesky`.
+        factor: factorisation with r slots.
+        values: float32 (..., n, c), V. Numbers of points that do not take part have no effect.
+        log_scale: float32 (..., n), log D^2 as in `pivoted_cholesky`.
 
     Returns:
         float32 (..., r, c), 0 for slots that are not valid.
@@ -221,13 +267,13 @@ def nystrom_sums(factor: Factor, values: Tensor, *, log_scale: Tensor) -> Tensor
 
 
 def slot_levels(factor: Factor, log_scale: Tensor) -> Tensor:
-    """log(F_ss D_s) of each slot s, float32 (..., r); arbitrary where not valid."""
+    """Compute log(F_ss D_s) of each slot s, float32 (..., r); arbitrary where not valid."""
     root = factor.triangle.diagonal(dim1=-2, dim2=-1)
     return torch.add(root.clamp_min(_TINY).log_(), log_scale.gather(-1, factor.pivots), alpha=0.5)
 
 
 def relative_rows(rows: Tensor, log_scale: Tensor, level: Tensor) -> Tensor:
-    """C_sl = F_sl D_l / (F_ss D_s), the rows of a factor of H, each over its own pivot's entry.
+    """Compute C_sl = F_sl D_l / (F_ss D_s), a factor of H over its pivots' entries.
 
     A pivot drawn in proportion to the residual diagonal of H seldom leaves larger residuals behind: the entries are
     moderate, however far D ranges.
@@ -235,7 +281,7 @@ def relative_rows(rows: Tensor, log_scale: Tensor, level: Tensor) -> Tensor:
     Args:
         rows: float32 (..., r, n), F.
         log_scale: float32 (..., n), log D^2.
-        level: float32 (..., r), of `slot_levels`.
+        level: float32 (..., r), the result of `slot_levels`.
     """
     # Laid out as the rows are, whichever way that is.
     exponent = torch.sub(log_scale.unsqueeze(-2) / 2, level.unsqueeze(-1), out=torch.empty_like(rows))
@@ -244,22 +290,16 @@ def relative_rows(rows: Tensor, log_scale: Tensor, level: Tensor) -> Tensor:
 
 
 def relative_triangle(factor: Factor, log_scale: Tensor, level: Tensor) -> Tensor:
-    """T = C[:, S], (..., r, r): unit upper triangular, arbitrary on and below the diagonal. W = T^-1 C."""
+    """Compute T = C[:, S] (..., r, r) of W = T^-1 C: unit upper triangular, arbitrary on and below the diagonal."""
     return relative_rows(factor.triangle, log_scale.gather(-1, factor.pivots), level)
 
 
 def not_drawn(factor: Factor) -> Tensor:
-    """float32 (..., n), 0 for pivots and 1 for the other points."""
+    """Mark pivots by 0 and the other points by 1: float32 (..., n)."""
     ones = torch.ones_like(factor.rows[..., 0, :])
     return ones.scatter_reduce(-1, factor.pivots, 1 - factor.valid.to(ones.dtype), "prod")
 
 
 def half_squares(points: Tensor) -> Tensor:
-    """|z|^2 / 2 of points (..., d)."""
+    """Compute |z|^2 / 2 of points (..., d)."""
     return torch.linalg.vector_norm(points, dim=-1).square_().div_(2)
-
-
-def residual_floor(half_square: Tensor, tolerance: float, valid: Tensor | None) -> Tensor:
-    """The residual of G at which a point is exhausted; points that do not take part are so from the start."""
-    floor = (half_square * (2 * _ROUNDING)).clamp_(tolerance, max(tolerance, 0.5))
-    return floor if valid is None else floor.masked_fill_(~valid.reshape(floor.shape), math.inf)

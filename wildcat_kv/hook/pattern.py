@@ -1,7 +1,8 @@
-"""Mask patterns of a forward pass, held against the causal one."""
+"""Compare the mask of a forward pass with the causal one."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from enum import Enum
 
@@ -14,7 +15,7 @@ _PAIRS_AT_ONCE = 2**22
 
 
 class Pattern(Enum):
-    """How a mask differs from the causal one, padding aside."""
+    """Difference of a mask from the causal one, padding aside."""
 
     CAUSAL = "every new token sees itself and all before it"
     WIDER = "new tokens see later ones too, all of them new"
@@ -40,43 +41,38 @@ def pattern_of(
         seen: tokens of earlier passes.
         queries: new tokens.
         valid: bool (rows, seen + queries), False for padding tokens; None for none.
-        use_vmap: whether the function takes single numbers only, not tensors of them.
-        device: where its tensors are.
+        use_vmap: True if the function takes single numbers only, not tensors of them.
+        device: device of its tensors.
 
     Returns:
         NARROWER if anything is hidden, else SPLIT if an earlier token sees a new one, else WIDER or CAUSAL.
     """
     total = seen + queries
-    places = torch.arange(total, device=device)
     valid = None if valid is None or bool(valid.all()) else valid.to(device)
-
-    def differences(start: int, stop: int, first: int) -> Iterator[tuple[bool, bool]]:
-        """Tell whether queries of [start, stop) see too much, and too little, of the keys from `first` on."""
-        step = max(1, _PAIRS_AT_ONCE // (rows * (total - first)))
-        for at in range(start, stop, step):
-            block = slice(at, min(at + step, stop))
-            shown = sdpa_mask(
-                rows,
-                block.stop - at,
-                total - first,
-                q_offset=at,
-                kv_offset=first,
-                mask_function=mask_function,
-                allow_is_causal_skip=False,
-                use_vmap=use_vmap,
-                device=device,
-            )
-            assert shown is not None, "a mask that may not be skipped"
-            causal = places[first:] <= places[block, None]
-            differs = shown[:, 0] ^ causal
-            if valid is not None:
-                differs &= valid[:, block, None] & valid[:, None, first:]
-            if bool(differs.any()):
-                yield bool((differs & ~causal).any()), bool((differs & causal).any())
-
-    found = list(differences(seen, total, 0))
+    shown = functools.partial(
+        sdpa_mask, rows, mask_function=mask_function, allow_is_causal_skip=False, use_vmap=use_vmap, device=device
+    )
+    found = list(_differences(shown, valid, range(seen, total), range(total), rows))
     if any(less for _, less in found):
         return Pattern.NARROWER
-    if seen and next(differences(0, seen, seen), None):
+    if seen and next(_differences(shown, valid, range(seen), range(seen, total), rows), None):
         return Pattern.SPLIT
     return Pattern.WIDER if found else Pattern.CAUSAL
+
+
+def _differences(
+    shown: Callable, valid: Tensor | None, queries: range, keys: range, rows: int
+) -> Iterator[tuple[bool, bool]]:
+    """Compare with the causal mask, some queries at a time: pairs (sees too much, sees too little)."""
+    step = max(1, _PAIRS_AT_ONCE // (rows * len(keys)))
+    for at in range(queries.start, queries.stop, step):
+        block = range(at, min(at + step, queries.stop))
+        mask = shown(len(block), len(keys), q_offset=at, kv_offset=keys.start)
+        assert mask is not None, "a mask that may not be skipped"
+        places = torch.arange(keys.start, keys.stop, device=mask.device)
+        causal = places <= torch.arange(block.start, block.stop, device=mask.device).unsqueeze(-1)
+        differs = mask[:, 0] ^ causal
+        if valid is not None:
+            differs &= valid[:, block.start : block.stop, None] & valid[:, None, keys.start : keys.stop]
+        if bool(differs.any()):
+            yield bool((differs & ~causal).any()), bool((differs & causal).any())

@@ -3,5 +3,5 @@
 enable.py          `enable(model)`: every call gets a cache
 hub_folder.py      `generate(custom_generate=...)`, as a function and as a folder
 model_folder.py    settings written into a model folder's config.json
-model_checks.py    what `wildcat-kv check` tries on a model
+model_checks/      what `wildcat-kv check` tries on a model
 """

@@ -1,4 +1,4 @@
-"""Compressed caches for code that calls `generate()` by itself: models switched on and off, configs that say so."""
+"""Compressed caches for code that calls `generate()` by itself: `enable`, `disable` and `patch_config`."""
 
 from __future__ import annotations
 
@@ -15,12 +15,14 @@ from torch import nn
 from transformers import GenerationMixin
 from typing_extensions import Self
 
+from wildcat_kv.cache.blueprint import Blueprint
+from wildcat_kv.cache.caches import WildCatCache
 from wildcat_kv.cache.read_check import with_read_check
 from wildcat_kv.compressors import Compressor
 from wildcat_kv.config import WildCatConfig
 from wildcat_kv.hook.keyword import CACHE, OLD, given_argument
 from wildcat_kv.hook.marks import AttentionName
-from wildcat_kv.integrations.hub_folder import generate as recipe_of_folder
+from wildcat_kv.integrations.hub_folder import generate as folder_generate
 from wildcat_kv.models.support import check_prompt, decoder_config, with_parts
 from wildcat_kv.recipes.presets import Preset
 from wildcat_kv.recipes.recipe import SECTION, Recipe, chooses_a_cache
@@ -30,41 +32,43 @@ _STATE = "_wildcat_kv"
 _GENERATE = "generate"
 
 
-class _Calls:
-    """Calls of `generate()` under way, in any thread. A copy of the model has its own."""
+class _RunningCalls:
+    """Counts the calls of `generate()` under way, in any thread. A copy of the model has its own."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
         self.running = 0
         self.disabled = False
 
-    def __reduce__(self) -> tuple[type[_Calls], tuple[()]]:
-        return _Calls, ()
+    def __reduce__(self) -> tuple[type[_RunningCalls], tuple[()]]:
+        return _RunningCalls, ()
 
 
 @dataclass(frozen=True, eq=False)
 class _Enabled:
-    """What an enabled model carries.
+    """State that an enabled model carries.
 
     Attributes:
-        recipe: of its caches.
-        generate: of the model, as it is now.
-        replaced: a `generate` of the model's own, in the place of its class's; None for none.
-        attention: the configs whose attention a cache switches, each with the implementation that it had.
-        _calls: calls of `generate()` under way.
+        recipe: the method and settings of its caches.
+        generate: the `generate` that compresses.
+        replaced: the `generate` that the model had beside its class's; None for none.
+        attention: configs whose attention a cache switches, each with the implementation that it had.
+        _calls: the calls of `generate()` under way.
     """
 
     recipe: Recipe
     generate: Any
     replaced: Any
     attention: list[tuple[Any, Any]]
-    _calls: _Calls = field(default_factory=_Calls)
+    _calls: _RunningCalls = field(default_factory=_RunningCalls)
 
     @contextmanager
     def call(self, model: Any, streamer: Any) -> Iterator[None]:
-        """One call of `generate()`, which keeps the attention that it began with, whoever disables the model meanwhile.
+        """Count one call of `generate()`; it keeps its attention if the model is disabled meanwhile.
 
-        Whoever reads a `streamer` of the caller's waits for its end: a call that fails ends it.
+        Args:
+            model: the enabled model.
+            streamer: the caller's streamer, or None. A call that fails ends it, since its reader waits for the end.
         """
         with self._calls.lock:
             self._calls.running += 1
@@ -82,7 +86,7 @@ class _Enabled:
                 self._give_back(model)
 
     def end(self, model: Any) -> None:
-        """Give the configs their attention back, once the calls that are under way have ended."""
+        """Give the configs their attention back once the running calls have ended."""
         with self._calls.lock:
             self._calls.disabled = True
             idle = not self._calls.running
@@ -97,11 +101,11 @@ class _Enabled:
 
 
 class Handle:
-    """An enabled model; leaving the `with` block, or `disable()`, makes it what it was.
+    """Handle of an enabled model; leaving its `with` block, or `disable()`, makes the model what it was.
 
     Attributes:
-        model: whose `generate()` compresses, the innermost of wrapped ones.
-        recipe: of its caches: `recipe.settings` and `recipe.compressor`.
+        model: the model whose `generate()` compresses; without its wrappers, if it has some.
+        recipe: the method and settings of its caches, `recipe.compressor` and `recipe.settings`.
     """
 
     def __init__(self, model: Any, state: _Enabled) -> None:
@@ -110,7 +114,7 @@ class Handle:
         self._state = state
 
     def disable(self) -> None:
-        """Make the model what it was; nothing happens where that has been done."""
+        """Make the model what it was; a second call does nothing."""
         if vars(self.model).get(_STATE) is self._state:
             disable(self.model)
 
@@ -135,26 +139,27 @@ def enable(
 ) -> Handle:
     """Give every `generate()` of a model a fresh compressed cache, unless the caller passes one.
 
-    A call that names a cache of its own by `cache` or `cache_implementation`, that wants none
-    (`use_cache=False`), or that brings `custom_generate` is left alone, and so are those of an assistant, whose guesses
-    are taken back. Works with pipelines, with models dispatched by accelerate, and with PEFT adapters, whether they
-    were put on before or are put on after. A copy of the model, or one that was pickled, is enabled by itself.
+    These calls are left alone: a call that names a cache by `cache` or `cache_implementation`, one that wants none
+    (`use_cache=False`), one that brings `custom_generate`, and the calls of an assistant, whose guesses are taken back.
+
+    Works with pipelines, with models dispatched by accelerate, and with PEFT adapters, put on before or after. A copy
+    of the model, or a pickled one, is enabled by itself.
 
     Args:
         model: a Transformers decoder; or one wrapped by PEFT or for data parallelism.
-        settings: of the caches; or:
-        preset: a preset's name, file or object; by default what `patch_config` wrote into the model's config, or,
-            without that, "published".
+        settings: the caches' settings; or:
+        preset: a preset's name, file or object; by default the section that `patch_config` wrote into the model's
+            config, or "published" where there is none.
         compressor: the method, by name or as an object, instead of the preset's.
-        **fields: of `WildCatConfig`, such as ratio=0.25, instead of the preset's.
+        **fields: fields of `WildCatConfig`, such as ratio=0.25, instead of the preset's.
 
     Returns:
         A handle, which is a context manager.
 
     Raises:
         TypeError: no model with `generate()`.
-        ValueError: enabled already, a model that cannot be compressed or is compiled, settings that do not fit, or a
-            section of the config that does not. The model is left as it was.
+        ValueError: a model that is enabled already, is compiled or cannot be compressed; settings, or a section of the
+            config, that do not fit. The model is left as it was.
 
     Example:
         with wildcat_kv.enable(model, ratio=0.25):
@@ -163,12 +168,12 @@ def enable(
     inner = _innermost(model) if isinstance(model, nn.Module) else model
     if isinstance(model, nn.Module):
         check_prompt(model, model)
-    _check(inner)
+    _check_model(inner)
     recipe = Recipe.choose(inner.config, settings, preset=preset, compressor=compressor, **fields)
-    recipe.check(inner.config)
+    Blueprint.of(inner.config, recipe.settings, recipe.compressor)
     switched = with_parts(decoder_config(inner.config))
     attention = [(config, config._attn_implementation) for config in switched]
-    generate = functools.partial(_generate, inner)  # no closure: copies of the model have their own
+    generate = functools.partial(_generate_compressed, inner)  # no closure: copies of the model have their own
     state = _Enabled(recipe, generate, vars(inner).get(_GENERATE), attention)
     if vars(inner).setdefault(_STATE, state) is not state:  # by another thread, since it was checked
         _check_disabled(inner)
@@ -180,10 +185,10 @@ def disable(model: Any) -> None:
     """Make an enabled model what it was before, its config included.
 
     Args:
-        model: as given to `enable`.
+        model: the model that was given to `enable`.
 
     Raises:
-        ValueError: it is not enabled.
+        ValueError: a model that is not enabled.
     """
     inner = _innermost(model) if isinstance(model, nn.Module) else model
     state = getattr(inner, "__dict__", {}).get(_STATE)
@@ -205,17 +210,20 @@ def patch_config(
     compressor: str | None = None,
     **fields: Any,
 ) -> None:
-    """Write into a model's config how its cache is to be compressed; `enable(model)` obeys it.
+    """Write settings of the cache into a model's config, for `enable`.
 
-    The section goes where the config goes, `save_pretrained` and `from_pretrained` included. A section that is there
-    is what is changed; with a preset or settings it is replaced.
+    The section goes where the config goes, `save_pretrained` and `from_pretrained` included. Fields change a section
+    that is there already; a preset or settings replace it.
+
+    **The section alone does nothing.** Transformers does not know it: a program that loads the model runs with the
+    exact cache, and does not say so, until it calls `wildcat_kv.enable(model)`.
 
     Args:
         config: a Transformers config, such as `model.config`.
-        settings: of the cache; or:
+        settings: the cache's settings; or:
         preset: a preset's name, file or object.
         compressor: the method's name, instead of the preset's.
-        **fields: of `WildCatConfig`, such as ratio=0.25, instead of the preset's.
+        **fields: fields of `WildCatConfig`, such as ratio=0.25, instead of the preset's.
 
     Raises:
         TypeError: config is no Transformers config.
@@ -224,16 +232,19 @@ def patch_config(
     Example:
         wildcat_kv.patch_config(model.config, preset="balanced")
         model.save_pretrained("compressed")
+        # in another program
+        model = AutoModelForCausalLM.from_pretrained("compressed")
+        wildcat_kv.enable(model)
     """
     recipe = Recipe.choose(config, settings, preset=preset, compressor=compressor, **fields)
     section = recipe.section()
-    recipe.check(config)
+    Blueprint.of(config, recipe.settings, recipe.compressor)
     setattr(config, SECTION, section)
 
 
 @functools.wraps(GenerationMixin.generate, assigned=("__doc__",))  # its name is its own: models are pickled with it
-def _generate(model: Any, *args: Any, **kwargs: Any) -> Any:
-    """`generate()` of an enabled model."""
+def _generate_compressed(model: Any, *args: Any, **kwargs: Any) -> Any:
+    """Generate with a fresh compressed cache, unless the call chooses its own."""
     state: _Enabled | None = vars(model).get(_STATE)
     if state is None:  # disabled, and called by what others put around it
         return type(model).generate(model, *args, **kwargs)
@@ -242,16 +253,16 @@ def _generate(model: Any, *args: Any, **kwargs: Any) -> Any:
         if kwargs.get("custom_generate") is None and not chooses_a_cache(model, args, kwargs):
             check_prompt(model)
             _check_state(model)
-            cache = state.recipe.cache(model.config)
+            cache = WildCatCache(model.config, state.recipe.settings, compressor=state.recipe.compressor)
             args, kwargs = with_read_check(model, cache, args, kwargs)
             kwargs = {name: value for name, value in kwargs.items() if name != OLD} | {CACHE: cache}
-            if getattr(replaced, "func", None) is recipe_of_folder:  # which would make a cache too
+            if getattr(replaced, "func", None) is folder_generate:  # which would make a cache too
                 replaced = None
         return replaced(*args, **kwargs) if replaced is not None else type(model).generate(model, *args, **kwargs)
 
 
 def _attention_before(current: Any, before: Any) -> Any:
-    """The implementation that a config had before, unless another was chosen since."""
+    """Return the implementation that a config had before, unless another was chosen since."""
     if not isinstance(current, AttentionName):
         return current
     fallback = before.fallback if isinstance(before, AttentionName) else before or "eager"
@@ -259,13 +270,13 @@ def _attention_before(current: Any, before: Any) -> Any:
 
 
 def _innermost(model: Any) -> Any:
-    """The Transformers model in wrappers of accelerate, torch and PEFT."""
+    """Return the Transformers model inside wrappers of accelerate, torch and PEFT."""
     inner = extract_model_from_parallel(model, keep_torch_compile=False)
     return inner.get_base_model() if hasattr(inner, "get_base_model") else inner
 
 
-def _check(model: Any) -> None:
-    """Refuse what is no model to enable, or not in a state to be."""
+def _check_model(model: Any) -> None:
+    """Refuse what is no model with `generate()`, or is in no state to be enabled."""
     name = type(model).__name__
     if not isinstance(model, nn.Module) or not all(hasattr(model, part) for part in (_GENERATE, "generation_config")):
         raise TypeError(
@@ -294,7 +305,7 @@ def _check_disabled(model: Any) -> None:
 
 
 def _check_state(model: Any) -> None:
-    """Refuse a model that is compiled, in part too, or that does without caches while it learns."""
+    """Refuse a model that is compiled, even in part, or that uses no cache in training."""
     if model.training and any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
         raise ValueError(
             f"model={type(model).__name__} is in training mode with gradient checkpointing, and uses no cache then; "
@@ -308,7 +319,7 @@ def _check_state(model: Any) -> None:
 
 
 def _is_compiled(module: nn.Module) -> bool:
-    """Whether `module.compile()`, `torch.compile(module)` or `module.forward = torch.compile(...)` was called."""
+    """Tell whether a module is compiled: `.compile()`, `torch.compile(module)` or a compiled `.forward`."""
     forward = vars(module).get("forward")
     return (
         getattr(module, "_compiled_call_impl", None) is not None

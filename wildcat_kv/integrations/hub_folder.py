@@ -1,9 +1,10 @@
-"""`generate(custom_generate=...)`: the compressed cache as a recipe, and as a folder that Transformers loads."""
+"""`generate(custom_generate=...)` with a compressed cache, by a function or by a folder."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from importlib.resources import files
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -11,59 +12,22 @@ from torch import Tensor
 from transformers import StoppingCriteriaList
 from transformers.generation.utils import GENERATION_MODES_MAPPING
 
+from wildcat_kv.cache.caches import WildCatCache
 from wildcat_kv.cache.read_check import with_read_check
 from wildcat_kv.config import DROPPED, WildCatConfig
 from wildcat_kv.files import replacing
 from wildcat_kv.hook.keyword import CACHE, OLD, given_cache
 from wildcat_kv.models.support import check_prompt
-from wildcat_kv.recipes.recipe import Recipe, chooses_a_cache
+from wildcat_kv.recipes.recipe import chooses_a_cache
 
-# Taken from the arguments of generate(), where `temperature` is another one: that of sampling.
+# Arguments that are taken out of those of generate(), where `temperature` is that of sampling.
 _FIELDS = (*(name for name in WildCatConfig.model_fields if name != "temperature"), DROPPED)
-_OURS = ("settings", "preset", "compressor", *_FIELDS)
+_ARGUMENTS = ("settings", "preset", "compressor", *_FIELDS)
 
+# What `write_folder` writes: copies of the files in hub_folder_files/.
+_TEMPLATES = files("wildcat_kv.integrations") / "hub_folder_files"
 _README = "README.md"
-_FILES = {
-    "custom_generate/generate.py": '''\
-"""Generation with a compressed KV cache: see the README beside this folder. The code is in the package wildcat-kv."""
-
-from wildcat_kv.integrations.hub_folder import generate
-
-__all__ = ["generate"]
-''',
-    "custom_generate/requirements.txt": "wildcat-kv\n",
-    _README: """\
----
-library_name: transformers
-license: apache-2.0
-tags:
-  - custom_generate
----
-
-# WildCat: generation with a compressed KV cache
-
-Models with full-attention layers generate with a cache that keeps a share of its tokens, as a weighted coreset
-(WildCat, [arXiv 2602.10056](https://arxiv.org/abs/2602.10056)).
-
-    pip install wildcat-kv
-
-```python
-out = model.generate(**inputs, custom_generate=REPO, trust_remote_code=True, ratio=0.25, max_new_tokens=100)
-```
-
-`REPO` is the name of this repository, or the path of this folder. Besides everything that `generate()` takes:
-
-| argument | meaning |
-| --- | --- |
-| `ratio` or `max_tokens` | share of the tokens to keep, or most tokens to store in a layer |
-| `compression_ratio` | share of the tokens to drop, instead of `ratio` |
-| `preset` | settings by name, such as `"published"` |
-| `compressor` | another method, such as `"snapkv"` |
-| `sink`, `window`, `bin_rank`, `weights`, `exact_layers`, `seed` | as in `WildCatConfig` |
-
-The same without trusting remote code: `custom_generate=wildcat_kv.wildcat_generate`.
-""",
-}
+_NAMES = ("custom_generate/generate.py", "custom_generate/requirements.txt", _README)
 
 _OTHERWISE = (
     f"custom_generate makes a compressed cache, and generate() was told otherwise; leave out {CACHE}, "
@@ -73,16 +37,16 @@ _OTHERWISE = (
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
-def _takes_ours(function: _Function) -> _Function:
-    """Name our arguments in the signature of `function`: generate() hands on what it finds there."""
+def _with_arguments(function: _Function) -> _Function:
+    """Name the cache's arguments in a signature: generate() hands on what it finds there."""
     signature = inspect.signature(function)
-    named = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in _OURS]
+    named = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in _ARGUMENTS]
     *first, rest = signature.parameters.values()
     function.__signature__ = signature.replace(parameters=[*first, *named, rest])  # type: ignore[attr-defined]
     return function
 
 
-@_takes_ours
+@_with_arguments
 def wildcat_generate(
     model: Any,
     input_ids: Tensor,
@@ -91,23 +55,22 @@ def wildcat_generate(
     generation_config: Any = None,
     **arguments: Any,
 ) -> Any:
-    """What `generate()` does, with a fresh compressed cache: a recipe for its `custom_generate`.
+    """Generate with a fresh compressed cache; a function for `generate(custom_generate=...)`.
 
-    Transformers hands functions neither a `streamer` nor an `assistant_model`, and says nothing: with those use
+    Transformers hands such functions neither a `streamer` nor an `assistant_model`, and does not say so. With those use
     `enable`, a cache of your own, or a folder made by `write_folder`.
 
     Args:
         model: a Transformers decoder.
-        input_ids: int64 (rows, n).
-        logits_processor: as `generate()` passes it, and so for the next two.
-        stopping_criteria: likewise.
-        generation_config: likewise.
+        input_ids: tokens of the prompts, int64 (rows, n).
+        logits_processor: the processors that `generate()` has prepared.
+        stopping_criteria: the criteria that `generate()` has prepared.
+        generation_config: the config that `generate()` has prepared.
         **arguments: `preset`, `compressor`, `settings` and fields of `WildCatConfig`, such as `ratio`, as for
-            `enable`; but not `temperature`, which is the sampling's: give that one in `settings`. All others are
-            `generate()`'s.
+            `enable`. `temperature` is the sampling's; give the cache's in `settings`. All others are `generate()`'s.
 
     Returns:
-        What `generate()` returns.
+        The output of `generate()`.
 
     Raises:
         ValueError: a cache that was chosen otherwise, settings that do not fit, a way to decode that Transformers does
@@ -117,7 +80,7 @@ def wildcat_generate(
         model.generate(**inputs, custom_generate=wildcat_generate, ratio=0.25, max_new_tokens=100)
     """
     check_prompt(model)
-    chosen = {name: arguments.pop(name) for name in _OURS if arguments.get(name) is not None}
+    chosen = {name: arguments.pop(name) for name in _ARGUMENTS if arguments.get(name) is not None}
     prepared = given_cache(arguments)
     without = generation_config.use_cache is False or generation_config.cache_implementation is not None
     if without or getattr(prepared, "_is_user_defined", False):
@@ -126,7 +89,7 @@ def wildcat_generate(
     decode = getattr(type(model), GENERATION_MODES_MAPPING[mode], None)
     if decode is None:  # the name of a repository
         raise ValueError(f"custom_generate: {mode.value} has left Transformers; decode in another way")
-    cache = Recipe.choose(model.config, **chosen).cache(model.config)
+    cache = WildCatCache(model.config, **chosen)
     arguments = {name: value for name, value in arguments.items() if name not in (CACHE, OLD)}
     _, checked = with_read_check(
         model, cache, (), {"stopping_criteria": stopping_criteria, "generation_config": generation_config}
@@ -143,46 +106,51 @@ def wildcat_generate(
 
 
 def generate(*inputs: Any, model: Any, **arguments: Any) -> Any:
-    """What a folder made by `write_folder` offers to Transformers.
+    """Generate with a fresh compressed cache; Transformers finds this in folders of `write_folder`.
 
     Args:
-        *inputs: of `generate()`.
+        *inputs: positional arguments of `generate()`.
         model: a Transformers decoder.
-        **arguments: of `generate()` and of `wildcat_generate`; None for what was not given.
+        **arguments: arguments of `generate()` and of `wildcat_generate`; None for those not given.
+
+    Returns:
+        The output of `generate()`.
+
+    Raises:
+        ValueError: a cache that was chosen otherwise, settings that do not fit, or a model that cannot be compressed.
     """
     check_prompt(model)
     given = {name: value for name, value in arguments.items() if value is not None}
-    chosen = {name: given.pop(name) for name in _OURS if name in given}
+    chosen = {name: given.pop(name) for name in _ARGUMENTS if name in given}
     if chooses_a_cache(model, inputs, given):
         raise ValueError(_OTHERWISE)
-    cache = Recipe.choose(model.config, **chosen).cache(model.config)
+    cache = WildCatCache(model.config, **chosen)
     inputs, given = with_read_check(model, cache, inputs, given)
     return type(model).generate(model, *inputs, **{CACHE: cache}, **given)
 
 
 def write_folder(folder: str | Path) -> list[Path]:
-    """Write a folder for `model.generate(custom_generate=folder, trust_remote_code=True)`, ready for the Hub.
+    """Write a folder for `generate(custom_generate=folder, trust_remote_code=True)`.
 
     Args:
-        folder: made if it is not there; may hold a model, whose README stays.
+        folder: the folder, made if it is not there; may hold a model, whose README stays.
 
     Returns:
-        The files written.
+        The files written. They can be pushed to the Hub.
 
     Raises:
-        ValueError: it has custom generation already.
-        OSError: one cannot be written.
+        ValueError: a folder that has custom generation already, or a file in its place.
+        OSError: a file that cannot be written.
     """
-    paths = {Path(folder) / name: text for name, text in _FILES.items()}
-    if there := next((path for path in paths if path.exists() and path.name != _README), None):
-        raise ValueError(
-            f"folder={str(folder)!r} has custom_generate/{there.name} already; name another folder, or remove the file"
-        )
-    if Path(folder).exists() and not Path(folder).is_dir():
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
         raise ValueError(f"folder={str(folder)!r} is a file; name a folder")
-    paths = {path: text for path, text in paths.items() if not path.exists()}
-    for path, text in paths.items():
+    there = [name for name in _NAMES if (folder / name).exists()]
+    if there and there != [_README]:
+        raise ValueError(f"folder={str(folder)!r} has {there[0]} already; name another folder, or remove the file")
+    written = [folder / name for name in _NAMES if name not in there]
+    for path in written:
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as partial:
-            partial.write_text(text, encoding="utf-8")
-    return list(paths)
+            partial.write_bytes(_TEMPLATES.joinpath(path.relative_to(folder)).read_bytes())
+    return written

@@ -1,4 +1,4 @@
-"""Model folders on disk: the section for their cache written into config.json, and taken out again."""
+"""Settings of the cache written into a model folder's config.json, and taken out again."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 
 from transformers import AutoConfig
 
+from wildcat_kv.cache.blueprint import Blueprint
 from wildcat_kv.files import replacing
 from wildcat_kv.recipes.recipe import SECTION, Recipe
 
@@ -18,21 +19,22 @@ _BACKUP = "config.json.before-wildcat-kv"
 
 
 def patch_folder(folder: str | Path, **choice: Any) -> Recipe:
-    """Write into the config.json of a model's folder how its cache is to be compressed; see `patch_config`.
+    """Write settings of the cache into a model folder's config.json, for `enable`.
 
     The file as it was is kept beside it, as config.json.before-wildcat-kv. A second patch keeps the first backup.
+    Transformers reads the section and does nothing with it; see `patch_config`.
 
     Args:
-        folder: written by `save_pretrained`, or a snapshot of the Hub.
+        folder: a folder that `save_pretrained` wrote, or a snapshot of the Hub.
         **choice: `preset`, `compressor`, `settings` or fields of `WildCatConfig`.
 
     Returns:
-        What was written.
+        The method and settings that were written.
 
     Raises:
         ValueError: no folder of a model, a model that cannot be compressed, or settings that do not fit. The folder
             is left as it was.
-        OSError: it cannot be written.
+        OSError: a folder that cannot be written.
     """
     path = Path(folder) / _CONFIG
     fields = _read(path, folder)
@@ -43,7 +45,7 @@ def patch_folder(folder: str | Path, **choice: Any) -> Recipe:
         raise ValueError(f"folder={str(folder)!r}: Transformers cannot read its {_CONFIG}: {reason}") from None
     recipe = Recipe.choose(config, **choice)
     section = recipe.section()
-    recipe.check(config)
+    Blueprint.of(config, recipe.settings, recipe.compressor)
     backup = path.with_name(_BACKUP)
     patched = SECTION in fields and os.path.lexists(backup)
     try:
@@ -57,17 +59,19 @@ def patch_folder(folder: str | Path, **choice: Any) -> Recipe:
     return recipe
 
 
-def unpatch_folder(folder: str | Path) -> None:
-    """Take back what `patch_folder` did. What was changed in the file since by others stays.
-
-    Otherwise the file is, byte for byte, what it was before: with the section that it had then, if it had one.
+def unpatch_folder(folder: str | Path) -> bool:
+    """Take back what `patch_folder` did; what others changed in the file since stays.
 
     Args:
-        folder: of the model.
+        folder: the model's folder.
+
+    Returns:
+        True if the backup was put back, byte for byte and with the section that it had, if it had one. False if
+        there is no backup or the file has changed since: then the section alone is taken out.
 
     Raises:
-        ValueError: no folder of a model, or not patched. The folder is left as it was.
-        OSError: it cannot be written.
+        ValueError: no folder of a model, or one that is not patched. The folder is left as it was.
+        OSError: a folder that cannot be written.
     """
     path = Path(folder) / _CONFIG
     fields, backup = _read(path, folder), path.with_name(_BACKUP)
@@ -75,9 +79,10 @@ def unpatch_folder(folder: str | Path) -> None:
         raise ValueError(f"folder={str(folder)!r} is not patched: its {_CONFIG} has no {SECTION!r}; nothing to undo")
     if os.path.lexists(backup) and _unpatched(_read(backup, folder)) == _unpatched(fields):
         backup.replace(path)  # byte for byte, and a link where it was one
-        return
+        return True
     _write(path, _unpatched(fields))
     backup.unlink(missing_ok=True)
+    return False
 
 
 def _keep(path: Path, backup: Path) -> None:

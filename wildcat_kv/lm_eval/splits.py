@@ -1,11 +1,9 @@
-"""Where the context of a benchmark's prompt ends and its question begins."""
+"""The border between the context of a benchmark's prompt and its question."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
-
-from torch import Tensor, cat
 
 # Fields of a document that may hold its context, by how the task's name in lm-eval begins.
 _FIELDS = {
@@ -54,27 +52,3 @@ def _context(task: str, document: Mapping[str, Any]) -> str:
         return text[: max(0, *(text.rfind(asks) for asks in _ASKS))]
     fields = next((fields for prefix, fields in _FIELDS.items() if task.startswith(prefix)), ("context",))
     return str(next((document[field] for field in fields if document.get(field)), "")).strip()
-
-
-def cut_middle(context: Tensor, question: Tensor, limit: int) -> Tensor:
-    """LongBench's truncation: of a prompt that is too long, the first and the last half of the limit stay.
-
-    Args:
-        context: int64 (n,).
-        question: int64 (m,), what comes after it.
-        limit: most tokens of both together.
-
-    Returns:
-        The context, shortened.
-
-    Raises:
-        ValueError: the question alone is longer than half the limit.
-
-    Source: THUDM/LongBench, pred.py. There the tokens are decoded and encoded again.
-    """
-    if len(context) + len(question) <= limit:
-        return context
-    half = limit // 2
-    if len(question) > half:
-        raise ValueError(f"the question has {len(question)} tokens, and half of the {limit} that fit is {half}")
-    return cat((context[:half], context[len(context) - (half - len(question)) :]))

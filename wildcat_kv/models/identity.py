@@ -1,4 +1,4 @@
-"""What makes two models alike to a cache: the shape of their keys and values, how positions are written in, weights."""
+"""Identity of a model to a cache: shapes, positions, samples of weights."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from transformers import PreTrainedConfig
 
 from wildcat_kv.validation import plain
 
-# Parameters that are looked at, evenly spread over the model, and numbers of each.
+# Parameters to sample, evenly spread over the model, and numbers of each.
 _PARAMETERS = 8
 _NUMBERS = 8
 # Further apart than a weight and itself in bfloat16 or, near 0, in float16.
@@ -20,20 +20,20 @@ _ADAPTER = "adapter:"
 
 
 class ModelIdentity(BaseModel):
-    """The parts of a decoder's config that a stored context depends on. Its weights are not among them.
+    """Fields of a decoder's config that a stored cache depends on.
 
     Attributes:
-        model_type: the architecture, as Transformers names it.
-        num_hidden_layers: layers.
-        layer_types: the kind of each layer, None where all are alike.
-        sliding_window: tokens that sliding-window layers see, None where there are none.
+        model_type: architecture, as Transformers names it.
+        num_hidden_layers: number of layers.
+        layer_types: kind of each layer; None where all are alike.
+        sliding_window: tokens that sliding-window layers see; None where there are none.
         hidden_size: channels of the residual stream.
-        num_attention_heads: query heads.
-        num_key_value_heads: key heads; a list where layers differ.
-        head_dim: channels of a key, None where it follows from the others.
+        num_attention_heads: number of query heads.
+        num_key_value_heads: number of key heads; a list where layers differ.
+        head_dim: channels of a key; None where it follows from the others.
         vocab_size: tokens of the vocabulary.
-        rope_parameters: of the rotary positions, None where there are none.
-        senses: the configs of the other parts (vision, audio) by name, empty where there are none.
+        rope_parameters: parameters of the rotary positions; None where there are none.
+        senses: configs of the other parts (vision, audio) by name; empty where there are none.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
@@ -55,21 +55,21 @@ class ModelIdentity(BaseModel):
         """Describe a decoder; what it does not have is None.
 
         Args:
-            decoder: its Transformers config.
-            config: that of the whole model.
+            decoder: Transformers config of the decoder.
+            config: config of the whole model.
         """
         found = decoder.to_dict()  # attributes raise where layers differ
         fields = {name: plain(found.get(name)) for name in ModelIdentity.model_fields}
         return ModelIdentity.model_validate({**fields, "senses": _senses(decoder, config)})
 
     def without_senses(self) -> ModelIdentity:
-        """The same for a cache that has read text alone, which the other parts do not matter to."""
+        """Leave the senses out, for a cache that read text alone."""
         return self.model_copy(update={"senses": {}})
 
     def difference(self, other: ModelIdentity) -> str | None:
-        """The first field in which they differ, as "name: this one's and that one's"; None for alike.
+        """Say in which field two models differ; None for alike.
 
-        The senses count as far as both have them.
+        Senses are compared as far as both have them.
         """
         for name in type(self).model_fields:
             mine, theirs = getattr(self, name), getattr(other, name)
@@ -80,13 +80,13 @@ class ModelIdentity(BaseModel):
         return None
 
     def differing_sense(self, config: Any) -> str | None:
-        """The first field of the senses that is another in the whole model's config, as in `difference`."""
+        """Say in which field of the senses a model's config differs."""
         decoder = config.get_text_config(decoder=True)
         return self.difference(self.model_copy(update={"senses": _senses(decoder, config)}))
 
 
 def _senses(decoder: Any, config: Any) -> dict[str, dict[str, JsonValue]]:
-    """The configs beside the decoder's, without the fields that every config has."""
+    """Collect the configs beside the decoder's, without common fields."""
     parts = {name: getattr(config, name, None) for name in getattr(config, "sub_configs", {})}
     common = (PreTrainedConfig().to_dict().keys() if parts else set()) - {"model_type"}
     return {
@@ -97,7 +97,7 @@ def _senses(decoder: Any, config: Any) -> dict[str, dict[str, JsonValue]]:
 
 
 def _differing_sense(mine: dict[str, Any], theirs: dict[str, Any]) -> tuple[str, Any, Any]:
-    """The first field that differs, with both its values; of parts and fields that one alone has, none do."""
+    """Find the first shared field that differs, with both values."""
     for part, fields in mine.items():
         for name, value in fields.items():
             if part in theirs and name in theirs[part] and value != theirs[part][name]:
@@ -106,14 +106,13 @@ def _differing_sense(mine: dict[str, Any], theirs: dict[str, Any]) -> tuple[str,
 
 
 def weight_samples(model: Any) -> dict[str, list[float]]:
-    """Take a few numbers of a few parameters, by the parameter's name: they tell models of one shape apart.
+    """Sample a few numbers of a few parameters, by the parameter's name.
 
-    Adapters of PEFT are sampled by themselves, those that act alone. The other names are those of the model without
-    them.
+    They tell models of one shape apart. Adapters of PEFT that act are sampled apart; other parameters have the names
+    that they have without adapters.
 
     Args:
-        model: a torch module. Parameters that are quantised, not in memory, or tensors of a class of their own are
-            left out.
+        model: a torch module. Parameters that are quantised, not in memory, or of a tensor subclass are left out.
     """
     own, adapters = _parameters(model)
     groups = [own, *adapters.values()]
@@ -121,12 +120,12 @@ def weight_samples(model: Any) -> dict[str, list[float]]:
 
 
 def differing_weight(samples: dict[str, list[float]], model: Any) -> str | None:
-    """The first parameter whose sample is another in this model, None for none; the dtype may differ.
+    """Find a parameter that differs from its sample; None without one.
 
     Args:
-        samples: of `weight_samples`.
-        model: a torch module. Its own weights may be missing in part, where they are quantised or not in memory, but
-            not all of them; the adapters that act must be the same.
+        samples: samples by `weight_samples`.
+        model: a torch module. Its dtype may differ. Its own weights may be missing in part, where they are quantised
+            or not in memory, but not all of them; the adapters that act must be the same.
     """
     own, adapters = _parameters(model)
     acting = {name: parameter for group in adapters.values() for name, parameter in group.items()}
@@ -147,10 +146,10 @@ def differing_weight(samples: dict[str, list[float]], model: Any) -> str | None:
 
 
 class WeightWatch:
-    """The weights of a model at one time, to tell later whether they are the same.
+    """Weights of a model at one time, to compare with later ones.
 
     Attributes:
-        samples: of `weight_samples`.
+        samples: samples by `weight_samples`.
     """
 
     def __init__(self, model: Any) -> None:
@@ -162,7 +161,10 @@ class WeightWatch:
         self._places = {name: names[id(group[name])] for group in groups for name in group if name in self.samples}
 
     def difference(self, model: Any) -> str | None:
-        """The first parameter that has become another, None for none; takes far less time than the first look."""
+        """Find a parameter that has changed; None without one.
+
+        It is far faster than `weight_samples`.
+        """
         if _adapter_state(model) == self._state:
             try:
                 found = {name: model.get_parameter(place) for name, place in self._places.items()}
@@ -174,12 +176,12 @@ class WeightWatch:
 
 
 def _adapter_state(model: Any) -> list[Any]:
-    """Which adapters act in which layer, and which are merged into its weights."""
+    """List the acting and the merged adapters of each layer."""
     return [(id(layer), _acting(layer), list(layer.merged_adapters)) for layer in _adapted(model)]
 
 
 def _adapted(model: Any) -> list[Any]:
-    """The layers of PEFT's within a model. As `modules()`, which takes three times as long to name them all."""
+    """Find PEFT's layers; `modules()` takes three times as long."""
     waiting, found = [model], []
     while waiting:
         module = waiting.pop()
@@ -197,9 +199,9 @@ def _differs(parameter: torch.Tensor, numbers: list[float]) -> bool:
 
 
 def _parameters(model: Any) -> tuple[dict[str, torch.Tensor], dict[str, dict[str, torch.Tensor]]]:
-    """The parameters of a model by name, and those of PEFT's adapters that act, by "adapter:its name" before.
+    """Collect readable parameters, those of acting adapters apart by "adapter:NAME".
 
-    Only those that can be read, and no weights that an adapter is merged into: with it or beside it, it is the same.
+    Weights that an adapter is merged into are left out: merged or not, the adapter is the same.
     """
     adapter_of: dict[int, str | None] = {}  # by the parameter; None for those that do not act, or are not the model's
     for layer in _adapted(model):
@@ -226,7 +228,7 @@ def _parameters(model: Any) -> tuple[dict[str, torch.Tensor], dict[str, dict[str
 
 
 def _acting(layer: Any) -> list[str]:
-    """The adapters of one of PEFT's layers that have an effect."""
+    """List the adapters of one of PEFT's layers that have an effect."""
     return [] if layer.disable_adapters else list(layer.merged_adapters or layer.active_adapters)
 
 

@@ -1,34 +1,41 @@
-"""Load a causal language model with its tokenizer from a folder, a GGUF file or the hub; errors in one line."""
+"""Load a model and tokenizer from a folder, GGUF file or hub."""
 
 from __future__ import annotations
 
 import contextlib
 import io
-import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import torch
 import transformers
+from huggingface_hub.errors import (
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.utils import validate_repo_id
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from wildcat_kv.data.downloads import progress
 
-_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
-_NOT_REACHED = {"LocalEntryNotFoundError", "OfflineModeIsEnabled", "ConnectError", "ConnectionError"}
-_NOT_FOUND = {"RepositoryNotFoundError", "RevisionNotFoundError", "GatedRepoError"}
+# Raised where a model is not on the hub, or needs a permission.
+_NOT_FOUND = (RepositoryNotFoundError, RevisionNotFoundError)
+# Raised where the hub cannot be reached, or must not be: offline mode is a ConnectionError.
+_NOT_REACHED = (LocalEntryNotFoundError, ConnectionError, TimeoutError)
 
 _T = TypeVar("_T")
 
 
 class ModelError(RuntimeError):
-    """A model could not be loaded; the message is one line that names the source and the way out."""
+    """A model could not be loaded; the message is one line."""
 
 
 def load_folder(source: str, folder: Path, dtype: torch.dtype, device_map: str | None = None) -> tuple[Any, Any]:
-    """The model and tokenizer of a folder written by save_pretrained; `source` names it in a ModelError."""
+    """Load a folder written by save_pretrained; `source` names it in errors."""
     if not (folder / "config.json").is_file():
         raise ModelError(
             f"{source}: the folder has no config.json, so it is not a Transformers model; "
@@ -43,7 +50,7 @@ def load_folder(source: str, folder: Path, dtype: torch.dtype, device_map: str |
 
 
 def load_gguf_file(source: str, path: Path, dtype: torch.dtype, device_map: str | None = None) -> tuple[Any, Any]:
-    """The model and tokenizer of a GGUF file, dequantised; `source` names it in a ModelError."""
+    """Load a GGUF file, dequantised; `source` names it in errors."""
     if not path.is_file():
         raise ModelError(f"{source}: no such file; check the path (current folder: {Path.cwd()})")
     advice = "the file may be cut short or of an unsupported kind; fetch it again or use another format"
@@ -52,11 +59,25 @@ def load_gguf_file(source: str, path: Path, dtype: torch.dtype, device_map: str 
 
 
 def load_hub(source: str, path: Path, dtype: torch.dtype, device_map: str | None = None) -> tuple[Any, Any]:
-    """The model and tokenizer of a hub id; `path` is `source` as a path, which must not exist."""
+    """Load the model and tokenizer of a hub id.
+
+    Args:
+        source: hub id.
+        path: the id as a path; nothing may be there.
+        dtype: floating type of the weights.
+        device_map: "auto" to spread the model over all devices.
+
+    Raises:
+        ModelError: there is a file, no such model, or no way to the hub.
+    """
     if path.exists():
         raise ModelError(f"{source}: a file, but not a .gguf file; name a model folder or a .gguf file")
-    if not _HUB_ID.fullmatch(source) or source.startswith("."):
-        raise ModelError(f"{source}: no such folder, and not a hub id (owner/name); check the path or the spelling")
+    try:
+        validate_repo_id(source)
+    except HFValidationError:
+        raise ModelError(
+            f"{source}: no such folder, and not a hub id (owner/name); check the path or the spelling"
+        ) from None
     # The hub's own progress bars stay: a download can be large.
     try:
         model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, device_map=device_map)
@@ -66,10 +87,10 @@ def load_hub(source: str, path: Path, dtype: torch.dtype, device_map: str | None
 
 
 def _raise_hub_error(source: str, error: Exception) -> NoReturn:
-    kinds = {type(link).__name__ for link in _chain(error)}
-    if kinds & _NOT_FOUND:
+    links = list(_chain(error))
+    if any(isinstance(link, _NOT_FOUND) for link in links):
         what = "not on the hub, or you have no access; check the spelling, or log in with 'hf auth login'"
-    elif kinds & _NOT_REACHED or "connect" in str(error):
+    elif any(isinstance(link, _NOT_REACHED) for link in links):
         what = (
             "no such local folder, and the hub cannot be reached; check the network, "
             "or name a local folder or a .gguf file"
@@ -80,13 +101,14 @@ def _raise_hub_error(source: str, error: Exception) -> NoReturn:
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """Go from an error to its causes."""
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__
 
 
 def guarded(source: str, advice: str, load: Callable[[], _T]) -> _T:
-    """What `load` returns; whatever it raises becomes a ModelError of one line with `advice`."""
+    """Call `load`, and turn whatever it raises into a ModelError with `advice`."""
     # Damaged files fail deep inside with almost any exception type (struct.error, ValueError, ...).
     try:
         return load()
@@ -95,13 +117,13 @@ def guarded(source: str, advice: str, load: Callable[[], _T]) -> _T:
 
 
 def first_line(error: BaseException) -> str:
-    """The kind of an error and the first line of its message."""
+    """Give the kind of an error and its message's first line."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
 
 
 def load_weights(folder: Path, dtype: torch.dtype, device_map: str | None = None) -> Any:
-    """The model of a folder, without its tokenizer and without the network."""
+    """Load the model of a folder, without tokenizer and network."""
     return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, device_map=device_map, local_files_only=True)
 
 
@@ -121,7 +143,7 @@ def quiet() -> Iterator[None]:
 
 
 def from_gguf(path: Path, dtype: torch.dtype, device_map: str | None = None) -> tuple[Any, Any]:
-    """The dequantised model and the tokenizer of a GGUF file; raises whatever Transformers raises."""
+    """Load a GGUF file, dequantised; raises whatever Transformers raises."""
     extra: dict[str, Any] = {}
     # Releases that know GgufConfig keep the weights packed unless told otherwise; older ones never do.
     if hasattr(transformers, "GgufConfig"):

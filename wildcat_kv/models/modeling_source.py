@@ -28,7 +28,7 @@ class Finding:
     """Says what an attention class does that a compressed cache cannot follow.
 
     Attributes:
-        reason: what it does, in plain words.
+        reason: reason in plain words.
         switch: the field of the config that turns it on; empty if it is always on.
     """
 
@@ -66,7 +66,7 @@ def unfit_attention(config: Any) -> str | None:
 
 
 def modeling_module(config: type) -> Any:
-    """Find the module with the models of a config class; None if there is none, or it cannot be imported."""
+    """Find the module with a config class's models; None without one."""
     name = config.__module__.replace("configuration_", "modeling_")
     if name != config.__module__:
         if name in sys.modules:
@@ -87,7 +87,7 @@ def modeling_module(config: type) -> Any:
 
 @functools.cache
 def _findings(module: str) -> tuple[Finding, ...]:
-    """Find what the attention classes of a module do that cannot be followed, in its source."""
+    """Find what a module's attention does that cannot be followed."""
     try:
         tree = ast.parse(inspect.getsource(sys.modules[module]))
     except (OSError, TypeError, SyntaxError):  # no source at hand
@@ -103,14 +103,14 @@ def _findings(module: str) -> tuple[Finding, ...]:
 
 
 def _of_statement(node: ast.AST) -> Iterator[Finding]:
-    """A model that gives the cache layers beyond those that it was built with."""
+    """Find a model that adds layers to the cache it was given."""
     target = node.target if isinstance(node, ast.AugAssign) else None
     if isinstance(target, ast.Attribute) and target.attr == "layers" and _is_cache(target.value):
         yield Finding("its model runs layers again in a pass and adds copies of them to the cache")
 
 
 def _of_function(function: ast.FunctionDef) -> Iterator[Finding]:
-    """Find what a method does with the keys and values that a cache gives back."""
+    """Find what a method does with keys and values from a cache."""
     updates = [node for node in ast.walk(function) if isinstance(node, ast.Assign) and _is_update(node.value)]
     if not updates:  # the result is taken apart at once, in a way that is not read here
         return
@@ -130,7 +130,7 @@ def _of_function(function: ast.FunctionDef) -> Iterator[Finding]:
 
 
 def _unguarded(body: list[ast.stmt], switch: str = "") -> Iterator[tuple[ast.Assign, str]]:
-    """Assignments that are always run, or if a field of the config is set: with that field."""
+    """Yield assignments, each with the config's field that it depends on."""
     for node in body:
         if isinstance(node, ast.Assign):
             yield node, switch
@@ -139,13 +139,13 @@ def _unguarded(body: list[ast.stmt], switch: str = "") -> Iterator[tuple[ast.Ass
 
 
 def _calls(function: ast.FunctionDef) -> list[ast.Call]:
-    """The calls of Transformers' attention functions."""
+    """List the calls of Transformers' attention functions."""
     names = _attends(function)
     return [node for node in ast.walk(function) if isinstance(node, ast.Call) and _name(node.func) in names]
 
 
 def _attends(function: ast.FunctionDef) -> set[str]:
-    """Names that stand for an attention function of Transformers'."""
+    """Collect names that stand for an attention function of Transformers'."""
     return {
         name
         for node in ast.walk(function)

@@ -1,4 +1,4 @@
-"""Find out what each attention layer does to its queries and keys, by one pass of the model without its weights.
+"""Find out what each layer does to queries and keys, without weights.
 
 The model is built from its config on the meta device, so that it takes no memory. Its own code then reads four tokens,
 with stand-ins for whatever needs weights: every token has the same hidden state, so that what differs between the
@@ -33,11 +33,11 @@ _NEVER = 1 << 40
 
 @dataclass(frozen=True)
 class Seen:
-    """Holds what a layer gives the attention function for tokens that differ by position alone.
+    """Queries and keys of tokens that differ by position alone.
 
     Attributes:
-        query: float32 (1, query_heads, n, d).
-        keys: float32 (1, kv_heads, n, d).
+        query: queries, float32 (1, query_heads, n, d).
+        keys: keys, float32 (1, kv_heads, n, d).
     """
 
     query: Tensor
@@ -49,10 +49,10 @@ class Probe:
     """Result of one probe.
 
     Attributes:
-        model: the model on the meta device; its rotary modules alone are real, with the frequencies of short texts.
+        model: model on the meta device; its rotary modules alone are real, with the frequencies of short texts.
         rotaries: modules that make cosines and sines, one for each class and config.
-        positions: int64 (1, n), where the tokens stand.
-        layers: what was seen in each layer, by its index.
+        positions: positions of the tokens, int64 (1, n).
+        layers: queries and keys of each layer, by its index.
     """
 
     model: nn.Module
@@ -62,7 +62,7 @@ class Probe:
 
 
 def probe(config: Any, layers: Sequence[int]) -> Probe:
-    """Read four tokens with the model of this config and watch the full-attention layers.
+    """Read four tokens with a model and watch its full-attention layers.
 
     Args:
         config: the decoder's config; it is left as it is.
@@ -84,7 +84,7 @@ def probe(config: Any, layers: Sequence[int]) -> Probe:
 
 
 def _hollow(config: Any) -> nn.Module:
-    """The model of this config, without memory but for its rotary frequencies."""
+    """Build a model without memory but for its rotary frequencies."""
     config = copy.deepcopy(config)
     config._attn_implementation = "eager"
     with torch.device("meta"):
@@ -98,7 +98,7 @@ def _hollow(config: Any) -> nn.Module:
 
 
 def _steady(rotary: Any) -> None:
-    """Have the frequencies of short texts hold for texts of any length, where the model changes them."""
+    """Keep the frequencies of short texts for texts of any length."""
     rotary.max_seq_len_cached = rotary.original_max_seq_len = _NEVER
     config: Any = getattr(rotary, "config", None)
     parameters = getattr(config, "rope_parameters", None) or {}
@@ -110,7 +110,7 @@ def _steady(rotary: Any) -> None:
 
 
 def _model_class(config_class: type) -> Any:
-    """The class of the models with this config, one without an encoder if there is a choice."""
+    """Find the class of models with this config, preferably decoders."""
     for mapping in (AutoModelForCausalLM._model_mapping, AutoModel._model_mapping):
         if config_class in mapping:
             return mapping[config_class]
@@ -124,7 +124,7 @@ def _model_class(config_class: type) -> Any:
 
 
 def _rotaries(model: nn.Module) -> Iterable[Any]:
-    """All modules that make cosines and sines of text positions."""
+    """Yield the modules that make cosines and sines of text positions."""
     for module in model.modules():
         name = type(module).__name__
         if name.endswith("RotaryEmbedding") and "Vision" not in name:
@@ -132,7 +132,7 @@ def _rotaries(model: nn.Module) -> Iterable[Any]:
 
 
 def _read(model: nn.Module, layers: Sequence[int], seen: dict[int, Seen]) -> None:
-    """Run the model's own forward pass, and of its decoder layers those that are asked for, up to their attention."""
+    """Run a model's forward pass, its wanted layers up to their attention."""
     config: Any = model.config
     cache = DynamicCache(config=config)
     for index in layers:
@@ -155,7 +155,7 @@ def _read(model: nn.Module, layers: Sequence[int], seen: dict[int, Seen]) -> Non
 
 
 def _until_it_attends(forward: Callable | None) -> Callable:
-    """A decoder layer's forward pass that ends where the layer attends, and returns what it was given."""
+    """Make a forward pass that ends at attention and returns its input."""
 
     def run(*args: Any, **kwargs: Any) -> Any:
         hidden = args[0] if args else kwargs.pop("hidden_states")
@@ -168,7 +168,7 @@ def _until_it_attends(forward: Callable | None) -> Callable:
 
 
 class _Result(Tensor):
-    """Hidden states that pass for the result of any layer: a tensor, a pair, or the first of several."""
+    """Hidden states that pass for the result of any layer."""
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
@@ -184,16 +184,16 @@ class _AttendedError(Exception):
 
 
 class _Watched(DynamicLayer):
-    """A cache layer that takes note of the first queries and keys that come with it to the attention function."""
+    """A cache layer that notes the first queries and keys that attend."""
 
-    exact = False
+    uses_fallback = False
 
     def __init__(self, index: int, seen: dict[int, Seen]) -> None:
         super().__init__()
         self._index, self._seen = index, seen
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        return mark(key_states, self), mark(value_states, self)
+        return mark(key_states, value_states, self)
 
     def get_seq_length(self) -> int:
         return 0
@@ -202,7 +202,7 @@ class _Watched(DynamicLayer):
         return MarkedLength(query_length, self), 0
 
     def announce(self, rows: int, queries: int, mask: Tensor | None, **told: Any) -> Forward:
-        return Forward(0, queries, None, exact=False)
+        return Forward(0, queries, None, uses_fallback=False)
 
     def check_reading(self, query: Tensor, config: Any, options: dict[str, Any]) -> None:
         """Nothing was read before."""
@@ -234,13 +234,13 @@ class _StandIns(TorchFunctionMode):
 
 
 def _features(inputs: Tensor, channels: int) -> Tensor:
-    """Output of a linear layer (..., channels): the same for every token, and unlike between channels."""
+    """Make a linear layer's output (..., channels), the same for all tokens."""
     feature = torch.sin(1.3 * torch.arange(channels, dtype=torch.float32) + 0.7)
     return feature.expand(*inputs.shape[:-1], -1).contiguous()
 
 
 def _real(value: Any) -> Any:
-    """Replace a tensor on the meta device by one without memory; return anything else as it is."""
+    """Replace a tensor on the meta device by one without memory."""
     if isinstance(value, Tensor) and value.is_meta:
         return torch.ones((), dtype=torch.float32 if value.is_floating_point() else value.dtype).expand(value.shape)
     return type(value)(map(_real, value)) if type(value) in (list, tuple) else value

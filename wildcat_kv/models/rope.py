@@ -1,4 +1,4 @@
-"""Find out how each layer of a model rotates queries and keys by their positions.
+"""Find out how each layer rotates queries and keys by position.
 
 A probe of the model shows whether a layer rotates. The family's own modeling file says how, so that scaled, partial and
 interleaved rotations are the model's own; what the probe has seen must confirm it.
@@ -28,7 +28,7 @@ def rotations_of(config: Any, layers: Sequence[int]) -> dict[int, Rotation]:
     """Find the rotation of each full-attention layer.
 
     Args:
-        config: the decoder's config; it is left as it is.
+        config: config of the decoder; it is left as it is.
         layers: indices of all full-attention layers.
 
     Returns:
@@ -55,7 +55,7 @@ def rotation_of(config: Any, layer_idx: int) -> Rotation:
 
 
 def rotation_limit(config: Any, rotations: dict[int, Rotation]) -> int | None:
-    """Find the length of text beyond which a model rotates by other frequencies than before.
+    """Find the length beyond which a model rotates by other frequencies.
 
     Keys that are cached by then keep the frequencies they have, so that no one rotation holds for all.
 
@@ -79,7 +79,7 @@ def rotation_limit(config: Any, rotations: dict[int, Rotation]) -> int | None:
 
 
 def check_images(config: Any, decoder: Any, rotations: dict[int, Rotation]) -> None:
-    """Refuse a model of images and text whose images have positions in time, height and width.
+    """Refuse a model whose images have positions in time, height and width.
 
     The cache is never told these positions; a rotation is undone by the count of tokens.
 
@@ -99,13 +99,13 @@ def check_images(config: Any, decoder: Any, rotations: dict[int, Rotation]) -> N
 
 
 def _kind(config: Any, index: int) -> str:
-    """The type of a layer, by which some families choose its frequencies."""
+    """Return a layer's type, by which some families choose frequencies."""
     kinds = getattr(config, "layer_types", None)
     return kinds[index] if kinds else ""
 
 
 def _rotation(seen: Probe, index: int, kind: str, family: Callable[[Any, str], Rotation]) -> Rotation:
-    """The rotation that explains what was seen in one layer."""
+    """Find the rotation that explains what was seen in one layer."""
     for rotary in (None, *seen.rotaries):
         rotation = Rotation(None, None) if rotary is None else family(rotary, kind)
         if _explains(rotation, seen.layers[index], seen.positions):
@@ -114,7 +114,7 @@ def _rotation(seen: Probe, index: int, kind: str, family: Callable[[Any, str], R
 
 
 def _explains(rotation: Rotation, layer: Seen, positions: Tensor) -> bool:
-    """Tell whether the rotation alone sets apart queries, and keys, of one hidden state at several positions."""
+    """Tell whether the rotation explains all that differs between positions."""
     for vectors in (layer.query, layer.keys):
         back = rotation.back(vectors, positions)
         last = rotation.average(back[:, :, :1], positions[:, -1:])
@@ -125,7 +125,7 @@ def _explains(rotation: Rotation, layer: Seen, positions: Tensor) -> bool:
 
 
 def _family_rotation(module: Any, rotary: Any, kind: str) -> Rotation:
-    """The rotation by a family's `rotary` embedding and the apply function of its modeling file."""
+    """Make the rotation of a family's `rotary` embedding and its apply function."""
     apply = module.apply_rotary_pos_emb
     by_type = [kind] if "layer_type" in inspect.signature(rotary.forward).parameters else []
     pairs = "k" in inspect.signature(apply).parameters  # takes queries and keys at once

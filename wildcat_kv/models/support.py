@@ -1,4 +1,4 @@
-"""Which models can be compressed: decided from the config alone, before anything is switched."""
+"""Which models can be compressed, decided from the config alone."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from wildcat_kv.models.modeling_source import INSTEAD, OWN_CACHE, unfit_attention
 
-# Layers that Transformers keeps and that live beside ours: their masks are made apart from the causal one.
+# Transformers' own layers that may stand beside compressed ones: their masks are not the causal one.
 _BESIDE = {"DynamicSlidingWindowLayer", "LinearAttentionLayer", "DummyLayer"}
 
 
 def decoder_config(config: Any) -> Any:
-    """The config of the decoder, which alone is switched: a vision tower keeps its attention.
+    """Take the decoder's config out of a model's.
+
+    It alone is switched to the "wildcat" attention: a vision tower keeps its own.
 
     Args:
         config: a Transformers config.
@@ -36,7 +38,7 @@ def decoder_config(config: Any) -> Any:
 
 
 def cache_layers(decoder: Any) -> tuple[list[Any], list[int]]:
-    """The layers of an uncompressed cache, and the indices of those to compress.
+    """Build an uncompressed cache's layers, with indices of those to compress.
 
     Raises:
         ValueError: there are none, or others that share their mask.
@@ -64,7 +66,7 @@ def cache_layers(decoder: Any) -> tuple[list[Any], list[int]]:
 
 
 def with_parts(config: Any) -> list[Any]:
-    """List a config and those within it, which take its attention implementation over."""
+    """List a config and the configs within it."""
     parts = (getattr(config, name, None) for name in config.sub_configs)
     return [config, *(inner for part in parts if part is not None for inner in with_parts(part))]
 
@@ -89,7 +91,7 @@ def check_prompt(model: Any, wrapped: Any = None) -> None:
 
 
 def dropped_from(decoder: Any) -> int | None:
-    """The length from which `generate()` goes on without the cache it was given; None if it never does.
+    """Return the length from which `generate()` drops its cache; None for never.
 
     Some models with two sets of rotary frequencies (Phi-3) start over where the longer set takes over.
     """
@@ -104,7 +106,7 @@ def _line(error: Exception) -> str:
 
 
 def _sees_everything(layer: Any, positions: float) -> bool:
-    """Whether a layer of Transformers' keeps all tokens, as one with a window wider than the positions does too."""
+    """Tell whether one of Transformers' layers keeps all tokens."""
     # Exactly these classes: subclasses keep what they need by themselves.
     if type(layer) is DynamicSlidingWindowLayer:
         return layer.sliding_window >= positions
@@ -112,7 +114,7 @@ def _sees_everything(layer: Any, positions: float) -> bool:
 
 
 def _reason(config: Any, decoder: Any) -> str | None:
-    """Say why this model cannot be compressed, and what to use instead; None if it can."""
+    """Say why this model cannot be compressed; None if it can."""
     if _field(config, "is_encoder_decoder"):
         return f"encoder-decoder models attend across to the encoder, which is not supported; {INSTEAD}"
     if _field(decoder, "kv_lora_rank"):
@@ -129,7 +131,7 @@ def _reason(config: Any, decoder: Any) -> str | None:
 
 
 def _field(config: Any, name: str) -> Any:
-    """A field of a config, None if it has none of that name; any layer's where they differ from layer to layer."""
+    """Read a config's field, any layer's where they differ; None without one."""
     try:
         return getattr(config, name, None)
     except Exception:  # Transformers refuses to name one value for all layers

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import difflib
+import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from wildcat_kv.compressors import resolve
 from wildcat_kv.config import WildCatConfig
 from wildcat_kv.validation import one_line
 
@@ -69,6 +69,8 @@ class Preset(BaseModel):
     @field_validator("compressor")
     @classmethod
     def _is_a_method(cls, compressor: str) -> str:
+        from wildcat_kv.compressors import resolve  # imports torch; presets can be listed without
+
         resolve(compressor, WildCatConfig(ratio=1.0))
         return compressor
 
@@ -86,10 +88,31 @@ class Preset(BaseModel):
         family = next((family for family in self.families if family.has(decoder)), None)
         return self.settings if family is None else self.settings.changed(exact_layers=family.exact_layers)
 
+    def warn_if_unmeasured(self, decoder: Any, name: str) -> None:
+        """Warn that no layers stay exact, where the preset has them for other models only.
+
+        Args:
+            decoder: the Transformers config of the model's decoder.
+            name: the preset's name or file.
+        """
+        if self.families and not any(family.has(decoder) for family in self.families):
+            known = ", ".join(family.name for family in self.families)
+            warnings.warn(
+                f"preset={name!r} leaves layers exact that were found by measuring {known}; for this model "
+                f"({getattr(decoder, 'model_type', None)}) none are known and all are compressed. Give exact_layers, "
+                "or take preset='adaptive', which needs none",
+                stacklevel=3,
+            )
+
 
 def preset_names() -> list[str]:
     """The names of the presets that come with the package."""
     return sorted(path.stem for path in _FOLDER.glob("*.yaml"))
+
+
+def shipped_presets() -> dict[str, dict[str, Any]]:
+    """Read the presets of the package as plain fields, by name. Imports no torch."""
+    return {name: yaml.safe_load((_FOLDER / f"{name}.yaml").read_text(encoding="utf-8")) for name in preset_names()}
 
 
 def load_preset(name: str | Path) -> Preset:

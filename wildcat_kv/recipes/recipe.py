@@ -1,15 +1,13 @@
-"""What a cache is to be made of: from arguments, from a preset, or from the section that a model's config carries."""
+"""Choose method and settings: from arguments, a preset, or the section that a model's config carries."""
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from wildcat_kv.cache.caches import CompressedCache
 from wildcat_kv.compressors import Compressor, resolve
 from wildcat_kv.config import WildCatConfig
 from wildcat_kv.hook.keyword import given_argument, given_cache
@@ -100,6 +98,8 @@ class Recipe:
         else:
             name = DEFAULT_PRESET if preset is None else preset
             loaded = name if isinstance(name, Preset) else load_preset(name)
+            if not {"exact_layers", "max_tokens"} & fields.keys():
+                loaded.warn_if_unmeasured(decoder, "object" if isinstance(name, Preset) else str(name))
             base = Recipe(
                 loaded.settings_for(decoder),
                 loaded.compressor,
@@ -107,18 +107,6 @@ class Recipe:
             )
         changed = base.settings.changed(**fields) if fields else base.settings
         return Recipe(changed, base.compressor if compressor is None else compressor, base.preset)
-
-    def cache(self, config: Any) -> CompressedCache:
-        """A new cache for the model of this config; see `CompressedCache`."""
-        return CompressedCache(config, self.settings, compressor=self.compressor)
-
-    def check(self, config: Any) -> None:
-        """Refuse a model that no cache can be made for, and leave its config as it is.
-
-        Raises:
-            TypeError, ValueError: as `CompressedCache`.
-        """
-        self.cache(copy.deepcopy(config))
 
     def section(self) -> dict[str, Any]:
         """As plain data, for a model's config.

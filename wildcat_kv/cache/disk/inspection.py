@@ -1,34 +1,36 @@
-"""What a saved context holds, told from its header and without the model."""
+"""What a saved cache holds, read from its header alone."""
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
 
 from pydantic import JsonValue
 
-from wildcat_kv.cache.disk import persistence
+from wildcat_kv.cache.disk.format import Header, prefix_of
+from wildcat_kv.cache.disk.read import opened, read_header
 from wildcat_kv.config import WildCatConfig
 from wildcat_kv.models.identity import ModelIdentity
 
-# Of Transformers' own layers.
+# Short names for Transformers' own layers.
 _KINDS = {"DynamicSlidingWindowLayer": "window", "LinearAttentionLayer": "linear"}
 
 
 @dataclass(frozen=True)
 class LayerSummary:
-    """One layer of a saved context.
+    """One layer of a saved cache.
 
     Attributes:
-        kind: "compressed", or "exact" for one that has not folded, or what Transformers' own layer is.
-        nbytes: of its tensors.
-        seen: tokens read; None of Transformers' own layers, and so for the next two.
-        stored: columns held.
-        slots: of the coreset, among them.
-        heads: of its keys; None where it has none, and so for the next two.
-        channels: of a key.
-        dtype: of its keys, as safetensors names it.
+        kind: "compressed", "exact" for a layer that has not folded, or the kind of one of Transformers' layers.
+        nbytes: bytes of its tensors.
+        seen: number of tokens read; None for one of Transformers' layers.
+        stored: number of entries held; None likewise.
+        slots: number of coreset slots among them; None likewise.
+        heads: number of key heads; None for a layer without keys.
+        channels: channels of a key; None for a layer without keys.
+        dtype: dtype of the keys as safetensors names it, such as "F32"; None for a layer without keys.
     """
 
     kind: str
@@ -43,17 +45,17 @@ class LayerSummary:
 
 @dataclass(frozen=True)
 class ContextSummary:
-    """A saved context.
+    """A saved cache.
 
     Attributes:
-        model: what it is for.
-        compressor: the method, as one would write it.
-        settings: of the cache.
-        rows: of the batch.
-        tokens: that were read.
-        has_text: whether it can be asked with `CompressedContext.load`; otherwise it is a cache alone.
-        nbytes: of the file.
-        layers: one by one.
+        model: model that it is for.
+        compressor: method, written as in Python.
+        settings: settings of the cache.
+        rows: rows of the batch.
+        tokens: number of tokens read.
+        has_text: True if `CompressedContext.load` can ask it; otherwise it is a cache alone.
+        nbytes: bytes of the file.
+        layers: one a layer of the model.
     """
 
     model: ModelIdentity
@@ -67,9 +69,18 @@ class ContextSummary:
 
     @property
     def stored_share(self) -> float:
-        """Columns held over tokens read, the mean of the layers that can be compressed."""
+        """Entries held over tokens read, the mean of the compressed layers."""
         stored = [layer.stored for layer in self.layers if layer.stored is not None]
         return sum(stored) / len(stored) / self.tokens
+
+
+@dataclass(frozen=True)
+class _UnreadTensor:
+    """Shape, safetensors dtype and bytes of a tensor in a file."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    nbytes: int
 
 
 def inspect_file(path: str | os.PathLike[str]) -> ContextSummary:
@@ -77,11 +88,12 @@ def inspect_file(path: str | os.PathLike[str]) -> ContextSummary:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: no file of ours, a damaged one, or one of another version.
+        ValueError: no file of this library, a damaged one, or one of another version.
     """
-    contents = persistence.look(path)
-    header = contents.header
-    progress = next(layer.progress for layer in header.layers if layer.progress is not None)
+    header, tensors = _look(path)
+    progress = next((layer.progress for layer in header.layers if layer.progress and layer.progress.rows), None)
+    if progress is None:
+        raise ValueError(f"path={str(path)!r} is damaged: no layer of it has read anything; save it again")
     return ContextSummary(
         model=header.model,
         compressor=_written(header.compressor),
@@ -90,14 +102,27 @@ def inspect_file(path: str | os.PathLike[str]) -> ContextSummary:
         tokens=progress.seen if header.text is None else header.text.tokens,
         has_text=header.text is not None,
         nbytes=Path(path).stat().st_size,
-        layers=[_layer(contents, index) for index in range(len(header.layers))],
+        layers=[_layer(header, tensors, index) for index in range(len(header.layers))],
     )
 
 
-def _layer(contents: persistence.Contents, index: int) -> LayerSummary:
-    layer, prefix = contents.header.layers[index], f"layers.{index}."
-    nbytes = sum(tensor.nbytes for name, tensor in contents.tensors.items() if name.startswith(prefix))
-    keys = contents.tensors.get(f"{prefix}keys")
+def _look(path: str | os.PathLike[str]) -> tuple[Header, dict[str, _UnreadTensor]]:
+    """Read a file's header and what it says of its tensors."""
+    with opened(path, "cpu") as file:
+        header = read_header(str(path), file.metadata() or {})
+        tensors = {}
+        for name in file.keys():  # noqa: SIM118
+            part = file.get_slice(name)
+            shape, dtype = tuple(part.get_shape()), part.get_dtype()
+            bits = next((int(digits) for digits in [dtype.lstrip("BFIU")] if digits.isdecimal()), 8)
+            tensors[name] = _UnreadTensor(shape, dtype, math.prod(shape) * bits // 8)
+    return header, tensors
+
+
+def _layer(header: Header, tensors: dict[str, _UnreadTensor], index: int) -> LayerSummary:
+    layer, prefix = header.layers[index], prefix_of(index)
+    nbytes = sum(tensor.nbytes for name, tensor in tensors.items() if name.startswith(prefix))
+    keys = tensors.get(f"{prefix}keys")
     has_keys = keys is not None and len(keys.shape) == 4
     progress = layer.progress
     folded = progress is not None and progress.folded_at > 0
@@ -106,7 +131,7 @@ def _layer(contents: persistence.Contents, index: int) -> LayerSummary:
         nbytes=nbytes,
         seen=None if progress is None else progress.seen,
         stored=layer.length,
-        slots=None if progress is None else max(row.slots + row.spare for row in progress.rows),
+        slots=None if progress is None else max((row.slots + row.spare for row in progress.rows), default=0),
         heads=keys.shape[1] if keys is not None and has_keys else None,
         channels=keys.shape[3] if keys is not None and has_keys else None,
         dtype=keys.dtype if keys is not None and has_keys else None,
@@ -114,7 +139,7 @@ def _layer(contents: persistence.Contents, index: int) -> LayerSummary:
 
 
 def _written(description: JsonValue) -> str:
-    """A described method as one would write it; see `describe`."""
+    """Write a described method as in Python; see `describe`."""
     if not isinstance(description, dict) or not isinstance(parameters := description.get("parameters"), dict):
         return str(description)
     given = (

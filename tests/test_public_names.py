@@ -1,0 +1,39 @@
+"""The package's public names are imported when they are asked for."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import wildcat_kv
+
+
+def test_every_public_name_is_there():
+    assert sorted(wildcat_kv.__all__) == sorted(wildcat_kv._MODULES)
+    for name in wildcat_kv.__all__:
+        found = getattr(wildcat_kv, name)
+        assert found.__name__ == name and found.__module__ == f"wildcat_kv.{wildcat_kv._MODULES[name]}"
+    assert set(wildcat_kv.__all__) <= set(dir(wildcat_kv))
+
+
+def test_type_checkers_see_the_same_names():
+    tree = ast.parse(Path(wildcat_kv.__file__).read_text())
+    imports = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module]
+    seen = {alias.name: node.module for node in imports for alias in node.names if "wildcat_kv." in node.module}
+    assert seen == {name: f"wildcat_kv.{module}" for name, module in wildcat_kv._MODULES.items()}
+
+
+def test_what_is_not_there_is_an_attribute_error():
+    for name in ("WildcatCache", "_private"):
+        with pytest.raises(AttributeError, match=f"'wildcat_kv' has no attribute '{name}'"):
+            getattr(wildcat_kv, name)
+
+
+def test_the_package_is_imported_without_torch():
+    code = (
+        "import sys, wildcat_kv; assert 'torch' not in sys.modules; "
+        "wildcat_kv.compressors.SnapKV; wildcat_kv.WildCatCache; assert 'torch' in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

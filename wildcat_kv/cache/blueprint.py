@@ -1,0 +1,153 @@
+"""Check what a cache is to be made of, and lay its layers out, before anything is built or switched."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from typing_extensions import Self
+
+from wildcat_kv.compressors import Compressor, resolve
+from wildcat_kv.compressors.rotation import Rotation
+from wildcat_kv.config import WildCatConfig
+from wildcat_kv.models.rope import check_images, rotation_limit, rotations_of
+from wildcat_kv.models.support import cache_layers, decoder_config
+
+
+@dataclass(frozen=True)
+class Blueprint:
+    """Plan of a cache that fits its model; making one switches nothing.
+
+    Attributes:
+        settings: budget and exact ends.
+        compressor: method.
+        decoder: config of the decoder, which alone is switched.
+        layers: Transformers' layers of an uncompressed cache, one a layer of the model.
+        full: indices of the full-attention layers.
+        exact: indices among these of layers left uncompressed.
+        rotations: rotary positions of each full-attention layer, by index; empty if the method needs none.
+        rotation_limit: tokens that the rotations hold for; None for any number.
+    """
+
+    settings: WildCatConfig
+    compressor: Compressor
+    decoder: Any
+    layers: list[Any]
+    full: list[int]
+    exact: frozenset[int]
+    rotations: dict[int, Rotation]
+    rotation_limit: int | None
+
+    @classmethod
+    def of(
+        cls,
+        config: Any,
+        settings: WildCatConfig,
+        compressor: str | Compressor,
+        *,
+        static: bool = False,
+        offloading: bool = False,
+    ) -> Self:
+        """Check that a cache can be made.
+
+        Args:
+            config: config of the model; left as it is.
+            settings: budget and exact ends.
+            compressor: method, or its name.
+            static: True for fixed shapes.
+            offloading: True to keep keys and values on the CPU.
+
+        Raises:
+            TypeError: config is no Transformers config, or compressor no method.
+            ValueError: settings, method and model do not fit together; names the argument.
+        """
+        compressor = resolve(compressor, settings)
+        check_budget(settings, compressor)
+        if offloading:
+            _check_offloading(compressor)
+        decoder = decoder_config(config)
+        layers, full = cache_layers(decoder)
+        if static:
+            window = getattr(decoder, "sliding_window", None) if getattr(decoder, "use_sliding_window", True) else None
+            _check_static(settings, compressor, offloading, len(full) < len(layers) or window is not None)
+        exact = exact_layers(settings, len(layers), full)
+        rotations = rotations_of(decoder, full) if compressor.needs_rotation else {}
+        check_images(config, decoder, rotations)
+        limit = rotation_limit(decoder, rotations)
+        return cls(settings, compressor, decoder, layers, full, exact, rotations, limit)
+
+
+def check_budget(settings: WildCatConfig, compressor: Compressor) -> None:
+    """Refuse a limit or a tolerance that the method cannot keep to."""
+    if settings.max_tokens is not None and not compressor.decodes:
+        raise ValueError(
+            f"max_tokens={settings.max_tokens}: {type(compressor).__name__} compresses the prompt alone, so what "
+            "is generated cannot be bounded; give a ratio, or another compressor"
+        )
+    if settings.ratio == "auto" and not compressor.estimates:
+        raise ValueError(
+            f"ratio='auto': {type(compressor).__name__} does not estimate its error; give a number, or take "
+            "compressor='query_wildcat'"
+        )
+    own = getattr(compressor, "tolerance", None)
+    if compressor.estimates and own != settings.tolerance:
+        raise ValueError(
+            f"tolerance={settings.tolerance}: {type(compressor).__name__} was made with tolerance={own}; give both the "
+            "same, or name the method"
+        )
+
+
+def exact_layers(settings: WildCatConfig, total: int, full: Sequence[int]) -> frozenset[int]:
+    """Find the layers to leave uncompressed, by index.
+
+    Args:
+        settings: names them.
+        total: layers of the model.
+        full: indices of the full-attention layers.
+
+    Raises:
+        ValueError: an index that is no full-attention layer's, or nothing left to compress.
+    """
+    named = f"exact_layers={list(settings.exact_layers)}"
+    found = set()
+    for index in settings.exact_layers:
+        layer = index + total if index < 0 else index
+        if layer not in full:
+            raise ValueError(
+                f"{named}: layer {index} is none of those that can be compressed, {list(full)}; name some of these"
+            )
+        found.add(layer)
+    if len(found) == len(full):
+        raise ValueError(f"{named}: nothing is left to compress; leave some of {list(full)} out")
+    return frozenset(found)
+
+
+def _check_offloading(compressor: Compressor) -> None:
+    """Refuse offloading where there is no device, or where layers fold together."""
+    if not torch.cuda.is_available():
+        raise ValueError("offloading=True needs a CUDA device to offload from; leave it out on this machine")
+    if compressor.waits:
+        raise ValueError(
+            f"offloading=True: the layers of {type(compressor).__name__} compress together, when the last has been "
+            "read; leave it out, or take a method that compresses layer by layer, such as wildcat"
+        )
+
+
+def _check_static(settings: WildCatConfig, compressor: Compressor, offloading: bool, windows: bool) -> None:
+    """Refuse what has no fixed shapes, or would need more of a traced step than keys and values."""
+    method = type(compressor).__name__
+    if settings.max_tokens is None:
+        raise ValueError(f"static=True with ratio={settings.ratio}: what is stored grows; give max_tokens instead")
+    if compressor.needs_queries or compressor.state_size:
+        raise ValueError(
+            f"static=True: {method} learns from the queries of every token; take a method that needs keys and values "
+            "only, such as wildcat"
+        )
+    if offloading:
+        raise ValueError("static=True with offloading=True: addresses change when layers move; choose one of them")
+    if windows:  # one that is wider than the positions too: the model would ask for its mask
+        raise ValueError(
+            "static=True: the model has layers with windows or of other kinds; leave it out for this model"
+        )

@@ -1,0 +1,324 @@
+"""One forward pass over all layers of a cache: its announcement, its mask, and the folds behind it."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from wildcat_kv.cache.folding import fold_due, fold_together, survey_due, will_fold
+from wildcat_kv.cache.positions import RopeDeltas
+from wildcat_kv.cache.rereading import rereading
+from wildcat_kv.cache.state import LayerState
+from wildcat_kv.compressors import Compressor
+from wildcat_kv.config import WildCatConfig
+from wildcat_kv.hook.marks import NAME, Forward
+
+
+@dataclass
+class PassState:
+    """Hold what the layers of one cache have in common.
+
+    Layers hold this and not the cache: without a reference cycle, a deleted cache gives its memory back at once.
+
+    Attributes:
+        settings: budget and exact ends.
+        compressor: method.
+        positions: tokens that the model has positions for; None if unknown.
+        forward: forward pass under way, or the last one; None before the first.
+        waiting: index of the layer whose keys have not reached the attention function yet.
+        compressed: True once any layer has folded, or is about to in this forward pass.
+        padded: True if any token held is padding; None for unknown.
+        begun: True while layers of Transformers' have read tokens that ours have not come to yet.
+        states: contents of each layer, by its index.
+        exact_layers: indices of layers that never fold.
+        rotation_limit: tokens that the method's rotations hold for; None for any number.
+        warned: True once the user knows that the text is longer than the model's positions.
+        rope: positions that the model would keep on itself.
+    """
+
+    settings: WildCatConfig
+    compressor: Compressor
+    positions: int | None
+    forward: Forward | None = None
+    waiting: int | None = None
+    compressed: bool = False
+    padded: bool | None = False
+    warned: bool = False
+    begun: bool = False
+    states: dict[int, LayerState] = field(default_factory=dict)
+    exact_layers: frozenset[int] = frozenset()
+    rotation_limit: int | None = None
+    rope: RopeDeltas = field(default_factory=RopeDeltas)
+
+    @property
+    def folding(self) -> dict[int, LayerState]:
+        """Contents of the layers that fold, by index; all of them fold at the same time."""
+        return {index: state for index, state in self.states.items() if index not in self.exact_layers}
+
+    @property
+    def leading(self) -> int:
+        """Index of the first layer that folds."""
+        return next(index for index in self.states if index not in self.exact_layers)
+
+    @property
+    def trailing(self) -> int:
+        """Index of the last layer that folds: when it has read what another has, all have."""
+        return next(index for index in reversed(self.states) if index not in self.exact_layers)
+
+    @property
+    def leader(self) -> LayerState:
+        """Contents of the first layer that folds."""
+        return self.states[self.leading]
+
+    def reset(self) -> None:
+        """Go back to before the first forward pass."""
+        self.forward = self.waiting = None
+        self.compressed = self.padded = self.warned = self.begun = False
+        self.rope = RopeDeltas()
+
+    def note_linear(self, index: int) -> None:
+        """Note that a linear layer has read: its own state does not tell what."""
+        self.begun = self.begun or index < min(self.states)
+
+    def folds_first(self, seen: int) -> bool:
+        """Tell if the next `update` of a recording cache folds before it reads, to keep it bounded."""
+        return will_fold(self.leader, beyond_rollback(self, seen))
+
+
+def beyond_rollback(shared: PassState, seen: int) -> int:
+    """Return the column up to which nothing need be taken back, whatever `crop` follows."""
+    return seen - shared.settings.window
+
+
+def announce(
+    shared: PassState,
+    state: LayerState,
+    seen: int,
+    rows: int,
+    queries: int,
+    mask: Tensor | None,
+    *,
+    causal: bool,
+    served: Forward | None,
+    weighted: bool = False,
+) -> Forward:
+    """Begin a forward pass, for all layers of the cache.
+
+    Args:
+        shared: state of the cache's passes.
+        state: contents of the layer that leads to the cache.
+        seen: tokens read before.
+        rows: rows of the batch.
+        queries: new tokens.
+        mask: bool (rows, seen + queries), False for padding, or None.
+        causal: True if no new token sees later ones.
+        served: last forward pass that this layer took part in.
+        weighted: True if the pass attends by weights anyway, so that padding needs no mask.
+
+    Raises:
+        ValueError: another batch size than before, a mask that contradicts what is folded, a text longer than the
+            method's rotations hold for, or tokens that see later ones where the cache is compressed. Nothing has
+            changed then.
+    """
+    _check_call(shared, state, seen, rows, queries, mask, causal=causal)
+    shared.rope.begin(seen, rows)
+    relabelled = False
+    if mask is None:
+        if not weighted and not shared.compressed:  # weighted attention knows what is padding
+            _check_unpadded(shared, state)
+    elif queries > 1:  # reading the mask would stall the path of one token
+        relabelled = _read_mask(shared, seen, queries, mask)
+    else:
+        shared.padded = shared.padded or None
+    if shared.positions is not None and seen + queries > shared.positions and not shared.warned:
+        _warn_of_length(shared, seen + queries)
+    if state.progress.record_past and shared.folds_first(seen):
+        shared.compressed = True  # every layer folds in its `update`, too late to change the mask
+    before = shared.forward
+    if before is not None and before is not served and before.seen == seen:  # generate() may ask for a mask twice
+        relabelled = relabelled or before.relabelled
+    forward = shared.forward = Forward(seen, queries, mask, not shared.compressed, relabelled)
+    return forward
+
+
+def _check_call(
+    shared: PassState, state: LayerState, seen: int, rows: int, queries: int, mask: Tensor | None, *, causal: bool
+) -> None:
+    """Refuse a forward pass that cannot be served, before anything changes."""
+    if (held := len(state.progress.rows)) not in (0, rows):
+        raise ValueError(
+            f"the batch has {rows} rows and the cache holds {held}; call "
+            "cache.batch_repeat_interleave(n) to ask several questions of one context"
+        )
+    if not queries:
+        raise ValueError(
+            f"there are no new tokens: the cache has read {seen}, and the prompt has no more; pass generate() the "
+            "whole text with at least one token more, or call cache.reset() to read a text anew"
+        )
+    if mask is not None and mask.shape[0] != rows:
+        raise ValueError(f"attention_mask has {mask.shape[0]} rows and the batch {rows}; pass a row for each")
+    if shared.rotation_limit is not None and seen + queries > shared.rotation_limit:
+        raise ValueError(
+            f"the text is {seen + queries} tokens long: beyond {shared.rotation_limit} this model rotates by other "
+            f"frequencies, which {type(shared.compressor).__name__} does not follow; use a shorter text, or a "
+            "method that needs no positions, such as snapkv"
+        )
+    if not causal and (shared.compressed or (state.progress.record_past and shared.folds_first(seen))):
+        raise ValueError(
+            "mask_function shows later tokens to earlier ones (those of an image, for example), and the cache is "
+            "compressed already: call cache.reset() and read the whole prompt, images included, in its first "
+            "forward pass"
+        )
+
+
+def _check_unpadded(shared: PassState, state: LayerState) -> None:
+    """Refuse to do without a mask where padding is held: an exact forward pass would attend to it."""
+    storage = state.storage
+    if storage is None:
+        shared.padded = False
+        return
+    if shared.padded is None:
+        shared.padded = not bool(storage.entries.valid.all())
+    if shared.padded:
+        raise ValueError("attention_mask=None, but earlier tokens were padding; pass the mask of all tokens so far")
+
+
+def _read_mask(shared: PassState, seen: int, queries: int, mask: Tensor) -> bool:
+    """Learn from the mask which tokens are padding.
+
+    Returns:
+        True if it differs from what was shown of the tokens since the last fold, which are still as they came.
+
+    Raises:
+        ValueError: it hides tokens which are folded, or shows padding which was dropped by a fold.
+    """
+    progress, storage = shared.leader.progress, shared.leader.storage
+    relabelled = False
+    if storage is not None:
+        earlier = mask[:, : mask.shape[-1] - queries]
+        shown, folded = earlier[:, : progress.folded_at].sum(-1).tolist(), [row.seen for row in progress.rows]
+        if progress.folded_at and shown != folded:
+            raise ValueError(
+                f"attention_mask shows {shown} of the first {progress.folded_at} tokens of each row, and {folded} were "
+                "shown when these were folded; what is folded cannot be masked later, call cache.reset() for another "
+                "text"
+            )
+        held = storage.entries.valid[:, 0, storage.length - progress.since_fold :]
+        relabelled = not torch.equal(earlier[:, progress.folded_at :].to(held.device), held)
+    shared.padded = not bool(mask.all())
+    if relabelled:  # all layers at once, before any of them decides what to fold
+        for state in shared.states.values():
+            state.show(mask[:, state.progress.folded_at : seen])
+    return relabelled
+
+
+def _warn_of_length(shared: PassState, length: int) -> None:
+    """Warn once of a text that is longer than the model's positions."""
+    shared.warned = True
+    warnings.warn(
+        f"the text is {length} tokens long and the model has {shared.positions} positions "
+        "(max_position_embeddings): answers will degrade; shorten the prompt or use a longer model",
+        stacklevel=3,
+    )
+
+
+def check_update(shared: PassState, index: int, served: Forward | None, keys: Tensor, values: Tensor) -> Forward:
+    """Find the forward pass that new keys and values belong to.
+
+    Args:
+        shared: state of the cache's passes.
+        index: index of the layer.
+        served: last forward pass that this layer took part in.
+        keys: (rows, kv_heads, q, d).
+        values: (rows, kv_heads, q, d_v).
+
+    Raises:
+        RuntimeError: the keys did not come through the "wildcat" attention, or an earlier pass failed half-way.
+        ValueError: shapes or dtypes that do not fit, or NaN or infinity in the keys of a prompt.
+    """
+    forward, state = shared.forward, shared.states[index]
+    if forward is None or forward is served or shared.waiting is not None or forward.seen != state.progress.seen:
+        raise RuntimeError(_out_of_step(shared, index, served))
+    if keys.dim() != 4 or keys.shape[:3] != values.shape[:3] or keys.shape[2] != forward.queries:
+        raise ValueError(
+            f"layer {index}: key_states {tuple(keys.shape)} and value_states {tuple(values.shape)} must be "
+            f"(rows, kv_heads, {forward.queries} new tokens, channels), alike but for the channels"
+        )
+    if state.storage is not None:
+        held = state.storage.memory
+        for name, new, old in (("key_states", keys, held.keys), ("value_states", values, held.values)):
+            shape, known = new.shape, old.shape
+            if shape[:2] != known[:2] or shape[3] != known[3] or new.dtype != old.dtype:
+                raise ValueError(
+                    f"layer {index}: {name} {tuple(shape)} in {new.dtype} have other rows, heads, "
+                    f"channels or another dtype than the {tuple(known)} in {old.dtype} held; call "
+                    "cache.reset(), or build a cache for this model"
+                )
+    if forward.queries > 1:  # one new token is checked when it is folded: reading it would stall the device
+        state.check_finite(keys)
+    return forward
+
+
+def _out_of_step(shared: PassState, index: int, served: Forward | None) -> str:
+    """Say why keys came that no forward pass announced."""
+    forward = shared.forward
+    if forward is None or forward is served:
+        return (
+            f"layer {index}: these keys did not come through the '{NAME}' attention. Build the cache from "
+            "the model's own config, WildCatCache(model.config, ...), keep its attention implementation as it is "
+            "then, and pass a 2D attention mask"
+        )
+    if shared.waiting is not None:
+        return (
+            f"layer {shared.waiting}: its keys never reached the '{NAME}' attention. Either the forward pass "
+            "failed, then call cache.reset(); or this model attends in a way of its own, then use DynamicCache"
+        )
+    return (
+        f"layer {index} has seen {shared.states[index].progress.seen} tokens and others {forward.seen}: an earlier "
+        "forward pass failed half-way; call cache.reset() and read the text again"
+    )
+
+
+def check_reading(shared: PassState, index: int, query: Tensor, config: Any, options: dict[str, Any]) -> None:
+    """Refuse new tokens that the cache has read before; the first layer answers for all.
+
+    Args:
+        shared: state of the cache's passes.
+        index: index of the layer.
+        query: (rows, heads, q, d), of the newest tokens.
+        config: config of the decoder.
+        options: keyword arguments of the attention call.
+
+    Raises:
+        ValueError: see `rereading`. The layer is left as it was before the pass.
+    """
+    queries, forward = query.shape[2], shared.forward
+    assert forward is not None
+    if index != next(iter(shared.states)) or not forward.seen:
+        return
+    state = shared.states[index]
+    before = [row.seen for row in state.count_rows(forward.seen)]
+    if fault := rereading(options, config, queries, before, forward.new_valid(query.device)):
+        state.observe(query)
+        state.keep_queries()
+        state.take_back(queries)
+        shared.forward = shared.waiting = None
+        raise ValueError(fault)
+
+
+def fold_layer(shared: PassState, index: int, until: int) -> None:
+    """Fold what is due up to column `until`: in this layer, or, if layers fold together, in all with the last one."""
+    state = shared.states[index]
+    try:
+        if not state.compressor.waits:
+            fold_due(state, until)
+        elif shared.states[shared.trailing].progress.seen != state.progress.seen:
+            survey_due(state, until)
+        else:
+            fold_together(list(shared.folding.values()), until)
+    finally:  # an earlier one of several folds may have been done
+        shared.compressed = shared.compressed or state.folded_range is not None

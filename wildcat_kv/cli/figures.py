@@ -1,0 +1,32 @@
+"""Remarks on a cache for people: what a budget means for a short text."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from wildcat_kv.cache.budget import exact_ends, kept_tokens
+
+MIB = 2**20
+
+
+def short_text_note(cache: Any, tokens: int) -> str | None:
+    """Say in one line how a short text is compressed otherwise than its settings say; None for a longer one.
+
+    Args:
+        cache: a compressed cache.
+        tokens: length of the text that it read at once, in tokens.
+    """
+    settings = cache.settings
+    if settings.max_tokens is not None:
+        fits = tokens <= settings.max_tokens
+        return f"Nothing is compressed: all {tokens:,} tokens fit into {settings.max_tokens:,}." if fits else None
+    if settings.ratio in ("auto", 1):
+        return None
+    budget = kept_tokens(tokens, settings.ratio)
+    sink, window = exact_ends(budget, settings)
+    if (sink, window) == (settings.sink, settings.window):
+        return None
+    return (
+        f"A short text: {budget} of {tokens} tokens are kept, and of the {settings.sink} first and {settings.window} "
+        f"last ones that should stay exact only {sink} and {window} do. Raise the ratio to keep more."
+    )

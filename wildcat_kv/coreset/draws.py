@@ -1,0 +1,102 @@
+"""Sources of randomness for the pivots of RPNYS: keyed by counters, drawn, or given.
+
+A bin draws the same noise whatever else is drawn with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from wildcat_kv.coreset.bins import BinLayout
+from wildcat_kv.coreset.noise import gumbel_rows, uniform_rows
+from wildcat_kv.coreset.rpnys_blocked import BLOCK
+
+
+class Draws(Protocol):
+    """A source of noise for some bins of some heads."""
+
+    def gumbel(self, heads: range, bins: range) -> Tensor:
+        """Draw standard Gumbel noise in the layout's order, float32 (rows, heads, bins, bin_rank, t)."""
+        ...
+
+    def uniform(self, heads: range, bins: range, turn: int) -> Tensor:
+        """Draw the uniform noise of round `turn` of `accelerated_cholesky`, float32 (rows, heads, bins, 3, BLOCK)."""
+        ...
+
+
+class KeyedDraws:
+    """Noise keyed by the row itself: neither padding nor the rest of the batch changes it.
+
+    Args:
+        layout: layout of the bins.
+        seed: any integer in [0, 2**63).
+        layer: index of the layer.
+        seen: tokens that each row has read.
+        device: device of the noise.
+    """
+
+    def __init__(
+        self, layout: BinLayout, seed: int, layer: int, seen: Sequence[int], device: torch.device | str = "cpu"
+    ) -> None:
+        self._layout, self._seed, self._device = layout, seed, device
+        layers = torch.full((1, 1, 1, 1), layer, device=device)
+        self._fold = layers, torch.tensor(seen).to(device, non_blocking=True).view(-1, 1, 1, 1)
+
+    def gumbel(self, heads: range, bins: range) -> Tensor:
+        """See `Draws`."""
+        steps = torch.arange(self._layout.bin_rank, device=self._device)
+        return gumbel_rows(self._seed, *self._counters(heads, bins), steps, columns=self._layout.longest)
+
+    def uniform(self, heads: range, bins: range, turn: int) -> Tensor:
+        """See `Draws`."""
+        words = torch.arange(3 * turn, 3 * turn + 3, device=self._device)
+        return uniform_rows(self._seed, *self._counters(heads, bins), words, columns=BLOCK)
+
+    def _counters(self, heads: range, bins: range) -> tuple[Tensor, ...]:
+        head = torch.arange(heads.start, heads.stop, device=self._device).view(-1, 1, 1)
+        place = torch.arange(bins.start, bins.stop, device=self._device).view(-1, 1)
+        return *self._fold, head, place
+
+
+class GlobalDraws:
+    """Noise from torch's global generator.
+
+    Args:
+        layout: layout of the bins.
+        device: device of the noise.
+    """
+
+    def __init__(self, layout: BinLayout, device: torch.device | str = "cpu") -> None:
+        self._layout, self._device = layout, device
+
+    def gumbel(self, heads: range, bins: range) -> Tensor:
+        """See `Draws`."""
+        shape = (1, len(heads), len(bins), self._layout.bin_rank, self._layout.longest)
+        return torch.empty(shape, dtype=torch.float32, device=self._device).exponential_().log_().neg_()
+
+    def uniform(self, heads: range, bins: range, turn: int) -> Tensor:
+        """See `Draws`."""
+        return torch.rand(1, len(heads), len(bins), 3, BLOCK, dtype=torch.float32, device=self._device)
+
+
+class GivenDraws:
+    """Gumbel noise from the caller.
+
+    Args:
+        noise: float32 (rows, heads, bins, bin_rank, t).
+    """
+
+    def __init__(self, noise: Tensor) -> None:
+        self._noise = noise
+
+    def gumbel(self, heads: range, bins: range) -> Tensor:
+        """See `Draws`."""
+        return self._noise[:, heads.start : heads.stop, bins.start : bins.stop]
+
+    def uniform(self, heads: range, bins: range, turn: int) -> Tensor:
+        """See `Draws`."""
+        raise NotImplementedError("noise that is given is for one step after the other")
