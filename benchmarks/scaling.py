@@ -55,11 +55,10 @@ def _fold(n: int, dtype: str, settings: WildCatConfig, device: str) -> Callable[
         keys=(1.5 * keys).to(device, getattr(torch, dtype)),
         values=values.to(device, getattr(torch, dtype)),
         valid=torch.ones(1, HEADS, n, dtype=torch.bool, device=device),
-        held=[n],
-        lengths=[n - settings.sink - settings.window],
-        window=[settings.window],
-        exact=[n],
-        seen=[n],
+        items=n - settings.sink - settings.window,
+        window=settings.window,
+        exact=n,
+        seen=n,
         scale=DIM**-0.5,
         layer_index=0,
         sharing=range(1),
@@ -70,7 +69,7 @@ def _fold(n: int, dtype: str, settings: WildCatConfig, device: str) -> Callable[
     @torch.no_grad()
     def run() -> dict[str, float]:
         with Stopwatch(block.keys.device) as watch:
-            method.compress(block, [budget])
+            method.compress(block, budget)
         return {"seconds": watch.seconds}
 
     return run

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from wildcat_kv import WildCatConfig
-from wildcat_kv.cache.budget import Fold, Row, block_size, exact_ends, kept_tokens, plan_fold, tokens_until_fold
+from wildcat_kv.cache.budget import FoldPlan, Row, block_size, exact_ends, kept_tokens, plan_fold, tokens_until_fold
 from wildcat_kv.coreset.bins import split_evenly
 
 ratios = st.integers(1, 1000).map(lambda thousandths: thousandths / 1000)
@@ -77,7 +77,7 @@ def test_no_fold_is_due_before_it_is_announced(ratio, sizes, prompt, steps):
     budget = {"max_tokens": sink + window + bin_rank + 7} if ratio is None else {"ratio": ratio}
     config = WildCatConfig(**budget, sink=sink, window=window, bin_rank=bin_rank)
     row = Row().append(prompt)
-    row = (plan_fold(row, config, prefill=prompt > 1) or Fold.nothing(row)).apply(row)
+    row = (plan_fold(row, config, prefill=prompt > 1) or FoldPlan.nothing(row)).apply(row)
     wait = tokens_until_fold(row, config)
     for step in range(1, steps):
         if wait is not None and step >= wait:

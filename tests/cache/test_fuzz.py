@@ -69,7 +69,7 @@ class Caches(RuleBasedStateMachine):
     @rule(count=st.integers(2, LONGEST))
     def forward_with_another_mask(self, count):
         """Some tokens that are still exact are hidden from now on, or shown again."""
-        exact = self.cache.layers[0].state.progress.exact
+        exact = self.cache.layers[0].state.progress.since_fold
         at = self.valid.shape[1] - exact
         changed = torch.rand(self.rows, exact, generator=self.generator) > 0.3
         self.valid = torch.cat((self.valid[:, :at], changed), 1)
@@ -215,7 +215,7 @@ class Caches(RuleBasedStateMachine):
         for index in full if self.valid.shape[1] else []:
             layer, keys, values = self.cache.layers[index], self.keys[index], self.values[index]
             entries, folded = layer.state.storage.entries, layer.state.folded_range
-            exact = layer.state.progress.exact
+            exact = layer.state.progress.since_fold
             assert torch.equal(entries.keys[:, :, layer.stored - exact :], keys[:, :, keys.shape[2] - exact :])
             assert torch.equal(entries.values[:, :, layer.stored - exact :], values[:, :, keys.shape[2] - exact :])
             for number, row in enumerate(layer.state.count_rows(layer.state.progress.seen)):

@@ -70,7 +70,7 @@ class Storages(RuleBasedStateMachine):
             shown = torch.rand(self.rows, n, generator=torch.Generator().manual_seed(self.seed)) > 0.3
             new.valid.copy_(shown.unsqueeze(1))
             new.weights.copy_(shown.unsqueeze(1))
-        new.memory.zero_()
+        new.carried_state.zero_()
         with torch.inference_mode(self.seed % 2 == 0):
             self.storage.append(new.keys, new.values, shown)
         self.held, self.folded = joined(self.held, new), False
@@ -129,7 +129,7 @@ class Storages(RuleBasedStateMachine):
     @invariant()
     def free_room_is_nothing(self):
         free = self.storage.allocated.slice(self.storage.length, self.storage.allocated.keys.shape[2])
-        assert not free.valid.any() and not free.weights.any() and not free.memory.any()
+        assert not free.valid.any() and not free.weights.any() and not free.carried_state.any()
         if self.fixed:  # traced steps attend to it, with weight 0
             assert torch.isfinite(free.keys).all() and torch.isfinite(free.values).all()
 

@@ -16,33 +16,17 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import DynamicCache
 
+from tests.compressors.definitions import DEFINITIONS
 from tests.driver import EVEN, METHODS, assert_same, read, small_cache, state, tokens
 from tests.tiny import FAMILIES, SMALL, random_ids, tiny_model
-from wildcat_kv import CompressedCache, WildCatCache, WildCatConfig
+from wildcat_kv import CompressedCache, WildCatCache, WildCatConfig, compressors
 from wildcat_kv.cache.budget import block_size, kept_tokens
 from wildcat_kv.cache.sizes import stored_tokens
 from wildcat_kv.compressors import H2O, AdaKV, Compressor, KVBlock, Scorer, SnapKV, available, registry, resolve
+from wildcat_kv.compressors.ours import OURS
 from wildcat_kv.hook.keyword import CACHE
 
-NAMES = [
-    "wildcat",
-    "streaming_llm",
-    "snapkv",
-    "pyramidkv",
-    "balancekv",
-    "uniform",
-    "tova",
-    "h2o",
-    "knorm",
-    "keydiff",
-    "expected_attention",
-    "lagkv",
-    "cur",
-    "adakv",
-    "kvzip",
-    "attention_matching",
-    "query_wildcat",
-]
+NAMES = list(OURS)
 BUDGETS = [{"ratio": 0.25}, {"max_tokens": 90}]
 FAMILY_SET = (*FAMILIES, "granite", "gpt_oss", "qwen3_next")
 
@@ -244,12 +228,12 @@ def test_no_method_reads_the_question(llama, method):
     blocks = []
 
     class Witness(type(METHODS[method])):
-        def compress(self, block, budget):
-            blocks.append(max(block.seen))
-            return super().compress(block, budget)
+        def compress(self, block, rank):
+            blocks.append(block.seen)
+            return super().compress(block, rank)
 
         def survey(self, block):  # of layers that compress together
-            blocks.append(max(block.seen))
+            blocks.append(block.seen)
             return super().survey(block)
 
     method = METHODS[method]
@@ -275,17 +259,9 @@ def test_all_methods_are_listed_with_what_they_need():
     assert all(method.summary.endswith(".") for method in methods.values())
     assert {name for name, method in methods.items() if not method.paper.startswith("arXiv 2")} == {"query_wildcat"}
     assert {name for name, method in methods.items() if not method.decodes} == {"kvzip"}
-    assert {name for name, method in methods.items() if method.needs_queries} == {
-        "snapkv",
-        "pyramidkv",
-        "tova",
-        "h2o",
-        "expected_attention",
-        "adakv",
-        "kvzip",
-        "attention_matching",
-        "query_wildcat",
-    }
+    assert {name for name, method in methods.items() if method.reads_twice} == {"kvzip"}
+    queries = {name for name in NAMES if DEFINITIONS[name].queries}
+    assert {name for name in NAMES if methods[name].needs_queries} == queries
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "kvzip"])
@@ -530,16 +506,17 @@ def test_a_method_that_only_compresses_prompts_bounds_no_generation(llama):
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        (lambda coreset: dataclasses.replace(coreset, keys=coreset.keys[..., :3]), "its coreset has shapes"),
-        (lambda coreset: dataclasses.replace(coreset, values=coreset.values.double()), "its coreset has shapes"),
-        (lambda coreset: dataclasses.replace(coreset, columns=[1000, 1]), r"the 2 rows take \[1000, 1\]"),
-        (lambda coreset: dataclasses.replace(coreset, columns=[5]), r"the 2 rows take \[5\]"),
+        (lambda found: changed(found, keys=found.coreset.keys[..., :3]), "its coreset has shapes"),
+        (lambda found: changed(found, values=found.coreset.values.double()), "its coreset has shapes"),
+        (lambda found: dataclasses.replace(found, columns=[1000, 1]), r"the 2 rows take \[1000, 1\]"),
+        (lambda found: dataclasses.replace(found, columns=[5]), r"the 2 rows take \[5\]"),
+        (lambda found: found.coreset, r"compress returned a Coreset; return a wildcat_kv\.compressors\.Compressed"),
     ],
 )
 def test_what_a_method_should_not_return_is_refused_and_nothing_is_lost(wrong, message):
     class Wrong(LongestValues):
-        def compress(self, block, budget):
-            return wrong(super().compress(block, budget))
+        def compress(self, block, rank):
+            return wrong(super().compress(block, rank))
 
     keys, values = tokens(2, 100)
     cache = CompressedCache(tf.LlamaConfig(**{**SMALL, "num_hidden_layers": 2}), compressor=Wrong(), ratio=0.25)
@@ -563,5 +540,16 @@ def test_compressors_must_say_how_they_compress():
         Compressor()
 
 
+def changed(found, **tensors):
+    """What a method found, with other tensors in its coreset."""
+    return dataclasses.replace(found, coreset=dataclasses.replace(found.coreset, **tensors))
+
+
 def first_full(cache):
     return next(index for index, layer in enumerate(cache.layers) if hasattr(layer, "announce"))
+
+
+def test_a_contributor_needs_one_import():
+    assert {kind.__name__ for kind in OURS.values()} <= set(compressors.__all__)
+    needed = {"Compressed", "KVBlock", "Observation", "attention_probabilities", "keyed_noise", "take_columns"}
+    assert needed <= set(compressors.__all__) and all(hasattr(compressors, name) for name in compressors.__all__)

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from eval.tasks.base import Setting
-from tests.compressors.test_methods import HEADS, Head, Size, alone, half, heads, make, rotation_matrix, sizes
-from tests.compressors.test_methods import SCALE as BLOCK_SCALE
+from tests.compressors.blocks import HEADS, Head, Size, half, heads, make, rotation_matrix, sizes
+from tests.compressors.blocks import SCALE as BLOCK_SCALE
 from tests.driver import METHODS, SCALE, assert_same, read, small_cache, state, tokens
 from tests.tiny import SMALL, random_ids, tiny_model
 from wildcat_kv import CompressedCache, WildCatCache, WildCatConfig
@@ -19,7 +19,7 @@ from wildcat_kv.cache.budget import block_size, kept_tokens
 from wildcat_kv.cache.error_report import ErrorReport
 from wildcat_kv.cache.sizes import stored_tokens
 from wildcat_kv.compressors import QueryWildCat, WildCat, available
-from wildcat_kv.compressors.query_wildcat import Asked, Survey
+from wildcat_kv.compressors.query_wildcat.survey import Asked, Survey
 from wildcat_kv.compressors.rotation import Rotation
 from wildcat_kv.data import haystack
 from wildcat_kv.data.haystack import essays
@@ -109,21 +109,25 @@ def test_a_padded_row_is_what_it_is_alone(budget):
 
 
 @settings(max_examples=15)
-@given(rows=sizes(rows=(2, 4)), seed=st.integers(0, 1000), tolerance=st.sampled_from([0.05, 0.3, 1.0]))
-def test_with_a_tolerance_too_a_row_is_what_it_is_alone(rows, seed, tolerance):
-    method, block = QueryWildCat(bin_rank=3, queries=6, ahead=5, tolerance=tolerance), make(rows, seed)
+@given(
+    size=sizes(),
+    rows=st.integers(2, 4),
+    seed=st.integers(0, 1000),
+    tolerance=st.sampled_from([0.05, 0.3, 1.0]),
+)
+def test_with_a_tolerance_too_a_row_is_what_it_is_alone(size, rows, seed, tolerance):
+    method, block = QueryWildCat(bin_rank=3, queries=6, ahead=5, tolerance=tolerance), make(size, seed, rows=rows)
     together = method.compress(block, half(block))
-    for b in range(len(rows)):
-        single = alone(block, b)
-        by_itself = method.compress(single, half(single))
-        width = by_itself.valid.shape[-1]
-        assert together.columns[b] == by_itself.columns[0] == width
-        first = together.valid.shape[-1] - width
-        assert not together.valid[b, :, :first].any()
+    for b in range(rows):
+        alone = method.compress(block.take_rows([b]), half(block))
+        width = alone.coreset.valid.shape[-1]
+        assert together.columns[b] == alone.columns[0] == width
+        first = together.coreset.valid.shape[-1] - width
+        assert not together.coreset.valid[b, :, :first].any()
         for name in ("keys", "values", "weights", "valid"):
-            ours, theirs = getattr(together, name)[b : b + 1, :, first:], getattr(by_itself, name)
+            ours, theirs = getattr(together.coreset, name)[b : b + 1, :, first:], getattr(alone.coreset, name)
             torch.testing.assert_close(ours, theirs, rtol=2e-3, atol=2e-4)
-        torch.testing.assert_close(together.error[b], by_itself.error[0], rtol=2e-3, atol=2e-4)
+        torch.testing.assert_close(together.error[b], alone.error[0], rtol=2e-3, atol=2e-4)
 
 
 # What stays
@@ -149,7 +153,7 @@ def test_a_layer_whose_queries_seek_single_tokens_gets_more_slots(seeking):
 
 @st.composite
 def surveyed(draw):
-    """Attention to the items of two heads in each layer, few numbers and some padding; a budget for each row."""
+    """Attention to the items of two heads in each layer, few numbers and some padding; a budget."""
     rows, layers = draw(st.integers(1, 3)), draw(st.integers(1, 3))
     values = st.sampled_from([-torch.inf, 0.0, 0.25, 0.5, 1.0])
     lengths = [draw(st.integers(1, 5)) for _ in range(layers)]
@@ -157,17 +161,17 @@ def surveyed(draw):
         torch.tensor(draw(st.lists(values, min_size=2 * rows * n, max_size=2 * rows * n))).view(rows, 2, n)
         for n in lengths
     ]
-    return scores, [draw(st.integers(0, max(lengths))) for _ in range(rows)]
+    return scores, draw(st.integers(0, max(lengths)))
 
 
 @given(drawn=surveyed())
 def test_layers_share_slots_by_what_the_next_items_of_their_heads_are_worth(drawn):
     """Of equal ones an earlier layer's is taken, and within it the earlier slot."""
-    scores, budget = drawn
+    scores, slots = drawn
     unasked = Asked(*[torch.zeros(())] * 4)
     surveys = [Survey(each, torch.zeros_like(each), unasked, unasked, group=1) for each in scores]
-    shares = QueryWildCat(attended=1.0, recalled=0.0).deal(surveys, budget)
-    for row, slots in enumerate(budget):
+    shares = QueryWildCat(attended=1.0, recalled=0.0).deal(surveys, slots)
+    for row in range(len(scores[0])):
         offers = []
         for layer, attention in enumerate(scores):
             first, second = (sorted(head.tolist(), reverse=True) for head in attention[row])
@@ -193,20 +197,20 @@ def pointing(block, target, method, strength=25.0):
     queries = 0.01 * block.queries
     m, n = queries.shape[2], block.keys.shape[2]
     for h in range(HEADS):
-        key = block.keys[0, h, n - block.held[0] + target].double()
+        key = block.keys[0, h, target].double()
         query = torch.linalg.solve(rotation_matrix(method.apart), strength * key / key.norm() ** 2 / BLOCK_SCALE)
-        queries[0, 2 * h, m - block.held[0] + target - 1] = query.float()
+        queries[0, 2 * h, m - n + target - 1] = query.float()
     return replace(block, queries=queries)
 
 
 @pytest.mark.parametrize("target", [4, 9, 17, 25])
 def test_what_a_query_would_look_at_if_the_text_were_repeated_is_kept_as_it_is(target):
     method = QueryWildCat(bin_rank=4, queries=8, apart=7, attended=0.0, recalled=0.25, ridge=0.0)
-    block = make([Size(sink=0, recent=40, window=3, queried=40)], 3, padding=False)
+    block = make(Size(sink=0, recent=40, window=3, queried=40), 2, padding=False)
     block.keys[0, :, -40 + target] *= 3  # no other is as far in its direction
 
     def is_kept(block, method):
-        coreset, found = method.compress(block, [8]), []
+        coreset, found = method.compress(block, 8).coreset, []
         for h in range(HEADS):
             head = Head(block, 0, h)
             same = (coreset.keys[0, h].double() == head.k[target]).all(-1) & (coreset.weights[0, h] == 1)
@@ -222,21 +226,22 @@ def test_what_a_query_would_look_at_if_the_text_were_repeated_is_kept_as_it_is(t
 
 
 def test_a_model_without_rotary_positions_keeps_its_keys():
-    block = replace(make([Size(recent=40, queried=40)], 3, padding=False), rotation=Rotation(None, None))
+    block = replace(make(Size(recent=40, queried=40), 3, padding=False), rotation=Rotation(None, None))
     before = block.keys.clone(), block.queries.clone()
     QueryWildCat(bin_rank=4, queries=8).survey(block)
     assert torch.equal(block.keys, before[0]) and torch.equal(block.queries, before[1])
 
 
-@pytest.mark.parametrize("padding", [False, True])
-def test_without_its_own_parts_it_is_wildcat(padding):
-    rows = [Size(slots=9 * padding, recent=40), Size(recent=30, window=0), Size(sink=0, recent=9, window=9)]
-    block = make(rows, 2, padding=padding)
-    if not padding:
+@pytest.mark.parametrize(
+    "size", [Size(slots=9, recent=40), Size(recent=30, window=0), Size(sink=0, recent=19, window=9)]
+)
+def test_without_its_own_parts_it_is_wildcat(size):
+    block = make(size, 2, rows=2)
+    if not size.slots:
         block = replace(block, weights=None)
-    budget = [half(block)[0], half(block)[1], 0]
-    ours = QueryWildCat(bin_rank=4, attended=0.0, recalled=0.0, ridge=0.0, seed=5).compress(block, budget)
-    theirs = WildCat(bin_rank=4, seed=5).compress(block, budget)
+    plain = QueryWildCat(bin_rank=4, attended=0.0, recalled=0.0, ridge=0.0, seed=5)
+    ours = plain.compress(block, half(block)).coreset
+    theirs = WildCat(bin_rank=4, seed=5).compress(block, half(block)).coreset
     for b, h, _ in heads(block):
         first, second = ours.valid[b, h], theirs.valid[b, h]
         for name in ("keys", "values", "weights"):
@@ -305,12 +310,15 @@ def test_the_report_is_what_a_calculation_by_hand_gives():
         assert report.kept[layer] == stored(cache, layer) / 2 / 60
 
 
-def test_those_who_judge_have_no_part_in_what_they_judge():
-    block = make([Size(recent=40, queried=40), Size(recent=30, slots=4, queried=30)], seed=3)
+@pytest.mark.parametrize(
+    ("size", "rank"), [(Size(recent=40, queried=40), 12), (Size(recent=30, slots=4, queried=30), 10)]
+)
+def test_those_who_judge_have_no_part_in_what_they_judge(size, rank):
+    block = make(size, seed=3, rows=2)
     methods = (QueryWildCat(bin_rank=3, queries=6, ahead=5, apart=7, judges=judges) for judges in (3, 8))
-    few, many = (method.compress(block, [12, 10]) for method in methods)
+    few, many = (method.compress(block, rank) for method in methods)
     for name in ("keys", "values", "weights", "valid"):
-        torch.testing.assert_close(getattr(few, name), getattr(many, name))
+        torch.testing.assert_close(getattr(few.coreset, name), getattr(many.coreset, name))
     assert not torch.allclose(few.error, many.error, rtol=0.01)
 
 

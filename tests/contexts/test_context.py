@@ -10,7 +10,7 @@ from wildcat_kv import CompressedCache, Context
 from wildcat_kv.cache.budget import kept_tokens
 from wildcat_kv.cache.sizes import stored_tokens
 from wildcat_kv.cache.state import LayerState
-from wildcat_kv.compressors import KVzip
+from wildcat_kv.compressors import KVzip, Scorer
 from wildcat_kv.hook.keyword import CACHE
 
 
@@ -118,7 +118,7 @@ def repeated_attention(model, ids, chunk=2048):
 def test_the_context_is_scored_by_the_attention_of_its_repetition(llama, chunk, monkeypatch):
     monkeypatch.setattr("wildcat_kv.contexts.context._CHUNK", chunk)
     ids = random_ids(2, 150)
-    scores = Context(llama, ids).repetition_scores(Letters())
+    scores = torch.stack(Context(llama, ids).reread(KVzip(), Letters())).squeeze(-1)
     torch.testing.assert_close(scores, repeated_attention(llama, ids, chunk), rtol=1e-3, atol=1e-5)
 
 
@@ -126,9 +126,9 @@ def test_the_context_is_scored_by_the_attention_of_its_repetition(llama, chunk, 
 def test_layers_and_heads_share_the_slots_of_a_context(llama, layerwise):
     ids = random_ids(2, 300)
     context = Context(llama, ids)
-    scores = context.repetition_scores(Letters())
+    scores = torch.stack(context.reread(KVzip(), Letters())).squeeze(-1)
     cache = context.compress(compressor=KVzip(layerwise=layerwise), tokenizer=Letters(), ratio=0.5)
-    assert cache.compressor == KVzip(layerwise=layerwise) and cache.compressor.scores is None
+    assert cache.compressor == KVzip(layerwise=layerwise)
     held = torch.stack([layer.state.storage.entries.valid.sum(-1) for layer in cache.layers])
     assert stored_tokens(cache) == kept_tokens(300, 0.5)
     assert (held.sum(-1) == 2 * 150).all() == layerwise
@@ -196,8 +196,46 @@ def test_nothing_is_looked_at_again_where_nothing_will_fold(llama, monkeypatch):
         llama(random_ids(1, 1, seed=token), **{CACHE: cache})
 
 
-def test_scores_of_another_context_are_refused(llama):
-    scores = Context(llama, random_ids(1, 100)).repetition_scores(Letters())
-    cache = CompressedCache(llama.config, compressor=KVzip(scores), ratio=0.25)
-    with pytest.raises(ValueError, match=r"scores for 1 rows of 100 tokens.*holds 1 of 150"):
-        llama(random_ids(1, 150), **{CACHE: cache})
+class Newest(Scorer):
+    """A third party's method that compresses prompts alone."""
+
+    decodes = False
+
+    def score(self, block):
+        return torch.arange(block.keys.shape[2]).expand(block.valid.shape)
+
+
+def test_a_method_for_prompts_alone_reads_them_once(llama):
+    ids = random_ids(1, 200)
+    cache, direct = Context(llama, ids).compress(compressor=Newest(), ratio=0.5), None
+    direct = CompressedCache(llama.config, compressor=Newest(), ratio=0.5)
+    llama(ids, **{CACHE: direct})
+    assert_same(state(cache), state(direct))
+
+
+class Repeated(Scorer):
+    """A third party's method that keeps what looks like its repetition."""
+
+    decodes, reads_twice, state_size = False, True, 1
+
+    def reread(self, queries, keys, *, start, stop, scale):
+        again = keys[:, :, -(stop - start) :]
+        return -(keys[:, :, start:stop] - again).float().norm(dim=-1, keepdim=True)
+
+    def score(self, block):
+        return block.carried_state[..., 0]
+
+
+def test_a_second_reading_is_for_every_method_that_asks_for_one(llama):
+    ids = random_ids(2, 100)
+    context = Context(llama, ids)
+    cache = context.compress(compressor=Repeated(), tokenizer=Letters(), ratio=0.5, sink=0, window=0)
+    [wanted] = {tensor.shape for tensor in context.reread(Repeated(), Letters())}
+    assert wanted == (2, 2, 100, 1)
+    for layer, scores, exact in zip(
+        cache.layers, context.reread(Repeated(), Letters()), context.exact.layers, strict=True
+    ):
+        best = scores[0, 0, :, 0].topk(50).indices.sort().values
+        assert torch.equal(layer.keys[0, 0], exact.keys[0, 0][best])
+    with pytest.raises(ValueError, match=r"tokenizer=None: compressor=.*Repeated"):
+        context.compress(compressor=Repeated(), ratio=0.5)

@@ -38,8 +38,7 @@ from wildcat_kv.compressors import (
     SnapKV,
     StreamingLLM,
 )
-from wildcat_kv.compressors.base import Compressor, KVBlock
-from wildcat_kv.compressors.kvzip import reconstruction_scores
+from wildcat_kv.compressors.base import Compressor, KVBlock, SharingCompressor
 from wildcat_kv.data.haystack import build_context
 from wildcat_kv.models import default_model_path
 from wildcat_kv.models.rope import rotation_of
@@ -142,45 +141,47 @@ def as_block(case: Case, found: dict[str, Tensor], layer: int) -> KVBlock:
         keys=keys,
         values=values,
         valid=torch.ones(keys.shape[:3], dtype=torch.bool),
-        held=[n],
-        lengths=[n - case.sink],
-        window=[0],
-        exact=[n],
-        seen=[n],
+        items=n - case.sink,
+        window=0,
+        exact=n,
+        seen=n,
         scale=keys.shape[-1] ** -0.5,
         layer_index=layer,
         sharing=range(len(found["keys"])),
         queries=None if observation is None else queries,
-        queried=None if observation is None else [queries.shape[2]],
-        memory=torch.zeros(*keys.shape[:3], method.memory) if method.memory else None,
+        carried_state=repeated(found, layer) if method.reads_twice else torch.zeros(*keys.shape[:3], method.state_size),
         rotation=rotation_of(AutoConfig.from_pretrained(default_model_path()), layer)
         if method.needs_rotation
         else None,
     )
-    return replace(block, memory=method.remember(block)) if method.memory else block
+    return replace(block, carried_state=method.remember(block))
 
 
 def choose(case: Case, found: dict[str, Tensor], layer: int, budget: int) -> Tensor:
     """The tokens of a layer that our method keeps, bool (heads, n)."""
     if case.slots:
         budget = int(found[f"kept.{case.name}"][layer, 0].sum())
-    block = as_block(case, found, layer)
-    coreset = case.method.compress(block, [budget - case.sink])
+    block, rank, method = as_block(case, found, layer), budget - case.sink, case.method
+    if isinstance(method, SharingCompressor):
+        surveys = [method.survey(as_block(case, found, other)) for other in range(len(found["keys"]))]
+        coreset = method.compress_share(block, rank, method.deal(surveys, rank)[layer]).coreset
+    else:
+        coreset = method.compress(block, rank).coreset
     kept = [keys[valid] for keys, valid in zip(coreset.keys[0], coreset.valid[0], strict=True)]
     mask = kept_mask(block.keys[0], kept)
     mask[:, : case.sink] = True
     return mask
 
 
-def kvzip(found: dict[str, Tensor], chunk: int = 2048) -> KVzip:
-    """Our KVzip, with scores from the reference's queries and keys."""
+def repeated(found: dict[str, Tensor], layer: int, chunk: int = 2048) -> Tensor:
+    """Our KVzip's scores of a layer from the reference's queries and keys, float32 (1, heads, n, 1)."""
     n, scores = found["keys"].shape[2], []
     for start in range(0, n, chunk):
-        queries, keys = (found[f"again.{start}.{name}"] for name in ("queries", "keys"))
-        keys = torch.cat((found["keys"], keys), dim=2)
+        queries, keys = (found[f"again.{start}.{name}"][layer].unsqueeze(0) for name in ("queries", "keys"))
+        keys = torch.cat((found["keys"][layer].unsqueeze(0), keys), dim=2)
         stop, scale = min(start + chunk, n), keys.shape[-1] ** -0.5
-        scores.append(reconstruction_scores(queries, keys, sink=4, start=start, stop=stop, scale=scale))
-    return KVzip(torch.cat(scores, dim=-1).unsqueeze(1))
+        scores.append(KVzip().reread(queries, keys, start=start, stop=stop, scale=scale))
+    return torch.cat(scores, dim=2)
 
 
 def write_job(folder: Path) -> list[Path]:
@@ -204,8 +205,6 @@ def compare(results: Sequence[Path]) -> list[Agreement]:
         for case, agreement in zip(CASES, agreements, strict=True):
             if text not in case.texts:
                 continue
-            if isinstance(case.method, KVzip):
-                case = replace(case, method=kvzip(found))
             for layer in range(len(found["keys"])):
                 ours = choose(case, found, layer, int(length * ratio))
                 theirs, scores = (found[f"{what}.{case.name}"][layer] for what in ("kept", "scores"))

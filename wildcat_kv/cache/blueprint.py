@@ -140,7 +140,7 @@ def _check_static(settings: WildCatConfig, compressor: Compressor, offloading: b
     method = type(compressor).__name__
     if settings.max_tokens is None:
         raise ValueError(f"static=True with ratio={settings.ratio}: what is stored grows; give max_tokens instead")
-    if compressor.needs_queries or compressor.memory:
+    if compressor.needs_queries or compressor.state_size:
         raise ValueError(
             f"static=True: {method} learns from the queries of every token; take a method that needs keys and values "
             "only, such as wildcat"

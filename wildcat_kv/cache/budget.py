@@ -54,7 +54,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Fold:
+class FoldPlan:
     """What a fold makes of a row: `items` of it become `rank` slots, the rest stays as it is.
 
     In storage order: `sink` exact tokens, `kept` old slots (in `kept + spare` columns), `items` (columns of old
@@ -69,9 +69,9 @@ class Fold:
     spare: int = 0
 
     @staticmethod
-    def nothing(row: Row) -> Fold:
+    def nothing(row: Row) -> FoldPlan:
         """The fold that leaves `row` as it is."""
-        return Fold(sink=row.sink, kept=row.slots, items=0, rank=0, window=row.exact, spare=row.spare)
+        return FoldPlan(sink=row.sink, kept=row.slots, items=0, rank=0, window=row.exact, spare=row.spare)
 
     @property
     def head(self) -> int:
@@ -103,74 +103,74 @@ def kept_tokens(tokens: int, ratio: float) -> int:
     return max(1, int(Fraction(str(ratio)) * tokens + Fraction(1, 2)))
 
 
-def exact_ends(budget: int, config: WildCatConfig) -> tuple[int, int]:
+def exact_ends(budget: int, settings: WildCatConfig) -> tuple[int, int]:
     """Sink and window within `budget`: as configured, or shrunk in proportion where they do not fit."""
-    need = config.sink + config.window + config.bin_rank
+    need = settings.sink + settings.window + settings.bin_rank
     if budget >= need:
-        return config.sink, config.window
-    return config.sink * budget // need, config.window * budget // need
+        return settings.sink, settings.window
+    return settings.sink * budget // need, settings.window * budget // need
 
 
-def block_size(config: WildCatConfig) -> int:
+def block_size(settings: WildCatConfig) -> int:
     """New tokens between two folds.
 
     With `ratio`, as many as make one bin's worth of budget. With `max_tokens`, room for several bins,
     but never more than half of what sink and window leave.
     """
-    if config.share is not None:
-        return int(-(-config.bin_rank // Fraction(str(config.share))))
-    assert config.max_tokens is not None
-    free = config.max_tokens - config.sink - config.window
-    return max(1, min(_BINS_A_BLOCK * config.bin_rank, free // 2))
+    if settings.share is not None:
+        return int(-(-settings.bin_rank // Fraction(str(settings.share))))
+    assert settings.max_tokens is not None
+    free = settings.max_tokens - settings.sink - settings.window
+    return max(1, min(_BINS_A_BLOCK * settings.bin_rank, free // 2))
 
 
-def plan_fold(row: Row, config: WildCatConfig, *, prefill: bool) -> Fold | None:
+def plan_fold(row: Row, settings: WildCatConfig, *, prefill: bool) -> FoldPlan | None:
     """What to fold now, or None.
 
     Args:
         row: what the row holds, the newest tokens included.
-        config: the budget.
+        settings: budget and exact ends.
         prefill: whether this forward gave the row its first tokens, several at once: the prompt is then
             brought to its budget at once, however short it is. A sink that had to shrink stays small.
     """
-    if config.share is not None:
-        due = prefill or row.seen - row.seen_at_fold >= block_size(config)
-        budget = kept_tokens(row.seen, config.share)
+    if settings.share is not None:
+        due = prefill or row.seen - row.seen_at_fold >= block_size(settings)
+        budget = kept_tokens(row.seen, settings.share)
     else:
-        assert config.max_tokens is not None
-        due = row.counted > config.max_tokens
-        budget = config.max_tokens + 1 - block_size(config)  # a block later it is full again
+        assert settings.max_tokens is not None
+        due = row.counted > settings.max_tokens
+        budget = settings.max_tokens + 1 - block_size(settings)  # a block later it is full again
     if not due or budget >= row.seen:
         return None
 
-    sink, window = exact_ends(config.max_tokens or budget, config)
+    sink, window = exact_ends(settings.max_tokens or budget, settings)
     if row.slots:  # the tokens behind a larger sink are folded already
         sink = row.sink
     # With `ratio` the budget grows with the row, so old slots never need to be compressed again.
-    kept, spare = (row.slots, row.spare) if config.share is not None else (0, 0)
+    kept, spare = (row.slots, row.spare) if settings.share is not None else (0, 0)
     window = min(window, budget - sink - kept - 1)  # something must be left to compress into
     rank = budget - sink - window - kept
-    if config.max_tokens is not None and rank > config.bin_rank:
+    if settings.max_tokens is not None and rank > settings.bin_rank:
         # Slots are compressed again and again: a bin that is short of one loses it at every fold, always in
         # the same place. Whole bins only; the rest stays in the window.
-        rest = rank % config.bin_rank
+        rest = rank % settings.bin_rank
         rank, window = rank - rest, window + rest
     if window < 0 or row.counted - sink - window - kept <= rank:
         return None
     items = row.stored - sink - window - kept - spare
-    return Fold(sink=sink, kept=kept, items=items, rank=rank, window=window, spare=spare)
+    return FoldPlan(sink=sink, kept=kept, items=items, rank=rank, window=window, spare=spare)
 
 
-def tokens_until_fold(row: Row, config: WildCatConfig) -> int | None:
+def tokens_until_fold(row: Row, settings: WildCatConfig) -> int | None:
     """New tokens after which `plan_fold` may want a fold of this row; None for never, at least 1."""
-    if config.share is not None:
-        if config.share == 1:
+    if settings.share is not None:
+        if settings.share == 1:
             return None
         if not row.seen:  # what comes next may be its prompt
             return 1
         # Each token fills the row by one and its budget by `ratio`.
-        ratio, gap = Fraction(str(config.share)), kept_tokens(row.seen, config.share) - row.counted
+        ratio, gap = Fraction(str(settings.share)), kept_tokens(row.seen, settings.share) - row.counted
         until_full = (gap - 1) // (1 - ratio) + 1 if gap > 0 else 1
-        return max(1, block_size(config) - (row.seen - row.seen_at_fold), int(until_full))
-    assert config.max_tokens is not None
-    return max(1, config.max_tokens + 1 - row.counted)
+        return max(1, block_size(settings) - (row.seen - row.seen_at_fold), int(until_full))
+    assert settings.max_tokens is not None
+    return max(1, settings.max_tokens + 1 - row.counted)

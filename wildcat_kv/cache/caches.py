@@ -136,12 +136,6 @@ class WildCatCache(CacheContract):
         """Positions that the model would keep on itself."""
         return self._pass_state.rope
 
-    def replace_compressor(self, compressor: Compressor) -> None:
-        """Compress by another method from now on; it must learn from the same queries and remember as much."""
-        self._pass_state.compressor = compressor
-        for state in self._pass_state.folding.values():
-            state.compressor = compressor
-
     def stored_length(self, layer_idx: int | None = None) -> int:
         """Count the entries that a layer stores in a row.
 

@@ -1,98 +1,341 @@
-"""Folding: the tensors behind a `Fold`. Puts a coreset in the place of the entries that it stands for."""
+"""A fold: plan -> blocks -> coresets -> storage, as functions of a layer's state.
+
+`fold_due` folds one layer by itself; `survey_due` and `fold_together` fold the layers of a `SharingCompressor`.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from wildcat_kv.cache.budget import Fold, Row
+from wildcat_kv.cache.budget import FoldPlan, Row, plan_fold, tokens_until_fold
+from wildcat_kv.cache.pending import PendingFold
+from wildcat_kv.cache.rows import (
+    RowGroup,
+    align_right,
+    common_groups,
+    group_rows,
+    join_groups,
+    replace_items,
+    take_rows,
+)
+from wildcat_kv.cache.state import LayerState
 from wildcat_kv.cache.storage import Entries
-from wildcat_kv.coreset.compresskv import Coreset
+from wildcat_kv.cache.value_range import exact_range, range_of
+from wildcat_kv.compressors.base import Compressed, KVBlock, SharingCompressor
+from wildcat_kv.coreset.tensors import ordinary_tensors
 
 
-def fold_entries(
-    entries: Entries, rows: Sequence[Row], folds: Sequence[Fold], coreset: Coreset | None, columns: Sequence[int]
-) -> tuple[int, list[Entries]]:
-    """Carry out `folds`, one a row.
+def fold_due(state: LayerState, until: int) -> None:
+    """Fold, as was due at the ends of the forward passes up to column `until`, one after the other.
 
-    Args:
-        entries: right-aligned rows of `rows[b].stored` columns.
-        rows: what the rows hold.
-        folds: what becomes of them.
-        coreset: of the rows' items, right-aligned; None where no row has any.
-        columns: columns of the coreset that each row takes.
-
-    Returns:
-        How many of the first columns stay as they are, and the parts that come behind them, side by side, to give
-        the new right-aligned rows. Views of `entries` where possible.
+    Raises:
+        ValueError: NaN or infinity among the keys to fold; what was not yet folded stays as it is.
     """
-    stored = entries.keys.shape[2]
-    if coreset is None:  # nothing but padding goes
-        return 0, [entries.slice(stored - max(row.stored for row in rows), stored)]
-    width = coreset.valid.shape[-1]
-    slots = Entries.of(coreset, entries)
-    if len(set(zip(rows, folds, columns, strict=True))) == 1 and rows[0].stored == stored:
-        stop = stored - folds[0].window
-        return folds[0].head, [slots.slice(width - columns[0], width), entries.slice(stop, stored)]
+    while (due := _next_fold(state, until)) is not None:
+        pending, found, method = _prepare(state, *due), [], state.compressor
+        for group in pending.groups:
+            with torch.no_grad(), ordinary_tensors():
+                block = _block(state, pending, group)
+                made = method.compress(block, group.rank)
+            found.append(_checked(made, block, group.rank, type(method).__name__))
+        _carry_out(state, pending, found)
+    trim_queries(state)
 
-    index, used = _assembly(rows, folds, columns, stored, width)
-    device = entries.keys.device
-    both = [torch.cat(pair, dim=2) for pair in zip(entries.tensors(), slots.tensors(), strict=True)]
-    joined = Entries(*both).columns(index.to(device))
-    used = used.to(device)[:, None, :]
-    return 0, [
-        Entries(
-            joined.keys.masked_fill_(~used.unsqueeze(-1), 0.0),
-            joined.values.masked_fill_(~used.unsqueeze(-1), 0.0),
-            joined.weights.masked_fill_(~used, 0.0),
-            joined.valid & used,
-            joined.memory,
-        )
+
+@torch.no_grad()
+def survey_due(state: LayerState, until: int) -> bool:
+    """Survey the next fold up to column `until`, for `fold_together`; False if there is none.
+
+    Raises:
+        ValueError: as `fold_due`.
+    """
+    if state.pending is None and (due := _next_fold(state, until)) is not None:
+        assert isinstance(state.compressor, SharingCompressor)
+        pending = _prepare(state, *due)
+        for group in pending.groups:
+            with ordinary_tensors():
+                pending.surveys.append(state.compressor.survey(_block(state, pending, group)))
+        _fold_log(state, pending)
+        pending.queries = None
+        state.pending = pending
+    return state.pending is not None
+
+
+@torch.no_grad()
+def fold_together(states: Sequence[LayerState], until: int) -> None:
+    """`fold_due` for layers whose method deals one budget out among them.
+
+    Raises:
+        ValueError: as `fold_due`.
+    """
+    compressor = states[0].compressor
+    assert isinstance(compressor, SharingCompressor)
+    while True:
+        ready = [survey_due(state, until) for state in states]  # each of them, whatever the others say
+        if not all(ready):
+            break
+        pending = [state.pending for state in states if state.pending is not None]
+        dealt = _deal(compressor, pending)
+        for place, (state, each) in enumerate(zip(states, pending, strict=True)):
+            found = []
+            for group, shares in zip(each.groups, dealt, strict=True):
+                with ordinary_tensors():
+                    block = _block(state, each, group)
+                    made = compressor.compress_share(block, group.rank, shares[place])
+                found.append(_checked(made, block, group.rank, type(compressor).__name__))
+            state.pending = None
+            _carry_out(state, each, found)
+    for state in states:
+        trim_queries(state)
+
+
+def will_fold(state: LayerState, until: int) -> bool:
+    """Tell whether `fold_due` would fold anything; ends that fold nothing are decided on the way."""
+    return _next_fold(state, until) is not None
+
+
+# Plan
+
+
+def _next_fold(state: LayerState, until: int) -> tuple[list[Row], list[FoldPlan], int] | None:
+    """The rows, the plans and the column of the next fold up to `until`, None if there is none.
+
+    Ends of forward passes that fold nothing are decided on the way.
+    """
+    while (end := state.progress.due(until)) is not None:
+        rows = state.count_rows(end)
+        if plans := _plan(state, rows, end):
+            return rows, plans, end
+        _mark_decided(state, rows, end)
+    return None
+
+
+def _plan(state: LayerState, rows: Sequence[Row], end: int) -> list[FoldPlan] | None:
+    """What to fold after the forward pass that ended at column `end`, with `rows` as of then; None for nothing."""
+    settings, decodes = state.settings, state.compressor.decodes
+    # A row's first tokens, several at once, are its prompt; with padding that may come in a later pass.
+    before = state.count_rows(state.progress.settled)
+    prompts = [earlier.seen == 0 and row.seen > 1 for earlier, row in zip(before, rows, strict=True)]
+    plans = [
+        plan_fold(row, settings, prefill=prompt) if prompt or decodes else None
+        for row, prompt in zip(rows, prompts, strict=True)
     ]
+    too_wide = settings.max_tokens is not None and state.counted_at(end) > settings.max_tokens
+    if not any(plans) and not too_wide:
+        return None
+    return [plan or FoldPlan.nothing(row) for plan, row in zip(plans, rows, strict=True)]
 
 
-def align_right(entries: Entries, rows: Sequence[Row], appended: int) -> Entries:
-    """Close the gaps that padding left among the newest columns.
+def _mark_decided(state: LayerState, rows: Sequence[Row], end: int) -> None:
+    """Note that the first end, `end`, is decided, and when to look again."""
+    settings = state.settings
+    again = [row for row in rows if state.compressor.decodes or not row.seen]
+    waits = [wait for row in again if (wait := tokens_until_fold(row, settings)) is not None]
+    if settings.max_tokens is not None:  # columns of padding take room as well
+        waits.append(max(1, settings.max_tokens + 1 - state.counted_at(end)))
+    state.progress.mark_decided(min(waits) if waits else None)
+
+
+# Blocks
+
+
+@torch.no_grad()
+def _prepare(state: LayerState, rows: list[Row], plans: list[FoldPlan], end: int) -> PendingFold:
+    """Gather what a fold as of column `end` needs to know; what came after stays as it is."""
+    held, cut, appended = state.progress.rows, state.stored_at(end), end - state.progress.folded_at
+    entries = held_entries = state.held.entries.slice(0, cut)
+    if unchecked := end - max(state.checked, state.progress.folded_at):
+        state.check_finite(entries.keys[:, :, cut - unchecked :])
+        state.checked = end
+    queries, queried = _queries_until(state, end, entries.valid[:, 0, cut - appended :])
+    if any(row.counted - old.counted != appended for row, old in zip(rows, held, strict=True)):
+        entries = align_right(entries, held, appended)
+    with ordinary_tensors():
+        leaving = [_leaving(cut, row, plan) for row, plan in zip(rows, plans, strict=True)]
+        folded = range_of(entries.values, leaving)
+        if state.folded_range is not None:
+            folded = folded.join(state.folded_range)
+        bound = folded.join(exact_range(entries.values, rows)).squared_norm()
+        groups, moved = group_rows(rows, plans, queried), entries is not held_entries
+        pending = PendingFold(rows, plans, end, entries, moved, folded, bound, queries, queried, groups)
+        if state.compressor.state_size:
+            pending.entries, pending.moved = replace(entries, carried_state=_remembered(state, pending)), True
+    return pending
+
+
+def _block(state: LayerState, pending: PendingFold, group: RowGroup) -> KVBlock:
+    """The entries of a group for the method: views where all rows are alike."""
+    total, n = len(pending.rows), pending.entries.keys.shape[2]
+    entries = Entries(*take_rows(pending.entries.slice(n - group.held, n).tensors(), group.rows, total))
+    queries = pending.queries
+    if queries is not None:
+        queries = take_rows(queries[:, :, queries.shape[2] - group.queried :], group.rows, total)
+    return KVBlock(
+        keys=entries.keys,
+        values=entries.numerators() if group.weighted else entries.values,
+        valid=entries.valid,
+        items=group.items,
+        window=group.window,
+        exact=group.exact,
+        seen=group.seen,
+        scale=state.progress.scale,
+        layer_index=state.place,
+        sharing=state.sharing,
+        weights=entries.weights if group.weighted else None,
+        value_bound=take_rows(pending.value_bound, group.rows, total),
+        queries=queries,
+        carried_state=entries.carried_state,
+        rotation=state.rotation,
+    )
+
+
+def _remembered(state: LayerState, pending: PendingFold) -> Tensor:
+    """The carried state of all entries, brought up to date in the rows that fold; the others keep their queries."""
+    before = pending.entries.carried_state
+    found = [state.compressor.remember(_block(state, pending, group)) for group in pending.groups]
+    if len(found) == 1 and found[0].shape == before.shape:
+        return found[0]
+    after = before.clone()
+    for group, new in zip(pending.groups, found, strict=True):
+        after[torch.tensor(group.rows, device=after.device), :, after.shape[2] - group.held :] = new
+    return after
+
+
+def _queries_until(state: LayerState, end: int, valid: Tensor) -> tuple[Tensor | None, list[int]]:
+    """The queries to learn from as of column `end`, right-aligned, and how many each row has.
 
     Args:
-        entries: right-aligned rows of `rows[b].stored` columns, then `appended` columns of new tokens, some
-            of them padding.
-        rows: what the rows held before the new tokens.
-        appended: new columns.
+        state: what the layer holds.
+        end: column.
+        valid: bool (rows, k), False for padding among the columns since the last fold.
+    """
+    if state.log is None:
+        return None, [0] * len(state.progress.rows)
+    carried = [row.carried for row in state.progress.rows]
+    later, latest = state.progress.seen - end, state.log.observation.latest
+    queries, queried = state.log.until(later, valid if state.progress.masked else None, carried)
+    if latest is None or queries is None:
+        return queries, queried
+    return queries[:, :, max(0, queries.shape[2] - latest) :], [min(count, latest) for count in queried]
+
+
+def _leaving(columns: int, row: Row, plan: FoldPlan) -> tuple[int, int]:
+    """Where in a right-aligned row the exact tokens are that `plan` makes into slots: [start, stop)."""
+    if not plan.items:
+        return columns, columns
+    exact = max(row.stored - row.exact, plan.head)
+    return columns - row.stored + exact, columns - plan.window
+
+
+# Coresets
+
+
+def _deal(compressor: SharingCompressor, pending: Sequence[PendingFold]) -> list[list[Any]]:
+    """Deal the budget out among layers, for rows that are alike in all of them: the groups of `pending` from now on.
 
     Returns:
-        Right-aligned rows, copied: the padding has gone to the left.
+        For each of these groups the layers' shares.
     """
-    before = entries.keys.shape[2] - appended
-    held = torch.tensor([row.stored for row in rows]).to(entries.keys.device, non_blocking=True)
-    taken = torch.arange(before, device=entries.keys.device) >= before - held.unsqueeze(-1)
-    taken = torch.cat((taken, entries.valid[:, 0, before:]), dim=-1)
-    return entries.columns(taken.to(torch.int8).argsort(dim=-1, stable=True))
+    common, dealt = common_groups([each.groups for each in pending]), []
+    for rows, at in common:
+        surveys = []
+        for each, place in zip(pending, at, strict=True):
+            own = each.groups[place].rows
+            surveys.append(take_rows(each.surveys[place], [own.index(row) for row in rows], len(own)))
+        with ordinary_tensors():
+            dealt.append(compressor.deal(surveys, pending[0].groups[at[0]].rank))
+    for number, each in enumerate(pending):
+        each.groups = [replace(each.groups[at[number]], rows=rows) for rows, at in common]
+    return dealt
 
 
-def column_mask(spans: Sequence[tuple[int, int]], columns: Tensor) -> Tensor:
-    """bool (rows, n), True in columns [start, stop) of each row of `columns` (rows, heads, n, channels)."""
-    start, stop = torch.tensor(spans).to(columns.device, non_blocking=True).unsqueeze(-1).unbind(1)
-    place = torch.arange(columns.shape[2], device=columns.device)
-    return (place >= start) & (place < stop)
+def _checked(found: Any, block: KVBlock, rank: int, method: str) -> Compressed:
+    """Refuse what a method should not have returned, before it takes the place of anything.
+
+    Raises:
+        ValueError: names the method, and what its coreset must be.
+    """
+    if not isinstance(found, Compressed):
+        raise ValueError(
+            f"compressor={method}: compress returned a {type(found).__name__}; return a "
+            "wildcat_kv.compressors.Compressed, with the coreset in it"
+        )
+    coreset, columns = found.coreset, found.columns
+    (rows, heads, _, d), d_v, width = block.keys.shape, block.values.shape[-1], coreset.valid.shape[-1]
+    shapes = [tuple(tensor.shape) for tensor in (coreset.keys, coreset.values, coreset.weights, coreset.valid)]
+    wanted = [(rows, heads, width, d), (rows, heads, width, d_v), (rows, heads, width), (rows, heads, width)]
+    dtypes = [tensor.dtype for tensor in (coreset.keys, coreset.values, coreset.weights, coreset.valid)]
+    # Slots that are folded again come in float32; in the dtype of the cache they are as welcome.
+    fit = dtypes[1] in (block.keys.dtype, block.values.dtype)
+    if shapes != wanted or not fit or dtypes[::2] + dtypes[3:] != [block.keys.dtype, torch.float32, torch.bool]:
+        raise ValueError(
+            f"compressor={method}: its coreset has shapes {shapes} and dtypes {dtypes}; keys, values, weights, valid "
+            f"must be {wanted} in {block.keys.dtype}, {block.values.dtype}, float32 and bool"
+        )
+    columns = [rank] * rows if columns is None else [int(count) for count in columns]
+    if len(columns) != rows or not 0 <= min(columns) <= max(columns) <= width:
+        raise ValueError(
+            f"compressor={method}: its coreset has {width} columns, and the {rows} rows take {columns} of them; return "
+            "`rank` columns, or say in `columns` how many each row takes"
+        )
+    return replace(found, columns=columns)
 
 
-def _assembly(
-    rows: Sequence[Row], folds: Sequence[Fold], columns: Sequence[int], stored: int, slots: int
-) -> tuple[Tensor, Tensor]:
-    """Where each column of the new rows comes from: [0, stored) is old, [stored, stored + slots) coreset."""
-    head = torch.tensor([fold.head for fold in folds]).unsqueeze(-1)
-    taken = torch.tensor(columns).unsqueeze(-1)
-    window = torch.tensor([fold.window for fold in folds]).unsqueeze(-1)
-    before = torch.tensor([row.stored for row in rows]).unsqueeze(-1)
-    length = head + taken + window
-    total = int(length.max())
-    place = torch.arange(total) - (total - length)
-    index = torch.where(
-        place < head,
-        stored - before + place,
-        torch.where(place < head + taken, stored + slots - taken + place - head, stored + place - length),
-    )
-    return index.clamp_min_(0), place >= 0
+# Storage
+
+
+@torch.no_grad()
+def _carry_out(state: LayerState, pending: PendingFold, found: Sequence[Compressed]) -> None:
+    """Put what the method made of each group in the place of its items."""
+    rows, plans, end, entries = pending.rows, pending.plans, pending.end, pending.entries
+    with ordinary_tensors():
+        joined = join_groups(pending.groups, found, len(rows))
+        slots = None if joined is None else Entries.of(joined.coreset, joined.carried_state, entries)
+        columns = [0] * len(rows) if joined is None else joined.columns
+        start, parts = replace_items(entries, rows, plans, slots, columns)
+        if pending.moved:  # what is held before `start` is no longer what it should be
+            start, parts = 0, [entries.slice(0, start), *parts]
+        later = state.held.entries.slice(state.stored_at(end), state.stored)
+        state.held.rewrite(start, [*parts, later])
+    state.folded_range = pending.folded_range
+    if joined is not None and joined.error is not None:
+        _note_error(state, joined.error, [plan.items > 0 for plan in plans])
+    _fold_log(state, pending)
+    after = [plan.apply(row, taken) for plan, row, taken in zip(plans, pending.rows, columns, strict=True)]
+    state.progress.fold(after, end)
+    state.span()
+    _mark_decided(state, state.progress.rows, end)
+
+
+def _note_error(state: LayerState, error: Tensor, folding: list[bool]) -> None:
+    """Keep the estimate of the rows that fold now; that of the others is still the one of their last fold."""
+    if state.error is not None and not all(folding):
+        there = torch.tensor(folding).to(error.device).unsqueeze(-1)
+        error = torch.where(there, error, state.error.to(error.device))
+    state.error = error
+
+
+def _fold_log(state: LayerState, pending: PendingFold) -> None:
+    """Forget the queries that a fold has learned from, but for those that the next one learns from too."""
+    if state.log is None or pending.forgotten:
+        return
+    kept = [
+        count if not plan.items else min(count, state.log.observation.carried)
+        for count, plan in zip(pending.queried, pending.plans, strict=True)
+    ]
+    state.log.fold(pending.queries, kept, state.progress.seen - pending.end)
+    pending.rows = [replace(row, carried=count) for row, count in zip(pending.rows, kept, strict=True)]
+    pending.forgotten = True
+
+
+def trim_queries(state: LayerState) -> None:
+    """Forget queries that no fold will ask for."""
+    # Columns of padding are no queries: what is among them is known only at the fold.
+    log, progress = state.log, state.progress
+    if log is not None and log.observation.latest is not None and not progress.masked:
+        log.trim(progress.seen - progress.settled + log.observation.latest + state.settings.window)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from wildcat_kv.cache.folding import fold_due, fold_together, survey_due, will_fold
 from wildcat_kv.cache.positions import RopeDeltas
 from wildcat_kv.cache.rereading import rereading_fault
 from wildcat_kv.cache.state import LayerState
@@ -94,7 +95,7 @@ class PassState:
 
         Such a fold keeps the cache bounded while it records.
         """
-        return self.leader.will_fold(beyond_rollback(self, seen))
+        return will_fold(self.leader, beyond_rollback(self, seen))
 
 
 def beyond_rollback(shared: PassState, seen: int) -> int:
@@ -218,7 +219,7 @@ def _read_mask(shared: PassState, seen: int, queries: int, mask: Tensor) -> bool
                 "shown when these were folded; what is folded cannot be masked later, call cache.reset() for another "
                 "text"
             )
-        held = storage.entries.valid[:, 0, storage.length - progress.exact :]
+        held = storage.entries.valid[:, 0, storage.length - progress.since_fold :]
         relabelled = not torch.equal(earlier[:, progress.folded_at :].to(held.device), held)
     shared.padded = not bool(mask.all())
     if relabelled:  # tell all layers now, before any of them plans a fold
@@ -331,10 +332,10 @@ def fold_layer(shared: PassState, index: int, until: int) -> None:
     state = shared.states[index]
     try:
         if not state.compressor.waits:
-            state.settle(until)
+            fold_due(state, until)
         elif shared.states[shared.trailing].progress.seen != state.progress.seen:
-            state.prepare(until)
+            survey_due(state, until)
         else:
-            LayerState.settle_together(list(shared.folding.values()), until)
+            fold_together(list(shared.folding.values()), until)
     finally:  # an earlier one of several folds may have been done
         shared.compressed = shared.compressed or state.folded_range is not None

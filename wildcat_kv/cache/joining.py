@@ -78,7 +78,7 @@ def _row(states: Sequence[LayerState], *, bounded: bool) -> Row:
     if not last.seen_at_fold:  # all of it is exact: its first tokens are the sink of what follows
         sink = min(states[-1].settings.sink, last.exact)
         last = replace(last, sink=sink, exact=last.exact - sink)
-    if states[-1].progress.exact:  # its queries are not those of a fold
+    if states[-1].progress.since_fold:  # its queries are not those of a fold
         last = replace(last, carried=0)
     if bounded:
         slots, spare = sum(row.counted for row in others), sum(row.spare for row in others)

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from wildcat_kv.cache.folding import trim_queries, will_fold
 from wildcat_kv.cache.forward import announce, beyond_rollback, check_reading, check_update, fold_layer
 from wildcat_kv.cache.layer_contract import LayerContract
 from wildcat_kv.cache.progress import Progress
@@ -48,7 +49,7 @@ class WildCatLayer(LayerContract):
             state.span()
         if state.progress.record_past and not forward.uses_fallback:
             until = beyond_rollback(shared, state.progress.seen)
-            if state.will_fold(until):
+            if will_fold(state, until):
                 fold_layer(shared, self._index, until)
         state.append(key_states, value_states, None if forward.mask is None else forward.new_valid(key_states.device))
         self._forward, shared.waiting, shared.begun = forward, self._index, False
@@ -143,7 +144,7 @@ class WildCatLayer(LayerContract):
                 if due:
                     fold_layer(self._pass_state, self._index, progress.seen)
                 elif learns:
-                    state.trim()
+                    trim_queries(state)
         finally:
             if learns:
                 state.keep_queries()

@@ -170,7 +170,7 @@ class LayerContract(CacheLayerMixin):
                 f"tokens_to_remove={tokens_to_remove} must be negative: minus the number of tokens to take back"
             )
         exact, seen = self._state.croppable, self.get_seq_length()
-        if -tokens_to_remove == seen == self._state.progress.exact:  # removing everything is always allowed
+        if -tokens_to_remove == seen == self._state.progress.since_fold:  # removing everything is always allowed
             return
         if -tokens_to_remove > seen:
             raise ValueError(

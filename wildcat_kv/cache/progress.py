@@ -39,7 +39,7 @@ class Progress:
     spare: int = 0
 
     @property
-    def exact(self) -> int:
+    def since_fold(self) -> int:
         """Columns since the last fold: what can be taken back."""
         return self.seen - self.folded_at
 
@@ -68,7 +68,7 @@ class Progress:
             self.settled = self.ends.pop(0)
         return None
 
-    def settle(self, wait: int | None) -> None:
+    def mark_decided(self, wait: int | None) -> None:
         """Note that the first end is decided, and after how many columns to look again; None for never."""
         self.settled = self.ends.pop(0)
         self.fold_from = None if wait is None else self.settled + wait
@@ -86,7 +86,7 @@ class Progress:
             self.fold_from = min(self.fold_from, self.seen)
 
     def take_back(self, columns: int) -> None:
-        """Forget the last `columns` columns, no more than `exact`."""
+        """Forget the last `columns` columns, no more than `since_fold`."""
         self.seen -= columns
         # A forward pass that was cut short ended here.
         self.ends = sorted({min(end, self.seen) for end in self.ends if self.seen > self.settled})

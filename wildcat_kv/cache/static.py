@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
+from wildcat_kv.cache.folding import fold_due
 from wildcat_kv.cache.forward import PassState
 from wildcat_kv.cache.layer import WildCatLayer
 from wildcat_kv.cache.positions import Step, holds_positions
@@ -177,7 +178,7 @@ class StaticPassState(PassState):
         for state in self.states.values():
             before = state.folded_range
             try:
-                state.settle(state.progress.seen)
+                fold_due(state, state.progress.seen)
             finally:  # an earlier one of several folds may have been done
                 self.stale = self.stale or state.folded_range is not before
                 self.compressed = self.compressed or state.folded_range is not None

@@ -31,29 +31,28 @@ class Entries:
         values: (rows, heads, n, d_v), the numerators U over the mass of the weights; an exact token's own value.
         weights: float32 (rows, heads, n), 1 for exact tokens, 0 for padding.
         valid: bool (rows, heads, n), False for padding.
-        memory: float32 (rows, heads, n, m), what the method remembers of an entry from fold to fold; m is 0 for
-            most methods, and 0 is what it remembers of a new token.
+        carried_state: float32 (rows, heads, n, m), numbers that the method keeps of an entry from fold to fold; m is 0
+            for most methods, and a new token has zeros.
     """
 
     keys: Tensor
     values: Tensor
     weights: Tensor
     valid: Tensor
-    memory: Tensor
+    carried_state: Tensor
 
     @staticmethod
-    def of(coreset: Coreset, like: Entries) -> Entries:
+    def of(coreset: Coreset, carried_state: Tensor | None, like: Entries) -> Entries:
         """Turn the slots of a coreset into entries, in the dtypes of `like`."""
         values = coreset.values.to(at_least_float32(coreset.values.dtype)) / mass_of(coreset.weights).unsqueeze(-1)
-        memory = coreset.memory
-        if memory is None:
-            memory = like.memory.new_zeros(*coreset.valid.shape, like.memory.shape[-1])
+        if carried_state is None:
+            carried_state = like.carried_state.new_zeros(*coreset.valid.shape, like.carried_state.shape[-1])
         return Entries(
             coreset.keys,
             saturate_(values, like.values.dtype),
             coreset.weights.masked_fill(~coreset.valid, 0.0),
             coreset.valid,
-            memory,
+            carried_state,
         )
 
     def numerators(self) -> Tensor:
@@ -62,7 +61,7 @@ class Entries:
 
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Return the tensors, in the order of the attributes."""
-        return self.keys, self.values, self.weights, self.valid, self.memory
+        return self.keys, self.values, self.weights, self.valid, self.carried_state
 
     def slice(self, start: int, stop: int) -> Entries:
         """Return a view of the columns [start, stop)."""
@@ -80,7 +79,7 @@ class Entries:
 class Storage:
     """Entries with free columns behind them.
 
-    Free columns are not valid. Their weights, and the numbers that the method keeps, are 0.
+    Free columns are not valid. Their weights and carried states are 0.
 
     Args:
         parts: entries to copy, one part after the other.
@@ -114,7 +113,7 @@ class Storage:
                 allocate(*shape, first.values.shape[-1], dtype=first.values.dtype, device=device),
                 torch.zeros(shape, dtype=torch.float32, device=device),
                 torch.zeros(shape, dtype=torch.bool, device=device),
-                torch.zeros(*shape, first.memory.shape[-1], dtype=torch.float32, device=device),
+                torch.zeros(*shape, first.carried_state.shape[-1], dtype=torch.float32, device=device),
             )
             self.length = self._write(0, parts)
         # A fixed storage leaves this memory only for more tokens at once than the limit, and returns to it.
@@ -123,7 +122,7 @@ class Storage:
 
     @staticmethod
     def empty(
-        keys: Tensor, values: Tensor, memory: int = 0, limit: int | None = None, *, fixed: bool = False
+        keys: Tensor, values: Tensor, state_size: int = 0, limit: int | None = None, *, fixed: bool = False
     ) -> Storage:
         """Make an empty storage with free columns for these keys and values."""
         none = Entries(
@@ -131,7 +130,7 @@ class Storage:
             values[:, :, :0],
             keys.new_ones(*keys.shape[:2], 0, dtype=torch.float32),
             keys.new_ones(*keys.shape[:2], 0, dtype=torch.bool),
-            keys.new_zeros(*keys.shape[:2], 0, memory, dtype=torch.float32),
+            keys.new_zeros(*keys.shape[:2], 0, state_size, dtype=torch.float32),
         )
         return Storage([none], limit, WeightSigns.NONE, extra=keys.shape[2], fixed=fixed)
 
@@ -259,7 +258,7 @@ class Storage:
         freed = self.allocated.slice(start, stop)
         freed.valid.fill_(False)
         freed.weights.zero_()
-        freed.memory.zero_()
+        freed.carried_state.zero_()
 
     def to(self, device: torch.device) -> None:
         """Move everything to `device`, unless it is there already."""
@@ -277,7 +276,7 @@ class Storage:
         held = self.allocated
         with ordinary_tensors():
             keys, values = (tensor.to("cpu", non_blocking=True) for tensor in (held.keys, held.values))
-        self.allocated = Entries(keys, values, held.weights, held.valid, held.memory)
+        self.allocated = Entries(keys, values, held.weights, held.valid, held.carried_state)
 
     @torch.no_grad()
     def append(self, keys: Tensor, values: Tensor, valid: Tensor | None) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from wildcat_kv.cache.budget import Row
 
 
 @dataclass(frozen=True)
@@ -74,3 +77,19 @@ class ValueRange:
     def tensors(self) -> tuple[Tensor, Tensor]:
         """The two tensors."""
         return self.lowest, self.highest
+
+
+def range_of(values: Tensor, spans: Sequence[tuple[int, int]]) -> ValueRange:
+    """The box around values (rows, kv_heads, n, d_v) in columns [start, stop) of each row, exact tokens all."""
+    if len(set(spans)) == 1:
+        return ValueRange.of(values[:, :, slice(*spans[0])])
+    start, stop = torch.tensor(spans).to(values.device, non_blocking=True).unsqueeze(-1).unbind(1)
+    place = torch.arange(values.shape[2], device=values.device)
+    return ValueRange.of(values, ((place >= start) & (place < stop)).unsqueeze(1))
+
+
+def exact_range(values: Tensor, rows: Sequence[Row]) -> ValueRange:
+    """The box around the values of the exact tokens in right-aligned rows (rows, kv_heads, n, d_v)."""
+    end = values.shape[2]
+    sinks = [(end - row.stored, end - row.stored + row.sink) for row in rows]
+    return range_of(values, sinks).join(range_of(values, [(end - row.exact, end) for row in rows]))

@@ -1,51 +1,37 @@
-"""Compression methods, one file each, behind one protocol."""
+"""Compression methods, one file each, behind one protocol.
 
-from wildcat_kv.compressors.adakv import AdaKV
-from wildcat_kv.compressors.attention_matching import AttentionMatching
-from wildcat_kv.compressors.balancekv import BalanceKV
-from wildcat_kv.compressors.base import Compressor, KVBlock, SharingCompressor
-from wildcat_kv.compressors.cur import CUR
+base.py          what a method implements (Compressor), is given (KVBlock) and returns (Compressed)
+scorer.py        Scorer: give every token a score; knorm.py is a whole method in 30 lines
+ours.py          the methods by name; registry.py finds those of installed packages too
+observation.py, rotation.py, keyed_noise.py, fitting.py   what methods share
+describe.py      a method as plain data
+
+A method is a file here, a row in ours.py, and a row in tests/compressors/definitions.py.
+"""
+
+from wildcat_kv.compressors.base import Compressed, Compressor, KVBlock, SharingCompressor
 from wildcat_kv.compressors.everything import Everything
-from wildcat_kv.compressors.expected_attention import ExpectedAttention
-from wildcat_kv.compressors.h2o import H2O
-from wildcat_kv.compressors.keydiff import KeyDiff
-from wildcat_kv.compressors.knorm import KNorm
-from wildcat_kv.compressors.kvzip import KVzip
-from wildcat_kv.compressors.lagkv import LagKV
-from wildcat_kv.compressors.pyramidkv import PyramidKV
-from wildcat_kv.compressors.query_wildcat import QueryWildCat
+from wildcat_kv.compressors.keyed_noise import keyed_noise
+from wildcat_kv.compressors.observation import Observation
+from wildcat_kv.compressors.ours import *  # noqa: F403
+from wildcat_kv.compressors.ours import OURS
 from wildcat_kv.compressors.registry import Method, available, resolve
-from wildcat_kv.compressors.scorer import Scorer
-from wildcat_kv.compressors.snapkv import SnapKV
-from wildcat_kv.compressors.streaming_llm import StreamingLLM
-from wildcat_kv.compressors.tova import TOVA
-from wildcat_kv.compressors.uniform import Uniform
-from wildcat_kv.compressors.wildcat import WildCat
+from wildcat_kv.compressors.scorer import Scorer, attention_probabilities
+from wildcat_kv.coreset.tensors import take_columns
 
 __all__ = [
-    "CUR",
-    "H2O",
-    "TOVA",
-    "AdaKV",
-    "AttentionMatching",
-    "BalanceKV",
+    "Compressed",
     "Compressor",
     "Everything",
-    "ExpectedAttention",
-    "KNorm",
     "KVBlock",
-    "KVzip",
-    "KeyDiff",
-    "LagKV",
     "Method",
-    "PyramidKV",
-    "QueryWildCat",
+    "Observation",
     "Scorer",
     "SharingCompressor",
-    "SnapKV",
-    "StreamingLLM",
-    "Uniform",
-    "WildCat",
+    "attention_probabilities",
     "available",
+    "keyed_noise",
     "resolve",
+    "take_columns",
+    *(kind.__name__ for kind in OURS.values()),
 ]

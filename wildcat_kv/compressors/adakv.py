@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from wildcat_kv.compressors.base import Compressor, KVBlock
+from wildcat_kv.compressors.base import Compressed, Compressor, KVBlock
 from wildcat_kv.compressors.observation import Observation
-from wildcat_kv.compressors.scorer import Scorer, item_mask, keep_best_by_head, rank_descending
+from wildcat_kv.compressors.scorer import Scorer, keep_best_by_head, rank_descending
 from wildcat_kv.compressors.snapkv import SnapKV
-from wildcat_kv.coreset.compresskv import Coreset
 
 
 @dataclass(frozen=True)
@@ -45,9 +43,9 @@ class AdaKV(Compressor):
             raise ValueError(f"safeguard={self.safeguard} must be in [0, 1], the share that every head keeps")
 
     @property
-    def memory(self) -> int:  # type: ignore[override]
-        """What the scorer remembers."""
-        return self.scorer.memory
+    def state_size(self) -> int:  # type: ignore[override]
+        """What the scorer keeps of an entry."""
+        return self.scorer.state_size
 
     @property
     def decodes(self) -> bool:  # type: ignore[override]
@@ -68,31 +66,27 @@ class AdaKV(Compressor):
         """See `Compressor`."""
         return self.scorer.remember(block)
 
-    def compress(self, block: KVBlock, budget: Sequence[int]) -> Coreset:
+    def compress(self, block: KVBlock, rank: int) -> Compressed:
         """See `Compressor`."""
-        scores = self.scorer.scores(block)
-        safe = [max(1, int(rank * self.safeguard)) if self.safeguard and rank else 0 for rank in budget]
-        return share_heads(block, scores, budget, safe)
+        safe = max(1, int(rank * self.safeguard)) if self.safeguard else 0
+        return share_heads(block, self.scorer.scores(block), rank, safe)
 
 
-def share_heads(block: KVBlock, scores: Tensor, budget: Sequence[int], safe: Sequence[int]) -> Coreset:
-    """The best `heads * budget` items of each row, whichever heads they are in.
+def share_heads(block: KVBlock, scores: Tensor, rank: int, safe: int) -> Compressed:
+    """Keep the best `heads * rank` items of each row, whichever heads they are in.
 
     Args:
-        block: the entries.
+        block: entries.
         scores: (rows, heads, n), comparable between heads.
-        budget: slots of each row, on average over its heads.
+        rank: slots of a row, on average over its heads.
         safe: slots that every head keeps for its own best items.
 
     Returns:
-        A Coreset as wide as the head with most.
+        Slots as many as the head with most has.
     """
-    heads, device = scores.shape[1], scores.device
-    candidate = item_mask(block)
-    items = block.items(scores).masked_fill(~candidate, -torch.inf)
-    safe_slots = torch.tensor(safe).to(device, non_blocking=True).view(-1, 1, 1)
-    items = items.masked_fill((rank_descending(items) < safe_slots) & candidate, torch.inf)
+    candidate = block.slice_items(block.valid)
+    items = block.slice_items(scores).masked_fill(~candidate, -torch.inf)
+    items = items.masked_fill((rank_descending(items) < safe) & candidate, torch.inf)
     place = rank_descending(items.flatten(1)).unflatten(1, items.shape[1:])
-    total = torch.tensor([heads * rank for rank in budget]).to(device, non_blocking=True).view(-1, 1, 1)
-    counts = ((place < total) & candidate).sum(-1)
+    counts = ((place < rank * scores.shape[1]) & candidate).sum(-1)
     return keep_best_by_head(block, scores, counts)

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from wildcat_kv.compressors.base import Compressor, KVBlock
+from wildcat_kv.compressors.base import Compressed, Compressor, KVBlock
+from wildcat_kv.compressors.fitting import solve_ridge, spread_evenly
 from wildcat_kv.compressors.observation import Observation
-from wildcat_kv.compressors.scorer import best_items, item_mask, take_items
-from wildcat_kv.coreset.compresskv import Coreset
+from wildcat_kv.compressors.scorer import best_items, take_items
 from wildcat_kv.coreset.tensors import full_precision, saturate_, take_columns
 
 # Against the squared norm of each regressor: with fewer queries than slots, a fit stays near the tokens' own values.
@@ -66,54 +65,48 @@ class AttentionMatching(Compressor):
         """All queries since the last fold, and some from before."""
         return Observation(latest=None, carried=self.carried)
 
-    def compress(self, block: KVBlock, budget: Sequence[int]) -> Coreset:
+    def compress(self, block: KVBlock, rank: int) -> Compressed:
         """See `Compressor`."""
         with torch.no_grad(), full_precision(block.keys.device):
-            queries, weight = self._reference(block)
-            candidate = item_mask(block)
-            keys, values = (block.items(tensor).to(torch.float32) for tensor in (block.keys, block.values))
+            queries, candidate = self._reference(block), block.slice_items(block.valid)
+            keys, values = (block.slice_items(tensor).to(torch.float32) for tensor in (block.keys, block.values))
             mass = candidate.to(torch.float32)
             if block.weights is not None:
-                mass = block.items(block.weights).clamp_min(0.0).masked_fill(~candidate, 0.0)
-            all_heads = (queries, weight, keys, values, mass, candidate)
+                mass = block.slice_items(block.weights).clamp_min(0.0).masked_fill(~candidate, 0.0)
+            all_heads = (queries, keys, values, mass, candidate)
             heads = zip(*(tensor.split(1, dim=1) for tensor in all_heads), strict=True)
             seen = [_attention(*head) for head in heads]  # one head at a time: O(q n) memory
             log_total, output, importance = (torch.cat(parts, dim=1) for parts in zip(*seen, strict=True))
 
-            index, valid = best_items(block, importance, budget)
-            own = take_items(block, index, valid)
+            index, valid = best_items(block, importance, rank)
+            kept = take_items(block, index, valid)
+            own = kept.coreset
             terms = (torch.matmul(queries, take_columns(keys, index).mT) - log_total.unsqueeze(-1)).exp_()
-            terms.masked_fill_(~(weight.unsqueeze(-1).bool() & valid.unsqueeze(2)), 0.0)
+            terms.masked_fill_(~valid.unsqueeze(2), 0.0)
             mean_mass = mass.sum(-1, keepdim=True) / candidate.sum(-1, keepdim=True).clamp_min(1)
             largest = self.max_weight * mean_mass.clamp_min(1.0)
-            weights = self._fit_weights(terms, weight, own.weights, largest).masked_fill_(~valid, 0.0)
+            weights = self._fit_weights(terms, own.weights, largest).masked_fill_(~valid, 0.0)
             # What a query pays each slot, of what it pays all of them.
             terms.mul_(weights.unsqueeze(2))
             terms.div_(terms.sum(-1, keepdim=True).clamp_min_(torch.finfo(torch.float32).tiny))
             mean = own.values.to(torch.float32) / torch.where(own.weights > 0, own.weights, 1.0).unsqueeze(-1)
-            fitted = _least_squares(terms, output * weight.unsqueeze(-1), mean)
+            fitted = _least_squares(terms, output, mean)
         numerators = saturate_(fitted * weights.unsqueeze(-1), block.values.dtype)
-        return replace(own, values=numerators, weights=weights)
+        return replace(kept, coreset=replace(own, values=numerators, weights=weights))
 
-    def _reference(self, block: KVBlock) -> tuple[Tensor, Tensor]:
-        """float32 (rows, heads, q, d), scaled queries of each key head, and their weights (rows, heads, q), 0 or 1."""
-        assert block.queries is not None and block.queried is not None
-        total, heads = block.queries.shape[2], block.keys.shape[1]
-        # Spread over what each row has, so that a padded row takes those that it would take alone.
-        counts = torch.tensor(block.queried).unsqueeze(-1)
-        take, step = min(self.queries, total), torch.arange(min(self.queries, total))
-        taken = counts.clamp_max(take)
-        place = total - 1 - (step * counts // taken.clamp_min(1)).clamp_max_(total - 1)
-        used = (step < taken).to(block.queries.device)
-        rows = torch.arange(len(block.queried), device=block.queries.device).unsqueeze(-1)
-        queries = block.queries.transpose(1, 2)[rows, place.to(block.queries.device)].transpose(1, 2)
-        queries = queries.to(torch.float32).unflatten(1, (heads, -1)) * block.scale
-        weight = used[:, None, None].expand(queries.shape[:-1]).to(torch.float32)
-        return queries.flatten(2, 3), weight.flatten(2, 3)
+    def _reference(self, block: KVBlock) -> Tensor:
+        """float32 (rows, heads, q, d), scaled queries of each key head."""
+        assert block.queries is not None
+        total = block.queries.shape[2]
+        taken = min(self.queries, total)
+        place = total - 1 - spread_evenly(total, taken, block.queries.device)
+        queries = block.queries.index_select(2, place).to(torch.float32)
+        queries = queries.unflatten(1, (block.keys.shape[1], -1)) * block.scale
+        return queries.flatten(2, 3)
 
-    def _fit_weights(self, terms: Tensor, target: Tensor, own: Tensor, largest: Tensor) -> Tensor:
-        """Weights (rows, heads, r) with which `terms` (rows, heads, q, r) sum to `target` (rows, heads, q)."""
-        lowest = 1 / self.max_weight
+    def _fit_weights(self, terms: Tensor, own: Tensor, largest: Tensor) -> Tensor:
+        """Weights (rows, heads, r) with which `terms` (rows, heads, q, r) sum to 1 for each query."""
+        lowest, target = 1 / self.max_weight, terms.new_ones(terms.shape[:-1])
         weights = _least_squares(terms, target.unsqueeze(-1), own.unsqueeze(-1)).squeeze(-1)
         weights = torch.minimum(weights.clamp_min_(lowest), largest)
         gram = terms.mT @ terms
@@ -129,7 +122,7 @@ class AttentionMatching(Compressor):
 
 
 def _attention(
-    queries: Tensor, weight: Tensor, keys: Tensor, values: Tensor, mass: Tensor, candidate: Tensor
+    queries: Tensor, keys: Tensor, values: Tensor, mass: Tensor, candidate: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What one head's queries get from all items.
 
@@ -143,7 +136,8 @@ def _attention(
     total = torch.matmul(terms, mass.unsqueeze(-1)).clamp_min_(torch.finfo(torch.float32).tiny)
     output = torch.matmul(terms, values).div_(total)
     terms.div_(total)
-    importance = torch.matmul(weight.unsqueeze(2), terms.square_()).squeeze(2).sqrt_() * mass
+    ones = terms.new_ones(*terms.shape[:2], 1, terms.shape[2])
+    importance = torch.matmul(ones, terms.square_()).squeeze(2).sqrt_() * mass
     return (largest + total.log()).squeeze(-1), output, importance
 
 
@@ -156,7 +150,5 @@ def _least_squares(terms: Tensor, target: Tensor, prior: Tensor) -> Tensor:
     norms = torch.maximum(norms, _NEGLIGIBLE * norms.amax(-1, keepdim=True)).clamp_min_(_NEGLIGIBLE)
     scaled = (terms / norms.unsqueeze(-2)).to(precision)
     rest = target.to(precision) - terms.to(precision) @ prior.to(precision)
-    gram = scaled.mT @ scaled
-    gram.diagonal(dim1=-2, dim2=-1).add_(_RIDGE)
-    change = torch.cholesky_solve(scaled.mT @ rest, torch.linalg.cholesky_ex(gram).L)
+    change = solve_ridge(scaled.mT @ scaled, scaled.mT @ rest, _RIDGE)
     return prior + (change / norms.unsqueeze(-1).to(precision)).to(torch.float32)

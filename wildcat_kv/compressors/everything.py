@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-from wildcat_kv.compressors.base import Compressor, KVBlock
+from wildcat_kv.compressors.base import Compressed, Compressor, KVBlock
 from wildcat_kv.compressors.observation import Observation
-from wildcat_kv.coreset.compresskv import Coreset
 
 
 @dataclass(frozen=True)
@@ -25,6 +23,6 @@ class Everything(Compressor):
         """All queries, if any."""
         return Observation(latest=None, carried=0) if self.queries else None
 
-    def compress(self, block: KVBlock, budget: Sequence[int]) -> Coreset:
+    def compress(self, block: KVBlock, rank: int) -> Compressed:
         """Never called: nothing is over a budget of everything."""
         raise AssertionError("a ratio of 1 never folds")

@@ -76,7 +76,7 @@ class ExpectedAttention(Scorer):
     def _to_come(self, block: KVBlock) -> tuple[Tensor, Tensor | None]:
         """Mean and covariance of the queries to come, float32."""
         assert block.queries is not None and block.rotation is not None
-        seen = torch.tensor(block.seen, device=block.keys.device).unsqueeze(-1)
+        seen = torch.full((block.keys.shape[0], 1), block.seen, device=block.keys.device)
         total = block.queries.shape[2]
         # Positions count from a row's first token. The model may count its padding too: a shift that is undone again.
         positions = seen - total + torch.arange(total, device=seen.device)

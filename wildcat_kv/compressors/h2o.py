@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from wildcat_kv.compressors.base import KVBlock
+from wildcat_kv.compressors.base import Compressed, KVBlock
 from wildcat_kv.compressors.observation import Observation
 from wildcat_kv.compressors.scorer import Scorer, attention_probabilities, keep_best
-from wildcat_kv.coreset.compresskv import Coreset
 
 
 @dataclass(frozen=True)
@@ -33,7 +31,7 @@ class H2O(Scorer):
     """
 
     paper: ClassVar[str] = "arXiv 2306.14048"
-    memory: ClassVar[int] = 2  # attention gathered, queries that could give it
+    state_size: ClassVar[int] = 2  # attention gathered, queries that could give it
 
     recent: float = 0.5
     average: bool = False
@@ -49,34 +47,32 @@ class H2O(Scorer):
 
     def remember(self, block: KVBlock) -> Tensor:
         """The attention that every entry has gathered, and how many queries could give it."""
-        return block.map_rows(_gathered)
+        return _gathered(block)
 
     def score(self, block: KVBlock) -> Tensor:
         """See `Scorer`."""
-        assert block.memory is not None
-        total, queries = block.memory.unbind(-1)
+        assert block.carried_state is not None
+        total, queries = block.carried_state.unbind(-1)
         return total / queries.clamp_min(1) if self.average else total
 
-    def compress(self, block: KVBlock, budget: Sequence[int]) -> Coreset:
+    def compress(self, block: KVBlock, rank: int) -> Compressed:
         """See `Compressor`."""
         scores = self.scores(block)
-        recent = torch.tensor([int(self.recent * rank) for rank in budget])
-        newest = scores.shape[2] - torch.tensor(block.window)
-        place = torch.arange(scores.shape[2])
-        kept = (place >= (newest - recent).unsqueeze(-1)) & (place < newest.unsqueeze(-1))
-        kept = kept.to(scores.device, non_blocking=True).unsqueeze(1) & block.valid
-        return keep_best(block, scores.masked_fill(kept, torch.inf), budget)
+        stop = scores.shape[2] - block.window
+        recent = slice(stop - int(self.recent * rank), stop)
+        scores[:, :, recent] = scores[:, :, recent].masked_fill(block.valid[:, :, recent], torch.inf)
+        return keep_best(block, scores, rank)
 
 
 def _gathered(block: KVBlock) -> Tensor:
-    """The memory, brought up to date with the queries since the last fold."""
-    assert block.memory is not None and block.queries is not None
+    """Add the attention of the queries since the last fold to the carried state."""
+    assert block.carried_state is not None and block.queries is not None
     n, total = block.keys.shape[2], block.queries.shape[2]
-    memory = block.memory.clone()
+    state = block.carried_state.clone()
     for probabilities in attention_probabilities(block):
-        memory[..., 0] += probabilities.sum(-2).mean(2)
+        state[..., 0] += probabilities.sum(-2).mean(2)
     # The newest token has been seen by one query, its own; older ones by one more each.
-    behind = n - torch.arange(n, device=memory.device)
-    visible = torch.where(behind <= block.exact[0], behind.clamp_max(total), total)
-    memory[..., 1] += visible
-    return memory
+    behind = n - torch.arange(n, device=state.device)
+    visible = torch.where(behind <= block.exact, behind.clamp_max(total), total)
+    state[..., 1] += visible
+    return state

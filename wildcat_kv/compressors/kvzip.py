@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
-from typing_extensions import Self
 
-from wildcat_kv.compressors.base import Compressor, KVBlock
-from wildcat_kv.compressors.scorer import item_mask, keep_best_by_head, rank_descending
-from wildcat_kv.config import WildCatConfig
-from wildcat_kv.coreset.compresskv import Coreset
+from wildcat_kv.compressors.base import Compressed, KVBlock, SharingCompressor
+from wildcat_kv.compressors.scorer import keep_best_by_head, rank_descending
 from wildcat_kv.coreset.tensors import full_precision
 
 # Queries whose probabilities are held at once, over one chunk.
 _QUERIES_AT_ONCE = 256
+# First tokens that are seen besides the chunk; 4 as in the paper.
+_SINK = 4
 
 
 @dataclass(frozen=True)
-class KVzip(Compressor):
+class KVzip(SharingCompressor):
     """Keep what the model attends to as it repeats the context.
 
     In any layer and head. Needs the model: a second pass over the context, which `wildcat_kv.compress_context`
@@ -29,8 +28,9 @@ class KVzip(Compressor):
     those with fewer than others have padding slots. The whole context is repeated, chat prefix included, and what is
     always kept are the cache's sinks and window; the reference library leaves the prefix out and keeps four tokens.
 
+    The score of each token is its carried state.
+
     Attributes:
-        scores: float32 (layers, rows, heads, n), of the compressed layers.
         layerwise: give every layer the same number of slots.
 
     Source: Kim et al., arXiv 2505.23416.
@@ -38,56 +38,48 @@ class KVzip(Compressor):
 
     paper: ClassVar[str] = "arXiv 2505.23416"
     decodes: ClassVar[bool] = False
+    reads_twice: ClassVar[bool] = True
+    state_size: ClassVar[int] = 1
 
-    scores: Tensor | None = field(default=None, repr=False, compare=False)
     layerwise: bool = False
-    _shares: dict[tuple[int, ...], Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
-
-    @classmethod
-    def of(cls, settings: WildCatConfig) -> Self:
-        """Refused: the method is nothing without a context."""
-        raise ValueError(
-            "compressor='kvzip' reads the context a second time, which a cache cannot do by itself; call "
-            "wildcat_kv.compress_context(model, tokenizer, text, compressor='kvzip', ...)"
-        )
 
     @property
     def needs_queries(self) -> bool:
         """Those of the second pass."""
         return True
 
-    def compress(self, block: KVBlock, budget: Sequence[int]) -> Coreset:
+    def reread(self, queries: Tensor, keys: Tensor, *, start: int, stop: int, scale: float) -> Tensor:
         """See `Compressor`."""
-        if self.scores is None:
+        scores = reconstruction_scores(queries, keys, sink=_SINK, start=start, stop=stop, scale=scale)
+        return scores.unsqueeze(-1)
+
+    def survey(self, block: KVBlock) -> Tensor:
+        """The scores of the items, float32 (rows, heads, items).
+
+        Raises:
+            ValueError: the context was not read a second time.
+        """
+        if block.carried_state is None or not bool(block.carried_state.any()):
             raise ValueError(
                 "KVzip has no scores; call wildcat_kv.compress_context(model, tokenizer, text, compressor='kvzip', ...)"
             )
-        if self.scores.shape[1::2] != block.keys.shape[0:3:2]:
-            raise ValueError(
-                f"KVzip has scores for {self.scores.shape[1]} rows of {self.scores.shape[3]} tokens, and the cache "
-                f"holds {block.keys.shape[0]} of {block.keys.shape[2]}; the scores are of another context"
-            )
-        place = block.sharing.index(block.layer_index)
-        counts = self._slots(block, budget)[place].to(block.keys.device)
-        return keep_best_by_head(block, self.scores[block.layer_index].to(block.keys.device), counts)
+        scores = block.slice_items(block.carried_state)[..., 0]
+        return scores.masked_fill(~block.slice_items(block.valid), -torch.inf)
 
-    def _slots(self, block: KVBlock, budget: Sequence[int]) -> Tensor:
-        """int64 (layers, rows, heads), how many items each head keeps in the layers that share; the same for all."""
-        asked = (*block.lengths, *block.window, *budget, *block.sharing)
-        if asked not in self._shares:
-            assert self.scores is not None
-            inside = item_mask(replace(block, valid=torch.ones_like(block.valid[:, :1]))).to(self.scores.device)
-            items = torch.stack([block.items(self.scores[layer]) for layer in block.sharing]).masked_fill(
-                ~inside, -torch.inf
-            )
-            layers, rows, heads, length = items.shape
-            items = items.transpose(0, 1)  # rows first: each shares out its own slots
-            pools = items.flatten(2) if self.layerwise else items.flatten(1).unsqueeze(1)
-            share = torch.tensor(budget, device=items.device) * (heads if self.layerwise else heads * layers)
-            kept = rank_descending(pools) < share.view(rows, 1, 1)
-            kept = kept.view(rows, layers, heads, length) & inside.unsqueeze(1)
-            self._shares[asked] = kept.sum(-1).transpose(0, 1)
-        return self._shares[asked]
+    def deal(self, surveys: Sequence[Tensor], rank: int) -> list[Tensor]:
+        """How many items each head keeps, int64 (rows, heads) of each layer."""
+        home = surveys[0].device  # layers may be spread over devices
+        scores = torch.stack([survey.to(home) for survey in surveys], dim=1)  # rows first: each deals its own slots out
+        layers, heads = scores.shape[1:3]
+        pools = scores.flatten(2) if self.layerwise else scores.flatten(1).unsqueeze(1)
+        kept = rank_descending(pools) < rank * (heads if self.layerwise else heads * layers)
+        counts = (kept.view(scores.shape) & (scores > -torch.inf)).sum(-1)
+        return [count.to(survey.device) for count, survey in zip(counts.unbind(1), surveys, strict=True)]
+
+    def compress_share(self, block: KVBlock, rank: int, share: Tensor) -> Compressed:
+        """See `SharingCompressor`."""
+        assert block.carried_state is not None
+        return keep_best_by_head(block, block.carried_state[..., 0], share)
 
 
 def reconstruction_scores(queries: Tensor, keys: Tensor, *, sink: int, start: int, stop: int, scale: float) -> Tensor:

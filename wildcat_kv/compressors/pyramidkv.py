@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import ClassVar
 
-from wildcat_kv.compressors.base import KVBlock
+from wildcat_kv.compressors.base import Compressed, KVBlock
 from wildcat_kv.compressors.scorer import keep_best
 from wildcat_kv.compressors.snapkv import SnapKV
-from wildcat_kv.coreset.compresskv import Coreset
 
 
 @dataclass(frozen=True)
@@ -41,14 +39,11 @@ class PyramidKV(SnapKV):
         if self.beta < 1:
             raise ValueError(f"beta={self.beta} must be at least 1; 1 gives all layers the same")
 
-    def compress(self, block: KVBlock, budget: Sequence[int]) -> Coreset:
+    def compress(self, block: KVBlock, rank: int) -> Compressed:
         """See `Compressor`."""
         layers, place = len(block.sharing), block.sharing.index(block.layer_index)
-        columns = [
-            min(block.lengths[row], pyramid(rank, block.tokens(row), layers, self.beta)[place])
-            for row, rank in enumerate(budget)
-        ]
-        return replace(keep_best(block, self.scores(block), columns), columns=columns)
+        slots = min(block.items, pyramid(rank, block.item_tokens, layers, self.beta)[place])
+        return replace(keep_best(block, self.scores(block), slots), columns=[slots] * block.keys.shape[0])
 
 
 def pyramid(rank: int, length: int, layers: int, beta: int) -> list[int]:

@@ -7,48 +7,12 @@ import warnings
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
 
-from wildcat_kv.compressors.adakv import AdaKV
-from wildcat_kv.compressors.attention_matching import AttentionMatching
-from wildcat_kv.compressors.balancekv import BalanceKV
 from wildcat_kv.compressors.base import Compressor
-from wildcat_kv.compressors.cur import CUR
-from wildcat_kv.compressors.expected_attention import ExpectedAttention
-from wildcat_kv.compressors.h2o import H2O
-from wildcat_kv.compressors.keydiff import KeyDiff
-from wildcat_kv.compressors.knorm import KNorm
-from wildcat_kv.compressors.kvzip import KVzip
-from wildcat_kv.compressors.lagkv import LagKV
-from wildcat_kv.compressors.pyramidkv import PyramidKV
-from wildcat_kv.compressors.query_wildcat import QueryWildCat
-from wildcat_kv.compressors.snapkv import SnapKV
-from wildcat_kv.compressors.streaming_llm import StreamingLLM
-from wildcat_kv.compressors.tova import TOVA
-from wildcat_kv.compressors.uniform import Uniform
-from wildcat_kv.compressors.wildcat import WildCat
+from wildcat_kv.compressors.ours import OURS
 from wildcat_kv.config import WildCatConfig
 
 # An entry point in this group names a subclass of `Compressor`.
 GROUP = "wildcat_kv.compressors"
-
-OURS: dict[str, type[Compressor]] = {
-    "wildcat": WildCat,
-    "streaming_llm": StreamingLLM,
-    "snapkv": SnapKV,
-    "pyramidkv": PyramidKV,
-    "balancekv": BalanceKV,
-    "uniform": Uniform,
-    "tova": TOVA,
-    "h2o": H2O,
-    "knorm": KNorm,
-    "keydiff": KeyDiff,
-    "expected_attention": ExpectedAttention,
-    "lagkv": LagKV,
-    "cur": CUR,
-    "adakv": AdaKV,
-    "kvzip": KVzip,
-    "attention_matching": AttentionMatching,
-    "query_wildcat": QueryWildCat,
-}
 
 
 @dataclass(frozen=True)
@@ -59,7 +23,8 @@ class Method:
         name: as `compressor=` takes it.
         paper: where it was published.
         needs_queries: whether it learns from queries, not from keys and values alone.
-        decodes: whether it compresses what is generated, not only the prompt.
+        decodes: True if it compresses generated tokens, not only the prompt.
+        reads_twice: True if the model must read a text a second time, as `wildcat_kv.Context` has it do.
         summary: the first line of its documentation.
     """
 
@@ -67,6 +32,7 @@ class Method:
     paper: str
     needs_queries: bool
     decodes: bool
+    reads_twice: bool
     summary: str
 
 
@@ -94,7 +60,8 @@ def resolve(compressor: str | Compressor, settings: WildCatConfig) -> Compressor
         settings: give WildCat its parameters, and the others their seed.
 
     Raises:
-        ValueError: there is no such method, or it is an installed package's that cannot be loaded.
+        ValueError: there is no such method, it reads a text twice, or it is an installed package's that cannot be
+            loaded.
         TypeError: neither a name nor a method.
     """
     if isinstance(compressor, Compressor):
@@ -104,15 +71,30 @@ def resolve(compressor: str | Compressor, settings: WildCatConfig) -> Compressor
             f"compressor={compressor!r} is no method; pass an instance of a subclass of wildcat_kv.compressors."
             "Compressor, or a name such as 'snapkv'"
         )
-    if compressor in OURS:
-        return OURS[compressor].of(settings)
-    theirs = _theirs()
-    if compressor in theirs:
-        return _load(theirs[compressor]).of(settings)
-    names = [*OURS, *sorted(theirs)]
+    kind = find(compressor)
+    if kind is not None and kind.reads_twice:
+        raise ValueError(
+            f"compressor={compressor!r} reads the context a second time, which a cache cannot do by itself; call "
+            f"wildcat_kv.compress_context(model, tokenizer, text, compressor={compressor!r}, ...)"
+        )
+    if kind is not None:
+        return kind.of(settings)
+    names = [*OURS, *sorted(_theirs())]
     near = difflib.get_close_matches(compressor.lower(), names, n=1)
     hint = f"did you mean {near[0]!r}? " if near else ""
     raise ValueError(f"compressor={compressor!r}: no such method; {hint}there are {', '.join(names)}")
+
+
+def find(name: str) -> type[Compressor] | None:
+    """The class of a method by its name, None for no such method.
+
+    Raises:
+        ValueError: it is an installed package's that cannot be loaded.
+    """
+    if name in OURS:
+        return OURS[name]
+    point = _theirs().get(name)
+    return None if point is None else _load(point)
 
 
 def _theirs() -> dict[str, EntryPoint]:
@@ -134,4 +116,4 @@ def _load(point: EntryPoint) -> type[Compressor]:
 def _about(name: str, kind: type[Compressor]) -> Method:
     method = kind()
     summary = (kind.__doc__ or "").strip().split("\n", 1)[0]
-    return Method(name, method.paper, method.needs_queries, method.decodes, summary)
+    return Method(name, method.paper, method.needs_queries, method.decodes, method.reads_twice, summary)

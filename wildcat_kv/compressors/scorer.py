@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from wildcat_kv.compressors.base import Compressor, KVBlock
+from wildcat_kv.compressors.base import Compressed, Compressor, KVBlock
 from wildcat_kv.coreset.compresskv import Coreset
 from wildcat_kv.coreset.tensors import full_precision, take_columns
 
@@ -29,16 +29,16 @@ class Scorer(Compressor):
         """A score for each entry, the higher the better.
 
         Args:
-            block: of rows that all hold n entries and, where queries are asked for, m queries.
+            block: entries of rows that hold equally much.
 
         Returns:
             (rows, heads, n), any dtype. Only the order within a row and head counts; NaN is the lowest.
         """
 
     def scores(self, block: KVBlock) -> Tensor:
-        """`score` for rows of any length: float32 (rows, heads, n), right-aligned; -inf for padding slots."""
+        """`score` in float32 (rows, heads, n), -inf for padding slots."""
         with torch.no_grad(), full_precision(block.keys.device):
-            scores = block.map_rows(self._score)
+            scores = self._score(block)
         return scores.masked_fill(~block.valid, -torch.inf)
 
     def _score(self, block: KVBlock) -> Tensor:
@@ -51,45 +51,42 @@ class Scorer(Compressor):
         scores = scores.to(torch.float32)
         return torch.where(scores.isnan(), -torch.inf, scores)  # else it would be the highest of all
 
-    def compress(self, block: KVBlock, budget: Sequence[int]) -> Coreset:
+    def compress(self, block: KVBlock, rank: int) -> Compressed:
         """See `Compressor`."""
-        return keep_best(block, self.scores(block), budget)
+        return keep_best(block, self.scores(block), rank)
 
 
-def keep_best(block: KVBlock, scores: Tensor, budget: Sequence[int]) -> Coreset:
-    """The `budget[row]` items of each head with the highest scores (rows, heads, n), as they are.
+def keep_best(block: KVBlock, scores: Tensor, rank: int) -> Compressed:
+    """Keep the `rank` items of each head with the highest scores (rows, heads, n), as they are.
 
-    Returns:
-        A Coreset of (rows, heads, max(budget), ...), right-aligned; of equal scores the earlier item is kept.
+    Of equal scores the earlier item is kept.
     """
-    return take_items(block, *best_items(block, block.items(scores), budget))
+    return take_items(block, *best_items(block, block.slice_items(scores), rank))
 
 
-def keep_best_by_head(block: KVBlock, scores: Tensor, slots: Tensor) -> Coreset:
+def keep_best_by_head(block: KVBlock, scores: Tensor, slots: Tensor) -> Compressed:
     """`keep_best` with a number of slots for each head, int64 (rows, heads): as wide as the head with most."""
     columns = slots.amax(-1).tolist()
-    coreset = take_items(block, *_best(block, block.items(scores), slots, max(columns)))
-    return replace(coreset, columns=columns)
+    kept = take_items(block, *_best(block, block.slice_items(scores), slots.unsqueeze(-1), max(columns)))
+    return replace(kept, columns=columns)
 
 
-def best_items(block: KVBlock, scores: Tensor, budget: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Which items `keep_best` keeps, by scores (rows, heads, max(lengths)) of the items.
+def best_items(block: KVBlock, scores: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Choose the items that `keep_best` keeps, by scores (rows, heads, items).
 
     Returns:
-        int64 (rows, heads, max(budget)), in the order of their positions, right-aligned; and bool, False for
-        padding slots.
+        int64 (rows, heads, rank), in the order of their positions, right-aligned; and bool, False for padding slots.
     """
-    slots = torch.tensor(budget).to(scores.device, non_blocking=True).unsqueeze(-1)
-    return _best(block, scores, slots, max(budget))
+    return _best(block, scores, rank, rank)
 
 
-def _best(block: KVBlock, scores: Tensor, slots: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    """`best_items` for `slots`, int64 (rows, heads or 1), none of them above `width`."""
-    candidate, length = item_mask(block), max(block.lengths)
+def _best(block: KVBlock, scores: Tensor, slots: Tensor | int, width: int) -> tuple[Tensor, Tensor]:
+    """`best_items` for `slots`, int64 (rows, heads, 1) or one number, none of them above `width`."""
+    candidate = block.slice_items(block.valid)
     place = rank_descending(scores.masked_fill(~candidate, -torch.inf))
-    kept = (place < slots.unsqueeze(-1)) & candidate
-    assert width <= length, "a budget is below the number of items"
-    index = kept.to(torch.int8).argsort(dim=-1, stable=True)[..., length - width :]
+    kept = (place < slots) & candidate
+    assert width <= block.items, "a budget is below the number of items"
+    index = kept.to(torch.int8).argsort(dim=-1, stable=True)[..., block.items - width :]
     return index, kept.gather(-1, index)
 
 
@@ -100,29 +97,21 @@ def rank_descending(scores: Tensor) -> Tensor:
     return torch.empty_like(order).scatter_(-1, order, places)
 
 
-def item_mask(block: KVBlock) -> Tensor:
-    """bool (rows, heads, max(lengths)), the items that are no padding."""
-    length = max(block.lengths)
-    lengths = torch.tensor(block.lengths).to(block.keys.device, non_blocking=True)
-    inside = torch.arange(length, device=block.keys.device) >= length - lengths.unsqueeze(-1)
-    return block.items(block.valid) & inside.unsqueeze(1)
-
-
-def take_items(block: KVBlock, index: Tensor, valid: Tensor) -> Coreset:
-    """A Coreset of the items at `index`, int64 (rows, heads, c); padding slots where not `valid`."""
+def take_items(block: KVBlock, index: Tensor, valid: Tensor) -> Compressed:
+    """Keep the items at `index`, int64 (rows, heads, c), as they are; padding slots where not `valid`."""
     empty = ~valid
 
     def take(entries: Tensor) -> Tensor:
-        taken = take_columns(block.items(entries), index)
+        taken = take_columns(block.slice_items(entries), index)
         return taken.masked_fill_(empty.view(*empty.shape, *[1] * (taken.dim() - 3)), 0)
 
-    return Coreset(
+    coreset = Coreset(
         keys=take(block.keys),
         values=take(block.values),
         weights=valid.to(torch.float32) if block.weights is None else take(block.weights),
         valid=valid,
-        memory=None if block.memory is None else take(block.memory),
     )
+    return Compressed(coreset, carried_state=None if block.carried_state is None else take(block.carried_state))
 
 
 def attention_probabilities(block: KVBlock, latest: int | None = None) -> Iterator[Tensor]:
@@ -131,7 +120,7 @@ def attention_probabilities(block: KVBlock, latest: int | None = None) -> Iterat
     A query sees its own token, those before it, and all slots: it is not known which of them came after it.
 
     Args:
-        block: of rows that all hold n entries and have m queries.
+        block: entries and queries.
         latest: newest queries to look at; all by default.
 
     Yields:
@@ -140,7 +129,7 @@ def attention_probabilities(block: KVBlock, latest: int | None = None) -> Iterat
     assert block.queries is not None
     rows, heads, n, _ = block.keys.shape
     queries = block.queries if latest is None else block.queries[:, :, max(0, block.queries.shape[2] - latest) :]
-    total, exact = queries.shape[2], block.exact[0]
+    total, exact = queries.shape[2], block.exact
     keys, device = block.keys.to(torch.float32), block.keys.device
     behind = n - torch.arange(n, device=device)  # entry -1 is the newest
     step = max(1, _PROBABILITIES_AT_ONCE // (rows * queries.shape[1] * n))

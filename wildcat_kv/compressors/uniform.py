@@ -5,12 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from wildcat_kv.compressors.base import KVBlock
+from wildcat_kv.compressors.keyed_noise import keyed_noise
 from wildcat_kv.compressors.scorer import Scorer
-from wildcat_kv.coreset.noise import gumbel_noise
 
 
 @dataclass(frozen=True)
@@ -30,13 +29,4 @@ class Uniform(Scorer):
 
     def score(self, block: KVBlock) -> Tensor:
         """See `Scorer`."""
-        heads, n = block.keys.shape[1:3]
-        device = block.keys.device
-        noise = gumbel_noise(
-            self.seed,
-            torch.full((1, 1, 1), block.layer_index, device=device),
-            torch.tensor(block.seen).to(device, non_blocking=True).view(-1, 1, 1),
-            torch.arange(heads, device=device).view(-1, 1),
-            torch.arange(n, device=device),
-        )
-        return noise.expand(block.valid.shape)
+        return keyed_noise(block, self.seed, block.keys.shape[2])

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor
 from typing_extensions import Self
 
-from wildcat_kv.compressors.base import Compressor, KVBlock
+from wildcat_kv.compressors.base import Compressed, Compressor, KVBlock
 from wildcat_kv.config import WildCatConfig
 from wildcat_kv.coreset.binned import BLOCKED_RANK, KernelOptions, WeightedTokens
 from wildcat_kv.coreset.bins import BinLayout
@@ -49,23 +48,32 @@ class WildCat(Compressor):
         """The method with the parameters that `settings` give it."""
         return cls(settings.bin_rank, settings.temperature, settings.weights, settings.seed)
 
-    def compress(self, block: KVBlock, budget: Sequence[int]) -> Coreset:
+    def compress(self, block: KVBlock, rank: int) -> Compressed:
         """See `Compressor`."""
         # Exact tokens are never padding.
-        valid = None if block.weights is None else block.items(block.valid)
-        return self.compress_some(block, budget, valid)
+        valid = None if block.weights is None else block.slice_items(block.valid)
+        coreset, _ = self.compress_some(block, rank, valid)
+        return Compressed(coreset)
 
-    def compress_some(self, block: KVBlock, budget: Sequence[int], valid: Tensor | None) -> Coreset:
-        """The same for some of the items: `valid` is bool (rows, heads, max(lengths)), None for all."""
-        device = block.keys.device
-        bins = [max(1, -(-rank // self.bin_rank)) for rank in budget]
-        keys, values = block.items(block.keys), block.items(block.values)
-        layout = BinLayout.build(keys.shape[2], block.lengths, budget, bins, device)
-        weights = None if block.weights is None else block.items(block.weights)
+    def compress_some(self, block: KVBlock, rank: int, valid: Tensor | None) -> tuple[Coreset, Tensor]:
+        """Compress some of the items to `rank` slots.
+
+        Args:
+            block: entries.
+            rank: slots.
+            valid: bool (rows, heads, items), those that take part; None for all.
+
+        Returns:
+            The slots, and int64 (rows, heads, rank), the item whose key each of them has.
+        """
+        device, bins = block.keys.device, max(1, -(-rank // self.bin_rank))
+        layout = BinLayout.build(block.items, [block.items], [rank], [bins], device)
+        keys, values = block.slice_items(block.keys), block.slice_items(block.values)
+        weights = None if block.weights is None else block.slice_items(block.weights)
         return compress_bins(
             WeightedTokens(keys, values, weights, valid, block.value_bound),
             layout,
-            KeyedDraws(layout, self.seed, block.layer_index, block.seen, device),
+            KeyedDraws(layout, self.seed, block.layer_index, [block.seen] * keys.shape[0], device),
             KernelOptions(
                 scale=block.scale,
                 temperature=self.temperature,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,17 +10,16 @@ from torch import Tensor
 
 from wildcat_kv.cache.caches import CompressedCache
 from wildcat_kv.cache.layer import WildCatLayer
-from wildcat_kv.compressors import Compressor, Everything, KVzip
-from wildcat_kv.compressors.kvzip import reconstruction_scores
+from wildcat_kv.compressors import Compressor, Everything
+from wildcat_kv.compressors.registry import find
 from wildcat_kv.config import WildCatConfig
 from wildcat_kv.contexts.prompts import repeat_request
 from wildcat_kv.contexts.reading import read
 from wildcat_kv.models.support import check_prompt
 
-# As in the paper: tokens that are repeated at once, and first tokens that are seen besides.
+# Tokens that are repeated at once; as in KVzip's paper, arXiv 2505.23416.
 _CHUNK = 2048
-_SINK = 4
-# Of the chunk before, at the end of the request to repeat the next one.
+# Tokens of the chunk before, at the end of the request to repeat the next one.
 _LEAD = 8
 
 
@@ -52,7 +50,7 @@ class Context:
         self.input_ids = input_ids
         self.attention_mask = attention_mask
         self._exact = CompressedCache(model.config, compressor=Everything(queries=True), ratio=1.0)
-        self._repeated: Tensor | None = None  # KVzip's scores, once they were asked for
+        self._reread: tuple[Compressor, list[Tensor]] | None = None  # once it was asked for
         self._next = read(model, self._exact, input_ids, attention_mask)[:, -1]
 
     @property
@@ -79,17 +77,17 @@ class Context:
 
         Args:
             settings: the budget and the exact ends; or give its fields by name.
-            compressor: the method; "kvzip", or a `KVzip` without scores, reads the context a second time.
-            tokenizer: of the model; needed by "kvzip" alone.
+            compressor: method; one that reads the context a second time, such as "kvzip", has the model do so.
+            tokenizer: tokenizer of the model; needed by such a method alone.
             **fields: of `WildCatConfig`.
 
         Raises:
-            ValueError: as `CompressedCache`; or "kvzip" without a tokenizer, or with padding.
+            ValueError: as `CompressedCache`; or a method that reads twice without a tokenizer, or with padding.
         """
-        twice = reads_twice(compressor)
-        if twice is not None:
+        states: list[Tensor] = []
+        if (twice := reads_twice(compressor)) is not None:
             _check(self.model, self.attention_mask, settings, compressor, tokenizer, fields)
-            compressor = replace(twice, scores=self.repetition_scores(tokenizer))
+            compressor, states = twice, self.reread(twice, tokenizer)
         cache = CompressedCache(self.model.config, settings, compressor=compressor, **fields)
         mask = None if self.attention_mask is None else self.attention_mask.bool()
         announced = False
@@ -104,22 +102,30 @@ class Context:
                 layer.announce(self.input_ids.shape[0], self.input_ids.shape[1], mask)
                 announced = True
             cache.update(*state.storage.view(), index)
+            if states and layer.state.compressor.state_size:
+                layer.state.carry(states[layer.state.place])
             queries = state.log.recent()
             assert queries is not None
             layer.after_attention(queries, state.progress.scale)
         cache.go_on_from(self._exact)
-        if twice is not None:
-            cache.replace_compressor(twice)  # the scores are of this context alone, and large
         return cache
 
-    def repetition_scores(self, tokenizer: Any) -> Tensor:
-        """KVzip's scores of the context, which is read a second time, once: float32 (layers, rows, heads, n)."""
-        if self._repeated is None:
-            self._repeated = self._reconstruct(tokenizer)
-        return self._repeated
+    def reread(self, compressor: Compressor, tokenizer: Any) -> list[Tensor]:
+        """Let the model repeat the context, once for a method that reads it twice.
 
-    def _reconstruct(self, tokenizer: Any) -> Tensor:
-        """KVzip's scores, float32 (layers, rows, heads, n): the context is read again, chunk by chunk."""
+        Args:
+            compressor: method, whose `reread` looks on.
+            tokenizer: tokenizer of the model.
+
+        Returns:
+            Carried state of each layer that can be compressed, float32 (rows, heads, n, state_size).
+        """
+        if self._reread is None or self._reread[0] != compressor:
+            self._reread = compressor, self._repeat(compressor, tokenizer)
+        return self._reread[1]
+
+    def _repeat(self, compressor: Compressor, tokenizer: Any) -> list[Tensor]:
+        """The context is read again, chunk by chunk."""
         n, parts = self.input_ids.shape[1], []
         for start in range(0, n, _CHUNK):
             stop = min(start + _CHUNK, n)
@@ -132,15 +138,20 @@ class Context:
             fork = self._exact.clone()  # not every layer could take the tokens back
             read(self.model, fork, torch.cat((self.input_ids, again), dim=1))
             layers = [layer for layer in fork.layers if isinstance(layer, WildCatLayer)]
-            parts.append(torch.stack([_attended(layer, again.shape[1], start, stop) for layer in layers]))
-        return torch.cat(parts, dim=-1)
+            parts.append([_seen_by(compressor, layer, again.shape[1], start, stop) for layer in layers])
+        return [torch.cat(states, dim=2) for states in zip(*parts, strict=True)]
 
 
-def reads_twice(compressor: str | Compressor) -> KVzip | None:
-    """KVzip without the scores of a context, None for every other method."""
-    if compressor == "kvzip":
-        return KVzip()
-    return compressor if isinstance(compressor, KVzip) and compressor.scores is None else None
+def reads_twice(compressor: str | Compressor) -> Compressor | None:
+    """The method as an object, if it reads a text twice; None for every other one.
+
+    Raises:
+        ValueError: it is an installed package's that cannot be loaded.
+    """
+    if isinstance(compressor, str):
+        kind = find(compressor)
+        return kind() if kind is not None and kind.reads_twice else None
+    return compressor if isinstance(compressor, Compressor) and compressor.reads_twice else None
 
 
 def _check(
@@ -155,17 +166,19 @@ def _check(
     again = reads_twice(compressor)
     CompressedCache(model.config, settings, compressor=again or compressor, **fields)
     if again and tokenizer is None:
-        raise ValueError("tokenizer=None: compressor='kvzip' asks the model to repeat what it read; pass its tokenizer")
+        raise ValueError(
+            f"tokenizer=None: compressor={compressor!r} asks the model to repeat what it read; pass its tokenizer"
+        )
     if again and attention_mask is not None and not bool(attention_mask.all()):
-        raise ValueError("attention_mask hides tokens, and compressor='kvzip' repeats all; give the rows one by one")
+        raise ValueError(
+            f"attention_mask hides tokens, and compressor={compressor!r} repeats all; give the rows one by one"
+        )
 
 
-def _attended(layer: WildCatLayer, again: int, start: int, stop: int) -> Tensor:
-    """KVzip's scores of one layer for [start, stop), which its last `again` tokens have just repeated."""
+def _seen_by(compressor: Compressor, layer: WildCatLayer, again: int, start: int, stop: int) -> Tensor:
+    """The carried state of [start, stop) in one layer, which its last `again` tokens have just repeated."""
     state = layer.state
     assert state.storage is not None and state.log is not None
     queries, keys = state.log.recent(), state.storage.entries.keys
     assert queries is not None
-    return reconstruction_scores(
-        queries[:, :, -again:], keys, sink=_SINK, start=start, stop=stop, scale=state.progress.scale
-    )
+    return compressor.reread(queries[:, :, -again:], keys, start=start, stop=stop, scale=state.progress.scale)

@@ -7,7 +7,6 @@ Source: Schröder and Mackey, "WildCat: Near-Linear Attention in Theory and Prac
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import get_args
 
@@ -38,21 +37,12 @@ class Coreset:
         values: (..., r, d_v), numerators U = W V in the dtype of the values.
         weights: float32 (..., r), w = W 1; may be negative.
         valid: bool (..., r), False for padding slots: key, value and weight are zero there.
-        memory: float32 (..., r, m), what a method that remembers its entries goes on with.
-        columns: how many of the last columns each row takes; as many as its budget by default.
-        error: float32 (rows, query_heads), estimated error of the attention, over the norm of its output; None where
-            the method makes no estimate.
-        source: int64 (..., r), the entry whose key each slot has, arbitrary for padding slots; None where not said.
     """
 
     keys: Tensor
     values: Tensor
     weights: Tensor
     valid: Tensor
-    memory: Tensor | None = None
-    columns: Sequence[int] | None = None
-    source: Tensor | None = None
-    error: Tensor | None = None
 
 
 def compress_kv(
@@ -146,7 +136,7 @@ def _compress_batch(
         None if valid is None else valid.reshape(1, -1, n),
         None if bound is None else bound.expand(batch).reshape(1, -1),
     )
-    coreset = compress_bins(flat, layout, draws, options)
+    coreset, _ = compress_bins(flat, layout, draws, options)
     return Coreset(
         keys=coreset.keys.reshape(*batch, rank, d),
         values=coreset.values.reshape(*batch, rank, -1),
@@ -171,7 +161,9 @@ def _noise_of_bins(noise: Tensor, batch: torch.Size, n: int, layout: BinLayout) 
 
 
 @torch.no_grad()
-def compress_bins(tokens: WeightedTokens, layout: BinLayout, draws: Draws, options: KernelOptions) -> Coreset:
+def compress_bins(
+    tokens: WeightedTokens, layout: BinLayout, draws: Draws, options: KernelOptions
+) -> tuple[Coreset, Tensor]:
     """Compress rows with any lengths, ranks and numbers of bins.
 
     Args:
@@ -181,7 +173,8 @@ def compress_bins(tokens: WeightedTokens, layout: BinLayout, draws: Draws, optio
         options: settings of the kernel.
 
     Returns:
-        A Coreset of (rows, heads, c, ...), c the largest rank of a row.
+        A Coreset of (rows, heads, c, ...), c the largest rank of a row; and int64 (rows, heads, c), the place of the
+        key that each slot has, arbitrary for padding slots.
     """
     keys, values = tokens.keys, tokens.values
     compression = BinnedCompression(tokens, layout, draws, options)
@@ -194,23 +187,24 @@ def compress_bins(tokens: WeightedTokens, layout: BinLayout, draws: Draws, optio
     if slots.computed is None:  # all are
         valid = layout.collect(slots.found) & layout.slot_used.unsqueeze(1)
         source = layout.collect(layout.columns(slots.pivots))
-        return Coreset(
+        coreset = Coreset(
             keys=take_columns(keys, source).mul_(valid.unsqueeze(-1).to(keys.dtype)),
             values=layout.collect(slots.values) * valid.unsqueeze(-1).to(values.dtype),
             weights=layout.collect(slots.weights) * valid.to(torch.float32),
             valid=valid,
-            source=source,
         )
-    unchanged = take_pivots(tokens, layout, slots.pivots, slots.found)
+        return coreset, source
+    unchanged, source = take_pivots(tokens, layout, slots.pivots, slots.found)
     computed = layout.collect(slots.computed) & layout.slot_used.unsqueeze(1)
-    return replace(
+    coreset = replace(
         unchanged,
         values=torch.where(computed.unsqueeze(-1), layout.collect(slots.values), unchanged.values),
         weights=torch.where(computed, layout.collect(slots.weights), unchanged.weights),
     )
+    return coreset, source
 
 
-def take_pivots(tokens: WeightedTokens, layout: BinLayout, pivots: Tensor, found: Tensor) -> Coreset:
+def take_pivots(tokens: WeightedTokens, layout: BinLayout, pivots: Tensor, found: Tensor) -> tuple[Coreset, Tensor]:
     """Make a Coreset of unchanged keys, values and weights of pivots.
 
     Args:
@@ -220,20 +214,21 @@ def take_pivots(tokens: WeightedTokens, layout: BinLayout, pivots: Tensor, found
         found: bool (rows, heads, bins, bin_rank), False for slots that stay empty.
 
     Returns:
-        A Coreset of (rows, heads, c, ...), the slots in the order of their positions, padding slots zero.
+        A Coreset of (rows, heads, c, ...), the slots in the order of their positions, padding slots zero; and the
+        places of its keys, int64 (rows, heads, c).
     """
     order = position_order(pivots, found)
     source = layout.collect(layout.columns(pivots.gather(-1, order)))
     valid = layout.collect(found.gather(-1, order)) & layout.slot_used.unsqueeze(1)
 
     empty, weights = ~valid, tokens.weights
-    return Coreset(
+    coreset = Coreset(
         keys=take_columns(tokens.keys, source).masked_fill_(empty.unsqueeze(-1), 0.0),
         values=take_columns(tokens.values, source).masked_fill_(empty.unsqueeze(-1), 0.0),
         weights=valid.to(torch.float32) if weights is None else take_columns(weights, source).masked_fill_(empty, 0.0),
         valid=valid,
-        source=source,
     )
+    return coreset, source
 
 
 def _check_tokens(tokens: WeightedTokens, rank: int, bins: int) -> None:

@@ -67,9 +67,9 @@ class SavedLayer:
 
     def unfit(self, compressor: Compressor) -> str | None:
         """Say why `compressor` cannot go on from here; None if it can."""
-        if self.entries.memory.shape[-1] != compressor.memory:
+        if self.entries.carried_state.shape[-1] != compressor.state_size:
             return "what its method remembers does not fit the method"
-        observation, exact = compressor.observation, self.progress.exact
+        observation, exact = compressor.observation, self.progress.since_fold
         if observation is None:
             if self.carried is None and self.recent is None:
                 return None

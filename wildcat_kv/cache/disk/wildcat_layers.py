@@ -72,7 +72,7 @@ def _queries(own: dict[str, Tensor], keys: Tensor, progress: Progress) -> tuple[
     if len(heads) > 1 or not all(_are_queries(tensor, keys) for tensor in given):
         raise DamageError("its queries do not fit")
     counts = [0 if tensor is None else tensor.shape[2] for tensor in (carried, recent)]
-    if max((row.carried for row in progress.rows), default=0) > counts[0] or counts[1] > progress.exact:
+    if max((row.carried for row in progress.rows), default=0) > counts[0] or counts[1] > progress.since_fold:
         raise DamageError("its queries do not fit its numbers")
     return carried, recent
 
@@ -95,7 +95,7 @@ def _fits_entries(progress: Progress, length: int, keys: Tensor) -> bool:
     return (
         0 <= length <= keys.shape[2]
         and len(rows) == keys.shape[0] > 0
-        and max(row.stored for row in rows) + progress.exact <= length
+        and max(row.stored for row in rows) + progress.since_fold <= length
         and abs(progress.spare) <= length + max(row.counted for row in rows)
     )
 

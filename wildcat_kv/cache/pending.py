@@ -1,0 +1,46 @@
+"""A fold that is decided and not yet carried out: of layers that fold together, it waits for the last one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from wildcat_kv.cache.budget import FoldPlan, Row
+from wildcat_kv.cache.rows import RowGroup
+from wildcat_kv.cache.storage import Entries
+from wildcat_kv.cache.value_range import ValueRange
+
+
+@dataclass
+class PendingFold:
+    """A fold that is decided and not yet carried out.
+
+    Attributes:
+        rows: what the rows hold.
+        plans: what becomes of them.
+        end: column as of which the layer folds.
+        entries: entries held then, rows right-aligned.
+        moved: True if these are not the stored ones: rows were moved, or their state brought up to date.
+        folded_range: box around the values of the tokens that are exact no longer afterwards.
+        value_bound: float32 (rows, heads), as in `KVBlock`.
+        queries: queries (rows, query_heads, m, d) to learn from, right-aligned.
+        queried: queries of each row.
+        groups: rows that fold, by what they have in common.
+        surveys: surveys of the groups, of a method whose layers share a budget.
+        forgotten: True if the query log has folded.
+    """
+
+    rows: list[Row]
+    plans: list[FoldPlan]
+    end: int
+    entries: Entries
+    moved: bool
+    folded_range: ValueRange
+    value_bound: Tensor
+    queries: Tensor | None
+    queried: list[int]
+    groups: list[RowGroup]
+    surveys: list[Any] = field(default_factory=list)
+    forgotten: bool = False

@@ -1,0 +1,12 @@
+"""Query-aware WildCat: keep what future queries will attend to, compress the rest with WildCat.
+
+survey.py    what one layer's own queries attend to
+sharing.py   layers share the slots by what they found
+slots.py     items kept as they are, and WildCat's slots beside them
+fit.py       weights and values fitted to queries; the error that is left
+method.py    QueryWildCat
+"""
+
+from wildcat_kv.compressors.query_wildcat.method import QueryWildCat
+
+__all__ = ["QueryWildCat"]

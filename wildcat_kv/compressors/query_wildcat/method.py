@@ -1,0 +1,171 @@
+"""The method: three parts of the budget, and how layers keep to a budget or to a tolerance."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from typing_extensions import Self
+
+from wildcat_kv.compressors.base import Compressed, KVBlock, SharingCompressor
+from wildcat_kv.compressors.observation import Observation
+from wildcat_kv.compressors.query_wildcat.fit import estimate_error, fit_slots
+from wildcat_kv.compressors.query_wildcat.sharing import best_by_layer
+from wildcat_kv.compressors.query_wildcat.slots import first_within, merge_parts, take_kept
+from wildcat_kv.compressors.query_wildcat.survey import Questions, Survey, survey_block
+from wildcat_kv.compressors.wildcat import WildCat
+from wildcat_kv.config import WildCatConfig
+from wildcat_kv.coreset.rpnys import Weights
+from wildcat_kv.coreset.temperature import Temperature
+from wildcat_kv.coreset.tensors import full_precision
+
+# Shares of the items that are tried until a tolerance is met.
+_TRIED = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1)
+
+
+@dataclass(frozen=True)
+class QueryWildCat(SharingCompressor):
+    """Keep what queries to come attend to, wherever it is; WildCat for the rest.
+
+    WildCat's kernel is what attention looks like to queries that may point anywhere. Real ones do not. Three parts of
+    the budget answer three questions about queries to come, asked of the prompt's own queries, without a causal mask:
+
+    1. What do they attend to as a rule? The items of highest root-mean-square attention of some of these queries, moved
+       to the position behind the text.
+    2. What would they attend to if they repeated the text? The query of each token, and the key behind it, far apart.
+    3. Anything else: WildCat of the items that are left, in bins, weighted.
+
+    Items of the first two parts keep their keys and stand for themselves. Layers compete for them; within a layer all
+    heads keep equally many, so that what is counted is what is stored. At last weights and values of all slots are
+    moved a little, by ridge regression, to what half of the reference queries got. Other queries estimate the error:
+    neither the first part nor the fit knows what they attend to.
+    Sinks are found like other tokens: a `sink` of 4 leaves more slots for the rest.
+
+    Needs queries (as many as there are tokens since the last fold, for as long as the layer's survey takes), and the
+    model's rotary positions. Costs WildCat's, and O(n d (q + 16)) for each query head with q reference queries.
+
+    Attributes:
+        bin_rank: slots of a bin, as in WildCat.
+        temperature: rule for tau, as in WildCat.
+        weights: "nystrom" (signed) or "clipped", as in WildCat.
+        seed: seed of the pivots, as in WildCat.
+        queries: reference queries of a query head, the newest among them.
+        judges: other queries of a query head, evenly spread, that estimate the error.
+        attended: share of the budget for the first part.
+        recalled: share of the budget for the second part.
+        ahead: tokens that the reference queries are moved to behind the text.
+        apart: tokens that a token's query is moved away from the token behind it: beyond what heads look back for by
+            habit.
+        carried: queries kept from one fold to the next.
+        ridge: pull of the fit to WildCat's own weights and values; 0 for no fit.
+        tolerance: largest estimated error of a layer, on average over its heads; None for a budget that the layers
+            share.
+
+    Source: this project, `docs/method.md`. WildCat is arXiv 2602.10056; that a model which repeats a text shows what it
+    needs of it is arXiv 2505.23416, which reads it a second time.
+    """
+
+    paper: ClassVar[str] = "wildcat_kv"
+    needs_rotation: ClassVar[bool] = True
+    estimates: ClassVar[bool] = True
+
+    bin_rank: int = 12
+    temperature: Temperature = "released"
+    weights: Weights = "nystrom"
+    seed: int = 0
+    queries: int = 16
+    judges: int = 8
+    attended: float = 0.125
+    recalled: float = 0.375
+    ahead: int = 64
+    apart: int = 512
+    carried: int = 64
+    ridge: float = 0.3
+    tolerance: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("queries", "judges", "carried", "ahead", "apart"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.ridge < 0:
+            raise ValueError(f"ridge={self.ridge} must be at least 0; 0 leaves weights and values as they are")
+        for name in ("attended", "recalled"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be in [0, 1], a share of the budget")
+        if self.attended + self.recalled > 1:
+            raise ValueError(
+                f"attended={self.attended} and recalled={self.recalled} are more than the budget; lower one of them"
+            )
+
+    @classmethod
+    def of(cls, settings: WildCatConfig) -> Self:
+        """The method with the parameters that `settings` give WildCat."""
+        own = settings.bin_rank, settings.temperature, settings.weights, settings.seed
+        return cls(*own, tolerance=settings.tolerance)
+
+    @property
+    def observation(self) -> Observation:
+        """All queries since the last fold, and some from before."""
+        return Observation(latest=None, carried=self.carried)
+
+    def survey(self, block: KVBlock) -> Survey:
+        """See `SharingCompressor`."""
+        return survey_block(block, Questions(self.queries, self.judges, self.ahead, self.apart))
+
+    def deal(self, surveys: Sequence[Survey], rank: int) -> list[tuple[Tensor, Survey]]:
+        """For each layer bool (rows, heads, m), the items that stay as they are, and its survey.
+
+        With a tolerance no layer has to do with others, and finds in `compress_share` what it needs.
+        """
+        if self.tolerance is not None:
+            return [(survey.attention > -torch.inf, survey) for survey in surveys]
+        return list(zip(self._choose(surveys, rank), surveys, strict=True))
+
+    def _choose(self, surveys: Sequence[Survey], rank: int) -> list[Tensor]:
+        """The items of each layer that stay as they are, where the layers share."""
+        attended = int(rank * self.attended)
+        kept = best_by_layer([survey.attention for survey in surveys], attended)
+        rest = [survey.recall.masked_fill(taken, -torch.inf) for survey, taken in zip(surveys, kept, strict=True)]
+        recalled = best_by_layer(rest, self._kept(rank) - attended)
+        return [first | second for first, second in zip(kept, recalled, strict=True)]
+
+    def compress_share(self, block: KVBlock, rank: int, share: tuple[Tensor, Survey]) -> Compressed:
+        """See `SharingCompressor`."""
+        kept, survey = share
+        if self.tolerance is None:
+            return self._compress(block, rank, kept, survey)
+        # Each row takes the first rank that meets the tolerance, so that it keeps what it would keep alone.
+        found: Compressed | None = None
+        for tried in dict.fromkeys(int(block.items * part) for part in _TRIED):
+            if not tried:
+                continue
+            if tried < block.items:
+                [chosen] = self._choose([survey], tried)
+                new = self._compress(block, tried, chosen, survey)
+            else:
+                new = self._compress(block, 0, kept, survey)
+            found = new if found is None else first_within(self.tolerance, found, new)
+            assert found.error is not None
+            if bool((found.error.mean(-1) <= self.tolerance).all()):
+                break
+        assert found is not None
+        return found
+
+    def _compress(self, block: KVBlock, rank: int, kept: Tensor, survey: Survey) -> Compressed:
+        """The items to keep and, of the others, as many slots as are left of `rank`; 0 where all items are kept."""
+        parts = [take_kept(block, kept)]
+        if rest := rank - self._kept(rank):
+            wildcat = WildCat(self.bin_rank, self.temperature, self.weights, self.seed)
+            parts.append(wildcat.compress_some(block, rest, block.slice_items(block.valid) & ~kept))
+        coreset, columns = merge_parts(parts)
+        with torch.no_grad(), full_precision(block.keys.device):
+            if self.ridge and rank:
+                coreset = fit_slots(coreset, survey.fitted, self.ridge)
+            return Compressed(coreset, columns, error=estimate_error(coreset, survey.judges, survey.group))
+
+    def _kept(self, rank: int) -> int:
+        """How many of `rank` slots are for items that stay as they are."""
+        return int(rank * (self.attended + self.recalled))

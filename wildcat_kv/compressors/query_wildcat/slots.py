@@ -1,0 +1,67 @@
+"""Slots of one block: items as they are, parts put together, and the first of two that is good enough."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from wildcat_kv.compressors.base import Compressed, KVBlock
+from wildcat_kv.compressors.scorer import take_items
+from wildcat_kv.coreset.compresskv import Coreset
+from wildcat_kv.coreset.tensors import take_columns
+
+
+def take_kept(block: KVBlock, kept: Tensor) -> tuple[Coreset, Tensor]:
+    """The items of a mask (rows, heads, items) as they are, right-aligned; and int64, which item each slot is."""
+    counts, place = kept.sum(-1, keepdim=True), torch.arange(kept.shape[-1], device=kept.device)
+    width = int(counts.max())
+    # A place for each, and one behind them for what is not kept: much faster than sorting.
+    target = torch.where(kept, kept.cumsum(-1) + (width - 1 - counts), width)
+    index = counts.new_zeros(*kept.shape[:2], width + 1).scatter_(-1, target, place.expand_as(target))[..., :width]
+    return take_items(block, index, place[:width] >= width - counts).coreset, index
+
+
+def merge_parts(parts: Sequence[tuple[Coreset, Tensor]]) -> tuple[Coreset, list[int]]:
+    """Join coresets of different items of one block, in the order of their positions, padding slots first.
+
+    Args:
+        parts: coresets, and int64 (rows, heads, c), the item of each slot.
+
+    Returns:
+        The coreset, and the columns that each row takes.
+    """
+    valid = torch.cat([part.valid for part, _ in parts], dim=2)
+    source = torch.cat([source for _, source in parts], dim=2).masked_fill(~valid, -1)
+    counts = valid.sum(-1).amax(-1).tolist()
+    order = source.argsort(dim=-1, stable=True)[..., source.shape[-1] - max(counts) :]
+
+    def merged(name: str) -> Tensor:
+        wide = {getattr(part, name).dtype for part, _ in parts}
+        dtype = torch.float32 if len(wide) > 1 else wide.pop()
+        return take_columns(torch.cat([getattr(part, name).to(dtype) for part, _ in parts], dim=2), order)
+
+    coreset = Coreset(merged("keys"), merged("values"), merged("weights"), merged("valid"))
+    return coreset, counts
+
+
+def first_within(tolerance: float, first: Compressed, second: Compressed) -> Compressed:
+    """The first one in the rows whose estimated error is within the tolerance, the second in the others."""
+    assert first.error is not None and second.error is not None
+    assert first.columns is not None and second.columns is not None
+    met = first.error.mean(-1) <= tolerance
+    width = max(first.coreset.valid.shape[-1], second.coreset.valid.shape[-1])
+
+    def chosen(name: str) -> Tensor:
+        one, other = (_widened(getattr(each.coreset, name), width) for each in (first, second))
+        return torch.where(met.view(-1, *[1] * (one.dim() - 1)), one, other)
+
+    coreset = Coreset(chosen("keys"), chosen("values"), chosen("weights"), chosen("valid"))
+    columns = [a if kept else b for a, b, kept in zip(first.columns, second.columns, met.tolist(), strict=True)]
+    return Compressed(coreset, columns, error=torch.where(met.unsqueeze(-1), first.error, second.error))
+
+
+def _widened(slots: Tensor, width: int) -> Tensor:
+    """Slots (rows, heads, c, ...) behind zeros, `width` in all."""
+    return torch.cat((slots.new_zeros(*slots.shape[:2], width - slots.shape[2], *slots.shape[3:]), slots), dim=2)

@@ -1,0 +1,203 @@
+"""What one layer finds: what the prompt's own queries, asked from behind the text, attend to."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from wildcat_kv.compressors.base import KVBlock
+from wildcat_kv.compressors.fitting import spread_evenly
+from wildcat_kv.coreset.tensors import full_precision, take_columns
+
+# Share of the newest queries among the reference queries: one in so many.
+_NEWEST = 3
+# Entries that stand for all others in a query's normaliser; they hold most of its mass.
+_NORMALISING = 16
+# Positions of the queries whose followers are scored at once: they stay in a processor's cache.
+_POSITIONS_AT_ONCE = 1024
+_TINY = 1e-20
+# Logarithm of the mass of padding: finite, for numbers that stay so.
+_NOTHING = -1e4
+# Logarithm of a share that adds nothing; its square is still a normal number, which processors multiply much faster.
+NEGLIGIBLE = -40.0
+
+
+class Asked(NamedTuple):
+    """Some reference queries of a layer, and what they get: q of each key head, those of a query head side by side.
+
+    Attributes:
+        queries: float32 (rows, heads, q, d), scaled.
+        log_total: float32 (rows, heads, q), logarithm of what each pays to all entries.
+        items: float32 (rows, heads, q, d_v + 1), what it gets from the items, and their mass, over its total.
+        others: float32 (rows, heads, q, d_v), what it gets from all other entries.
+    """
+
+    queries: Tensor
+    log_total: Tensor
+    items: Tensor
+    others: Tensor
+
+
+class Survey(NamedTuple):
+    """What queries to come are expected to attend to, in one layer.
+
+    Attributes:
+        attention: float32 (rows, heads, m), root-mean-square attention to each of the m items; -inf for padding.
+        recall: float32 (rows, heads, m), in [0, 1]: attention to the item of a query that repeats the token before it.
+        fitted: reference queries that weights and values are fitted to.
+        judges: others, which neither `attention` nor the fit knows.
+        group: query heads that share a key head.
+    """
+
+    attention: Tensor
+    recall: Tensor
+    fitted: Asked
+    judges: Asked
+    group: int
+
+
+class Questions(NamedTuple):
+    """How a layer is surveyed.
+
+    Attributes:
+        references: reference queries of a query head, the newest among them.
+        judges: other queries of a query head, evenly spread.
+        ahead: tokens that these queries are moved to behind the text.
+        apart: tokens that the query of each token is moved away from the token behind it.
+    """
+
+    references: int
+    judges: int
+    ahead: int
+    apart: int
+
+
+def survey_block(block: KVBlock, questions: Questions) -> Survey:
+    """Ask the layer's own queries what they attend to."""
+    with torch.no_grad(), full_precision(block.keys.device):
+        parts = _places(block, questions)
+        queries, mass = _moved(block, torch.cat(parts), questions.ahead), _mass(block)
+        counts = [len(part) for part in parts]
+        found = [_attend(block, head, queries[:, head], counts, mass) for head in range(mass.shape[1])]
+        attention, mean = (torch.stack(scores, dim=1) for scores in zip(*(each[:2] for each in found), strict=True))
+        fitted, judges = (
+            Asked(*(torch.stack(tensors, dim=1) for tensors in zip(*(each[place] for each in found), strict=True)))
+            for place in (2, 3)
+        )
+        recall, inside = _recall(block, mean, mass, questions.apart), block.slice_items(block.valid)
+        attention, recall = (
+            block.slice_items(scores).masked_fill(~inside, -torch.inf) for scores in (attention, recall)
+        )
+    return Survey(attention, recall, fitted, judges, queries.shape[2])
+
+
+def _recall(block: KVBlock, mean: Tensor, mass: Tensor, apart: int) -> Tensor:
+    """How the query of each token would attend to the token behind it from afar.
+
+    Args:
+        block: entries.
+        mean: float32 (rows, heads, n), what the reference queries pay to each entry, up to a factor.
+        mass: float32 (rows, heads, n), of `_mass`.
+        apart: tokens, as in `Questions`.
+
+    Returns:
+        float32 (rows, heads, n).
+    """
+    assert block.queries is not None and block.rotation is not None
+    rows, heads, n = mean.shape
+    likely = mean.topk(min(_NORMALISING, n), dim=-1).indices
+    level = mass.gather(-1, likely).log_()[:, :, None, None]
+    reference = (take_columns(block.keys, likely).to(torch.float32) * block.scale).mT.unsqueeze(2)
+    recall = torch.zeros_like(mean)
+    # Query -j and key -j are of one token. Keys step back: there are fewer of them than of queries.
+    queries = block.queries.unflatten(1, (heads, -1))
+    back = torch.full((rows, 1), -apart, device=mean.device)
+    for behind in range(min(block.exact, queries.shape[3]) - 1, 0, -_POSITIONS_AT_ONCE):
+        length = min(_POSITIONS_AT_ONCE, behind)
+        asking = queries.narrow(3, queries.shape[3] - behind - 1, length).to(torch.float32)
+        follower = block.keys.narrow(2, n - behind, length).to(torch.float32)
+        follower = block.rotation.forward(follower, back).transpose(1, 2).unsqueeze(-1)
+        # As products of matrices, one a token and head: queries of a head are far apart in memory.
+        own = torch.matmul(asking.permute(0, 3, 1, 2, 4), follower).squeeze(-1).mul_(block.scale)
+        others = torch.matmul(asking, reference).add_(level).logsumexp(-1)
+        score = own.permute(0, 2, 3, 1).sub(others).sigmoid_().amax(2)
+        recall.narrow(2, n - behind, length).copy_(score)
+    return recall
+
+
+def _places(block: KVBlock, questions: Questions) -> list[Tensor]:
+    """Choose the reference queries that are fitted to, those that are not, and those that judge.
+
+    The first two are the newest ones, and others evenly spread over those before; the judges are evenly spread over
+    all.
+
+    Returns:
+        Three int64 (q,), places among the queries.
+    """
+    assert block.queries is not None
+    total, device = block.queries.shape[2], block.queries.device
+    newest = min(total, -(-questions.references // _NEWEST))
+    spread, judges = min(total, questions.references) - newest, min(total, questions.judges)
+    between = newest + spread_evenly(total - newest, spread, device)
+    back = torch.cat((torch.arange(newest, device=device), between))
+    judge = spread_evenly(total, judges, device, centred=True)
+    return [total - 1 - places for places in (back[::2], back[1::2], judge)]
+
+
+def _moved(block: KVBlock, places: Tensor, ahead: int) -> Tensor:
+    """Queries at `places` int64 (q,), asked from behind the text: float32 (rows, heads, g, q, d), scaled."""
+    assert block.queries is not None and block.rotation is not None
+    queries = block.queries.index_select(2, places).to(torch.float32)
+    by = ahead + block.queries.shape[2] - places
+    queries = block.rotation.forward(queries, by.expand(queries.shape[0], -1))
+    return queries.unflatten(1, (block.keys.shape[1], -1)).mul_(block.scale)
+
+
+def _attend(
+    block: KVBlock, head: int, queries: Tensor, counts: Sequence[int], mass: Tensor
+) -> tuple[Tensor, Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """What the reference queries of one key head pay and get; its memory is O(q n).
+
+    Args:
+        block: entries.
+        head: index of the key head.
+        queries: float32 (rows, g, q, d), scaled.
+        counts: how many of the q are fitted to, are not, and judge.
+        mass: float32 (rows, heads, n), of `_mass`.
+
+    Returns:
+        Root-mean-square and summed attention to each entry, both (rows, n), of those that do not judge; and this head's
+        part of `Asked` for those that are fitted to, and for those that judge.
+    """
+    keys, values, mass = (tensor[:, head].to(torch.float32) for tensor in (block.keys, block.values, mass))
+    group, learners = queries.shape[1], counts[0] + counts[1]
+    # Empty entries get a large negative score, not -inf.
+    scores = torch.matmul(queries.flatten(1, 2), keys.mT).add_(mass.log().clamp_min_(_NOTHING).unsqueeze(1))
+    most = scores.amax(-1, keepdim=True)
+    # softmax is torch's fastest exp.
+    terms = torch.maximum(scores, most + NEGLIGIBLE, out=scores).softmax(-1)
+    log_total = most.sub_(terms.amax(-1, keepdim=True).log_()).view(queries.shape[:3])
+    terms = terms.unflatten(1, (group, -1))
+    # Values of slots are numerators: what a slot gives is its numerator over its mass.
+    there = (mass > 0).to(torch.float32).unsqueeze(-1)
+    paid = torch.cat((values * (there / mass.clamp_min(_TINY).unsqueeze(-1)), there), dim=-1).unsqueeze(1)
+    offered, kept = block.slice_items(paid).squeeze(1), block.without_items(paid).squeeze(1)[..., :-1]
+
+    def asked(part: slice) -> tuple[Tensor, ...]:
+        by_entry = terms[:, :, part].flatten(1, 2).mT.unsqueeze(1)
+        items = torch.matmul(block.slice_items(by_entry).squeeze(1).mT, offered)
+        others = torch.matmul(block.without_items(by_entry).squeeze(1).mT, kept)
+        return queries[:, :, part].flatten(1, 2), log_total[:, :, part].flatten(1), items, others
+
+    found = asked(slice(0, counts[0])), asked(slice(learners, None))
+    learning = terms[:, :, :learners].flatten(1, 2)
+    mean = learning.sum(1)
+    return learning.square_().sum(1).div_(max(1, learners * group)).sqrt_(), mean, *found
+
+
+def _mass(block: KVBlock) -> Tensor:
+    """float32 (rows, heads, n): the weights of what is held, 1 for exact tokens; 0 for padding and below 0."""
+    return block.valid.to(torch.float32) if block.weights is None else block.weights.clamp_min(0.0) * block.valid
