@@ -54,7 +54,8 @@ class WildCatLayer(LayerContract):
         state.append(key_states, value_states, None if forward.mask is None else forward.new_valid(key_states.device))
         self._forward, shared.waiting, shared.begun = forward, self._index, False
         assert state.storage is not None
-        return mark(*state.storage.view(), self)
+        held, length = state.storage.allocated, state.storage.length  # new views: marks go with the tensor object
+        return mark(held.keys[:, :, :length], held.values[:, :, :length], self)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Return length and offset for the mask; the length is marked."""
@@ -118,7 +119,8 @@ class WildCatLayer(LayerContract):
         """
         storage, value_range = self._state.storage, self._state.value_range
         assert storage is not None
-        weights, valid = storage.weights()
+        held, length = storage.allocated, storage.length
+        weights, valid = held.weights[:, :, :length], held.valid[:, :, :length]
         box = None if value_range is None else (value_range.lowest, value_range.highest)
         given = AttentionOptions(scale, valid, True, box, options.get("softcap"), options.get("s_aux"))
         return coreset_attention(query, keys, values, weights, storage.weighting, given)

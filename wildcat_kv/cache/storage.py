@@ -230,10 +230,6 @@ class Storage:
         """Return new views of the keys and values, (rows, heads, length, channels)."""
         return self.allocated.keys[:, :, : self.length], self.allocated.values[:, :, : self.length]
 
-    def weights(self) -> tuple[Tensor, Tensor]:
-        """Return views of the weights and the valid mask, (rows, heads, length)."""
-        return self.allocated.weights[:, :, : self.length], self.allocated.valid[:, :, : self.length]
-
     def select_rows(self, index: Tensor) -> None:
         """Keep the rows at `index`, int64 (k,), in that order."""
         with ordinary_tensors():
