@@ -14,7 +14,7 @@ _REFUSED = ("think_end_token", "mixed_precision_dtype", "softmax_dtype", "trunca
 
 def reads_twice(compressor: str) -> bool:
     """Tell whether the method of this name reads a text twice; "exact" does not."""
-    return compressor != EXACT and not next(known.decodes for known in available() if known.name == compressor)
+    return compressor != EXACT and next(known.reads_twice for known in available() if known.name == compressor)
 
 
 def settings_of(method: str, given: dict[str, Any]) -> WildCatConfig | None:
