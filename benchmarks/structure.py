@@ -65,6 +65,8 @@ class Structure:
         self.lines: dict[str, int] = {}
         self._folders: set[str] = set()
         for path in sorted(package.rglob("*.py")):
+            if not (path.parent / "__init__.py").exists():  # a file that is copied, not imported
+                continue
             parts = path.relative_to(package).with_suffix("").parts
             if parts[-1] == "__init__":
                 parts = parts[:-1]

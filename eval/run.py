@@ -119,9 +119,9 @@ def _measure(
     show: bool,
 ) -> None:
     with progress(len(planned) * len(cells), show=show) as shown, torch.no_grad():
-        for task, sample in planned:
-            missing = [cell for cell in cells if _key(task, sample, cell) not in done]
-            shown.skip(len(cells) - len(missing))
+        missing_of = [[cell for cell in cells if _key(task, sample, cell) not in done] for task, sample in planned]
+        shown.skip(len(planned) * len(cells) - sum(map(len, missing_of)))  # at once, for the estimate of what is left
+        for (task, sample), missing in zip(planned, missing_of, strict=True):
             if not missing:
                 continue
             measure = sample.open(model, tokenizer)

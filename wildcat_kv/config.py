@@ -1,4 +1,4 @@
-"""What the user chooses: how much of the cache to keep, and how. One schema, validated in one place."""
+"""Settings of a compressed cache: how much to keep, and how."""
 
 from __future__ import annotations
 
@@ -10,22 +10,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from wildcat_kv.coreset.choices import Temperature, Weights
 from wildcat_kv.validation import one_line
 
-# With ratio="auto": what is counted on until a method says how little is enough, and when it is asked again.
+# With ratio="auto": the share to reckon with until a method says how little is enough.
 _AUTO_SHARE = 0.5
 
-_RATIO_HELP = "ratio is the share of the tokens to keep, in (0, 1], for example 0.25, or 'auto' with a tolerance"
-_TOLERANCE_HELP = "tolerance is the error to allow with ratio='auto', a number above 0, for example 0.1"
-_MAX_TOKENS_HELP = "max_tokens is the most tokens to store a layer and head, a positive integer, for example 1024"
-_SINK_HELP = "sink is how many of the first tokens stay exact, an integer of at least 0, for example 32"
-_WINDOW_HELP = "window is how many of the last tokens stay exact, an integer of at least 0, for example 32"
-_BIN_RANK_HELP = "bin_rank is how many slots one bin is compressed into, an integer of at least 1, for example 12"
-_TEMPERATURE_HELP = "temperature is 'released' (the authors' code) or 'theory' (the paper's formula)"
-_WEIGHTS_HELP = "weights is 'nystrom' (signed, the paper's) or 'clipped' (negative ones set to 0)"
-_EXACT_LAYERS_HELP = "exact_layers are the layers to leave uncompressed, a list of integers, for example [0, -1]"
-_SEED_HELP = "seed is an integer in [0, 2**63)"
-
-
-# The share that is dropped, as kvpress and others name it.
+# The share that is dropped, by the name that kvpress and others give it.
 DROPPED = "compression_ratio"
 
 
@@ -52,7 +40,7 @@ def share_kept(compression_ratio: Any) -> float:
 
 
 def _name_compression_ratio(schema: dict[str, Any]) -> None:
-    """Let editors know the other spelling of `ratio`, which is no field of the settings."""
+    """Add the other spelling of `ratio` to the schema, for editors."""
     schema["properties"][DROPPED] = {
         "type": "number",
         "minimum": 0,
@@ -62,30 +50,25 @@ def _name_compression_ratio(schema: dict[str, Any]) -> None:
 
 
 class WildCatConfig(BaseModel):
-    """Settings of a compressed cache; exactly one of `ratio` and `max_tokens` is given.
+    """Settings of a compressed cache; the fields describe themselves.
 
-    `compression_ratio=0.75`, the share to *drop* as kvpress has it, is another spelling of `ratio=0.25`.
+    Give exactly one budget:
 
-    Args:
-        ratio: share of the seen tokens to keep, in (0, 1]. Exact right after every fold. Or "auto": every layer keeps
-            as few slots as meet the tolerance, by its own estimate, of what is generated too.
-        tolerance: with ratio="auto", the largest estimated error of a layer's attention, a share of its output.
-        max_tokens: most tokens to store in a layer, whatever the length. At least
-            sink + window + bin_rank.
-        sink: first tokens of a row that stay exact, in tokens.
-        window: last tokens of a row that stay exact, in tokens.
-        bin_rank: slots that one bin of consecutive tokens is compressed into.
-        temperature: "released" for the constant of the authors' code, "theory" for the paper's
-            formula (Lambert W).
-        weights: "nystrom" for the signed Nystrom weights, "clipped" for their non-negative part.
-        exact_layers: layers to leave uncompressed, by their index in the model; -1 is the last. The budget is
-            that of the others. Only with `ratio`.
-        seed: of the pivots' randomness. The same seed, model and text give the same cache.
+    - `ratio`: a layer keeps this share of the tokens seen. The share is exact right after every fold.
+      `compression_ratio=0.75`, the share to *drop*, is another spelling of `ratio=0.25`, as in kvpress.
+    - `ratio="auto"` with `tolerance`: every layer keeps as few slots as meet the tolerance by its own estimate, in
+      the prompt and in the generated text. The tolerance is the largest estimated error of a layer's attention
+      output, as a share of that output.
+    - `max_tokens`: a layer stores no more tokens, whatever the length. It must be at least sink + window + bin_rank.
+
+    The budget is for the compressed layers. `exact_layers` takes indices of the model's layers, -1 for the last, and
+    only with a ratio: these layers have no limit. The same seed, model and text give the same cache.
+
+    The defaults are the published protocol (arXiv 2602.10056, KV cache experiments). There, the temperature
+    "released" is the constant of the authors' code, and "theory" is the paper's formula (Lambert W).
 
     Raises:
-        ValueError: one line that names the field, its value and what it takes.
-
-    The defaults are the published protocol (arXiv 2602.10056, KV cache experiments).
+        ValueError: wrong fields. One line names the field, its value and what it takes.
 
     Example:
         >>> WildCatConfig(ratio=0.25).window
@@ -94,20 +77,47 @@ class WildCatConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", json_schema_extra=_name_compression_ratio)
 
+    # Errors, the JSON schema and docs/api.md all take their text from these descriptions.
     ratio: Annotated[float, Field(gt=0, le=1, strict=True, allow_inf_nan=False)] | Literal["auto"] | None = Field(
-        None, description=_RATIO_HELP
+        None,
+        description="ratio is the share of the tokens to keep, in (0, 1], for example 0.25, or 'auto' with a tolerance",
     )
-    max_tokens: Annotated[int, Field(gt=0, strict=True)] | None = Field(None, description=_MAX_TOKENS_HELP)
+    max_tokens: Annotated[int, Field(gt=0, strict=True)] | None = Field(
+        None,
+        description="max_tokens is the most tokens to store a layer and head, a positive integer, for example 1024",
+    )
     tolerance: Annotated[float, Field(gt=0, strict=True, allow_inf_nan=False)] | None = Field(
-        None, description=_TOLERANCE_HELP
+        None, description="tolerance is the error to allow with ratio='auto', a number above 0, for example 0.1"
     )
-    sink: int = Field(32, ge=0, strict=True, description=_SINK_HELP)
-    window: int = Field(32, ge=0, strict=True, description=_WINDOW_HELP)
-    bin_rank: int = Field(12, ge=1, strict=True, description=_BIN_RANK_HELP)
-    temperature: Temperature = Field("released", description=_TEMPERATURE_HELP)
-    weights: Weights = Field("nystrom", description=_WEIGHTS_HELP)
-    exact_layers: tuple[Annotated[int, Field(strict=True)], ...] = Field((), description=_EXACT_LAYERS_HELP)
-    seed: int = Field(0, ge=0, lt=2**63, strict=True, description=_SEED_HELP)
+    sink: int = Field(
+        32,
+        ge=0,
+        strict=True,
+        description="sink is how many of the first tokens stay exact, an integer of at least 0, for example 32",
+    )
+    window: int = Field(
+        32,
+        ge=0,
+        strict=True,
+        description="window is how many of the last tokens stay exact, an integer of at least 0, for example 32",
+    )
+    bin_rank: int = Field(
+        12,
+        ge=1,
+        strict=True,
+        description="bin_rank is how many slots one bin is compressed into, an integer of at least 1, for example 12",
+    )
+    temperature: Temperature = Field(
+        "released", description="temperature is 'released' (the authors' code) or 'theory' (the paper's formula)"
+    )
+    weights: Weights = Field(
+        "nystrom", description="weights is 'nystrom' (signed, the paper's) or 'clipped' (negative ones set to 0)"
+    )
+    exact_layers: tuple[Annotated[int, Field(strict=True)], ...] = Field(
+        (),
+        description="exact_layers are the layers to leave uncompressed, a list of integers, for example [0, -1]",
+    )
+    seed: int = Field(0, ge=0, lt=2**63, strict=True, description="seed is an integer in [0, 2**63)")
 
     def __init__(self, **fields: Any) -> None:
         try:
@@ -158,19 +168,19 @@ class WildCatConfig(BaseModel):
 
     @property
     def share(self) -> float | None:
-        """The share of the tokens that budgets are reckoned by; None with `max_tokens`."""
+        """Share of the tokens that budgets are reckoned by; None with `max_tokens`."""
         return _AUTO_SHARE if self.ratio == "auto" else self.ratio
 
     def changed(self, **fields: Any) -> WildCatConfig:
-        """These settings with some of them changed; a new budget replaces the old one.
+        """Copy these settings with some fields changed.
 
-        With `max_tokens` there are no `exact_layers`; those of a ratio go with it.
+        A new budget replaces the old one. `max_tokens` removes the `exact_layers` of a ratio.
 
         Args:
-            **fields: to set instead.
+            **fields: new values, by the name of their field.
 
         Raises:
-            ValueError: as for new settings.
+            ValueError: the changed settings do not fit together, or a field is wrong.
 
         Example:
             >>> settings = WildCatConfig(ratio=0.25, window=64).changed(max_tokens=512)

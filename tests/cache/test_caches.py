@@ -176,7 +176,7 @@ def test_memory_comes_back_without_the_garbage_collector(llama):
 def test_free_room_is_small_whatever_the_ratio(llama, ratio):
     cache = WildCatCache(llama.config, ratio=ratio)
     llama(random_ids(1, 300), **{CACHE: cache})
-    columns = cache.layers[0].state.storage.memory.keys.shape[2]
+    columns = cache.layers[0].state.storage.allocated.keys.shape[2]
     assert columns <= kept_tokens(300, ratio) + 64
 
 
@@ -472,7 +472,7 @@ def test_one_token_needs_no_host_synchronisation(llama, method, budget, masked):
     cache = CompressedCache(llama.config, compressor=method, **budget)
     llama(random_ids(2, 200), **{CACHE: cache}, attention_mask=torch.ones(2, 200, dtype=torch.int64))
     storage = cache.layers[0].state.storage
-    before = storage.memory.keys.shape, storage.length
+    before = storage.allocated.keys.shape, storage.length
     with FakeTensorMode(allow_non_fake_inputs=True):
         for step in range(1, 5):
             mask = torch.ones(2, 200 + step, dtype=torch.int64) if masked else None
@@ -481,7 +481,7 @@ def test_one_token_needs_no_host_synchronisation(llama, method, budget, masked):
             bool(torch.ones(3).any())
     # Nothing was copied as a whole: the same memory took the tokens.
     assert cache.layers[0].state.storage is storage
-    assert (storage.memory.keys.shape, storage.length) == (before[0], before[1] + 4)
+    assert (storage.allocated.keys.shape, storage.length) == (before[0], before[1] + 4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -67,11 +67,11 @@ def test_a_file_is_mapped_and_neither_copied_nor_written_to(llama, tmp_path):
     loaded = WildCatCache.load(path, llama.config)
     maps = Path("/proc/self/maps").read_text(encoding="utf-8").splitlines()
     spans = [line.split()[0].split("-") for line in maps if line.endswith(str(path))]
-    places = [tensor.data_ptr() for tensor in loaded.layers[1].state.storage.memory.tensors()[:4]]
+    places = [tensor.data_ptr() for tensor in loaded.layers[1].state.storage.allocated.tensors()[:4]]
     for place in places:
         assert any(int(start, 16) <= place < int(stop, 16) for start, stop in spans)
     llama(random_ids(1, 9, 5), **{CACHE: loaded})  # there is room for them
-    assert places == [tensor.data_ptr() for tensor in loaded.layers[1].state.storage.memory.tensors()[:4]]
+    assert places == [tensor.data_ptr() for tensor in loaded.layers[1].state.storage.allocated.tensors()[:4]]
     assert path.read_bytes() == content
 
 
@@ -148,7 +148,8 @@ def test_other_methods_are_saved_and_loaded_with_their_compressor(llama, tmp_pat
     loaded = CompressedCache.load(path, llama.config, compressor=Uniform(seed=3))
     assert torch.equal(ask(llama, loaded.clone()), ask(llama, cache))
     with pytest.raises(ValueError, match=r"compressed by .*Uniform.*compresses by .*WildCat"):
-        WildCatCache.load(path, llama.config)
+        WildCatCache.load(path, llama.config, compressor="wildcat")
+    assert WildCatCache.load(path, llama.config).compressor == Uniform(seed=3)
     with pytest.raises(ValueError, match=r"'seed': 3.*'seed': 4"):
         CompressedCache.load(path, llama.config, compressor=Uniform(seed=4))
 

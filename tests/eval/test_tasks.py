@@ -187,10 +187,11 @@ def test_no_method_sees_the_question_of_a_context(method, model, tokenizer, sett
     _, question = encode_question(tokenizer, "", "What do seahorses eat?", "They eat")
     cell, scores, states = Cell(method, method, ratio=0.5), [], []
     for asked in (sample.asked, replace(sample.asked, question=question[0])):
-        cache, stored = Asked(model, tokenizer, asked).compress(cell, Clock())
+        cache, held = Asked(model, tokenizer, asked).compress(cell, Clock())
         states.append(state(cache))
         [outcome] = measured(replace(sample, asked=asked), model, tokenizer, cell)
-        assert outcome.stored_tokens == stored and outcome.seen_tokens == len(sample.asked.context)
+        assert (outcome.stored_tokens, outcome.memory_bytes) == (held["stored_tokens"], held["memory_bytes"])
+        assert outcome.seen_tokens == len(sample.asked.context)
         scores.append(outcome.scores["nll"])
     assert_same(*states)
     assert scores[0] != scores[1]  # but the answer does

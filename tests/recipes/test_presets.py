@@ -1,6 +1,7 @@
 """Presets: the files that are shipped, and what is said of those that do not fit."""
 
 import json
+import warnings
 from pathlib import Path
 
 import pytest
@@ -83,6 +84,19 @@ def test_families_have_settings_of_their_own(tmp_path):
     assert preset.settings_for(small) == WildCatConfig(ratio=0.5, sink=3, exact_layers=[0, -1])
     assert preset.settings_for(large).exact_layers == (1,)
     assert preset.settings_for(tf.LlamaConfig(num_hidden_layers=28)) == WildCatConfig(ratio=0.5, sink=3)
+
+
+def test_a_model_that_no_family_knows_is_warned_of(tmp_path):
+    path = written(tmp_path, families=[{**FAMILY, "exact_layers": [0]}])
+    known, unknown = tf.Qwen3Config(num_hidden_layers=28), tf.LlamaConfig(num_hidden_layers=28)
+    with pytest.warns(UserWarning, match=r"mine.yaml' leaves layers exact .* small ones; for this model \(llama\)"):
+        Recipe.choose(unknown, preset=path, ratio=0.25)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Recipe.choose(known, preset=path)
+        Recipe.choose(unknown, preset="published")
+        for fields in ({"exact_layers": ()}, {"max_tokens": 512}):
+            Recipe.choose(unknown, preset=path, **fields)
 
 
 def test_fields_given_beside_a_preset_win_over_its_families(tmp_path):

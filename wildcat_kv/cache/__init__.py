@@ -1,12 +1,12 @@
-"""The cache. A token's way: `caches` -> `layer.update` -> attention -> `layer.after_attention` -> fold -> `storage`.
+"""The cache. A token's way: `layer.update` -> hook -> `layer.attend` -> `layer.after_attention` -> fold -> storage.
 
-caches.py        what the user holds
-layer.py         Transformers' contract for one layer
-state.py         what one layer holds; folding.py puts a coreset in the place of tokens
-storage.py       the tensors; budget.py, progress.py, value_range.py, query_log.py
+caches.py, contract.py        what the user holds, and what Transformers asks of it; blueprint.py, checks.py refuse
+forward.py                    one pass over all layers: announced, masked, folded
+layer.py, layer_contract.py   one layer on a token's way, and what Transformers asks of it
+state.py                      what a layer holds; progress.py its numbers, query_log.py the queries of a method
+folding.py, rows.py           plan -> block -> coreset -> storage; rows of unequal length, here alone
+storage.py                    the tensors; budget.py how many, value_range.py their box
 positions.py, rereading.py, read_check.py   inputs that would be read wrongly
-static.py        fixed shapes, compiled
-joining.py       caches of parts joined into one
-sizes.py, error_report.py   what a cache reports
-disk/            save, load, inspect
+static.py                     fixed shapes, compiled; joining.py caches of parts in one
+sizes.py, error_report.py     what a cache reports; disk/ saves, loads, inspects
 """

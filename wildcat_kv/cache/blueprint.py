@@ -1,4 +1,4 @@
-"""Check what a cache is to be made of, and lay its layers out, before anything is built or switched."""
+"""Plan a cache: check its parts before anything is built or switched."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ class Blueprint:
     Attributes:
         settings: budget and exact ends.
         compressor: method.
-        decoder: config of the decoder, which alone is switched.
-        layers: Transformers' layers of an uncompressed cache, one a layer of the model.
+        decoder: config of the decoder; the only one that is switched.
+        layers: Transformers' layers of an uncompressed cache, one for each layer of the model.
         full: indices of the full-attention layers.
-        exact: indices among these of layers left uncompressed.
+        exact: indices of the full-attention layers left uncompressed.
         rotations: rotary positions of each full-attention layer, by index; empty if the method needs none.
         rotation_limit: tokens that the rotations hold for; None for any number.
     """
@@ -50,7 +50,7 @@ class Blueprint:
         static: bool = False,
         offloading: bool = False,
     ) -> Self:
-        """Check that a cache can be made.
+        """Check that a cache can be made, and plan it.
 
         Args:
             config: config of the model; left as it is.
@@ -61,7 +61,7 @@ class Blueprint:
 
         Raises:
             TypeError: config is no Transformers config, or compressor no method.
-            ValueError: settings, method and model do not fit together; names the argument.
+            ValueError: settings, method and model do not fit together; the message names the argument.
         """
         compressor = resolve(compressor, settings)
         check_budget(settings, compressor)
@@ -80,7 +80,7 @@ class Blueprint:
 
 
 def check_budget(settings: WildCatConfig, compressor: Compressor) -> None:
-    """Refuse a limit or a tolerance that the method cannot keep to."""
+    """Refuse a limit or a tolerance that the method cannot keep."""
     if settings.max_tokens is not None and not compressor.decodes:
         raise ValueError(
             f"max_tokens={settings.max_tokens}: {type(compressor).__name__} compresses the prompt alone, so what "
@@ -103,12 +103,12 @@ def exact_layers(settings: WildCatConfig, total: int, full: Sequence[int]) -> fr
     """Find the layers to leave uncompressed, by index.
 
     Args:
-        settings: names them.
-        total: layers of the model.
+        settings: settings that name them.
+        total: number of layers of the model.
         full: indices of the full-attention layers.
 
     Raises:
-        ValueError: an index that is no full-attention layer's, or nothing left to compress.
+        ValueError: an index of no full-attention layer, or no layer left to compress.
     """
     named = f"exact_layers={list(settings.exact_layers)}"
     found = set()
@@ -125,7 +125,7 @@ def exact_layers(settings: WildCatConfig, total: int, full: Sequence[int]) -> fr
 
 
 def _check_offloading(compressor: Compressor) -> None:
-    """Refuse offloading where there is no device, or where layers fold together."""
+    """Refuse offloading without a device, or with layers that fold together."""
     if not torch.cuda.is_available():
         raise ValueError("offloading=True needs a CUDA device to offload from; leave it out on this machine")
     if compressor.waits:
@@ -136,7 +136,7 @@ def _check_offloading(compressor: Compressor) -> None:
 
 
 def _check_static(settings: WildCatConfig, compressor: Compressor, offloading: bool, windows: bool) -> None:
-    """Refuse what has no fixed shapes, or would need more of a traced step than keys and values."""
+    """Refuse fixed shapes if the cache grows, learns from queries or moves."""
     method = type(compressor).__name__
     if settings.max_tokens is None:
         raise ValueError(f"static=True with ratio={settings.ratio}: what is stored grows; give max_tokens instead")
@@ -147,7 +147,7 @@ def _check_static(settings: WildCatConfig, compressor: Compressor, offloading: b
         )
     if offloading:
         raise ValueError("static=True with offloading=True: addresses change when layers move; choose one of them")
-    if windows:  # one that is wider than the positions too: the model would ask for its mask
+    if windows:  # a window wider than the positions too: the model would ask for its mask
         raise ValueError(
             "static=True: the model has layers with windows or of other kinds; leave it out for this model"
         )

@@ -1,4 +1,4 @@
-"""The cache that a user holds: a Transformers cache whose full-attention layers are compressed."""
+"""The cache of the user: its full-attention layers are compressed."""
 
 from __future__ import annotations
 
@@ -33,33 +33,35 @@ from wildcat_kv.recipes.recipe import Recipe
 
 
 class WildCatCache(CacheContract):
-    """A Transformers cache that keeps its full-attention layers within a budget: by WildCat, or any other method.
+    """A Transformers cache that keeps its full-attention layers within a budget.
 
-    Pass it to `generate(cache=...)` or to the model; before Transformers 5.24 that argument is `past_key_values=...`.
-    Constructing it switches the config's attention implementation to "wildcat", which does what the previous one did
-    wherever nothing is compressed, with other caches too; the switch can stay. It is for inference: compressed layers
-    keep keys and values without their gradients.
+    The method is WildCat, or any other one. Pass the cache to `generate(cache=...)` or to the model; before
+    Transformers 5.24 that argument is `past_key_values=...`.
+
+    The constructor switches the config's attention implementation to "wildcat". With other caches, and as long as
+    nothing is compressed, this one calls the previous implementation, so the switch can stay. The cache is for
+    inference: compressed layers keep keys and values without their gradients.
 
     Args:
         config: the model's own config, `model.config`; a copy of it never reaches the model.
         settings: budget and exact ends; or give its fields by name.
-        preset: what to begin with, by name, file or object; by default the section of the config that `patch_config`
-            wrote, or, without one, the preset "published".
-        compressor: the method, instead of the preset's: a name from `wildcat_kv.compressors.available()`, or a
+        preset: preset to begin with, by name, file or object. By default the section of the config that
+            `patch_config` wrote; without one, the preset "published".
+        compressor: method to take instead of the preset's: a name from `wildcat_kv.compressors.available()`, or a
             `Compressor`.
         offloading: True to keep keys and values on the CPU while other layers work, as Transformers' own offloaded
             cache does; needs CUDA.
         offload_only_non_sliding: True to leave sliding-window layers on their device.
-        static: True, with `max_tokens`, to keep all shapes and addresses fixed, so that decoding can be compiled, see
-            `compile_decoding`; not for models with other than full-attention layers, nor methods that learn from
+        static: True, with `max_tokens`, to keep all shapes and addresses fixed, so that decoding can be compiled by
+            `compile_decoding`. Not for models with other than full-attention layers, nor for methods that learn from
             queries.
-        **fields: `ratio=0.25` to keep a quarter of the tokens, or `max_tokens=1024` to bound them, and further fields
-            of `WildCatConfig`.
+        **fields: fields of `WildCatConfig`, such as `ratio=0.25` to keep a quarter of the tokens, or
+            `max_tokens=1024` to bound them.
 
     Raises:
         TypeError: config is no Transformers config, or compressor no method.
-        ValueError: settings that do not fit, a name that is no method's or preset's, a model that cannot be
-            compressed, or offloading without CUDA.
+        ValueError: settings that do not fit, an unknown method or preset, a model that cannot be compressed, or
+            offloading without CUDA.
 
     Source: Schröder and Mackey, arXiv 2602.10056.
 
@@ -91,7 +93,7 @@ class WildCatCache(CacheContract):
         for place, index in enumerate(plan.full):
             layers[index] = kind(self._pass_state, index, place, sharing, plan.rotations.get(index))
         super().__init__(layers=layers, offloading=offloading, offload_only_non_sliding=offload_only_non_sliding)
-        # To start anew from: not every layer of Transformers' can be reset in every version.
+        # `reset` copies these: in some versions not every layer of Transformers can be reset.
         self._beside = {index: copy.deepcopy(layer) for index, layer in enumerate(layers) if index not in plan.full}
         self._model = ModelIdentity.of(plan.decoder, config)
         if (length := dropped_from(plan.decoder)) is not None:
@@ -106,12 +108,12 @@ class WildCatCache(CacheContract):
 
     @property
     def settings(self) -> WildCatConfig:
-        """Budget and exact ends."""
+        """Settings: budget and exact ends."""
         return self._pass_state.settings
 
     @property
     def compressor(self) -> Compressor:
-        """The method."""
+        """Method of compression."""
         return self._pass_state.compressor
 
     @property
@@ -126,7 +128,7 @@ class WildCatCache(CacheContract):
 
     @property
     def model(self) -> ModelIdentity:
-        """The model that the cache was built for."""
+        """Model that the cache was built for."""
         return self._model
 
     @property
@@ -135,22 +137,24 @@ class WildCatCache(CacheContract):
         return self._pass_state.rope
 
     def stored_length(self, layer_idx: int | None = None) -> int:
-        """Count the entries held a row: slots and exact tokens, and the padding among them.
+        """Count the entries that a layer stores in a row.
+
+        These are slots and exact tokens, and the padding among them.
 
         Args:
-            layer_idx: the layer; by default the first that has a budget. The others hold as many, unless the
-                method deals its budget out unequally between layers.
+            layer_idx: index of the layer; by default the first that has a budget. The others hold as many, unless
+                the method gives layers unequal budgets.
         """
         return stored_entries(self.layers[self._pass_state.leading if layer_idx is None else layer_idx])
 
     def memory_bytes(self) -> int:
-        """Count the bytes of all tensors that the cache holds, free room included."""
+        """Count the bytes of all tensors held, free room included."""
         return cache_bytes(self)
 
     def error_report(self) -> ErrorReport:
-        """Report how far the compressed layers' attention is estimated to be off, by layer and query head.
+        """Report the estimated error of attention, by layer and query head.
 
-        The estimate is the method's own at the last fold, of queries to come. A cache from a file has none.
+        It is the method's own estimate for future queries, made at the last fold. A cache from a file has none.
 
         Raises:
             ValueError: the method makes no estimate, or nothing has been compressed yet.
@@ -163,21 +167,21 @@ class WildCatCache(CacheContract):
         return report(self.compressor, self._pass_state.folding)
 
     def go_on_from(self, other: WildCatCache) -> None:
-        """Take over the positions of a cache that has read as many tokens and rows."""
+        """Take over the positions of a cache with as many tokens and rows."""
         self._pass_state.rope = RopeDeltas(other.rope.carry(self.get_seq_length()))
 
     def clone(self) -> Self:
-        """Copy the cache; what is read into one is not seen by the other. The same as `copy.deepcopy`."""
+        """Copy the cache, as `copy.deepcopy` does; the copy is independent."""
         return copy.deepcopy(self)
 
     def fresh(self, settings: WildCatConfig | None = None) -> Self:
-        """Make a cache of the same kind that has read nothing.
+        """Make an empty cache of the same kind.
 
         Args:
-            settings: another budget, which leaves the same layers exact.
+            settings: new settings with the same exact layers; by default the cache's own.
 
         Raises:
-            ValueError: it leaves others exact, or is a limit that the method cannot keep to.
+            ValueError: the settings leave other layers exact, or set a limit that the method cannot keep.
         """
         if settings is not None:
             check_budget(settings, self.compressor)
@@ -192,30 +196,30 @@ class WildCatCache(CacheContract):
         return twin
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the cache to a safetensors file, to be loaded by another process.
+        """Write the cache to a safetensors file, for another process to load.
 
-        The file is complete or not there at all. It carries the settings and the shape of the model, not
-        its weights: load it with the model that read the context.
+        The file is either complete or absent. It holds the settings and the shape of the model, not its weights:
+        load it with the model that read the context.
 
         Args:
-            path: file; one that exists is replaced.
+            path: file; an existing one is replaced.
 
         Raises:
-            ValueError: nothing was read yet, or a layer of a kind that cannot be saved.
-            RuntimeError: a forward pass failed half-way.
+            ValueError: nothing was read yet, or a layer is of a kind that cannot be saved.
+            RuntimeError: an earlier forward pass failed half-way.
             OSError: the file cannot be written.
         """
         write(path, self.saved())
 
     def saved(self, text: SavedText | None = None) -> SavedCache:
-        """Hand over all that a file keeps of the cache.
+        """Collect the parts of the cache that a file keeps.
 
         Args:
-            text: what is known of the text that was read.
+            text: text that was read, for the file to describe; None if unknown.
 
         Raises:
             ValueError: nothing was read yet.
-            RuntimeError: a forward pass failed half-way.
+            RuntimeError: an earlier forward pass failed half-way.
         """
         self._synchronize()
         self.check_in_step()
@@ -232,31 +236,31 @@ class WildCatCache(CacheContract):
         device: torch.device | str = "cpu",
         **options: Any,
     ) -> Self:
-        """Read what `save` wrote.
+        """Load a cache from a file that `save` wrote.
 
-        On the CPU the file is mapped into memory, not copied: processes that load one file share it, and pages are
-        copied as they are written to. Do not write to the file itself while a cache uses it; `save` replaces it.
-        A `clone()` of it goes on bit for bit as the cache that was saved; read in place, sums can differ in their last
-        bits where a processor's kernels depend on how memory is aligned.
+        On the CPU the file is mapped into memory, not copied: processes that load one file share it, and a page is
+        copied when it is written to. Do not write to the file itself while a cache uses it; `save` replaces it.
+        A `clone()` of the loaded cache goes on bit for bit like the saved one. The loaded cache itself reads its
+        tensors in place: sums can differ in their last bits if kernels depend on the alignment of memory.
 
         Args:
             path: file.
             config: config of the model that goes on, `model.config`.
-            device: where to put the tensors. Full-attention layers follow the model from there by themselves;
-                layers that Transformers keeps (sliding windows, linear attention) stay, so give theirs.
-            **options: further arguments of the class. The settings are the file's, and so is the method, if it is one
-                of ours; another must be given as `compressor`.
+            device: device of the tensors. Full-attention layers follow the model from there by themselves. Uncompressed
+                layers (sliding windows, linear attention) stay, so give their device.
+            **options: further arguments of the class. Settings and method come from the file; a method that is not
+                built in must be given as `compressor`.
 
         Raises:
             FileNotFoundError: there is no such file.
-            ValueError: no file of ours, a damaged one, one of another version, or of another model or method.
-                Nothing is changed then.
+            ValueError: the file is no cache, is damaged, or comes from another version, model or method. Nothing is
+                changed then.
         """
         return cls.restored(read(path, config, device), config, **options)
 
     @classmethod
     def restored(cls, saved: SavedCache, config: Any, **options: Any) -> Self:
-        """Build the cache that was saved, from a file that was read; see `load`."""
+        """Build a cache from the contents of a file; see `load`."""
         given = options.pop("compressor", None)
         method = given if isinstance(given, Compressor) else saved.method(given)
         saved.check_method(method)
@@ -265,19 +269,9 @@ class WildCatCache(CacheContract):
         cache.rope.steps = saved.rope.steps
         return cache
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        self._synchronize()
-        # The method has no state, and a stream of the device cannot be copied: both are shared.
-        for shared in (self.compressor, getattr(self, "prefetch_stream", None)):
-            memo[id(shared)] = shared
-        twin = type(self).__new__(type(self))
-        memo[id(self)] = twin
-        twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
-        return twin
-
     def __repr__(self) -> str:
         layers, mebibytes = self._compressed_layers(), self.memory_bytes() / 2**20
-        chosen = _chosen(self.settings, self.compressor)
+        chosen = _describe(self.settings, self.compressor)
         return (
             f"{type(self).__name__}({chosen}; {len(layers)} of {len(self.layers)} layers compressed; "
             f"{layers[0].get_seq_length()} tokens seen, {stored_tokens(self):.0f} stored, {mebibytes:.1f} MiB)"
@@ -285,7 +279,7 @@ class WildCatCache(CacheContract):
 
 
 def _fill(layers: list[Any], saved: SavedCache) -> None:
-    """Put what was saved into the layers of a new cache."""
+    """Fill the layers of a new cache from the contents of a file."""
     for layer, kept in zip(layers, saved.layers, strict=True):
         if isinstance(kept, SavedLayer):
             queries = (kept.carried, kept.recent)
@@ -294,9 +288,9 @@ def _fill(layers: list[Any], saved: SavedCache) -> None:
             vars(layer).update(kept.attributes)
 
 
-def _chosen(settings: WildCatConfig, compressor: Compressor) -> str:
-    """Write the method, and the settings that matter to it."""
-    if isinstance(compressor, WildCat):  # made from the settings
+def _describe(settings: WildCatConfig, compressor: Compressor) -> str:
+    """Describe the method and the settings that matter to it."""
+    if isinstance(compressor, WildCat):  # the settings tell all of it
         return ", ".join(f"{name}={value!r}" for name, value in settings.model_dump(exclude_none=True).items())
     budget = settings.model_dump(exclude_none=True, exclude={"temperature", "weights", "seed"})
     return ", ".join([repr(compressor), *(f"{name}={value!r}" for name, value in budget.items())])

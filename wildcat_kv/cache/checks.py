@@ -1,4 +1,4 @@
-"""Refuse what layers of Transformers' and rows of a batch cannot do, before anything changes."""
+"""Check rows of a batch and layers of Transformers before a change."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from torch import Tensor
 
 
 def kept_rows(indices: Tensor | Sequence[int], rows: int) -> Tensor:
-    """Check which rows of a batch to keep.
+    """Check the rows of a batch to keep.
 
     Args:
         indices: int64 (k,) or integers, negative ones counted from the end; or a bool mask over the rows.
         rows: rows that the cache holds, at least 1.
 
     Returns:
-        int64 (k,), none of them negative.
+        int64 (k,), without negative ones.
 
     Raises:
-        ValueError: rows that are not there, or none at all.
+        ValueError: rows that the cache does not hold, or no rows.
     """
     indices = torch.as_tensor(indices)
     kept = indices.nonzero().squeeze(-1) if indices.dtype == torch.bool else indices
@@ -34,7 +34,17 @@ def kept_rows(indices: Tensor | Sequence[int], rows: int) -> Tensor:
 
 
 def check_foreign_crop(layer: Any, tokens_to_remove: int) -> None:
-    """Refuse a crop that a layer of Transformers' would refuse too late, or do wrongly."""
+    """Refuse a crop that a layer of Transformers cannot do.
+
+    Such a layer would refuse it after others have changed, or do it wrongly.
+
+    Args:
+        layer: uncompressed layer of the cache.
+        tokens_to_remove: minus the number of tokens to take back.
+
+    Raises:
+        ValueError: the layer keeps no past, or has dropped tokens that would be in sight again.
+    """
     name, refused = type(layer).__name__, f"tokens_to_remove={tokens_to_remove}"
     if not layer.is_croppable:
         raise ValueError(f"{refused}: {name} keeps no past to go back to; reset() the cache and read the text again")

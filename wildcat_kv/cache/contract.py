@@ -1,4 +1,4 @@
-"""Answer what Transformers asks of a cache."""
+"""Methods that Transformers calls on a cache."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import Cache
-from typing_extensions import override
+from typing_extensions import Self, override
 
 from wildcat_kv.cache.checks import check_foreign_crop, kept_rows
 from wildcat_kv.cache.forward import PassState
@@ -22,14 +22,14 @@ from wildcat_kv.models.identity import ModelIdentity
 
 
 class CacheContract(Cache):
-    """Transformers' side of a compressed cache: lengths, masks, rows and rollback, for all layers at once."""
+    """Transformers' side of a cache: lengths, masks, rows, rollback and copies."""
 
     _pass_state: PassState
     _model: ModelIdentity
     _beside: dict[int, Any]
 
     def reset(self) -> None:
-        """Forget everything, as if new; the next text is read from its beginning."""
+        """Forget everything; the next text is read from its beginning."""
         for index, layer in enumerate(self.layers):
             if isinstance(layer, WildCatLayer):
                 layer.reset()
@@ -37,21 +37,20 @@ class CacheContract(Cache):
                 self.layers[index] = copy.deepcopy(self._beside[index])
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Take the newest tokens back, bit for bit as if they had never been read.
+        """Take the newest tokens back, bit for bit as if never read.
 
-        What can be taken back is what no fold has reached: everything since the last fold, or, of methods that
-        learn from queries, as much of it as queries are held for, at least `window` tokens. After
-        `activate_past_recording()` folds wait for `crop`, so that the last forward pass can be taken back,
-        and of those since the crop before it at least `window` tokens. `crop(0)` takes nothing and folds what
-        has waited.
+        Tokens since the last fold can be taken back. A method that learns from queries holds some queries only: then
+        at least `window` tokens can be taken back. After `activate_past_recording()` folds wait for `crop`. Then
+        the whole last forward pass can be taken back, and at least `window` tokens of the passes since the last crop.
+        `crop(0)` takes nothing back and does the folds that have waited.
 
         Args:
             tokens_to_remove: minus the number of tokens (columns, padding included).
 
         Raises:
-            ValueError: a positive number, tokens that are folded, or a layer of Transformers' that cannot
-                take tokens back. The cache is left as it was.
-            RuntimeError: a forward pass failed half-way.
+            ValueError: a positive number, tokens that are folded, or an uncompressed layer that cannot take tokens
+                back. The cache is left as it was.
+            RuntimeError: an earlier forward pass failed half-way.
         """
         tokens_to_remove = operator.index(tokens_to_remove)
         self.check_in_step()
@@ -69,28 +68,32 @@ class CacheContract(Cache):
             self._pass_state.rope.crop(self._compressed_layers()[0].get_seq_length())
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Tokens seen, padding included. A caller that keeps positions on the model finds this cache's in place.
+        """Count the tokens seen, padding included.
+
+        A model that keeps positions on itself is given this cache's positions, see `positions.py`.
 
         Raises:
-            ValueError: its positions are not known, or the model is another than the one that read.
+            ValueError: these positions are not known, or another model read the tokens.
         """
         seen = super().get_seq_length(layer_idx)
-        # Only what runs can be looked at, not what is traced.
+        # A traced caller has no frame to look at.
         if not torch.compiler.is_compiling() and NAME in (caller := sys._getframe(1)).f_code.co_names:
             self._pass_state.rope.place(caller, seen, self._model)
         return seen
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
-        """Length and offset for the mask of a forward pass, which begins with this call.
+        """Return length and offset for the mask; a forward pass begins here.
 
         Raises:
-            RuntimeError: the forward pass before it failed half-way.
+            RuntimeError: an earlier forward pass failed half-way.
         """
         self.check_in_step()
         return super().get_mask_sizes(query_length, layer_idx)
 
     def announce_step(self, rows: int) -> Tensor:
-        """Prepare a forward pass of one new token, all rows unpadded, that may be traced; of a static cache.
+        """Prepare a forward pass of one token that may be traced.
+
+        The cache is static, and no row has padding in this pass.
 
         Args:
             rows: rows of the batch.
@@ -114,10 +117,14 @@ class CacheContract(Cache):
         return super().update_recurrent_state(recurrent_states, layer_idx, *args, **kwargs)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Row i becomes what row beam_idx[i] was; int64 (k,), rows may be left out or repeated."""
+        """Select rows: row i becomes the former row `beam_idx[i]`.
+
+        Args:
+            beam_idx: int64 (k,); rows may be left out or repeated.
+        """
         self._pass_state.padded = self._pass_state.padded and None
         self._pass_state.rope.select_rows(beam_idx)
-        # Read by the host once, and only where rows differ in what they hold.
+        # The host reads the indices once for all layers, and only if rows hold different numbers of tokens.
         on_host = None if all(layer.state.alike for layer in self._compressed_layers()) else beam_idx.tolist()
         for layer in self.layers:
             if isinstance(layer, WildCatLayer):
@@ -126,7 +133,12 @@ class CacheContract(Cache):
                 layer.reorder_cache(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat every row `repeats` times, copies side by side: several questions of one context.
+        """Repeat every row, copies side by side.
+
+        It serves several questions about one context.
+
+        Args:
+            repeats: number of copies of each row.
 
         Raises:
             ValueError: repeats is no positive integer.
@@ -143,7 +155,7 @@ class CacheContract(Cache):
                 over the rows.
 
         Raises:
-            ValueError: rows that are not there, or none at all. The cache is left as it was.
+            ValueError: rows that the cache does not hold, or no rows. The cache is left as it was.
         """
         if rows := self._rows():
             self.reorder_cache(kept_rows(indices, rows))
@@ -166,8 +178,21 @@ class CacheContract(Cache):
                 "cache.reset() and read the text again; or the model has fewer layers than its config says"
             )
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        self._synchronize()
+        # The method has no state, and a stream of the device cannot be copied: both are shared.
+        for shared in (self._pass_state.compressor, getattr(self, "prefetch_stream", None)):
+            memo[id(shared)] = shared
+        twin = type(self).__new__(type(self))
+        memo[id(self)] = twin
+        twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return twin
+
     def _synchronize(self) -> None:
-        """Wait for copies to and from the device, and for compiled steps: the host is about to read them."""
+        """Wait for the device's copies and for compiled steps.
+
+        The host can read the tensors after that.
+        """
         layers = [layer for layer in self._compressed_layers() if layer.is_initialized] if self.offloading else []
         for layer in self._compressed_layers():
             layer.state  # noqa: B018  # a static layer catches up
@@ -180,5 +205,5 @@ class CacheContract(Cache):
         return [layer for layer in self.layers if isinstance(layer, WildCatLayer)]
 
     def _rows(self) -> int:
-        """Rows of the batch, 0 before the first forward pass."""
+        """Count the rows of the batch, 0 before the first forward pass."""
         return self._compressed_layers()[0].batch_rows

@@ -1,4 +1,4 @@
-"""Report what a cache estimates of its own error, for people and programs to read."""
+"""Report a cache's estimate of its own error."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from wildcat_kv.compressors import Compressor
 
 @dataclass(frozen=True)
 class ErrorReport:
-    """How far compressed attention is estimated to be off.
+    """Estimated error of compressed attention.
 
-    The error of a head is ||o' - o|| / ||o|| over reference queries: the prompt's own, moved behind it. It is measured
-    on them, not bounded: queries of another kind can be further off.
+    The error of a head is ||o' - o|| / ||o|| over reference queries: the prompt's own queries, moved behind it. It is
+    measured on them and is no bound: for other queries it can be larger.
 
     Attributes:
-        errors: float32 (rows, query_heads) of each compressed layer, by its index in the model.
+        errors: float32 (rows, query_heads) for each compressed layer, by its index in the model.
         kept: share of the tokens seen that each of these layers holds.
     """
 
@@ -31,18 +31,18 @@ class ErrorReport:
 
     @property
     def mean(self) -> float:
-        """Over layers, rows and heads."""
+        """Mean error over layers, rows and heads."""
         return sum(self.layer(index) for index in self.errors) / len(self.errors)
 
     @property
     def worst(self) -> tuple[int, int, float]:
-        """Layer, query head and error of the head with the largest one, of all rows."""
+        """Layer, query head and error of the worst head, over all rows."""
         largest = {index: error.amax(0).max(-1) for index, error in self.errors.items()}
         index = max(largest, key=lambda layer: float(largest[layer].values))
         return index, int(largest[index].indices), float(largest[index].values)
 
     def layer(self, index: int) -> float:
-        """Of one layer, over rows and heads."""
+        """Average the error of one layer over rows and heads."""
         return float(self.errors[index].mean())
 
     def __str__(self) -> str:
@@ -63,7 +63,7 @@ def report(compressor: Compressor, states: Mapping[int, LayerState]) -> ErrorRep
     """Collect the estimates of a cache's last fold.
 
     Args:
-        compressor: the method.
+        compressor: method of the cache.
         states: contents of the layers that fold, by index.
 
     Raises:
@@ -74,11 +74,11 @@ def report(compressor: Compressor, states: Mapping[int, LayerState]) -> ErrorRep
     errors = {index: state.error.cpu() for index, state in states.items() if state.error is not None}
     if not errors:
         raise ValueError("nothing was compressed in this process yet: there is no error to report")
-    return ErrorReport(errors, {index: _kept(states[index]) for index in errors})
+    return ErrorReport(errors, {index: _share_kept(states[index]) for index in errors})
 
 
-def _kept(state: LayerState) -> float:
-    """Share of the tokens seen that a layer holds, averaged over rows and heads."""
-    rows = state.count_rows(state.progress.seen)  # those read since the last fold are held, too
+def _share_kept(state: LayerState) -> float:
+    """Compute the share of its tokens that a layer holds, over rows and heads."""
+    rows = state.count_rows(state.progress.seen)  # tokens read since the last fold are held, too
     seen = torch.tensor([max(1, row.seen) for row in rows], dtype=torch.float64)
     return float((state.entries.valid.sum(-1).cpu().double().mean(1) / seen).mean())

@@ -1,4 +1,4 @@
-"""One forward pass over all layers of a cache: its announcement, its mask, and the folds behind it."""
+"""One forward pass over all layers: announcement, mask and folds."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from wildcat_kv.cache.folding import fold_due, fold_together, survey_due, will_fold
 from wildcat_kv.cache.positions import RopeDeltas
-from wildcat_kv.cache.rereading import rereading
+from wildcat_kv.cache.rereading import rereading_fault
 from wildcat_kv.cache.state import LayerState
 from wildcat_kv.compressors import Compressor
 from wildcat_kv.config import WildCatConfig
@@ -20,23 +20,23 @@ from wildcat_kv.hook.marks import NAME, Forward
 
 @dataclass
 class PassState:
-    """Hold what the layers of one cache have in common.
+    """State that all layers of one cache share.
 
-    Layers hold this and not the cache: without a reference cycle, a deleted cache gives its memory back at once.
+    Layers hold this and not the cache. Without a reference cycle, a deleted cache frees its memory at once.
 
     Attributes:
         settings: budget and exact ends.
         compressor: method.
-        positions: tokens that the model has positions for; None if unknown.
+        positions: number of positions of the model; None if unknown.
         forward: forward pass under way, or the last one; None before the first.
         waiting: index of the layer whose keys have not reached the attention function yet.
-        compressed: True once any layer has folded, or is about to in this forward pass.
-        padded: True if any token held is padding; None for unknown.
-        begun: True while layers of Transformers' have read tokens that ours have not come to yet.
+        compressed: True once any layer has folded, or will fold in this forward pass.
+        padded: True if any token held is padding; None if unknown.
+        begun: True while uncompressed layers have read tokens that compressed ones have not.
         states: contents of each layer, by its index.
         exact_layers: indices of layers that never fold.
         rotation_limit: tokens that the method's rotations hold for; None for any number.
-        warned: True once the user knows that the text is longer than the model's positions.
+        warned: True once the user was told that the text is longer than the model's positions.
         rope: positions that the model would keep on itself.
     """
 
@@ -56,7 +56,10 @@ class PassState:
 
     @property
     def folding(self) -> dict[int, LayerState]:
-        """Contents of the layers that fold, by index; all of them fold at the same time."""
+        """Contents of the layers that fold, by index.
+
+        All of them fold at the same time.
+        """
         return {index: state for index, state in self.states.items() if index not in self.exact_layers}
 
     @property
@@ -66,7 +69,10 @@ class PassState:
 
     @property
     def trailing(self) -> int:
-        """Index of the last layer that folds: when it has read what another has, all have."""
+        """Index of the last layer that folds.
+
+        Once it has read as many tokens as another one, all layers have.
+        """
         return next(index for index in reversed(self.states) if index not in self.exact_layers)
 
     @property
@@ -81,16 +87,19 @@ class PassState:
         self.rope = RopeDeltas()
 
     def note_linear(self, index: int) -> None:
-        """Note that a linear layer has read: its own state does not tell what."""
+        """Note that a linear layer has read; its own state does not show it."""
         self.begun = self.begun or index < min(self.states)
 
     def folds_first(self, seen: int) -> bool:
-        """Tell if the next `update` of a recording cache folds before it reads, to keep it bounded."""
+        """Tell if the next `update` of a recording cache folds before it reads.
+
+        Such a fold keeps the cache bounded while it records.
+        """
         return will_fold(self.leader, beyond_rollback(self, seen))
 
 
 def beyond_rollback(shared: PassState, seen: int) -> int:
-    """Return the column up to which nothing need be taken back, whatever `crop` follows."""
+    """Return the column that no later `crop` can reach back beyond."""
     return seen - shared.settings.window
 
 
@@ -120,9 +129,9 @@ def announce(
         weighted: True if the pass attends by weights anyway, so that padding needs no mask.
 
     Raises:
-        ValueError: another batch size than before, a mask that contradicts what is folded, a text longer than the
-            method's rotations hold for, or tokens that see later ones where the cache is compressed. Nothing has
-            changed then.
+        ValueError: another batch size than before, a mask that contradicts the folded tokens, a text longer than the
+            method's rotations hold for, or a compressed cache with tokens that see later ones. Nothing has changed
+            then.
     """
     _check_call(shared, state, seen, rows, queries, mask, causal=causal)
     shared.rope.begin(seen, rows)
@@ -176,7 +185,10 @@ def _check_call(
 
 
 def _check_unpadded(shared: PassState, state: LayerState) -> None:
-    """Refuse to do without a mask where padding is held: an exact forward pass would attend to it."""
+    """Refuse a missing mask if the cache holds padding.
+
+    An exact forward pass would attend to the padding.
+    """
     storage = state.storage
     if storage is None:
         shared.padded = False
@@ -188,13 +200,13 @@ def _check_unpadded(shared: PassState, state: LayerState) -> None:
 
 
 def _read_mask(shared: PassState, seen: int, queries: int, mask: Tensor) -> bool:
-    """Learn from the mask which tokens are padding.
+    """Learn the padding from the mask.
 
     Returns:
-        True if it differs from what was shown of the tokens since the last fold, which are still as they came.
+        True if the mask changes the padding among the tokens since the last fold; these can still change.
 
     Raises:
-        ValueError: it hides tokens which are folded, or shows padding which was dropped by a fold.
+        ValueError: the mask hides folded tokens, or shows padding that a fold has dropped.
     """
     progress, storage = shared.leader.progress, shared.leader.storage
     relabelled = False
@@ -210,14 +222,14 @@ def _read_mask(shared: PassState, seen: int, queries: int, mask: Tensor) -> bool
         held = storage.entries.valid[:, 0, storage.length - progress.since_fold :]
         relabelled = not torch.equal(earlier[:, progress.folded_at :].to(held.device), held)
     shared.padded = not bool(mask.all())
-    if relabelled:  # all layers at once, before any of them decides what to fold
+    if relabelled:  # tell all layers now, before any of them plans a fold
         for state in shared.states.values():
             state.show(mask[:, state.progress.folded_at : seen])
     return relabelled
 
 
 def _warn_of_length(shared: PassState, length: int) -> None:
-    """Warn once of a text that is longer than the model's positions."""
+    """Warn, once, of a text longer than the model's positions."""
     shared.warned = True
     warnings.warn(
         f"the text is {length} tokens long and the model has {shared.positions} positions "
@@ -238,7 +250,7 @@ def check_update(shared: PassState, index: int, served: Forward | None, keys: Te
 
     Raises:
         RuntimeError: the keys did not come through the "wildcat" attention, or an earlier pass failed half-way.
-        ValueError: shapes or dtypes that do not fit, or NaN or infinity in the keys of a prompt.
+        ValueError: shapes or dtypes do not fit, or the keys of a prompt have NaN or infinity.
     """
     forward, state = shared.forward, shared.states[index]
     if forward is None or forward is served or shared.waiting is not None or forward.seen != state.progress.seen:
@@ -249,7 +261,7 @@ def check_update(shared: PassState, index: int, served: Forward | None, keys: Te
             f"(rows, kv_heads, {forward.queries} new tokens, channels), alike but for the channels"
         )
     if state.storage is not None:
-        held = state.storage.memory
+        held = state.storage.allocated
         for name, new, old in (("key_states", keys, held.keys), ("value_states", values, held.values)):
             shape, known = new.shape, old.shape
             if shape[:2] != known[:2] or shape[3] != known[3] or new.dtype != old.dtype:
@@ -258,7 +270,7 @@ def check_update(shared: PassState, index: int, served: Forward | None, keys: Te
                     f"channels or another dtype than the {tuple(known)} in {old.dtype} held; call "
                     "cache.reset(), or build a cache for this model"
                 )
-    if forward.queries > 1:  # one new token is checked when it is folded: reading it would stall the device
+    if forward.queries > 1:  # a single token is checked when it folds: reading it now would stall the device
         state.check_finite(keys)
     return forward
 
@@ -284,17 +296,19 @@ def _out_of_step(shared: PassState, index: int, served: Forward | None) -> str:
 
 
 def check_reading(shared: PassState, index: int, query: Tensor, config: Any, options: dict[str, Any]) -> None:
-    """Refuse new tokens that the cache has read before; the first layer answers for all.
+    """Refuse new tokens that the cache has read before.
+
+    Only the first layer checks, for all of them.
 
     Args:
         shared: state of the cache's passes.
         index: index of the layer.
-        query: (rows, heads, q, d), of the newest tokens.
+        query: queries of the newest tokens, (rows, heads, q, d).
         config: config of the decoder.
         options: keyword arguments of the attention call.
 
     Raises:
-        ValueError: see `rereading`. The layer is left as it was before the pass.
+        ValueError: the tokens were read before, see `rereading_fault`. The layer is left as it was before the pass.
     """
     queries, forward = query.shape[2], shared.forward
     assert forward is not None
@@ -302,7 +316,7 @@ def check_reading(shared: PassState, index: int, query: Tensor, config: Any, opt
         return
     state = shared.states[index]
     before = [row.seen for row in state.count_rows(forward.seen)]
-    if fault := rereading(options, config, queries, before, forward.new_valid(query.device)):
+    if fault := rereading_fault(options, config, queries, before, forward.new_valid(query.device)):
         state.observe(query)
         state.keep_queries()
         state.take_back(queries)
@@ -311,7 +325,10 @@ def check_reading(shared: PassState, index: int, query: Tensor, config: Any, opt
 
 
 def fold_layer(shared: PassState, index: int, until: int) -> None:
-    """Fold what is due up to column `until`: in this layer, or, if layers fold together, in all with the last one."""
+    """Fold the columns before `until`, if that is due.
+
+    If layers fold together, the last one folds them all, and the others prepare.
+    """
     state = shared.states[index]
     try:
         if not state.compressor.waits:

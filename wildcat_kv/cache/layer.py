@@ -1,4 +1,7 @@
-"""One layer of the cache on the path of a token: `update`, attention, fold. What it holds is in `state.py`."""
+"""One layer on the path of a token: `update`, attention, fold.
+
+`state.py` has the contents of a layer.
+"""
 
 from __future__ import annotations
 
@@ -17,10 +20,10 @@ from wildcat_kv.hook.marks import Forward, MarkedLength, mark
 
 
 class WildCatLayer(LayerContract):
-    """One full-attention layer: a coreset of the past, and the newest tokens as they are."""
+    """One full-attention layer: a coreset of the past, and exact new tokens."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Append exact tokens and return what this forward pass attends to.
+        """Append exact tokens; return the keys and values to attend to.
 
         Args:
             key_states: (rows, kv_heads, q, d), rotated.
@@ -34,7 +37,7 @@ class WildCatLayer(LayerContract):
         Raises:
             RuntimeError: the forward pass did not come through the "wildcat" attention.
             ValueError: shapes or a dtype that do not fit, another batch size than before, or NaN or infinity
-                in the keys of a prompt. The layer is left as it was.
+                in the keys of a prompt. The layer is left as it was then.
         """
         shared, state = self._pass_state, self._state
         forward = check_update(shared, self._index, self._forward, key_states, value_states)
@@ -51,25 +54,24 @@ class WildCatLayer(LayerContract):
         state.append(key_states, value_states, None if forward.mask is None else forward.new_valid(key_states.device))
         self._forward, shared.waiting, shared.begun = forward, self._index, False
         assert state.storage is not None
-        return mark(*state.storage.view(), self)
+        held, length = state.storage.allocated, state.storage.length  # new views: marks go with the tensor object
+        return mark(held.keys[:, :, :length], held.values[:, :, :length], self)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Length and offset for the mask function; the length leads it to the cache."""
+        """Return length and offset for the mask; the length is marked."""
         return MarkedLength(self.get_seq_length() + query_length, self), 0
 
     def announce(self, rows: int, queries: int, mask: Tensor | None, *, causal: bool = True) -> Forward:
-        """Take note, for all layers of the cache, that a forward pass has begun.
+        """Begin a forward pass, for all layers of the cache.
 
         Args:
-            rows: of the batch.
+            rows: rows of the batch.
             queries: new tokens.
             mask: bool (rows, seen + queries), False for padding, or None.
-            causal: whether no new token sees later ones.
+            causal: True if no new token sees later ones.
 
         Raises:
-            ValueError: another batch size than before, a mask that contradicts what is folded, a text longer than the
-                method's rotations hold for, or tokens that see later ones where the cache is compressed. Nothing has
-                changed then.
+            ValueError: the pass cannot be served, see `forward.announce`. Nothing has changed then.
         """
         return announce(
             self._pass_state,
@@ -84,41 +86,51 @@ class WildCatLayer(LayerContract):
         )
 
     def check_reading(self, query: Tensor, config: Any, options: dict[str, Any]) -> None:
-        """Refuse new tokens that the cache has read before; see `forward.check_reading`."""
+        """Refuse new tokens that the cache has read before.
+
+        Args:
+            query: queries of the newest tokens, (rows, heads, q, d).
+            config: config of the decoder.
+            options: keyword arguments of the attention call.
+
+        Raises:
+            ValueError: the tokens were read before, see `forward.check_reading`.
+        """
         check_reading(self._pass_state, self._index, query, config, options)
 
     @property
     def uses_fallback(self) -> bool:
-        """Whether this forward pass attends exactly, through the fallback."""
+        """True if this forward pass attends exactly, through the fallback."""
         assert self._forward is not None
         return self._forward.uses_fallback
 
     def attend(self, query: Tensor, keys: Tensor, values: Tensor, scale: float, options: dict[str, Any]) -> Tensor:
-        """Weighted attention of the newest tokens' queries.
+        """Attend to the stored entries, by their weights.
 
         Args:
-            query: (rows, heads, q, d).
-            keys: (rows, kv_heads, stored, d), as `update` returned them; so are the values.
-            values: (rows, kv_heads, stored, d_v).
-            scale: b.
-            options: of the attention call; `softcap` and `s_aux` are honoured.
+            query: queries of the newest tokens, (rows, heads, q, d).
+            keys: keys that `update` returned, (rows, kv_heads, stored, d).
+            values: values that `update` returned, (rows, kv_heads, stored, d_v).
+            scale: factor b of the attention scores.
+            options: keyword arguments of the attention call; `softcap` and `s_aux` are used.
 
         Returns:
-            (rows, heads, q, d_v).
+            Outputs (rows, heads, q, d_v).
         """
         storage, value_range = self._state.storage, self._state.value_range
         assert storage is not None
-        weights, valid = storage.weights()
+        held, length = storage.allocated, storage.length
+        weights, valid = held.weights[:, :, :length], held.valid[:, :, :length]
         box = None if value_range is None else (value_range.lowest, value_range.highest)
         given = AttentionOptions(scale, valid, True, box, options.get("softcap"), options.get("s_aux"))
         return coreset_attention(query, keys, values, weights, storage.weighting, given)
 
     def after_attention(self, query: Tensor, scale: float) -> None:
-        """Fold where a row is over its budget, now that the newest tokens have been attended to.
+        """Fold the rows over their budget, once the newest tokens have attended.
 
         Args:
-            query: (rows, heads, q, d), of the newest tokens.
-            scale: b, the factor of the attention scores.
+            query: queries of the newest tokens, (rows, heads, q, d).
+            scale: factor b of the attention scores.
 
         Raises:
             ValueError: NaN or infinity among the keys to fold; they stay as they are.
@@ -139,30 +151,30 @@ class WildCatLayer(LayerContract):
             if learns:
                 state.keep_queries()
         if self._offloading:
-            self._rest()
+            self._return_to_cpu()
 
     def restore(
         self,
         progress: Progress,
-        memory: Entries,
+        allocated: Entries,
         length: int,
         folded_range: ValueRange | None,
         carried: Tensor | None = None,
         recent: Tensor | None = None,
     ) -> None:
-        """Become the layer that had these; it must be new. See `LayerState.restore`."""
-        self._state.restore(progress, memory, length, folded_range, carried, recent)
-        self.dtype, self.device, self.is_initialized = memory.keys.dtype, memory.keys.device, True
+        """Fill this new layer with the contents of another; see `LayerState.restore`."""
+        self._state.restore(progress, allocated, length, folded_range, carried, recent)
+        self.dtype, self.device, self.is_initialized = allocated.keys.dtype, allocated.keys.device, True
         self._pass_state.compressed = self._pass_state.compressed or folded_range is not None
         self._pass_state.padded = None
 
     def tensors(self) -> list[Tensor]:
-        """All memory that the layer holds, free room included."""
+        """List all tensors of the layer, free room included."""
         return self._state.tensors()
 
     @property
     def stored(self) -> int:
-        """Entries held a row: slots and exact tokens, and the padding among them."""
+        """Entries held in a row: slots, exact tokens and padding."""
         return self._state.stored
 
     @property

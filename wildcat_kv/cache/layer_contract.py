@@ -1,4 +1,4 @@
-"""Answer what Transformers asks of one layer: lengths, rows, rollback, and the device it lives on."""
+"""Methods that Transformers calls on one layer: lengths, rows, rollback, device."""
 
 from __future__ import annotations
 
@@ -18,7 +18,15 @@ from wildcat_kv.hook.marks import Forward
 
 
 class LayerContract(CacheLayerMixin):
-    """Transformers' side of a compressed layer, but for `update` and what follows it."""
+    """Transformers' side of a compressed layer, except `update` and attention.
+
+    Args:
+        shared: state that all layers of the cache share.
+        index: index of the layer in the model.
+        place: index among the full-attention layers.
+        sharing: places of the layers that share one budget.
+        rotation: rotary positions of the layer; None if the method needs none.
+    """
 
     is_sliding = False
     is_compileable = False
@@ -53,37 +61,43 @@ class LayerContract(CacheLayerMixin):
         )
         self._pass_state.states[self._index] = self._state
         self._offloading = False
-        self._arrival: Any = None  # of a copy to the device, on another stream
-        self._forward: Forward | None = None  # the last one that was served
+        self._arrival: Any = None  # event of a copy to the device on another stream
+        self._forward: Forward | None = None  # last pass that reached this layer
 
     @property
     def state(self) -> LayerState:
-        """What the layer holds."""
+        """Contents of the layer."""
         return self._state
 
     @property
     def keys(self) -> Tensor | None:
-        """What is stored, (rows, kv_heads, stored, d): pivots, then exact tokens; None when empty."""
+        """Stored keys (rows, kv_heads, stored, d): pivots, then exact tokens.
+
+        None when empty.
+        """
         storage = self.state.storage
         return None if storage is None else storage.entries.keys
 
     @keys.setter
     def keys(self, keys: None) -> None:
-        """The base class begins with None."""
+        pass  # the base class sets None
 
     @property
     def values(self) -> Tensor | None:
-        """What is stored, (rows, kv_heads, stored, d_v): numerators over masses, then exact values; None when empty."""
+        """Stored values (rows, kv_heads, stored, d_v): slots, then exact tokens.
+
+        The value of a slot is its numerator over its mass. None when empty.
+        """
         storage = self.state.storage
         return None if storage is None else storage.entries.values
 
     @values.setter
     def values(self, values: None) -> None:
-        """The base class begins with None."""
+        pass  # the base class sets None
 
     @property
     def record_past(self) -> bool:
-        """Whether folds wait for `crop`, so that tokens can be taken back."""
+        """True if folds wait for `crop`, so that tokens can be taken back."""
         return self._state.progress.record_past
 
     @record_past.setter
@@ -91,40 +105,40 @@ class LayerContract(CacheLayerMixin):
         self._state.progress.record_past = record
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Allocate for keys and values of these shapes; called by the first `update`."""
+        """Allocate for keys and values of these shapes, in the first `update`."""
         self.dtype, self.device = key_states.dtype, key_states.device
         self._state.allocate(key_states, value_states)
         self.is_initialized = True
 
     def get_seq_length(self) -> int:
-        """Tokens seen, padding included: positions continue from it. What is stored is `stored`."""
+        """Count the tokens seen, padding included; `stored` counts the entries held."""
         return self._state.progress.seen
 
     def get_max_length(self) -> int:
-        """-1: any number of tokens can be read."""
+        """Return -1: any number of tokens can be read."""
         return -1
 
     def reset(self) -> None:
-        """Forget everything, as if new."""
+        """Forget everything."""
         self._clear()
         self._pass_state.reset()
 
     def activate_past_recording(self) -> None:
-        """Fold nothing until `crop`, so that tokens read from now on can be taken back.
+        """Fold nothing until `crop`, so that new tokens can be taken back.
 
-        Several forward passes may come before it: what the window's length rules out from being taken back
-        is folded all the same, so that the layer stays bounded.
+        Several forward passes may come before the crop. Tokens before the window cannot be taken back then: they are
+        folded all the same, so that the layer stays bounded.
         """
         self.record_past = True
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Take the newest tokens back, as if they had never been read; then fold what waited for this.
+        """Take the newest tokens back, then do the folds that waited.
 
         Args:
             tokens_to_remove: minus the number of columns to take back; 0 to take none.
 
         Raises:
-            ValueError: a positive number, or tokens that are folded already. The layer is left as it was.
+            ValueError: a positive number, or tokens that are folded. The layer is left as it was.
         """
         tokens_to_remove = operator.index(tokens_to_remove)
         self.check_crop(tokens_to_remove)
@@ -133,27 +147,30 @@ class LayerContract(CacheLayerMixin):
         self._bring_to(self.device)
         if tokens_to_remove:
             self._pass_state.padded = self._pass_state.padded and None
-            if -tokens_to_remove == self.get_seq_length():  # of this text, nothing is left
+            if -tokens_to_remove == self.get_seq_length():  # nothing of the text is left
                 record_past = self.record_past
                 self._clear()
                 self.record_past = record_past
                 return
             self._state.take_back(-tokens_to_remove)
         fold_layer(self._pass_state, self._index, self.get_seq_length())
-        self._rest()
+        self._return_to_cpu()
 
     def check_crop(self, tokens_to_remove: int) -> None:
-        """Refuse what `crop` cannot do.
+        """Refuse a `crop` that cannot be done.
+
+        Args:
+            tokens_to_remove: minus the number of columns to take back; 0 to take none.
 
         Raises:
-            ValueError: see `crop`.
+            ValueError: a positive number, or tokens that are folded.
         """
         if tokens_to_remove > 0:
             raise ValueError(
                 f"tokens_to_remove={tokens_to_remove} must be negative: minus the number of tokens to take back"
             )
         exact, seen = self._state.croppable, self.get_seq_length()
-        if -tokens_to_remove == seen == self._state.progress.since_fold:  # of nothing, nothing need be at hand
+        if -tokens_to_remove == seen == self._state.progress.since_fold:  # removing everything is always allowed
             return
         if -tokens_to_remove > seen:
             raise ValueError(
@@ -169,44 +186,62 @@ class LayerContract(CacheLayerMixin):
             )
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Row i becomes what row beam_idx[i] was; int64 (k,), rows may be left out or repeated."""
+        """Select rows: row i becomes the former row `beam_idx[i]`.
+
+        Args:
+            beam_idx: int64 (k,); rows may be left out or repeated.
+        """
         self.select_rows(beam_idx, None if self._state.alike else beam_idx.tolist())
 
     def select_rows(self, index: Tensor, on_host: list[int] | None) -> None:
-        """The same, where the indices have been read already; see `LayerState.select_rows`."""
+        """Select rows by indices that the host may have read already.
+
+        Args:
+            index: int64 (k,).
+            on_host: the same indices; None if all rows hold the same number of tokens.
+        """
         if not self.is_initialized:
             return
         self._bring_to(self.device)
         self._state.select_rows(index, on_host)
-        self._rest()
+        self._return_to_cpu()
 
     def offload(self) -> None:
-        """Keep keys and values on the CPU between forward passes; from the end of this one's attention on."""
+        """Keep keys and values on the CPU between forward passes.
+
+        It begins after the attention of the current pass.
+        """
         self._offloading = self.is_initialized
 
     def prefetch(self) -> None:
-        """Bring keys and values back to the layer's device ahead of time, on the stream that is current."""
+        """Bring keys and values back to the layer's device ahead of time.
+
+        The copy runs on the current stream.
+        """
         if self.is_initialized:
             self._bring_to(self.device)
             if self.device.type == "cuda":
                 self._arrival = torch.cuda.current_stream(self.device).record_event()
 
-    # Its device
+    # Device
 
     def _bring_to(self, device: torch.device) -> None:
-        """Have everything on `device`: that of the layer, or, for a cache from a file, of the first keys."""
+        """Move everything to `device`.
+
+        It is the layer's device, or, for a cache from a file, the device of the first keys.
+        """
         self.wait()
         self._state.move(device)
         self.device = device
 
     def wait(self) -> None:
-        """Let the current stream wait for what another one brings."""
+        """Let the current stream wait for a copy on another stream."""
         if self._arrival is not None:
             torch.cuda.current_stream(self.device).wait_event(self._arrival)
             self._arrival = None
 
-    def _rest(self) -> None:
-        """Nothing more to do with the tensors for now."""
+    def _return_to_cpu(self) -> None:
+        """Move keys and values to the CPU, if offloading is on."""
         if self._offloading:
             assert self._state.storage is not None
             self._state.storage.offload()

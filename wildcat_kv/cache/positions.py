@@ -1,12 +1,12 @@
-"""Positions that a model keeps on itself, carried by the cache: the `rope_deltas` of models with M-RoPE.
+"""Positions that models with M-RoPE keep on themselves, `rope_deltas`.
 
-An image takes fewer rotary positions than tokens. Qwen2-VL and two dozen families after it therefore keep how far the
-positions are off the tokens, `rope_deltas` (rows, 1), and they keep it on the model: of the last prompt, whatever
-cache it was read into. Here each cache keeps its own, and puts it in place before the model goes on with it.
+An image takes fewer rotary positions than tokens. Qwen2-VL and two dozen families after it keep the difference,
+`rope_deltas` (rows, 1), on the model: always that of the last prompt, even if another cache read it. Here each cache
+keeps its own difference, and puts it on the model before the model goes on with this cache.
 
-No call hands the cache to the model, or the model to the cache, before positions are computed. But every family asks
-the cache for `get_seq_length()` in the function that uses `rope_deltas`, right before it does. So that is where the
-caller is looked at: a function that names `rope_deltas`, of a module that has them.
+No call gives the cache to the model, or the model to the cache, before positions are computed. But every family
+calls the cache's `get_seq_length()` in the function that uses `rope_deltas`, right before their use. So
+`get_seq_length()` looks at its caller: a function that names `rope_deltas`, of a module that has them.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from wildcat_kv.coreset.tensors import ordinary_tensors
 from wildcat_kv.models.identity import ModelIdentity
 
 NAME = "rope_deltas"
-# Local variables of the callers that have a row for each row of the batch.
+# Local variables of the callers with one row for each row of the batch.
 _ROWS = ("inputs_tensor", "inputs_embeds", "input_ids", "attention_mask")
 
 
@@ -34,7 +34,7 @@ class Step:
     Attributes:
         start: tokens read before.
         deltas: (rows, 1), to add to the number of valid tokens before a token; None to count tokens alone.
-        known: whether the model computed them; otherwise they were given as `position_ids`, or the model keeps none.
+        known: True if the model computed them; False if they were given as `position_ids` or the model keeps none.
     """
 
     start: int
@@ -44,29 +44,32 @@ class Step:
 
 @dataclass
 class RopeDeltas:
-    """The positions of one cache.
+    """Positions of one cache.
 
     Attributes:
-        steps: in the order of their starts. One that starts at the end of what is read holds from the next token on:
-            it has no effect if the forward pass fails, or is taken back.
+        steps: steps in the order of their starts. A step that starts at the newest token holds from the next token
+            on. It has no effect if the forward pass fails, or is taken back.
     """
 
     steps: list[Step] = field(default_factory=list)
-    # The module whose deltas are to be noted, once it has computed them, and those that it was given.
+    # The module that computes deltas now, and the deltas that it was given before.
     _holder: weakref.ref | None = None
     _placed: Tensor | None = None
-    # The last one that was found to be of the model that read.
+    # The last module that `_check` accepted.
     _checked: weakref.ref | None = None
 
     def after(self, seen: int, model: Any) -> Tensor | None:
-        """The deltas (rows, 1) that hold after `seen` tokens, at least one; None to count tokens alone.
+        """Find the deltas that hold after `seen` tokens.
 
         Args:
-            seen: tokens read.
-            model: the module that goes on, for the message.
+            seen: tokens read, at least 1.
+            model: module that goes on, for the message.
+
+        Returns:
+            Deltas (rows, 1), or None to count tokens alone.
 
         Raises:
-            ValueError: they are not known.
+            ValueError: the deltas are not known.
         """
         step = next((step for step in reversed(self.steps) if step.start < seen), None)
         if step is None or not step.known:
@@ -77,35 +80,35 @@ class RopeDeltas:
         return step.deltas
 
     def carry(self, seen: int) -> list[Step]:
-        """The steps that have an effect after `seen` tokens."""
+        """List the steps that have an effect after `seen` tokens."""
         return [step for step in self.steps if step.start < seen]
 
     def place(self, caller: FrameType, seen: int, reader: ModelIdentity) -> None:
-        """Put the positions in place, where the caller is about to go on with them.
+        """Put the deltas on the model that is about to use them.
 
         Args:
-            caller: the frame that asks for the length; its function names `rope_deltas`.
+            caller: frame that asks for the length; its function names `rope_deltas`.
             seen: tokens read.
-            reader: the model that read them.
+            reader: model that read them.
 
         Raises:
-            ValueError: the positions of what was read are not known, do not fit the caller's rows, or are of an image
-                that another model saw.
+            ValueError: the positions of the tokens read are unknown, do not fit the caller's rows, or belong to an
+                image that another model saw.
         """
         names = caller.f_locals
-        holder = _holder(names.get("self"))
+        holder = _find_holder(names.get("self"))
         if holder is None:
             return
         deltas = self.after(seen, holder) if seen else None
         batch = next((names[name] for name in _ROWS if isinstance(names.get(name), Tensor)), None)
         if deltas is not None:
             self._check(holder, reader)
-            deltas = deltas if batch is None else _fitted(deltas, batch)
+            deltas = deltas if batch is None else _fit_to_batch(deltas, batch)
         setattr(holder, NAME, deltas)
         self._holder, self._placed = weakref.ref(holder), deltas
 
     def _check(self, holder: Any, reader: ModelIdentity) -> None:
-        """Refuse a model with another vision part than the one that read."""
+        """Refuse a model whose vision part differs from the reader's."""
         if self._checked is not None and self._checked() is holder:
             return
         if difference := reader.differing_sense(holder.config):
@@ -116,11 +119,11 @@ class RopeDeltas:
         self._checked = weakref.ref(holder)
 
     def begin(self, seen: int, rows: int) -> None:
-        """Note the positions of a forward pass; the model has computed them.
+        """Note the positions that the model has computed for a forward pass.
 
         Args:
             seen: tokens read before.
-            rows: of the batch.
+            rows: rows of the batch.
         """
         if self._holder is None:
             if not seen and not self.steps:
@@ -132,14 +135,14 @@ class RopeDeltas:
             return
         found = getattr(holder, NAME)
         if not seen or found is not placed:
-            self.note(seen, _of_rows(found, rows))
+            self.note(seen, _copy_for_rows(found, rows))
 
     def note(self, seen: int, deltas: Tensor | None, *, known: bool = True) -> None:
-        """Let `deltas` (rows, 1) hold from the token after `seen` on."""
+        """Add a step: `deltas` (rows, 1) hold from the token after `seen` on."""
         self.steps = [*self.carry(seen), Step(seen, deltas, known)]
 
     def select_rows(self, index: Tensor) -> None:
-        """Row i becomes what row index[i] was; int64 (k,)."""
+        """Keep the rows at `index`, int64 (k,), in that order."""
         self.steps = [
             step
             if step.deltas is None
@@ -148,30 +151,43 @@ class RopeDeltas:
         ]
 
     def crop(self, seen: int) -> None:
-        """Forget what came after `seen` tokens."""
+        """Forget the steps after `seen` tokens."""
         self.steps, self._holder, self._placed = self.carry(seen), None, None
 
     def tensors(self) -> list[Tensor]:
-        """All tensors held."""
+        """List all tensors held."""
         return [step.deltas for step in self.steps if step.deltas is not None]
 
 
 def holds_positions(model: Any) -> bool:
-    """Tell whether a torch module, or one within it, keeps positions that caches must carry."""
+    """Tell if a torch module, or one inside it, keeps `rope_deltas`."""
     return any(NAME in vars(module) for module in model.modules())
 
 
-def _holder(owner: Any) -> Any:
-    """The module that has the positions: the owner of the calling method, or one right within it; None for neither."""
+def _find_holder(owner: Any) -> Any:
+    """Find the module that has the positions.
+
+    Args:
+        owner: owner of the calling method.
+
+    Returns:
+        The owner, or the first of its children that has them, or None.
+    """
     if not isinstance(owner, torch.nn.Module):
         return None
     return next((module for module in (owner, *owner.children()) if NAME in vars(module)), None)
 
 
-def _fitted(deltas: Tensor, batch: Tensor) -> Tensor | None:
-    """The deltas for a batch: of one row each, where `generate()` will repeat rows only later (beams).
+def _fit_to_batch(deltas: Tensor, batch: Tensor) -> Tensor | None:
+    """Choose the deltas for the rows of a batch.
 
-    None for a number of rows that will be refused when the forward pass begins.
+    `generate()` with beams computes positions before it repeats the rows: then one row of each prompt is taken.
+
+    Returns:
+        Deltas (rows, 1), or None if the rows do not fit; the forward pass will refuse them.
+
+    Raises:
+        ValueError: the rows of one prompt have different positions.
     """
     rows = batch.shape[0]
     if not rows or deltas.shape[0] % rows:
@@ -187,11 +203,11 @@ def _fitted(deltas: Tensor, batch: Tensor) -> Tensor | None:
     return deltas.to(batch.device)
 
 
-def _of_rows(found: Any, rows: int) -> Tensor | None:
-    """A copy of deltas (r, 1) with a row for each of the batch; None as it is.
+def _copy_for_rows(found: Any, rows: int) -> Tensor | None:
+    """Copy deltas (r, 1), repeated for the rows of the batch.
 
     Raises:
-        ValueError: something else.
+        ValueError: the model's `rope_deltas` have another type or shape.
     """
     if found is None:
         return None

@@ -1,4 +1,7 @@
-"""Check that a model reads into the cache it was given: a cache that is dropped answers nothing, and says nothing."""
+"""Check that a model reads into the cache it was given.
+
+A model that drops the cache gives wrong answers without an error.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +13,9 @@ from transformers import Cache, StoppingCriteria
 
 from wildcat_kv.hook.keyword import CACHE, given_argument
 
-# The place of the stopping criteria among the arguments of `generate()`.
+# Index of the stopping criteria among the positional arguments of `generate()`.
 _CRITERIA = 3
-# Options, each of which makes it guess tokens before the model reads them.
+# Options by which `generate()` guesses tokens before the model reads them.
 _GUESSING = ("prompt_lookup_num_tokens", "assistant_early_exit")
 
 
@@ -20,12 +23,12 @@ def check_read(model: Any, cache: Cache, tokens: int) -> None:
     """Refuse to go on from a forward pass that did not reach the cache.
 
     Args:
-        model: the model that ran.
-        cache: the cache it was given.
-        tokens: how many the cache must have seen by now, padding included.
+        model: model that ran.
+        cache: cache that it was given.
+        tokens: number of tokens that the cache must have seen by now, padding included.
 
     Raises:
-        RuntimeError: it has seen another number.
+        RuntimeError: the cache has seen another number.
     """
     if (seen := cache.get_seq_length()) != tokens:
         raise RuntimeError(_fault(model, tokens, seen))
@@ -34,16 +37,17 @@ def check_read(model: Any, cache: Cache, tokens: int) -> None:
 def with_read_check(
     model: Any, cache: Cache, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Add to the arguments of `generate()` a check that the first forward pass read into `cache`.
+    """Add a check of the first forward pass to `generate()`'s arguments.
 
     Args:
-        model: the model that generates.
-        cache: the cache that the call is given.
-        args: of the call, in their order.
-        kwargs: of the call, by name.
+        model: model that generates.
+        cache: cache that the call is given.
+        args: positional arguments of the call.
+        kwargs: keyword arguments of the call.
 
     Returns:
-        `args` and `kwargs` with one stopping criterion more, which raises a RuntimeError where nothing was read.
+        `args` and `kwargs` with one more stopping criterion. It raises a RuntimeError if the pass did not read into
+        the cache.
     """
     check = _ReadCheck(model, cache, guesses=_guesses(model, args, kwargs))
     if len(args) > _CRITERIA:
@@ -52,7 +56,7 @@ def with_read_check(
 
 
 def _guesses(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Tell whether a call of `generate()` guesses tokens, by an assistant or from the prompt."""
+    """Tell if `generate()` guesses tokens, by an assistant or from the prompt."""
     if given_argument("assistant_model", args, kwargs) is not None:
         return True
     configs = (given_argument("generation_config", args, kwargs), model.generation_config)
@@ -60,9 +64,10 @@ def _guesses(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
 
 
 class _ReadCheck(StoppingCriteria):
-    """Never ends a text. Transformers calls it after the first token, in every way to decode and in the same thread.
+    """Stopping criterion that checks the cache and never stops.
 
-    With guesses it may call it once before, about the first ones: before Transformers 5.24 it does.
+    Transformers calls it after the first token, in every way to decode and in the same thread. If it guesses tokens,
+    it may call once before that, about the first guesses; before 5.24 it does.
     """
 
     def __init__(self, model: Any, cache: Cache, *, guesses: bool) -> None:
@@ -73,7 +78,7 @@ class _ReadCheck(StoppingCriteria):
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
         if not self._read:
-            # The newest token is not read yet. Prompts of embeddings have no ids.
+            # The newest token is not read yet. A prompt of embeddings has no ids to count.
             least = max(self._before + 1, input_ids.shape[1] - 1)
             seen = self._cache.get_seq_length()
             if seen < least and not self._guesses:

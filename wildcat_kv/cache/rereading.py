@@ -1,4 +1,7 @@
-"""Notice a forward pass that reads again what a cache has read. Plain caches take it for new text, and say nothing."""
+"""Notice a forward pass that reads the same tokens again.
+
+Plain caches take them for new text, and say nothing.
+"""
 
 from __future__ import annotations
 
@@ -7,18 +10,21 @@ from typing import Any
 from torch import Tensor
 
 
-def rereading(
+def rereading_fault(
     options: dict[str, Any], config: Any, queries: int, before: list[int], valid: Tensor | None
 ) -> str | None:
-    """Say why a pass does not continue the text that a cache has read; None where it does.
+    """Say why a forward pass does not continue the text of a cache.
 
     Args:
-        options: keyword arguments of the attention call. Most families hand on `position_ids`, int64 (rows or 1, q),
+        options: keyword arguments of the attention call. Most families pass on `position_ids`, int64 (rows or 1, q),
             and `use_cache`.
-        config: the decoder's config.
-        queries: q, the new tokens.
+        config: config of the decoder.
+        queries: number of new tokens, q.
         before: tokens that each row has read before this pass, without padding.
-        valid: bool (rows, q), False for new tokens that are padding; None where no mask was passed.
+        valid: bool (rows, q), False for new tokens that are padding; None if no mask was passed.
+
+    Returns:
+        The text of the error, or None if the pass continues the text.
     """
     seen, positions = max(before), options.get("position_ids")
     if not seen:
@@ -26,7 +32,7 @@ def rereading(
     start = None
     if isinstance(positions, Tensor) and positions.dim() == 2 and positions.shape[1] == queries:
         grids = "mrope_section" in (getattr(config, "rope_parameters", None) or {})
-        start = _restart(positions, before, valid, least=1 if grids else None)
+        start = _find_restart(positions, before, valid, least=1 if grids else None)
     elif options.get("use_cache") is False and queries == seen + 1:  # as `generate()` reads without a cache
         start = 0
     if start is None:
@@ -44,15 +50,18 @@ def rereading(
     )
 
 
-def _restart(positions: Tensor, before: list[int], valid: Tensor | None, least: int | None) -> int | None:
-    """The position at which a row goes back to where it has been; None where all rows go on.
+def _find_restart(positions: Tensor, before: list[int], valid: Tensor | None, least: int | None) -> int | None:
+    """Find a row that starts again at a position that it has read.
 
     Args:
         positions: int64 (rows or 1, q).
         before: tokens that each row has read.
         valid: bool (rows, q), False for padding.
-        least: the position that a row must reach; by default as many as it has read. Positions of images, which
-            count in a grid, fall behind the number of tokens.
+        least: position that a row must start from; by default the number of its tokens. Images count positions in a
+            grid, so these fall behind the number of tokens.
+
+    Returns:
+        The position, or None if all rows go on.
     """
     positions = positions.expand(len(before), -1)
     starts = positions[:, :1]

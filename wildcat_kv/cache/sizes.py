@@ -1,4 +1,4 @@
-"""What a cache holds and what a generation took, counted alike for every cache."""
+"""Sizes of a cache, counted alike for every kind of cache."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ from torch import Tensor
 
 
 def cache_bytes(cache: Any) -> int:
-    """Bytes of all tensors that a Transformers cache holds, free room included; shared memory counts once."""
+    """Count the bytes of all tensors that a Transformers cache holds.
+
+    Free room counts too. Memory that tensors share counts once.
+    """
     storages = {}
     positions = cache.rope.tensors() if hasattr(cache, "rope") else []
     for tensor in (*positions, *(tensor for layer in cache.layers for tensor in layer_tensors(layer))):
@@ -19,29 +22,30 @@ def cache_bytes(cache: Any) -> int:
 
 
 def layer_tensors(layer: Any) -> list[Tensor]:
-    """All tensors that a layer of a Transformers cache holds, ours or theirs."""
-    return layer.tensors() if hasattr(layer, "tensors") else _tensors(list(vars(layer).values()))
+    """List all tensors of a cache layer, compressed or not."""
+    return layer.tensors() if hasattr(layer, "tensors") else _tensors_within(list(vars(layer).values()))
 
 
-def _tensors(value: Any) -> list[Tensor]:
-    """The tensors among the attributes of one of Transformers' layers, in lists and dicts too."""
+def _tensors_within(value: Any) -> list[Tensor]:
+    """List the tensors in a value, in its lists and dicts too."""
     if isinstance(value, Tensor):
         return [value]
     if isinstance(value, dict):
         value = list(value.values())
-    return [tensor for item in value for tensor in _tensors(item)] if isinstance(value, (list, tuple)) else []
+    return [tensor for item in value for tensor in _tensors_within(item)] if isinstance(value, (list, tuple)) else []
 
 
 def stored_entries(layer: Any) -> int:
-    """Columns of keys that a layer of a Transformers cache holds."""
+    """Count the columns of keys that a cache layer holds, padding included."""
     keys = getattr(layer, "keys", None)
     return keys.shape[-2] if isinstance(keys, Tensor) and keys.numel() else 0
 
 
 def stored_tokens(cache: Any) -> float:
-    """Entries that a key head holds, on average over rows, heads and compressed layers; padding is none.
+    """Count the entries of a key head, without padding.
 
-    Of a cache that is not ours, columns of keys in the fullest layer.
+    It is the average over rows, heads and compressed layers. For other caches it is the columns of keys in the
+    fullest layer.
     """
     states = [layer.state for layer in cache.layers if hasattr(layer, "state")]
     if not states:

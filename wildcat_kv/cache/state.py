@@ -201,7 +201,7 @@ class LayerState:
 
     def move(self, device: torch.device) -> None:
         """Have everything on `device`."""
-        if self.held.memory.weights.device != device:  # the boxes are always beside the weights
+        if self.held.allocated.weights.device != device:  # the boxes are always beside the weights
             self.folded_range, self.value_range = (
                 box and box.to(device) for box in (self.folded_range, self.value_range)
             )
@@ -225,7 +225,8 @@ class LayerState:
             return []
         boxes = (self.folded_range, self.value_range)
         queries = [] if self.log is None else self.log.tensors()
-        return [*self.storage.memory.tensors(), *(bound for box in boxes if box for bound in box.tensors()), *queries]
+        bounds = [bound for box in boxes if box for bound in box.tensors()]
+        return [*self.storage.allocated.tensors(), *bounds, *queries]
 
     def count_rows(self, column: int) -> list[Row]:
         """What the rows held when `column` columns had been read, since the last fold."""

@@ -1,9 +1,9 @@
-"""Decoding with fixed shapes, so that one compiled graph, or one CUDA graph, serves every token.
+"""Decoding with fixed shapes: one compiled graph serves every token.
 
-Under `max_tokens` a layer never holds more than a fixed number of columns. A static layer allocates them once and
-keeps them where they are. While a forward pass of one token is traced, it touches tensors only: what is in use is
-a number on the device, and free columns have weight 0. The host looks at it between two passes, and only where a
-fold may be due: then it reads how many tokens came, and folds in place.
+It may be a CUDA graph too. Under `max_tokens` a layer never holds more than a fixed number of columns. A static layer
+allocates them once and keeps them where they are. A traced forward pass of one token uses tensors only: the number of
+columns in use is on the device, and free columns have weight 0. The host reads this number between two passes, and
+only if a fold may be due. Then it folds in place.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from wildcat_kv.cache.folding import fold_due
 from wildcat_kv.cache.forward import PassState
@@ -28,18 +29,18 @@ from wildcat_kv.hook.marks import Forward, mark
 
 @dataclass
 class DecodeBuffers:
-    """The tensors of one layer that a traced step of one token reads and writes.
+    """Tensors of one layer that a traced step of one token reads and writes.
 
     Attributes:
-        keys: (rows, kv_heads, max_tokens + 1, d), all of the layer's memory.
+        keys: (rows, kv_heads, max_tokens + 1, d), all columns of the layer.
         values: (rows, kv_heads, max_tokens + 1, d_v).
         weights: float32 (rows, kv_heads, max_tokens + 1), 0 in free columns.
-        valid: bool, likewise.
-        lowest: (rows, kv_heads, 1, d_v), of the box around the values seen; no bound before the first fold.
-        highest: likewise.
+        valid: bool (rows, kv_heads, max_tokens + 1), False in free columns.
+        lowest: smallest value of each channel so far, (rows, kv_heads, 1, d_v); no bound before the first fold.
+        highest: largest value of each channel so far, in the same shape.
         length: int64 (1,), columns in use.
         seen: int64 (), tokens read.
-        signed: whether any weight is negative or very small.
+        signed: True if any weight is negative or very small.
     """
 
     keys: Tensor
@@ -54,27 +55,27 @@ class DecodeBuffers:
 
     @staticmethod
     def of(state: LayerState) -> DecodeBuffers:
-        """Of a layer that has been allocated; `load` comes before the first step."""
+        """Make the buffers of an allocated layer; call `load` before the first step."""
         assert state.storage is not None
-        memory = state.storage.memory
-        box = (*memory.values.shape[:2], 1, memory.values.shape[3])
+        allocated = state.storage.allocated
+        box = (*allocated.values.shape[:2], 1, allocated.values.shape[3])
         with ordinary_tensors():
             buffers = DecodeBuffers(
-                memory.keys,
-                memory.values,
-                memory.weights,
-                memory.valid,
-                lowest=memory.values.new_empty(box),
-                highest=memory.values.new_empty(box),
-                length=torch.zeros(1, dtype=torch.int64, device=memory.keys.device),
-                seen=torch.zeros((), dtype=torch.int64, device=memory.keys.device),
+                allocated.keys,
+                allocated.values,
+                allocated.weights,
+                allocated.valid,
+                lowest=allocated.values.new_empty(box),
+                highest=allocated.values.new_empty(box),
+                length=torch.zeros(1, dtype=torch.int64, device=allocated.keys.device),
+                seen=torch.zeros((), dtype=torch.int64, device=allocated.keys.device),
             )
         for tensor in (value for value in vars(buffers).values() if isinstance(value, Tensor)):
             torch._dynamo.mark_static_address(tensor)  # a CUDA graph must not copy them in
         return buffers
 
     def load(self, state: LayerState) -> None:
-        """Take over what the host knows."""
+        """Update the numbers and the box from the host's state."""
         assert state.storage is not None
         limit, box = torch.finfo(self.lowest.dtype), state.value_range
         with ordinary_tensors():
@@ -90,7 +91,11 @@ class DecodeBuffers:
 
     @torch.no_grad()
     def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Write one token's keys and values (rows, kv_heads, 1, channels); returns views of all columns."""
+        """Append one token's keys and values (rows, kv_heads, 1, channels).
+
+        Returns:
+            Views of all columns, (rows, kv_heads, max_tokens + 1, channels).
+        """
         self.keys.index_copy_(2, self.length, keys)
         self.values.index_copy_(2, self.length, values)
         self.weights.index_fill_(2, self.length, 1.0)
@@ -102,7 +107,10 @@ class DecodeBuffers:
         return self.keys.narrow(2, 0, self.keys.shape[2]), self.values.narrow(2, 0, self.values.shape[2])
 
     def attend(self, query: Tensor, keys: Tensor, values: Tensor, scale: float, options: dict[str, Any]) -> Tensor:
-        """Weighted attention of the token's queries (rows, heads, 1, d) to all columns; free ones have weight 0."""
+        """Attend to all columns by their weights; free ones have weight 0.
+
+        The arguments are those of `WildCatLayer.attend`, with the keys and values of all columns.
+        """
         attention = AttentionOptions(
             scale=scale,
             valid=self.valid,
@@ -116,53 +124,53 @@ class DecodeBuffers:
 
 @dataclass
 class StaticPassState(PassState):
-    """What the layers of a static cache have in common.
+    """State that all layers of a static cache share.
 
     Attributes:
-        buffers: of each layer, by its index.
-        stale: whether the host knows something that the buffers do not.
-        announced: whether a forward pass of one token is to come, traced or not.
-        untold: forward passes that the host has not been told of, since they were traced.
+        buffers: tensors of each layer, by its index.
+        stale: True if the host has changed its state and not the buffers.
+        announced: True if a forward pass of one token comes next, traced or not.
+        unreported: number of traced forward passes that the host's state does not include yet.
     """
 
     buffers: dict[int, DecodeBuffers] = field(default_factory=dict)
     stale: bool = True
     announced: bool = False
-    untold: int = 0
+    unreported: int = 0
 
     def reset(self) -> None:
-        """Back to before the first forward pass."""
+        """Go back to before the first forward pass."""
         super().reset()
-        self.stale, self.announced, self.untold = True, False, 0
-        self.buffers.clear()  # they hold the memory of the text before
+        self.stale, self.announced, self.unreported = True, False, 0
+        self.buffers.clear()  # frees the tensors of the former text
 
     @property
-    def due(self) -> bool:
-        """Whether any layer may have to fold before the next token."""
+    def may_fold(self) -> bool:
+        """True if any layer may have to fold before the next token."""
         numbers = (state.progress for state in self.states.values())
-        return any(one.fold_from is not None and one.seen + self.untold >= one.fold_from for one in numbers)
+        return any(one.fold_from is not None and one.seen + self.unreported >= one.fold_from for one in numbers)
 
     def note_step(self) -> None:
         """Count the forward pass that was announced, unless the host took part in it."""
-        self.untold += self.announced
+        self.unreported += self.announced
         self.announced = False
 
     def catch_up(self) -> None:
-        """Learn what traced steps have read, and fold what is due.
+        """Count the tokens of traced steps, and do the folds that are due.
 
         Raises:
             ValueError: NaN or infinity among the keys to fold.
         """
         self.note_step()
-        if not self.untold:
+        if not self.unreported:
             return
-        self.untold, self.stale = 0, True
+        self.unreported, self.stale = 0, True
         for index, state in self.states.items():
             state.take_in(int(self.buffers[index].seen) - state.progress.seen)
-        self.settle()
+        self.fold_layers()
 
-    def settle(self) -> None:
-        """Fold what is due.
+    def fold_layers(self) -> None:
+        """Do the folds that are due, in every layer.
 
         Raises:
             ValueError: NaN or infinity among the keys to fold.
@@ -176,10 +184,10 @@ class StaticPassState(PassState):
                 self.compressed = self.compressed or state.folded_range is not None
 
     def load(self) -> None:
-        """Tell the buffers what the host knows.
+        """Update the buffers from the host's state, if they are stale.
 
         Raises:
-            ValueError: a layer holds more than it has room for.
+            ValueError: a layer holds more columns than it has room for.
         """
         if not self.stale:
             return
@@ -191,14 +199,17 @@ class StaticPassState(PassState):
                     f"max_tokens={self.settings.max_tokens}: {type(self.compressor).__name__} deals the budget out "
                     "unequally; leave static out for it"
                 )
-            if index not in self.buffers or self.buffers[index].keys is not state.storage.memory.keys:
+            if index not in self.buffers or self.buffers[index].keys is not state.storage.allocated.keys:
                 self.buffers[index] = DecodeBuffers.of(state)
             self.buffers[index].load(state)
         self.stale = False
 
 
 class StaticWildCatLayer(WildCatLayer):
-    """A `WildCatLayer` whose forward passes of one token can be traced, by torch.compile and CUDA graphs."""
+    """A `WildCatLayer` whose steps of one token can be traced.
+
+    torch.compile and CUDA graphs can trace them.
+    """
 
     is_compileable = True
     is_croppable = False
@@ -208,47 +219,48 @@ class StaticWildCatLayer(WildCatLayer):
 
     # Traced
 
+    @override
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """As of `WildCatLayer`; where it is traced, the views are of all columns, free ones included."""
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():  # returns views of all columns, free ones included
             keys, values = self._pass_state.buffers[self._index].append(key_states, value_states)
             return mark(keys, values, self)
         self._pass_state.announced = False
-        self._pass_state.catch_up()  # what traced steps have read comes before it
+        self._pass_state.catch_up()  # the tokens of traced steps come first
         self._pass_state.stale = True
         return super().update(key_states, value_states, *args, **kwargs)
 
     @property
     def uses_fallback(self) -> bool:
-        """Whether this forward pass attends exactly, through the fallback; one of a single token never does."""
+        """True if this forward pass attends exactly; a pass of one token never does."""
         return not torch.compiler.is_compiling() and super().uses_fallback
 
+    @override
     def attend(self, query: Tensor, keys: Tensor, values: Tensor, scale: float, options: dict[str, Any]) -> Tensor:
-        """See `WildCatLayer`."""
         if torch.compiler.is_compiling():
             return self._pass_state.buffers[self._index].attend(query, keys, values, scale, options)
         return super().attend(query, keys, values, scale, options)
 
+    @override
     def after_attention(self, query: Tensor, scale: float) -> None:
-        """See `WildCatLayer`; a traced step leaves it to the host."""
-        if not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling():  # the host folds between traced steps
             super().after_attention(query, scale)
 
     def get_seq_length(self) -> Any:
-        """Tokens seen: int, or int64 () on the device where it is traced."""
+        """Count the tokens seen: int, or int64 () in a traced step."""
         if torch.compiler.is_compiling():
             return self._pass_state.buffers[self._index].seen
-        return super().get_seq_length() + self._pass_state.untold + self._pass_state.announced
+        return super().get_seq_length() + self._pass_state.unreported + self._pass_state.announced
 
     # Between forward passes
 
+    @override
     def announce(self, rows: int, queries: int, mask: Tensor | None, *, causal: bool = True) -> Forward:
-        """See `WildCatLayer`. The pass of a single token may be traced: all that the host has to do is done here."""
+        # A pass of one token may be traced, so the host does all of its work here.
         shared = self._pass_state
         shared.note_step()
-        if queries > 1 or shared.due:
+        if queries > 1 or shared.may_fold:
             shared.catch_up()
-            shared.settle()  # again, where it has failed before
+            shared.fold_layers()  # again, for folds that failed before
         forward = super().announce(rows, queries, mask, causal=causal)
         if queries == 1 and self.is_initialized:
             forward.uses_fallback = False
@@ -258,29 +270,29 @@ class StaticWildCatLayer(WildCatLayer):
 
     @property
     def state(self) -> LayerState:
-        """What the layer holds."""
+        """Contents of the layer, tokens of traced steps included."""
         self._pass_state.catch_up()
         return self._state
 
     @property
     def stored(self) -> int:
-        """Entries held a row."""
+        """Entries held in a row: slots, exact tokens and padding."""
         return self.state.stored
 
+    @override
     def tensors(self) -> list[Tensor]:
-        """See `WildCatLayer`."""
         buffers = self._pass_state.buffers.get(self._index)
         of_steps = [] if buffers is None else [value for value in vars(buffers).values() if isinstance(value, Tensor)]
         return [*super().tensors(), *of_steps]
 
+    @override
     def select_rows(self, index: Tensor, on_host: list[int] | None) -> None:
-        """See `WildCatLayer`."""
         self._pass_state.catch_up()
         self._pass_state.stale = True
         super().select_rows(index, on_host)
 
     def activate_past_recording(self) -> None:
-        """Refused: a traced step cannot be taken back.
+        """Refuse to record: a traced step cannot be taken back.
 
         Raises:
             ValueError: always.
@@ -291,26 +303,36 @@ class StaticWildCatLayer(WildCatLayer):
         )
 
     def check_crop(self, tokens_to_remove: int) -> None:
-        """Refused but for 0, likewise."""
+        """Refuse to take tokens back.
+
+        Raises:
+            ValueError: tokens_to_remove is not 0.
+        """
         if tokens_to_remove:
             self.activate_past_recording()
 
 
 class _NextPositions:
-    """Positions of the next token, where the model would count them by a mask that static caches have not.
+    """Positions of the next token, for models that count them by a mask.
+
+    Static caches have no such mask.
+
+    Args:
+        model: model that goes on.
+        cache: its static cache.
 
     Raises:
-        ValueError: those of what was read are not known.
+        ValueError: the positions of the tokens read are not known.
     """
 
     def __init__(self, model: nn.Module, cache: Any) -> None:
         self._model, self._cache = model, cache
-        self._steps: list[Step] = []  # as they were when the padding was counted
-        self._padding: Tensor | None = None  # int64 (rows, 1), columns of each row that are padding
+        self._steps: list[Step] = []  # the steps for which the padding was counted
+        self._padding: Tensor | None = None  # int64 (rows, 1), padding columns of each row
         cache.rope.after(cache.get_seq_length(), model)
 
     def next(self, ids: Tensor) -> Tensor:
-        """Positions int64 (rows, 1) of the tokens `ids` (rows, 1)."""
+        """Compute the positions of the tokens `ids`, int64 (rows, 1) both."""
         shared, seen = self._cache._pass_state, self._cache.get_seq_length()
         deltas = shared.rope.after(seen, self._model)
         positions = torch.full_like(ids, seen)
@@ -324,21 +346,21 @@ class _NextPositions:
 
 
 def compile_decoding(model: nn.Module, cache: Any, **options: Any) -> Callable[[Tensor], Tensor]:
-    """A compiled forward pass of one token, for a cache built with `static=True`.
+    """Compile the forward pass of one token, for a static cache.
 
-    The prompt is read by the model itself, as ever; then each call reads one token and folds between two calls
-    where that is due. The graph is compiled at the first call, and once more where negative weights come up.
+    The model itself reads the prompt, as usual. Then each call reads one token, and due folds run between two calls.
+    The graph is compiled at the first call, and once more when negative weights appear.
 
     Args:
-        model: a causal language model of Transformers.
-        cache: its cache, which has read something.
-        **options: of `torch.compile`, for example mode="reduce-overhead" for CUDA graphs.
+        model: causal language model of Transformers.
+        cache: its cache, built with `static=True`, which has read a prompt.
+        **options: options of `torch.compile`, for example mode="reduce-overhead" for CUDA graphs.
 
     Returns:
         A function from token ids, int64 (rows, 1), to logits (rows, 1, vocabulary).
 
     Raises:
-        ValueError: the cache is not static, has read nothing, or the positions of what it has read are not known.
+        ValueError: the cache is not static, has read nothing, or does not know the positions of the tokens read.
 
     Example:
         cache = WildCatCache(model.config, max_tokens=1024, static=True)
@@ -360,14 +382,14 @@ def compile_decoding(model: nn.Module, cache: Any, **options: Any) -> Callable[[
     def step(ids: Tensor) -> Tensor:
         counted = {} if positions is None else {"position_ids": positions.next(ids)}
         mask = cache.announce_step(ids.shape[0])
-        shared.announced = False  # not read yet: where torch does not compile, the model asks for the length
+        shared.announced = False  # not read yet: if torch does not compile, the model asks for the length
         try:
             logits = compiled(input_ids=ids, attention_mask=mask, **counted, **{CACHE: cache}).logits
         except BaseException:
             shared.announced = not shared.stale
-            shared.catch_up()  # the device knows which layers have read the token, if any
+            shared.catch_up()  # the device knows which layers have read the token
             raise
-        shared.announced = not shared.stale  # stale where the host took part
+        shared.announced = not shared.stale  # stale if the host took part
         return logits
 
     return step

@@ -1,4 +1,4 @@
-"""COMPRESSKV for all bins of all heads at once: tokens into sums over their pivots, in float32.
+"""COMPRESSKV for all bins of all heads at once, in float32.
 
 For every bin: scale the keys, draw pivots and solve for W (RPNYS), sum V and 1 over W. Bins are taken as many at a time
 as a workspace holds.
@@ -122,7 +122,7 @@ class Slots(NamedTuple):
 
 @dataclass(frozen=True)
 class BinnedCompression:
-    """A compression of rows that may differ in length, rank and number of bins.
+    """COMPRESSKV of rows with any lengths, ranks and numbers of bins.
 
     Attributes:
         tokens: keys and values to compress.
@@ -149,7 +149,10 @@ class BinnedCompression:
         return used if valid is None else used & self.layout.gather(_take_heads(valid, heads), bins)
 
     def _spans(self) -> tuple[list[range], list[range]]:
-        """Choose the heads and bins to take at once: as many as the workspace holds, at least one bin of one head."""
+        """Choose heads and bins to take at once.
+
+        As many as the workspace holds, at least one bin of one head.
+        """
         keys, values, layout, blocked = self.tokens.keys, self.tokens.values, self.layout, self.options.blocked
         rows, heads = keys.shape[:2]
         size = keys.numel() * keys.element_size() + values.numel() * values.element_size()
@@ -165,7 +168,7 @@ class BinnedCompression:
         return _chunks(heads, max(1, bins)), _chunks(layout.bins, 1)
 
     def _head_slots(self, heads: range, spans: list[range]) -> Slots:
-        """Compute the slots of some heads, the bins of one span after another."""
+        """Compute the slots of some heads, span after span of bins."""
         sums, counts = [], []
         for bins in spans:
             keys = self._gather(self.tokens.keys, heads, bins)
@@ -226,17 +229,17 @@ class BinnedCompression:
         )
 
     def _factorise(self, points: Tensor, options: _Options, heads: range, bins: range) -> Factor:
-        """Draw the pivots of some bins, in blocks or one at a time."""
+        """Draw the pivots of some bins and factorise along them."""
         if not self.options.blocked:
             return pivoted_cholesky(points, self.draws.gumbel(heads, bins), **options)
         uniforms = partial(self.draws.uniform, heads, bins)
         return accelerated_cholesky(points, uniforms, self.layout.bin_rank, **options)
 
     def _scaled(self, keys: Tensor, used: Tensor, mean: Tensor, offset: Tensor, heads: range) -> tuple[Tensor, Tensor]:
-        """Compute z around the mean of each bin, and log D^2 of z around the mean of the head.
+        """Compute the scaled keys z and log D^2.
 
-        log D^2 is up to a constant of the bin. G knows no centre, and is most precise around a near one; D is what
-        the centre of the head makes it.
+        z is around the mean of each bin, log D^2 around the mean of the head, up to a constant of the bin. G knows no
+        centre, and is most precise around a near one; D is what the centre of the head makes it.
         """
         mean, offset = mean.unsqueeze(-2), offset.unsqueeze(-1)
         scale, rule = self.options.scale, self.options.temperature
@@ -259,7 +262,10 @@ class BinnedCompression:
     def _sums(
         self, points: Tensor, factor: Factor, log_scale: Tensor, values: Tensor, mass: Tensor | None, order: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Compute U = W V and w = W 1, or W times the weights: float32, the slots in `order`."""
+        """Compute U = W V and w = W 1, float32.
+
+        The slots are in `order`. Where tokens carry weights `mass`, w = W mass.
+        """
         if self.options.blocked and self.options.weights_rule == "nystrom":  # W itself would be as large as the factor
             ones = torch.ones_like(log_scale) if mass is None else mass
             both = nystrom_sums(factor, torch.cat((values, ones.unsqueeze(-1)), dim=-1), log_scale=log_scale)
@@ -277,12 +283,12 @@ class BinnedCompression:
 
 
 def position_order(pivots: Tensor, found: Tensor) -> Tensor:
-    """Sort the slots (..., r) of each bin by their positions, empty ones last."""
+    """Sort slots (..., r) of bins by position, empty ones last."""
     return pivots.masked_fill(~found, torch.iinfo(torch.int64).max).argsort(dim=-1, stable=True)
 
 
 def take_all(used: Tensor, slots: int) -> tuple[Tensor, Tensor]:
-    """Make every token of a bin a slot, in order: pivots and validity."""
+    """Give pivots and validity that make every token a slot."""
     places = (~used).to(torch.int8).argsort(dim=-1, stable=True)[..., :slots]
     places = torch.nn.functional.pad(places, (0, slots - places.shape[-1]))
     fits = torch.arange(slots, device=used.device) < used.sum(-1, keepdim=True)
@@ -290,12 +296,17 @@ def take_all(used: Tensor, slots: int) -> tuple[Tensor, Tensor]:
 
 
 def _log_scale(points: Tensor, offset: Tensor) -> Tensor:
-    """Compute |z + o|^2 - |o|^2 of points z (..., t, d) and an offset o (..., d, 1)."""
+    """Compute |z + o|^2 - |o|^2 (..., t).
+
+    Args:
+        points: z, float32 (..., t, d).
+        offset: o, float32 (..., d, 1).
+    """
     return torch.matmul(offset.mT, points.mT).squeeze(-2).add_(half_squares(points)).mul_(2)
 
 
 def _log_importance(weights: Tensor, values: Tensor, value_bound: Tensor | None) -> Tensor:
-    """Rate the tokens: 0 for an exact one, more for slots whose weight or numerator is large."""
+    """Compute log importances, 0 for exact tokens, more for heavy slots."""
     importance = 2 * weights.abs().log()
     if value_bound is not None:
         tiny = torch.finfo(torch.float32).tiny

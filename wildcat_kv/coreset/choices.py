@@ -1,4 +1,7 @@
-"""Names of the rules to choose from. Imports nothing, so that settings can be read without torch."""
+"""Names of the rules to choose from.
+
+This module imports no torch, so that settings can be read without it.
+"""
 
 from typing import Literal
 

@@ -60,7 +60,7 @@ def compress_kv(
     bins: int = 1,
     noise: Tensor | None = None,
 ) -> Coreset:
-    """Compress n keys and values into `rank` weighted ones: COMPRESSKV of arXiv 2602.10056.
+    """Compress n keys and values into `rank` weighted ones.
 
     Args:
         keys: (..., n, d), floating point.
@@ -80,7 +80,7 @@ def compress_kv(
             By default from torch's global generator, and large ranks in blocks; the law is the same.
 
     Returns:
-        A Coreset of `rank` slots, computed in float32 whatever the dtype of the inputs, without gradients.
+        A Coreset of `rank` slots (COMPRESSKV, arXiv 2602.10056). Computed in float32, without gradients.
 
     Raises:
         ValueError: shapes, dtypes or numbers that do not fit; names the argument and its value.
@@ -92,24 +92,32 @@ def compress_kv(
     """
     tokens = WeightedTokens(keys, values, weights, valid, value_bound)
     _check_tokens(tokens, rank, bins)
-    _check_options(scale, query_norm, temperature, weighting)
-    scale = keys.shape[-1] ** -0.5 if scale is None else scale
-    options = KernelOptions(scale, _norm_of_heads(query_norm, keys), temperature, weighting)
+    options = _options(keys, scale, query_norm, temperature, weighting)
     return _compress_batch(tokens, options, rank, bins, noise)
 
 
-def _norm_of_heads(query_norm: float | Tensor | None, keys: Tensor) -> Tensor | None:
-    """Give every head of keys (..., n, d) its bound: float32 (1, heads)."""
-    if query_norm is None:
-        return None
-    norm = torch.as_tensor(query_norm, dtype=torch.float32, device=keys.device)
-    return norm.expand(keys.shape[:-2]).reshape(1, -1)
+def _options(
+    keys: Tensor, scale: float | None, query_norm: float | Tensor | None, temperature: Temperature, weighting: Weights
+) -> KernelOptions:
+    """Check `compress_kv`'s settings and fill in their defaults."""
+    for name, chosen, rules in (("temperature", temperature, Temperature), ("weighting", weighting, Weights)):
+        if chosen not in get_args(rules):
+            raise ValueError(f"{name}={chosen!r} must be one of {', '.join(map(repr, get_args(rules)))}")
+    if scale is not None and not 0 < scale < float("inf"):
+        raise ValueError(f"scale={scale} must be positive and finite, for example d ** -0.5")
+    norm = None
+    if query_norm is not None:
+        norm = torch.as_tensor(query_norm, dtype=torch.float32, device=keys.device)
+        if not bool((norm > 0).all()):
+            raise ValueError(f"query_norm={query_norm} must be positive, a bound on the norms of the queries")
+        norm = norm.expand(keys.shape[:-2]).reshape(1, -1)
+    return KernelOptions(keys.shape[-1] ** -0.5 if scale is None else scale, norm, temperature, weighting)
 
 
 def _compress_batch(
     tokens: WeightedTokens, options: KernelOptions, rank: int, bins: int, noise: Tensor | None
 ) -> Coreset:
-    """Compress tokens of any batch shape (..., n, d): their batch entries are the heads of one row."""
+    """Compress tokens of any batch shape as heads of one row."""
     keys, values, weights, valid, bound = tokens.keys, tokens.values, tokens.weights, tokens.valid, tokens.value_bound
     batch, (n, d) = keys.shape[:-2], keys.shape[-2:]
     layout = BinLayout.build(n, rank, bins, keys.device)
@@ -138,7 +146,11 @@ def _compress_batch(
 
 
 def _noise_of_bins(noise: Tensor, batch: torch.Size, n: int, layout: BinLayout) -> Tensor:
-    """Lay noise (..., s, n) out as the bins are: float32 (1, heads, bins, bin_rank, t)."""
+    """Cut noise (..., s, n) into bins.
+
+    Returns:
+        float32 (1, heads, bins, bin_rank, t).
+    """
     if noise.shape[:-2] != batch or noise.shape[-1] != n or noise.shape[-2] < layout.bin_rank:
         raise ValueError(
             f"noise has shape {tuple(noise.shape)}; it must be {(*batch, layout.bin_rank, n)}, "
@@ -193,7 +205,7 @@ def compress_bins(
 
 
 def take_pivots(tokens: WeightedTokens, layout: BinLayout, pivots: Tensor, found: Tensor) -> tuple[Coreset, Tensor]:
-    """Make a Coreset of pivots as they came, their keys, values and weights unchanged.
+    """Make a Coreset of unchanged keys, values and weights of pivots.
 
     Args:
         tokens: keys and values, (rows, heads, n, ...).
@@ -248,16 +260,3 @@ def _check_tokens(tokens: WeightedTokens, rank: int, bins: int) -> None:
         finite = torch.isfinite(tensor) if valid is None else torch.isfinite(tensor) | ~valid.unsqueeze(-1)
         if not bool(finite.all()):
             raise ValueError(f"{name} holds NaN or infinity; give finite ones, and mark padding with valid")
-
-
-def _check_options(
-    scale: float | None, query_norm: float | Tensor | None, temperature: Temperature, weighting: Weights
-) -> None:
-    """Refuse settings that do not fit, before any work."""
-    for name, chosen, rules in (("temperature", temperature, Temperature), ("weighting", weighting, Weights)):
-        if chosen not in get_args(rules):
-            raise ValueError(f"{name}={chosen!r} must be one of {', '.join(map(repr, get_args(rules)))}")
-    if query_norm is not None and not bool((torch.as_tensor(query_norm) > 0).all()):
-        raise ValueError(f"query_norm={query_norm} must be positive, a bound on the norms of the queries")
-    if scale is not None and not 0 < scale < float("inf"):
-        raise ValueError(f"scale={scale} must be positive and finite, for example d ** -0.5")

@@ -1,6 +1,7 @@
-"""Sources of randomness for the pivots of RPNYS: keyed by counters, drawn, or given.
+"""Sources of randomness for the pivots of RPNYS.
 
-A bin draws the same noise whatever else is drawn with it.
+Noise is keyed by counters, drawn from torch's generator, or given. A bin draws the same noise whatever else is drawn
+with it.
 """
 
 from __future__ import annotations
@@ -19,16 +20,26 @@ class Draws(Protocol):
     """A source of noise for some bins of some heads."""
 
     def gumbel(self, heads: range, bins: range) -> Tensor:
-        """Draw standard Gumbel noise in the layout's order, float32 (rows, heads, bins, bin_rank, t)."""
+        """Draw standard Gumbel noise, one row a step.
+
+        Returns:
+            float32 (rows or 1, heads, bins, bin_rank, t), in the layout's order.
+        """
         ...
 
     def uniform(self, heads: range, bins: range, turn: int) -> Tensor:
-        """Draw the uniform noise of round `turn` of `accelerated_cholesky`, float32 (rows, heads, bins, 3, BLOCK)."""
+        """Draw the uniform noise of round `turn` of `accelerated_cholesky`.
+
+        Returns:
+            float32 (rows or 1, heads, bins, 3, BLOCK), in (0, 1).
+        """
         ...
 
 
 class KeyedDraws:
-    """Noise keyed by the row itself: neither padding nor the rest of the batch changes it.
+    """Noise keyed by the row itself.
+
+    Neither padding nor the rest of the batch changes it.
 
     Args:
         layout: layout of the bins.
@@ -46,13 +57,13 @@ class KeyedDraws:
         self._fold = tuple(torch.full((1, 1, 1, 1), number, device=device) for number in (layer, seen))
 
     def gumbel(self, heads: range, bins: range) -> Tensor:
-        """See `Draws`."""
+        """Draw Gumbel noise, see `Draws`."""
         steps = torch.arange(self._layout.bin_rank, device=self._device)
         noise = gumbel_rows(self._seed, *self._counters(heads, bins), steps, columns=self._layout.longest)
         return noise.expand(self._rows, *noise.shape[1:])
 
     def uniform(self, heads: range, bins: range, turn: int) -> Tensor:
-        """See `Draws`."""
+        """Draw uniform noise, see `Draws`."""
         words = torch.arange(3 * turn, 3 * turn + 3, device=self._device)
         noise = uniform_rows(self._seed, *self._counters(heads, bins), words, columns=BLOCK)
         return noise.expand(self._rows, *noise.shape[1:])
@@ -75,12 +86,12 @@ class GlobalDraws:
         self._layout, self._device = layout, device
 
     def gumbel(self, heads: range, bins: range) -> Tensor:
-        """See `Draws`."""
+        """Draw Gumbel noise, see `Draws`."""
         shape = (1, len(heads), len(bins), self._layout.bin_rank, self._layout.longest)
         return torch.empty(shape, dtype=torch.float32, device=self._device).exponential_().log_().neg_()
 
     def uniform(self, heads: range, bins: range, turn: int) -> Tensor:
-        """See `Draws`."""
+        """Draw uniform noise, see `Draws`."""
         return torch.rand(1, len(heads), len(bins), 3, BLOCK, dtype=torch.float32, device=self._device)
 
 
@@ -95,9 +106,9 @@ class GivenDraws:
         self._noise = noise
 
     def gumbel(self, heads: range, bins: range) -> Tensor:
-        """See `Draws`."""
+        """Give the noise, see `Draws`."""
         return self._noise[:, heads.start : heads.stop, bins.start : bins.stop]
 
     def uniform(self, heads: range, bins: range, turn: int) -> Tensor:
-        """See `Draws`."""
+        """Refuse: noise that is given has no rounds."""
         raise NotImplementedError("noise that is given is for one step after the other")

@@ -1,5 +1,6 @@
-"""Noise from a stateless counter hash: the same counters give the same noise on every device.
+"""Noise from a stateless counter hash.
 
+The same counters give the same noise on every device.
 Nothing is drawn in sequence, so a padded row, a larger batch or an earlier fold changes no other draw.
 """
 
@@ -24,7 +25,7 @@ def gumbel_noise(seed: int, *counters: Tensor) -> Tensor:
 
 
 def gumbel_rows(seed: int, *counters: Tensor, columns: int) -> Tensor:
-    """Draw rows of standard Gumbel noise, keyed by `seed`, the counters and the column.
+    """Draw rows of standard Gumbel noise, keyed by counters and column.
 
     The law of `gumbel_noise` with the column as the last counter, in a stream of its own, for a third of the work.
 

@@ -1,12 +1,13 @@
-"""WildCat for one head, written as in the paper: read this first. Plain float64, nothing batched.
+"""WildCat for one head, written as in the paper: read this first.
 
     WILDCAT      = COMPRESSKV, then WTDATTN
     COMPRESSKV   recentre the keys, scale them by the temperature, RPNYS in every bin
     RPNYS        randomly pivoted Nystrom: pivots S and weights W
     WTDATTN      attention to the weighted coreset, clipped to the range of the values
 
-The other files of this wing compute the same, fast: in float32, for all bins and heads at once. They are tested against
-this one. Gumbel noise is an argument, so that both draw the same pivots. Sizes: n tokens, r slots, m queries.
+Plain float64, nothing batched. The other files of this wing compute the same, fast: in float32, for all bins and heads
+at once. They are tested against this one. Gumbel noise is an argument, so that both draw the same pivots. Sizes: n
+tokens, r slots, m queries.
 
 Source: Schröder and Mackey, "WildCat: Near-Linear Attention in Theory and Practice", arXiv 2602.10056.
 """
@@ -100,9 +101,10 @@ def compress_kv(
 
 
 def rpnys(H: Tensor, noise: Tensor) -> tuple[list[int], Tensor]:
-    """Draw pivots in proportion to the residual diagonal, one at a time: RPNYS.
+    """Draw pivots and solve for their Nystrom weights: RPNYS.
 
-    The largest of log-probability plus Gumbel noise is a draw. Draws end once no residual is above 1e-5 of its entry.
+    A pivot is drawn in proportion to the residual diagonal that the ones before it leave: the point where the log of
+    the residual plus Gumbel noise is largest. Draws end once no residual is above 1e-5 of its entry of H.
 
     Args:
         H: kernel matrix (n, n), positive semidefinite.
@@ -126,13 +128,17 @@ def rpnys(H: Tensor, noise: Tensor) -> tuple[list[int], Tensor]:
 
 
 def residual_diagonal(H: Tensor, S: Sequence[int]) -> Tensor:
-    """Compute the diagonal of H - H_S^T H_SS^-1 H_S (n,), 0 where it is at most 1e-5 of H's."""
+    """Compute the diagonal of H - H_S^T H_SS^-1 H_S.
+
+    Returns:
+        (n,), 0 where it is at most 1e-5 of H's diagonal.
+    """
     residual = H.diagonal() - (H[list(S)] * nystrom_weights(H, S)).sum(0)
     return torch.where(residual > TOLERANCE * H.diagonal(), residual, 0.0)
 
 
 def nystrom_weights(H: Tensor, S: Sequence[int]) -> Tensor:
-    """Solve H_SS W = H_S for the Nystrom weights W (r, n) of pivots S.
+    """Solve H_SS W = H_S for the Nystrom weights W (r, n).
 
     Example:
         >>> nystrom_weights(torch.tensor([[2.0, 1.0], [1.0, 2.0]]), [0])
@@ -179,7 +185,7 @@ def temperature(X: Tensor, scale: float, R_Q: float | None, rule: Literal["relea
 
 
 def lambert_w(x: float) -> float:
-    """Solve w e^w = x for w, for x > 0, by Newton's method.
+    """Solve w e^w = x > 0 for w, by Newton's method.
 
     Example:
         >>> round(lambert_w(math.e), 12)

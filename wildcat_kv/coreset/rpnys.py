@@ -1,4 +1,4 @@
-"""RPNYS: randomly pivoted Cholesky and Nystrom weights for the exponential kernel, in batches.
+"""RPNYS: randomly pivoted Cholesky and Nystrom weights, in batches.
 
 `reference.rpnys` says what is computed: pivots S drawn in proportion to the residual diagonal, then W = H_SS^-1 H_S.
 `pivoted_cholesky` draws (the loop of the paper's RPNYS), `nystrom_weights` and `nystrom_sums` solve (its last line).
@@ -66,7 +66,7 @@ class Factor(NamedTuple):
 
 
 class Kernel(NamedTuple):
-    """The kernel of a flat batch of points, as the draws need it.
+    """The kernel of a flat batch of points.
 
     Attributes:
         points: float32 (batch, n, d), z.
@@ -113,9 +113,10 @@ def pivoted_cholesky(
     ranks: Tensor | None = None,
     tolerance: float = TOLERANCE,
 ) -> Factor:
-    """Draw pivots in proportion to the residual diagonal of H, and factorise G along them.
+    """Draw pivots by the residual diagonal of H, and factorise G.
 
-    O(n r (d + r)) time and O(n r) memory a batch entry; r sequential steps, no host synchronisation.
+    The loop of RPNYS: a pivot is drawn with a probability in proportion to its residual. O(n r (d + r)) time and O(n r)
+    memory a batch entry; r sequential steps, no host synchronisation.
 
     Args:
         points: float32 (..., n, d), the scaled keys z.
@@ -148,7 +149,11 @@ def pivoted_cholesky(
 
 
 def _draw(kernel: Kernel, noise: Tensor, tolerance: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Run the steps of a flat batch: pivots (batch, r), which of them were found, and rows (batch, r, n)."""
+    """Run the steps of a flat batch.
+
+    Returns:
+        Pivots int64 (batch, r), found bool (batch, r), and rows float32 (batch, r, n).
+    """
     z, _, floor, log_mass = kernel
     batch, rank, n = noise.shape
     entries = torch.arange(batch, device=z.device)
@@ -179,7 +184,9 @@ def _draw(kernel: Kernel, noise: Tensor, tolerance: float) -> tuple[Tensor, Tens
 
 
 def _kernel_rows(kernel: Kernel, *, whole: bool) -> Callable[[Tensor], Tensor]:
-    """Make the function from a point of each entry (batch, 1) to its row of G (batch, 1, n).
+    """Make the function from points to rows of G.
+
+    The function takes int64 (batch, 1) and gives float32 (batch, 1, n).
 
     Args:
         kernel: points of a flat batch.
@@ -209,7 +216,7 @@ def nystrom_weights(
     log_scale: Tensor | None = None,
     order: Tensor | None = None,
 ) -> Tensor:
-    """Compute W = H_SS^-1 H_S, every point as a combination of the pivots; W[:, S] = I.
+    """Compute W = H_SS^-1 H_S, points as combinations of pivots.
 
     Args:
         points: float32 (..., n, d), the scaled keys z that were factorised.
@@ -220,7 +227,7 @@ def nystrom_weights(
 
     Returns:
         float32 (..., r, n). Rows of slots that are not valid, and columns of points that are not, are 0.
-        Entries may be negative; none is larger than 1e4 in magnitude.
+        W[:, S] = I. Entries may be negative; none is larger than 1e4 in magnitude.
     """
     pivots, found, rows, _ = factor
     rank = pivots.shape[-1]
@@ -242,7 +249,9 @@ def nystrom_weights(
 
 
 def nystrom_sums(factor: Factor, values: Tensor, *, log_scale: Tensor) -> Tensor:
-    """Compute W V without W: O(n r) operations for each channel of V, where W takes O(n r^2).
+    """Compute W V without W.
+
+    This takes O(n r) operations for each channel of V, where W takes O(n r^2).
 
     Args:
         factor: factorisation with r slots.
@@ -267,16 +276,19 @@ def nystrom_sums(factor: Factor, values: Tensor, *, log_scale: Tensor) -> Tensor
 
 
 def slot_levels(factor: Factor, log_scale: Tensor) -> Tensor:
-    """Compute log(F_ss D_s) of each slot s, float32 (..., r); arbitrary where not valid."""
+    """Compute log(F_ss D_s) of slots s, float32 (..., r).
+
+    Arbitrary where a slot is not valid.
+    """
     root = factor.triangle.diagonal(dim1=-2, dim2=-1)
     return torch.add(root.clamp_min(_TINY).log_(), log_scale.gather(-1, factor.pivots), alpha=0.5)
 
 
 def relative_rows(rows: Tensor, log_scale: Tensor, level: Tensor) -> Tensor:
-    """Compute C_sl = F_sl D_l / (F_ss D_s), a factor of H over its pivots' entries.
+    """Compute C_sl = F_sl D_l / (F_ss D_s), float32 (..., r, n).
 
-    A pivot drawn in proportion to the residual diagonal of H seldom leaves larger residuals behind: the entries are
-    moderate, however far D ranges.
+    A factor of H, each row over the entry at its own pivot. A pivot drawn in proportion to the residual diagonal of H
+    seldom leaves larger residuals behind: the entries are moderate, however far D ranges.
 
     Args:
         rows: float32 (..., r, n), F.
@@ -290,12 +302,15 @@ def relative_rows(rows: Tensor, log_scale: Tensor, level: Tensor) -> Tensor:
 
 
 def relative_triangle(factor: Factor, log_scale: Tensor, level: Tensor) -> Tensor:
-    """Compute T = C[:, S] (..., r, r) of W = T^-1 C: unit upper triangular, arbitrary on and below the diagonal."""
+    """Compute T = C[:, S], which gives W = T^-1 C.
+
+    T is float32 (..., r, r), unit upper triangular; its entries on and below the diagonal are arbitrary.
+    """
     return relative_rows(factor.triangle, log_scale.gather(-1, factor.pivots), level)
 
 
 def not_drawn(factor: Factor) -> Tensor:
-    """Mark pivots by 0 and the other points by 1: float32 (..., n)."""
+    """Mark pivots by 0, other points by 1: float32 (..., n)."""
     ones = torch.ones_like(factor.rows[..., 0, :])
     return ones.scatter_reduce(-1, factor.pivots, 1 - factor.valid.to(ones.dtype), "prod")
 

@@ -1,4 +1,4 @@
-"""RPNYS in blocks, for large ranks: the draws of `rpnys.py` by the same law, in matrix products.
+"""RPNYS in blocks, for large ranks: the same law, in matrix products.
 
 Each round proposes a block of points from the residual diagonal as it stands, and goes through them in order: one is
 accepted with the probability that its residual has kept since. Accepted proposals are distributed exactly like
@@ -34,7 +34,7 @@ def accelerated_cholesky(
     ranks: Tensor | None = None,
     tolerance: float = TOLERANCE,
 ) -> Factor:
-    """Draw pivots in proportion to the residual diagonal of H, and factorise G, in blocks.
+    """Draw pivots by the residual diagonal of H, in blocks.
 
     O(n r (d + r)) operations a batch entry, nearly all in matrix products, and O(n r) memory. Looks at the device
     once a round, and needs about r / 64 rounds; more where few points hold most of the mass.
@@ -69,7 +69,7 @@ def accelerated_cholesky(
 
 
 class _GrowingFactor:
-    """The factorisation of a flat batch, a block of proposals at a time.
+    """The factorisation of a flat batch, grown block by block.
 
     Attributes:
         counts: pivots of each entry so far.
@@ -95,7 +95,11 @@ class _GrowingFactor:
         return any(count < most for count, most in zip(self.counts, self.wanted, strict=True))
 
     def round(self, noise: Tensor) -> None:
-        """Propose a block for every entry and append what is accepted; noise (batch, 3, BLOCK)."""
+        """Propose a block for every entry, and append what is accepted.
+
+        Args:
+            noise: uniform float32 (batch, 3, BLOCK).
+        """
         _, _, floor, log_mass = self._kernel
         exhausted = self.residual <= floor
         proposed = _propose(self.residual.log().add_(log_mass).masked_fill_(exhausted, -torch.inf), noise[:, :2])
@@ -175,7 +179,15 @@ class _GrowingFactor:
 
 
 def _propose(log_mass: Tensor, noise: Tensor) -> Tensor:
-    """Draw indices (..., k) in proportion to exp(log_mass), (..., n), by inversion; noise (..., 2, k)."""
+    """Draw indices in proportion to exp(log_mass), by inversion.
+
+    Args:
+        log_mass: float32 (..., n).
+        noise: uniform float32 (..., 2, k), leading and trailing digits.
+
+    Returns:
+        int64 (..., k).
+    """
     # Sums over n points in float32 would be coarser than the masses.
     wide = torch.float32 if log_mass.device.type == "mps" else torch.float64
     mass = (log_mass - log_mass.amax(-1, keepdim=True)).exp_().nan_to_num_(0.0).to(wide)
@@ -186,7 +198,7 @@ def _propose(log_mass: Tensor, noise: Tensor) -> Tensor:
 
 
 def _accept_(block: Tensor, limit: Tensor) -> Tensor:
-    """Eliminate in order the proposals whose residual is above `limit` at their turn.
+    """Eliminate, in order, the proposals with a residual above `limit`.
 
     Args:
         block: float32 (batch, k, k), the residual of G. Overwritten: on and below the diagonal, the column of each

@@ -1,7 +1,7 @@
-"""The temperature tau of COMPRESSKV, which scales keys before the kernel: z = x sqrt(b) / tau.
+"""The temperature tau of COMPRESSKV.
 
-Small tau spreads the keys, large tau lets every pivot stand for more of them. `reference.temperature` says what is
-computed.
+It scales keys before the kernel, z = x sqrt(b) / tau. Small tau spreads the keys, large tau lets every pivot stand for
+more of them. `reference.temperature` says what is computed.
 
 Source: arXiv 2602.10056 for "theory", the choice of tau in COMPRESSKV; the authors' code for "released", a constant.
 """
@@ -20,7 +20,10 @@ _RHO_0 = 3.19160  # sqrt(1 + exp(W0(2 / e^2) + 2))
 
 
 def constant_temperature(rule: Temperature) -> float | None:
-    """Give tau^2 where it depends on no key, None elsewhere; R_Q is at its default."""
+    """Give tau^2 where it depends on no key, else None.
+
+    R_Q is at its default.
+    """
     return _RELEASED if rule == "released" else None
 
 
@@ -57,10 +60,10 @@ def squared_temperature(
 
 
 def log_lambert_w(log_x: Tensor) -> Tensor:
-    """Compute log W0(x) from log x, for x > 0, without overflow or underflow.
+    """Compute log W0(x) from log x, for x > 0.
 
-    Solves w + log w = log x for u = log w by Newton's method on f(u) = e^u + u - log x, which is convex
-    and increasing: from the right of the root it falls monotonically to it.
+    It neither overflows nor underflows. Solves w + log w = log x for u = log w by Newton's method on f(u) = e^u + u -
+    log x, which is convex and increasing: from the right of the root it falls monotonically to it.
 
     Example:
         >>> log_lambert_w(torch.tensor(1.0)).exp()  # W0(e) = 1

@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def at_least_float32(dtype: torch.dtype) -> torch.dtype:
-    """Name the dtype that holds numbers of `dtype` and of float32: float64 for float64, else float32."""
+    """Name the dtype to compute in: float64 for float64, else float32."""
     return torch.promote_types(dtype, torch.float32)
 
 
@@ -31,7 +31,15 @@ def saturate_(numbers: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def take_columns(tensor: Tensor, index: Tensor) -> Tensor:
-    """Copy entries `index` int64 (rows or 1, heads or 1, k) of a tensor (rows, heads, n, ...)."""
+    """Copy entries of a tensor by their indices.
+
+    Args:
+        tensor: (rows, heads, n, ...).
+        index: int64 (rows or 1, heads or 1, k).
+
+    Returns:
+        (rows, heads, k, ...).
+    """
     rows, heads = tensor.shape[:2]
     if tensor.device.type == "cpu":  # whole runs of memory at a time: several times as fast
         taken = tensor.new_empty(rows, heads, index.shape[-1], *tensor.shape[3:])
@@ -53,7 +61,7 @@ _BACKENDS: list[Any] = [
 
 
 def has_full_precision(device: torch.device) -> bool:
-    """Tell if float32 products on `device` are true float32 already, as they are by default."""
+    """Tell if float32 products on `device` are true float32 already."""
     for backend in _BACKENDS:
         if backend.fp32_precision not in ("none", "ieee"):
             return False
@@ -62,7 +70,7 @@ def has_full_precision(device: torch.device) -> bool:
 
 @contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
-    """Compute in true float32: no autocast, and no TF32 or bfloat16 inside matrix products."""
+    """Compute in true float32: no autocast, TF32 or bfloat16."""
     before = [backend.fp32_precision for backend in _BACKENDS]
     try:
         for backend in _BACKENDS:
@@ -76,7 +84,10 @@ def full_precision(device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def ordinary_tensors() -> Iterator[None]:
-    """Make tensors that outlive the forward pass: without a graph, and writable even after inference_mode."""
+    """Make tensors that outlive the forward pass.
+
+    They have no graph, and stay writable after inference_mode.
+    """
     if not torch.is_grad_enabled() and not torch.is_inference_mode_enabled():  # usual, and entering costs time
         yield
         return

@@ -1,8 +1,8 @@
-"""WTDATTN: attention over entries that carry weights, slots of a coreset beside exact tokens.
+"""WTDATTN: attention over weighted entries.
 
-`reference.wtdattn` says what is computed. There are two ways. Where no weight is negative, its logarithm joins the
-scores and torch's fused kernel does the rest, on values divided by their weights beforehand (`mass_of`). Negative
-weights need numerator and denominator apart.
+Slots of a coreset and exact tokens, of weight 1, stand side by side. `reference.wtdattn` says what is computed. There
+are two ways. Where no weight is negative, its logarithm joins the scores and torch's fused kernel does the rest, on
+values divided by their weights beforehand (`mass_of`). Negative weights need numerator and denominator apart.
 
 Source: Schröder and Mackey, "WildCat: Near-Linear Attention in Theory and Practice", arXiv 2602.10056.
 """
@@ -29,7 +29,10 @@ _SCORES_AT_ONCE = 2**26
 
 
 class WeightSigns(Enum):
-    """What is known of the signs of some weights: it decides how to attend to them."""
+    """Knowledge of the signs of some weights.
+
+    It decides how to attend to them.
+    """
 
     NONE = "all are valid and weigh 1"
     POSITIVE = "none that is valid weighs less than the least mass"
@@ -64,7 +67,9 @@ class AttentionOptions(NamedTuple):
 
 
 def mass_of(weights: Tensor) -> Tensor:
-    """Give the divisor of stored numerators: the weight, or 1 where it is small or negative.
+    """Give the divisor of stored numerators.
+
+    It is the weight, or 1 where the weight is small or negative.
 
     Args:
         weights: float32 (...), w.
@@ -88,9 +93,9 @@ def weighted_attention(
     softcap: float | None = None,
     sink_logits: Tensor | None = None,
 ) -> Tensor:
-    """Attend to entries that carry weights: sum_i e^(b q.k_i) U_i / sum_i e^(b q.k_i) w_i.
+    """Attend to entries that carry weights.
 
-    This is WTDATTN of arXiv 2602.10056: slots of a coreset and exact tokens (weight 1) stand side by side.
+    sum_i e^(b q.k_i) U_i / sum_i e^(b q.k_i) w_i, which is WTDATTN of arXiv 2602.10056.
 
     Args:
         query: (..., heads, q, d).
@@ -125,7 +130,7 @@ def weighted_attention(
 def coreset_attention(
     query: Tensor, keys: Tensor, values: Tensor, weights: Tensor, signs: WeightSigns, options: AttentionOptions
 ) -> Tensor:
-    """Compute `weighted_attention` to entries as a cache stores them, the fastest way that there is.
+    """Compute `weighted_attention` to stored entries, the fastest way.
 
     Args:
         query: (rows, heads, q, d).
@@ -187,7 +192,10 @@ def _fused(
 
 
 def _log_weights(weights: Tensor, query: Tensor) -> Tensor:
-    """Compute the bias of the scores, finite where the weight is 0: a query that sees nothing gives no NaN."""
+    """Compute the bias of the scores.
+
+    Finite where the weight is 0: a query that sees nothing gives no NaN.
+    """
     bias = weights.log()
     # Off the CPU, and for float64, the kernels want the dtype of the query.
     if query.device.type != "cpu" or query.dtype == torch.float64:
@@ -196,7 +204,10 @@ def _log_weights(weights: Tensor, query: Tensor) -> Tensor:
 
 
 def _unseen(n: int, first_own: int, query: Tensor) -> Tensor:
-    """Mark the entries after each query's own: bool (q, n), `first_own` is the entry of the first query (..., q, d)."""
+    """Mark the entries after each query's own, bool (q, n).
+
+    `first_own` is the entry of the first query's own token.
+    """
     own = torch.arange(first_own, first_own + query.shape[-2], device=query.device)
     return torch.arange(n, device=query.device) > own.unsqueeze(-1)
 
@@ -311,7 +322,11 @@ def _attend(
 
 
 def _scores(query: Tensor, keys: Tensor, first_own: int, options: AttentionOptions) -> Tensor:
-    """Compute the scores float32 (..., kv_heads, groups * q, n), -inf where hidden; see `_attend`."""
+    """Compute the scores, -inf where hidden.
+
+    Returns:
+        float32 (..., kv_heads, groups * q, n), the query heads of a group side by side.
+    """
     *batch, heads, _, d = query.shape
     kv_heads, n = keys.shape[-3:-1]
     # Query heads of a group become further queries of their key head: keys are never repeated.
@@ -331,7 +346,7 @@ def _scores(query: Tensor, keys: Tensor, first_own: int, options: AttentionOptio
 
 
 def _by_blocks(terms: Tensor, values: Tensor) -> Tensor:
-    """Multiply terms (..., q, n) by half-precision values (..., n, d_v), in float32."""
+    """Multiply terms (..., q, n) by values (..., n, d_v) in float32."""
     first, *others = _float32_blocks(values)
     product = terms[..., : first.shape[-2]] @ first
     for piece, block in zip(terms[..., first.shape[-2] :].split(_CONVERTED_AT_ONCE, dim=-1), others, strict=False):
@@ -340,7 +355,10 @@ def _by_blocks(terms: Tensor, values: Tensor) -> Tensor:
 
 
 def _float32_blocks(tensor: Tensor) -> list[Tensor]:
-    """Cut a tensor (..., n, channels) into float32 pieces (..., k, channels); only long half-precision ones are cut."""
+    """Cut a tensor (..., n, channels) into float32 pieces (..., k, channels).
+
+    Only a long one in half precision is cut.
+    """
     if tensor.shape[-2] <= _CONVERTED_AT_ONCE or tensor.dtype == torch.float32:
         return [tensor.to(torch.float32)]
     return [part.to(torch.float32) for part in tensor.split(_CONVERTED_AT_ONCE, dim=-2)]

@@ -1,7 +1,7 @@
-"""The "wildcat" attention of Transformers: an attention function and a mask function, registered under one name.
+"""The "wildcat" attention and mask functions, registered with Transformers.
 
-With a cache of ours they find its layers through marks that travel with the tensors; with any other cache, or
-none, they hand everything to the implementation that the config had before.
+They find the layers of a compressed cache by marks on the tensors. With any other cache, or none, they hand
+everything to the implementation that the config had before.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ def cached_attention(
     *args: Any,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """Attend through the cache layer that the keys are marked by, or through the fallback.
+    """Attend through the cache layer that marked the keys, or the fallback.
 
     Args:
-        module: attention module, whose config names the implementation to fall back on.
+        module: attention module; its config names the fallback.
         query: (rows, heads, q, d).
-        key: (rows, kv_heads, n, d), marked by the cache layer that it comes from, if it is one of ours.
+        key: (rows, kv_heads, n, d); a compressed cache's layer has marked it.
         value: (rows, kv_heads, n, d_v).
-        attention_mask: mask for the fallback; not read where the layer is compressed.
-        *args: passed on to the fallback.
+        attention_mask: mask for the fallback; a compressed layer does not read it.
+        *args: further arguments for the fallback.
         **kwargs: `scaling`, `softcap`, `s_aux` and others of Transformers' attention interface.
 
     Returns:
@@ -47,7 +47,7 @@ def cached_attention(
         return _fallback(module)(module, query, key, value, attention_mask, *args, **kwargs)
     scale = kwargs.get("scaling")
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    if query.shape[2] > 1:  # looking at one token would stall the path of decoding
+    if query.shape[2] > 1:  # reading one token's position would stall decoding
         layer.check_reading(query, module.config, kwargs)
     if layer.uses_fallback:
         output, probabilities = _fallback(module)(module, query, key, value, attention_mask, *args, **kwargs)
@@ -57,7 +57,7 @@ def cached_attention(
                 "output_attentions=True: tokens in a compressed layer have no attention probabilities of their own; "
                 "leave it out and call cache.reset(), or use DynamicCache"
             )
-        # A mask of one number is the one that `cached_mask` gives a static cache.
+        # `cached_mask` gives a static cache a mask of one number.
         unmasked = attention_mask is None or attention_mask.numel() == 1
         own = getattr(value, "_wildcat_layer", None) is layer and unmasked
         window = kwargs.get("sliding_window")
@@ -80,22 +80,31 @@ def cached_mask(
     attention_mask: Tensor | None = None,
     **kwargs: Any,
 ) -> Any:
-    """Make the mask of a forward pass, and announce the pass to the cache that marked the length.
+    """Make a forward pass's mask, and announce the pass to its cache.
 
-    A compressed cache needs no mask: causality among new tokens is known, everything folded is visible, and the
-    cache keeps the padding. Otherwise the mask is the fallback's. Then new tokens may see later ones of the same
-    pass, such as those of an image.
+    A compressed cache needs no mask: new tokens are causal, everything folded is visible, and the cache knows the
+    padding. Otherwise the mask is the fallback's, and new tokens may see later ones of the same pass, such as those
+    of an image.
+
+    Args:
+        batch_size: rows of the batch.
+        q_length: new tokens.
+        kv_length: length of the keys; a compressed cache has marked it.
+        *args: further arguments for the fallback.
+        mask_function: Transformers' function of row, head, query and key.
+        attention_mask: bool (rows, kv_length), False for padding; None if none was passed.
+        **kwargs: further arguments for the fallback.
 
     Raises:
         ValueError: a mask that hides earlier tokens, one that shows tokens of a later pass, one that shows later
             tokens to the queries of a compressed cache, or a 2D mask of the wrong width.
     """
     window = kwargs.get("local_size")
-    # Masks of layers with a window are the fallback's. A model may ask for one even if no layer uses it.
+    # The fallback makes the masks of layers with a window. A model may ask for one that no layer uses.
     if isinstance(kv_length, MarkedLength) and (window is None or window >= kv_length):
         forward = _announce(batch_size, q_length, kv_length, mask_function, attention_mask, kwargs)
         if not forward.uses_fallback:
-            # A static cache has the mask made ahead of the traced pass, which does without only if there is one.
+            # A traced pass makes no mask of its own only if it is given one: a static cache makes it ahead.
             single = q_length == 1 and kv_length.layer.is_compileable
             return torch.ones(1, 1, 1, 1, dtype=torch.bool, device=kwargs.get("device")) if single else None
     fallback = _fallback_mask(kwargs.get("config"))
@@ -120,7 +129,7 @@ def _announce(
     attention_mask: Tensor | None,
     options: dict[str, Any],
 ) -> Forward:
-    """Announce a forward pass to the cache whose length is marked, if its mask can be followed."""
+    """Announce a forward pass to its cache, if the mask can be followed."""
     if attention_mask is not None and attention_mask.shape[-1] != length:
         raise ValueError(
             f"attention_mask has width {attention_mask.shape[-1]}, but the cache has seen "
@@ -130,7 +139,7 @@ def _announce(
     pattern = Pattern.CAUSAL
     windowed = options.get("local_size") is not None and options.get("allow_is_causal_skip")
     if mask_function is not causal_mask_function and not windowed:
-        # With token types even text has a function of its own: the mask is read, not its name.
+        # With token types even plain text has another function, so compare what the mask shows.
         pattern = pattern_of(
             mask_function,
             rows,
@@ -159,22 +168,25 @@ def _check_pattern(pattern: Pattern) -> None:
 
 
 def _fallback_name(config: Any) -> str:
-    """Name the implementation that the config had before; eager, right for every family, if unknown."""
+    """Name the implementation that the config had before.
+
+    If it is unknown, "eager" is right for every family.
+    """
     return getattr(getattr(config, "_attn_implementation", None), "fallback", "eager")
 
 
 def _fallback(module: nn.Module) -> Callable:
-    """Find the attention function to use where nothing is compressed."""
+    """Find the attention function for layers that hold nothing compressed."""
     return AttentionInterface().get_interface(_fallback_name(module.config), _eager(module))
 
 
 def _fallback_mask(config: Any) -> Callable | None:
-    """Find the mask function that belongs to it; None for implementations that take no mask."""
+    """Find the fallback's mask function; None for implementations without masks."""
     return AttentionMaskInterface().get(_fallback_name(config))
 
 
 def _eager(module: nn.Module) -> Callable | None:
-    """Find the eager attention of the module's own modeling file, with its family's peculiarities."""
+    """Find the eager attention of the module's own modeling file."""
     for cls in type(module).__mro__:
         function = getattr(sys.modules[cls.__module__], "eager_attention_forward", None)
         if function is not None:

@@ -1,4 +1,7 @@
-"""Names of a cache in calls of Transformers: its keyword is `cache` from 5.24 on, `past_key_values` before."""
+"""Keyword of the cache in calls of Transformers.
+
+It is `cache` from Transformers 5.24 on, and `past_key_values` before.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +12,9 @@ from typing import Any
 from transformers import GenerationMixin
 
 OLD = "past_key_values"
-# Read from the library, not from its version: a release candidate may have either.
+# The signature decides, not the version: a release candidate may have either.
 CACHE = "cache" if "cache" in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters else OLD
-# The arguments of `generate()` in their order, as far as they are read here.
+# First positional arguments of `generate()`, up to the last one that is read here.
 _ORDER = (
     "inputs",
     "generation_config",
@@ -25,22 +28,28 @@ _ORDER = (
 
 
 def given_argument(name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-    """Find an argument of a call of `generate()`, by name or position; None if it is not given.
+    """Find an argument of a call of `generate()`.
 
     Args:
-        name: one of `generate()`'s first arguments, "streamer" at the latest.
-        args: of the call, in their order.
-        kwargs: of the call, by name.
+        name: name of one of `generate()`'s first arguments, "streamer" at the latest.
+        args: positional arguments of the call.
+        kwargs: keyword arguments of the call.
+
+    Returns:
+        The argument, or None if it is not given.
     """
     place = _ORDER.index(name)
     return kwargs.get(name, args[place] if len(args) > place else None)
 
 
 def given_cache(arguments: dict[str, Any]) -> Any:
-    """Find the cache among the arguments of a call, under either name; None if none is given.
+    """Find the cache among the arguments of a call, under either name.
 
     Args:
-        arguments: keyword arguments of `forward` or `generate`. Left as they are.
+        arguments: keyword arguments of `forward` or `generate`; left as they are.
+
+    Returns:
+        The cache, or None if none is given.
 
     Raises:
         ValueError: two caches under two names.
@@ -52,5 +61,5 @@ def given_cache(arguments: dict[str, Any]) -> Any:
 
 
 def returned_cache(output: Any) -> Any:
-    """Find the cache in what a model or `generate()` returns; None if there is none."""
+    """Find the cache in the output of a model or `generate()`; None if absent."""
     return getattr(output, CACHE, None)

@@ -1,4 +1,4 @@
-"""Marks that lead from the tensors and numbers of a forward pass to the cache layer that they belong to."""
+"""Marks on tensors and lengths, which lead to their cache layer."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Forward:
         queries: new tokens.
         mask: bool (rows, seen + queries), False for padding tokens; None if none was passed.
         uses_fallback: True if the layers attend exactly, through the implementation that the config had before.
-        relabelled: True if the mask says something new of tokens since the last fold.
+        relabelled: True if the mask changes which tokens since the last fold are padding.
     """
 
     seen: int
@@ -31,16 +31,20 @@ class Forward:
     _new: Tensor | None = None
 
     def new_valid(self, device: torch.device) -> Tensor | None:
-        """Return bool (rows, queries), False for new tokens that are padding; None if no mask was passed."""
+        """Return the mask of the new tokens.
+
+        Returns:
+            bool (rows, queries) on `device`, False for padding; None if no mask was passed.
+        """
         if self.mask is None:
             return None
-        if self._new is None or self._new.device != device:  # asked for by every layer
+        if self._new is None or self._new.device != device:  # kept: every layer asks for it
             self._new = self.mask[:, -self.queries :].to(device)
         return self._new
 
 
 class CompressedLayer(Protocol):
-    """The part of a cache layer that the mask and the attention function call."""
+    """Part of a cache layer that the attention and mask functions call."""
 
     is_compileable: bool
 
@@ -62,46 +66,52 @@ class CompressedLayer(Protocol):
         ...
 
     def attend(self, query: Tensor, keys: Tensor, values: Tensor, scale: float, options: dict[str, Any]) -> Tensor:
-        """Attend by the newest tokens' queries to what `update` returned: (rows, heads, q, d_v)."""
+        """Attend to the keys and values that `update` returned; gives (rows, heads, q, d_v)."""
         ...
 
     def after_attention(self, query: Tensor, scale: float) -> None:
-        """Fold what no longer fits, after the newest tokens have been attended to."""
+        """Fold the tokens beyond the budget, once the newest have attended."""
         ...
 
 
 class MarkedLength(int):
-    """A key length that leads the mask function, which is never given the cache, to the layer it came from."""
+    """Key length that leads to the layer it came from.
+
+    The mask function gets no cache, but it gets this length.
+    """
 
     layer: CompressedLayer
 
     def __new__(cls, length: int, layer: CompressedLayer) -> MarkedLength:
-        """An int of value `length`."""
+        """Make an int of value `length`."""
         marked = super().__new__(cls, length)
         marked.layer = layer
         return marked
 
 
 class AttentionName(str):
-    """The name "wildcat", carrying the implementation to use wherever nothing is compressed.
+    """Name "wildcat", which carries the fallback implementation.
 
-    It travels with `config._attn_implementation`, into copies of the config but not to disk.
+    It travels with `config._attn_implementation`: into copies of the config, but not to disk.
     """
 
     fallback: str
 
     def __new__(cls, fallback: str) -> AttentionName:
-        """A str equal to `NAME`."""
+        """Make a str equal to `NAME`."""
         name = super().__new__(cls, NAME)
         name.fallback = fallback
         return name
 
     def __getnewargs__(self) -> tuple[str]:
-        """For copy and pickle."""
+        """Return the arguments that copy and pickle make it anew from."""
         return (self.fallback,)
 
 
 def mark(keys: Tensor, values: Tensor, layer: CompressedLayer) -> tuple[Tensor, Tensor]:
-    """Let keys and values lead the attention function to `layer`; they arrive there as they are."""
+    """Mark keys and values, so that the attention function finds `layer`.
+
+    The same tensors reach the attention function: a copy would lose the mark.
+    """
     keys._wildcat_layer = values._wildcat_layer = layer  # type: ignore[attr-defined]
     return keys, values

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers.masking_utils import sdpa_mask
 
-# Pairs of a query and a key that are looked at together: a few arrays of 4 MiB.
+# Pairs of a query and a key to compare at once: a few arrays of 4 MiB.
 _PAIRS_AT_ONCE = 2**22
 
 
@@ -36,7 +36,7 @@ def pattern_of(
     """Compare a mask with the causal one, pair by pair.
 
     Args:
-        mask_function: takes a row, a head, a query and a key, as Transformers' mask functions do.
+        mask_function: Transformers' function of row, head, query and key.
         rows: batch size.
         seen: tokens of earlier passes.
         queries: new tokens.
@@ -63,7 +63,11 @@ def pattern_of(
 def _differences(
     shown: Callable, valid: Tensor | None, queries: range, keys: range, rows: int
 ) -> Iterator[tuple[bool, bool]]:
-    """Compare with the causal mask, some queries at a time: pairs (sees too much, sees too little)."""
+    """Compare with the causal mask, a block of queries at a time.
+
+    Yields:
+        For each block that differs: True if it sees too much, and True if it sees too little.
+    """
     step = max(1, _PAIRS_AT_ONCE // (rows * len(keys)))
     for at in range(queries.start, queries.stop, step):
         block = range(at, min(at + step, queries.stop))

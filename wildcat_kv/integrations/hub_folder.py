@@ -24,8 +24,8 @@ from wildcat_kv.recipes.recipe import chooses_a_cache
 _FIELDS = (*(name for name in WildCatConfig.model_fields if name != "temperature"), DROPPED)
 _ARGUMENTS = ("settings", "preset", "compressor", *_FIELDS)
 
-# What `write_folder` writes: copies of the files in hub_folder_files/.
-_TEMPLATES = files("wildcat_kv.integrations") / "hub_folder_files"
+# What `write_folder` writes: copies of the files in hub-folder-files/.
+_TEMPLATES = files("wildcat_kv.integrations") / "hub-folder-files"
 _README = "README.md"
 _NAMES = ("custom_generate/generate.py", "custom_generate/requirements.txt", _README)
 
@@ -85,10 +85,7 @@ def wildcat_generate(
     without = generation_config.use_cache is False or generation_config.cache_implementation is not None
     if without or getattr(prepared, "_is_user_defined", False):
         raise ValueError(_OTHERWISE)
-    mode = generation_config.get_generation_mode()
-    decode = getattr(type(model), GENERATION_MODES_MAPPING[mode], None)
-    if decode is None:  # the name of a repository
-        raise ValueError(f"custom_generate: {mode.value} has left Transformers; decode in another way")
+    decode = _decoding(model, generation_config)
     cache = WildCatCache(model.config, **chosen)
     arguments = {name: value for name, value in arguments.items() if name not in (CACHE, OLD)}
     _, checked = with_read_check(
@@ -103,6 +100,15 @@ def wildcat_generate(
         **{CACHE: cache},
         **arguments,
     )
+
+
+def _decoding(model: Any, config: Any) -> Callable[..., Any]:
+    """Return the method that decodes as a generation config says: greedily, by beams and so on."""
+    mode = config.get_generation_mode()
+    decode = getattr(type(model), GENERATION_MODES_MAPPING[mode], None)
+    if decode is None:  # the name of a repository
+        raise ValueError(f"custom_generate: {mode.value} has left Transformers; decode in another way")
+    return decode
 
 
 def generate(*inputs: Any, model: Any, **arguments: Any) -> Any:

@@ -1,5 +1,5 @@
-"""What a cache is made of: method and settings, from arguments, a preset or the model's config.
+"""Choice of a cache's method and settings.
 
 presets.py   the presets of `configs/`, by name
-recipe.py    what was chosen, and what it leaves open
+recipe.py    method and settings from arguments, a preset, or a model's config
 """

@@ -1,4 +1,4 @@
-"""Choose method and settings: from arguments, a preset, or the section that a model's config carries."""
+"""Choose method and settings: from arguments, a preset, or a model's config."""
 
 from __future__ import annotations
 
@@ -22,14 +22,7 @@ DEFAULT_PRESET = "published"
 
 
 class Section(BaseModel):
-    """What a model's config says of its cache.
-
-    Args:
-        version: of this schema.
-        preset: where the settings came from, for the reader.
-        compressor: the method's name.
-        settings: of the cache.
-    """
+    """Section of a model's config about its cache."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -40,7 +33,7 @@ class Section(BaseModel):
 
     @field_validator("compressor")
     @classmethod
-    def _is_a_method(cls, compressor: str) -> str:
+    def _check_method(cls, compressor: str) -> str:
         resolve(compressor, WildCatConfig(ratio=1.0))
         return compressor
 
@@ -51,8 +44,8 @@ class Recipe:
 
     Attributes:
         settings: budget, exact ends and so on.
-        compressor: the method.
-        preset: the name of the preset that it began with, if any.
+        compressor: method, or its name.
+        preset: name of the preset that it began with, if any.
     """
 
     settings: WildCatConfig
@@ -68,21 +61,21 @@ class Recipe:
         compressor: str | Compressor | None = None,
         **fields: Any,
     ) -> Recipe:
-        """Put together what was given with what it leaves open.
+        """Complete the arguments of a user to method and settings.
 
         Args:
-            config: of the model.
-            settings: all of them; or:
-            preset: what to begin with, by name, file or object; by default the section of `config` that
-                `patch_config` wrote, or, without one, the preset "published".
-            compressor: the method, instead of the preset's.
-            **fields: of `WildCatConfig`, instead of the preset's; a budget replaces the preset's, and `max_tokens` its
-                `exact_layers` too, which have no limit.
+            config: config of the model.
+            settings: complete settings; without a preset or fields.
+            preset: preset to begin with, by name, file or object. By default the section of `config` that
+                `patch_config` wrote; without one, the preset "published".
+            compressor: method, or its name, to take instead of the preset's.
+            **fields: fields of `WildCatConfig` to take instead of the preset's. A budget replaces the preset's;
+                `max_tokens` removes its `exact_layers` too.
 
         Raises:
             TypeError: config is no Transformers config.
             ValueError: a model that cannot be compressed, settings beside a preset or fields, no such preset, a
-                wrong field, or a section that does not fit, which names the path of the field.
+                wrong field, or a section that does not fit; the message names the field.
         """
         decoder = decoder_config(config)
         if settings is not None:
@@ -109,7 +102,7 @@ class Recipe:
         return Recipe(changed, base.compressor if compressor is None else compressor, base.preset)
 
     def section(self) -> dict[str, Any]:
-        """As plain data, for a model's config.
+        """Turn the recipe into plain data, for a model's config.
 
         Raises:
             ValueError: the method is none, or an object, which a config cannot hold.
@@ -127,12 +120,14 @@ class Recipe:
 
 
 def chooses_a_cache(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether a call of `generate()` says which cache it wants, or that it wants none, or is an assistant's.
+    """Tell if a call of `generate()` chooses its cache itself.
+
+    It does if it names a cache or wants none, and in the calls of an assistant model.
 
     Args:
-        model: whose call.
-        args: of the call, in their order.
-        kwargs: of the call, by name.
+        model: model that generates.
+        args: positional arguments of the call.
+        kwargs: keyword arguments of the call.
     """
     config = given_argument("generation_config", args, kwargs)
     use_cache, implementation = (
@@ -146,10 +141,16 @@ def chooses_a_cache(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
 
 
 def read_section(config: Any) -> Section | None:
-    """The section that `patch_config` wrote into a Transformers config, None where there is none.
+    """Read the section that `patch_config` wrote into a config.
+
+    Args:
+        config: Transformers config of the model.
+
+    Returns:
+        The section, or None if the config has none.
 
     Raises:
-        ValueError: an unknown key, a version of a later release, or a wrong type; names the path of the field.
+        ValueError: an unknown key, a version of a later release, or a wrong type; the message names the field.
     """
     found = getattr(config, SECTION, None)
     if found is None:

@@ -201,7 +201,7 @@ def _rotations(subject: Subject) -> None:
 
 
 def _forced(subject: Subject, cache: Cache, ids: Tensor, mask: Tensor) -> Tensor:
-    """Logits of the last token of a prompt, and of some given tokens after it."""
+    """Return the logits of a prompt's last token, and of some given tokens after it."""
     tokens, collected, seen = subject.ids[:, :6], [], 0
     for step in range(tokens.shape[1] + 1):
         collected.append(subject.logits(cache, ids, mask, seen)[:, -1:])
@@ -211,7 +211,7 @@ def _forced(subject: Subject, cache: Cache, ids: Tensor, mask: Tensor) -> Tensor
 
 
 def _without_positions() -> list[str]:
-    """The methods that a cache can use without knowing the rotary positions."""
+    """List the methods that need no rotary positions."""
     settings, fit = WildCatConfig(ratio=RATIO), []
     for name in OURS:
         with suppress(ValueError):  # some read a context by themselves

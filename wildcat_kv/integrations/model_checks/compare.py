@@ -10,11 +10,11 @@ from torch import Tensor
 
 
 class FailedError(Exception):
-    """Says what is wrong."""
+    """A check failed; the message says what is wrong."""
 
 
 class NotApplicableError(Exception):
-    """Says why a check says nothing about this model."""
+    """A check says nothing about this model; the message says why."""
 
 
 def baseline(run: Callable[[], Any]) -> Any:

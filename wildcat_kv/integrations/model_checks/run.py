@@ -19,7 +19,7 @@ Status = Literal["passed", "failed", "not applicable"]
 
 @dataclass(frozen=True)
 class Result:
-    """Says how one check ended.
+    """Result of one check.
 
     Attributes:
         name: the check's name, in plain words.
@@ -77,7 +77,7 @@ def _run(name: str, check: Callable[[Subject], str | None], subject: Subject) ->
 
 
 def _with_exact(name: str, subject: Subject) -> Result | None:
-    """A result for a model that cannot read these inputs with Transformers' own cache either; None if it can."""
+    """Tell if a model fails with Transformers' own cache too: "not applicable", or None if it works."""
     try:
         baseline(lambda: subject.logits(subject.exact(), subject.row[:, :2]))
         baseline(lambda: subject.generate(subject.exact(), max_new_tokens=2))

@@ -24,14 +24,14 @@ NEW = 8
 
 @dataclass(frozen=True)
 class Subject:
-    """Holds the model under test and what it is asked.
+    """The model under test, and what it is asked.
 
     Attributes:
         model: the model, in evaluation mode.
         ids: random tokens, int64 (2, n); far fewer than the model has positions for.
         prompt: keyword arguments of `generate()`, one row: the text, and pixels where an image is among them.
         tolerance: largest difference of two logits that is rounding, as a share of the largest logit.
-        told: whether `forward()` has to be told the positions of tokens after others; some models count from 0 again.
+        told: True if `forward()` has to be told positions after the first call; some models count from 0 again.
     """
 
     model: Any
