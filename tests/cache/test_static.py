@@ -104,11 +104,11 @@ def test_weights_of_any_sign_take_one_graph_more(model):
 
     @dataclasses.dataclass(frozen=True)
     class Signed(compressors.Compressor):
-        def compress(self, block, budget):
-            coreset = compressors.Uniform().compress(block, budget)
-            sign = -1.0 if block.seen[0] % 2 else 1.0
+        def compress(self, block, rank):
+            coreset = compressors.Uniform().compress(block, rank).coreset
+            sign = -1.0 if block.seen % 2 else 1.0
             weights = torch.where(torch.arange(coreset.weights.shape[-1]) == 0, 0.05 * sign, coreset.weights)
-            return dataclasses.replace(coreset, weights=weights)
+            return compressors.Compressed(dataclasses.replace(coreset, weights=weights))
 
     ids = random_ids(1, 40)
     caches = [CompressedCache(model.config, compressor=Signed(), static=static, **BUDGET) for static in (False, True)]

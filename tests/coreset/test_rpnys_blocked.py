@@ -138,32 +138,28 @@ def test_sums_are_those_of_the_weights(seed, n, d, rank, spread):
         assert not sums[~factor.valid].any()
 
 
-def test_a_row_folds_alone_as_it_folds_in_a_batch():
-    """The method as the cache calls it: rows of different lengths, with ranks of either side of a block."""
+@pytest.mark.parametrize(("length", "rank"), [(400, 100), (170, 43)])
+def test_a_row_folds_alone_as_it_folds_in_a_batch(length, rank):
+    """The method as the cache calls it, with ranks of either side of a block."""
     method = WildCat(bin_rank=100, seed=3)
     generator = torch.Generator().manual_seed(0)
-    keys, values = torch.randn(2, 2, 2, 400, 8, generator=generator)
-
-    def block(rows, lengths):
-        n = max(lengths)
-        return KVBlock(
-            keys=keys[rows, :, -n:],
-            values=values[rows, :, -n:],
-            valid=torch.ones(len(rows), 2, n, dtype=torch.bool),
-            held=lengths,
-            lengths=lengths,
-            window=[0] * len(rows),
-            exact=lengths,
-            seen=lengths,
-            scale=0.3,
-            layer_index=1,
-            sharing=range(2),
-        )
-
-    together = method.compress(block([0, 1], [400, 170]), [100, 43])
-    for row, length, budget in ((0, 400, 100), (1, 170, 43)):
-        alone = method.compress(block([row], [length]), [budget])
+    keys, values = torch.randn(2, 2, 2, length, 8, generator=generator)
+    block = KVBlock(
+        keys=keys,
+        values=values,
+        valid=torch.ones(2, 2, length, dtype=torch.bool),
+        items=length,
+        window=0,
+        exact=length,
+        seen=length,
+        scale=0.3,
+        layer_index=1,
+        sharing=range(2),
+    )
+    together = method.compress(block, rank).coreset
+    for row in range(2):
+        alone = method.compress(block.take_rows([row]), rank).coreset
         assert alone.valid.all()
-        assert torch.equal(together.keys[row, :, -budget:], alone.keys[0])
-        torch.testing.assert_close(together.values[row, :, -budget:], alone.values[0], rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(together.weights[row, :, -budget:], alone.weights[0], rtol=1e-4, atol=1e-4)
+        assert torch.equal(together.keys[row], alone.keys[0])
+        torch.testing.assert_close(together.values[row], alone.values[0], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(together.weights[row], alone.weights[0], rtol=1e-4, atol=1e-4)

@@ -73,10 +73,7 @@ class AttentionMatching(Compressor):
             mass = candidate.to(torch.float32)
             if block.weights is not None:
                 mass = block.slice_items(block.weights).clamp_min(0.0).masked_fill(~candidate, 0.0)
-            all_heads = (queries, keys, values, mass, candidate)
-            heads = zip(*(tensor.split(1, dim=1) for tensor in all_heads), strict=True)
-            seen = [_attention(*head) for head in heads]  # one head at a time: O(q n) memory
-            log_total, output, importance = (torch.cat(parts, dim=1) for parts in zip(*seen, strict=True))
+            log_total, output, importance = _attention_by_head(queries, keys, values, mass, candidate)
 
             index, valid = best_items(block, importance, rank)
             kept = take_items(block, index, valid)
@@ -119,6 +116,16 @@ class AttentionMatching(Compressor):
             weights = weights - torch.matmul(residual.unsqueeze(-2), terms).squeeze(-2) / steepest
             weights = torch.minimum(weights.clamp_min_(lowest), largest)
         return weights
+
+
+def _attention_by_head(*tensors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`_attention` of one head of one row at a time: O(q n) memory, and rounded alike whatever the batch is."""
+    found = []
+    for row in zip(*(tensor.split(1) for tensor in tensors), strict=True):
+        seen = [_attention(*head) for head in zip(*(tensor.split(1, dim=1) for tensor in row), strict=True)]
+        found.append([torch.cat(parts, dim=1) for parts in zip(*seen, strict=True)])
+    log_total, output, importance = (torch.cat(parts) for parts in zip(*found, strict=True))
+    return log_total, output, importance
 
 
 def _attention(

@@ -105,7 +105,8 @@ class BalanceKV(Compressor):
             sides = self._walk(kernel, walk)[..., : span.tokens] + ties
             # The sides are seldom quite equal in number: the noise decides who changes over.
             doubled = rank_descending(-sides) < span.tokens // 2
-            weights[..., pairs] *= torch.where(doubled, 2.0, 0.0)
+            before = weights[..., pairs]
+            weights[..., pairs] += torch.where(doubled, before, -before)
             index, weights = _by_weight(index, weights)
             level[span.weight] -= span.tokens
             level[2 * span.weight] += span.tokens // 2

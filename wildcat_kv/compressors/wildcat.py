@@ -67,13 +67,13 @@ class WildCat(Compressor):
             The slots, and int64 (rows, heads, rank), the item whose key each of them has.
         """
         device, bins = block.keys.device, max(1, -(-rank // self.bin_rank))
-        layout = BinLayout.build(block.items, [block.items], [rank], [bins], device)
+        layout = BinLayout.build(block.items, rank, bins, device)
         keys, values = block.slice_items(block.keys), block.slice_items(block.values)
         weights = None if block.weights is None else block.slice_items(block.weights)
         return compress_bins(
             WeightedTokens(keys, values, weights, valid, block.value_bound),
             layout,
-            KeyedDraws(layout, self.seed, block.layer_index, [block.seen] * keys.shape[0], device),
+            KeyedDraws(layout, self.seed, block.layer_index, block.seen, keys.shape[0], device),
             KernelOptions(
                 scale=block.scale,
                 temperature=self.temperature,

@@ -143,7 +143,7 @@ class BinnedCompression:
 
     def used(self, heads: range, bins: range) -> Tensor:
         """Mark the places that take part: bool (rows, heads, bins, t)."""
-        used = self.layout.used[:, None, bins.start : bins.stop]
+        used = self.layout.used[bins.start : bins.stop]
         used = used.expand(self.tokens.keys.shape[0], len(heads), -1, -1)
         valid = self.tokens.valid
         return used if valid is None else used & self.layout.gather(_take_heads(valid, heads), bins)
@@ -198,17 +198,17 @@ class BinnedCompression:
         """
         tokens = self.tokens
         used = self.used(heads, bins)
-        ranks = self.layout.rank[:, None, bins.start : bins.stop].expand(used.shape[:-1])
+        ranks = self.layout.rank[bins.start : bins.stop].expand(used.shape[:-1])
         points, log_scale = self._scaled(keys, used, mean, offset, heads)
         values = self._gather(tokens.values, heads, bins)
         mass = None if tokens.weights is None else self._gather(tokens.weights, heads, bins)
         importance = None if mass is None else _log_importance(mass, values, _bound(tokens.value_bound, heads))
-        everywhere = tokens.valid is None and not self.layout.ragged
+        everywhere = tokens.valid is None and self.layout.tokens.even
         options = _Options(
             valid=None if everywhere else used,
             log_importance=importance,
             log_scale=log_scale,
-            ranks=ranks if self.layout.uneven else None,
+            ranks=None if self.layout.slots.even else ranks,
         )
         factor = self._factorise(points, options, heads, bins)
 

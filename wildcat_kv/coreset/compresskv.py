@@ -120,7 +120,7 @@ def _compress_batch(
     """Compress tokens of any batch shape as heads of one row."""
     keys, values, weights, valid, bound = tokens.keys, tokens.values, tokens.weights, tokens.valid, tokens.value_bound
     batch, (n, d) = keys.shape[:-2], keys.shape[-2:]
-    layout = BinLayout.build(n, [n], [rank], [bins], keys.device)
+    layout = BinLayout.build(n, rank, bins, keys.device)
     if noise is not None:
         draws: Draws = GivenDraws(_noise_of_bins(noise, batch, n, layout))
     else:
@@ -164,7 +164,7 @@ def _noise_of_bins(noise: Tensor, batch: torch.Size, n: int, layout: BinLayout) 
 def compress_bins(
     tokens: WeightedTokens, layout: BinLayout, draws: Draws, options: KernelOptions
 ) -> tuple[Coreset, Tensor]:
-    """Compress rows with any lengths, ranks and numbers of bins.
+    """Compress all bins of all rows and heads at once.
 
     Args:
         tokens: keys and values to compress, (rows, heads, n, ...).
@@ -173,8 +173,8 @@ def compress_bins(
         options: settings of the kernel.
 
     Returns:
-        A Coreset of (rows, heads, c, ...), c the largest rank of a row; and int64 (rows, heads, c), the place of the
-        key that each slot has, arbitrary for padding slots.
+        A Coreset of (rows, heads, c, ...), c the rank; and int64 (rows, heads, c), the place of the key that each slot
+        has, arbitrary for padding slots.
     """
     keys, values = tokens.keys, tokens.values
     compression = BinnedCompression(tokens, layout, draws, options)
@@ -185,7 +185,7 @@ def compress_bins(
         slots = compression.slots()
 
     if slots.computed is None:  # all are
-        valid = layout.collect(slots.found) & layout.slot_used.unsqueeze(1)
+        valid = layout.collect(slots.found)
         source = layout.collect(layout.columns(slots.pivots))
         coreset = Coreset(
             keys=take_columns(keys, source).mul_(valid.unsqueeze(-1).to(keys.dtype)),
@@ -195,7 +195,7 @@ def compress_bins(
         )
         return coreset, source
     unchanged, source = take_pivots(tokens, layout, slots.pivots, slots.found)
-    computed = layout.collect(slots.computed) & layout.slot_used.unsqueeze(1)
+    computed = layout.collect(slots.computed)
     coreset = replace(
         unchanged,
         values=torch.where(computed.unsqueeze(-1), layout.collect(slots.values), unchanged.values),
@@ -219,7 +219,7 @@ def take_pivots(tokens: WeightedTokens, layout: BinLayout, pivots: Tensor, found
     """
     order = position_order(pivots, found)
     source = layout.collect(layout.columns(pivots.gather(-1, order)))
-    valid = layout.collect(found.gather(-1, order)) & layout.slot_used.unsqueeze(1)
+    valid = layout.collect(found.gather(-1, order))
 
     empty, weights = ~valid, tokens.weights
     coreset = Coreset(

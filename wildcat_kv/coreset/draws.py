@@ -6,7 +6,6 @@ with it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -46,26 +45,28 @@ class KeyedDraws:
         layout: layout of the bins.
         seed: any integer in [0, 2**63).
         layer: index of the layer.
-        seen: tokens that each row has read.
+        seen: tokens that the rows have read.
+        rows: number of rows.
         device: device of the noise.
     """
 
     def __init__(
-        self, layout: BinLayout, seed: int, layer: int, seen: Sequence[int], device: torch.device | str = "cpu"
+        self, layout: BinLayout, seed: int, layer: int, seen: int, rows: int, device: torch.device | str = "cpu"
     ) -> None:
-        self._layout, self._seed, self._device = layout, seed, device
-        layers = torch.full((1, 1, 1, 1), layer, device=device)
-        self._fold = layers, torch.tensor(seen).to(device, non_blocking=True).view(-1, 1, 1, 1)
+        self._layout, self._seed, self._rows, self._device = layout, seed, rows, device
+        self._fold = tuple(torch.full((1, 1, 1, 1), number, device=device) for number in (layer, seen))
 
     def gumbel(self, heads: range, bins: range) -> Tensor:
         """Draw Gumbel noise, see `Draws`."""
         steps = torch.arange(self._layout.bin_rank, device=self._device)
-        return gumbel_rows(self._seed, *self._counters(heads, bins), steps, columns=self._layout.longest)
+        noise = gumbel_rows(self._seed, *self._counters(heads, bins), steps, columns=self._layout.longest)
+        return noise.expand(self._rows, *noise.shape[1:])
 
     def uniform(self, heads: range, bins: range, turn: int) -> Tensor:
         """Draw uniform noise, see `Draws`."""
         words = torch.arange(3 * turn, 3 * turn + 3, device=self._device)
-        return uniform_rows(self._seed, *self._counters(heads, bins), words, columns=BLOCK)
+        noise = uniform_rows(self._seed, *self._counters(heads, bins), words, columns=BLOCK)
+        return noise.expand(self._rows, *noise.shape[1:])
 
     def _counters(self, heads: range, bins: range) -> tuple[Tensor, ...]:
         head = torch.arange(heads.start, heads.stop, device=self._device).view(-1, 1, 1)
