@@ -31,20 +31,19 @@ class LayerState:
         compressor: the method.
         index: index of the layer in the model.
         place: place of the layer among those that can be compressed.
-        sharing: places of the layers that are compressed, which share one budget.
-        rotation: rotary positions of the layer; None where the method does not ask.
-        fixed: True to hold the same memory for good, of the columns that the budget allows.
+        sharing: places of the layers that are compressed; they share one budget.
+        rotation: rotary positions of the layer; None if the method needs none.
+        fixed: True to keep the same memory, of as many columns as the budget allows.
 
     Attributes:
         storage: tensors; None before the first tokens.
-        log: queries that the method learns from; None where it does not.
-        progress: numbers.
-        pending: fold that waits for other layers, None for none.
+        log: queries that the method learns from; None if it learns from none.
+        progress: numbers of columns and rows.
+        pending: fold that waits for other layers; None for none.
         checked: columns whose keys are known to be finite.
-        folded_range: box around the values of the tokens that are exact no longer; None before the first fold.
-        value_range: box around the values of all tokens, to which attention is clipped; None before the first fold.
-        error: error that the method estimated at the last fold, float32 (rows, query_heads); None where it makes no
-            estimate.
+        folded_range: box around the values of folded tokens; None before the first fold.
+        value_range: box around all values, to clip attention to; None before the first fold.
+        error: the method's estimate at the last fold, float32 (rows, query_heads); None if it makes none.
     """
 
     def __init__(
@@ -74,10 +73,8 @@ class LayerState:
         self.folded_range: ValueRange | None = None
         self.value_range: ValueRange | None = None
 
-    # Growing
-
     def allocate(self, keys: Tensor, values: Tensor) -> None:
-        """Make room for keys (rows, kv_heads, n, d) and values (rows, kv_heads, n, d_v) and for some more."""
+        """Make room for keys (rows, kv_heads, n, d), values (rows, kv_heads, n, d_v) and a few more."""
         self.storage = Storage.empty(keys, values, self.compressor.state_size, self._limit, fixed=self._fixed)
         self.progress.rows = [Row()] * keys.shape[0]
 
@@ -94,9 +91,9 @@ class LayerState:
 
         Args:
             progress: numbers.
-            memory: entries, and free room behind them; not copied, unless the memory is to be fixed.
+            memory: entries with free columns behind them; copied only if the memory is fixed.
             length: columns in use.
-            folded_range: box around the values of tokens that are exact no longer.
+            folded_range: box around the values of folded tokens.
             carried: queries from before the last fold.
             recent: queries since then.
         """
@@ -110,7 +107,7 @@ class LayerState:
         self.span()
 
     def append(self, keys: Tensor, values: Tensor, valid: Tensor | None) -> None:
-        """Read exact tokens (rows, kv_heads, q, channels); `valid` is bool (rows, q), False for padding."""
+        """Append exact tokens (rows, kv_heads, q, channels); `valid` is bool (rows, q), False for padding."""
         assert self.storage is not None, "allocate() comes first"
         self.storage.append(keys, values, valid)
         progress, new = self.progress, keys.shape[2]
@@ -132,16 +129,15 @@ class LayerState:
         self.held.entries.carried_state[:, :, self.stored - state.shape[2] :] = state
 
     def take_in(self, tokens: int) -> None:
-        """Note exact tokens that were written behind the others, one a forward pass, none of them padding."""
-        held = self.held
-        held.length += tokens
+        """Count tokens that traced steps have written, one a forward pass, none of them padding."""
+        self.held.length += tokens
         for _ in range(tokens):
             self.progress.read(1, masked=False)
             self.progress.end_forward(self.progress.scale)
         self.span()
 
     def observe(self, queries: Tensor) -> None:
-        """Take the queries (rows, query_heads, q, d) of the newest columns, where the method learns from them."""
+        """Log the newest queries (rows, query_heads, q, d), if the method learns from queries."""
         if self.log is not None:
             self.log.append(queries)
 
@@ -152,7 +148,7 @@ class LayerState:
 
     @property
     def croppable(self) -> int:
-        """Newest columns that can be taken back: those since the last fold, whose queries and earlier ones are held."""
+        """Newest columns that can be taken back: those since the last fold whose queries are held."""
         log, exact = self.log, self.progress.since_fold
         if log is None or log.columns >= exact:
             return exact
@@ -168,7 +164,7 @@ class LayerState:
         self.span()
 
     def show(self, valid: Tensor) -> None:
-        """Mark anew which exact tokens are padding, bool (rows, progress.since_fold); `span` comes after it."""
+        """Mark anew which exact tokens are valid, bool (rows, progress.since_fold). Call `span` afterwards."""
         tail = self.held.entries.slice(self.stored - self.progress.since_fold, self.stored)
         tail.valid.copy_(valid.unsqueeze(1))
         tail.weights.copy_(valid.unsqueeze(1))
@@ -177,15 +173,15 @@ class LayerState:
 
     @property
     def alike(self) -> bool:
-        """Whether all rows hold as much as each other."""
+        """True if all rows hold equally much."""
         return len(set(self.progress.rows)) <= 1
 
     def select_rows(self, index: Tensor, on_host: Sequence[int] | None) -> None:
         """Keep the rows at `index`, int64 (k,), in that order; a row may be repeated.
 
         Args:
-            index: on any device.
-            on_host: the same numbers; None will do where rows are `alike`, so that nothing waits for the device.
+            index: rows to keep, on any device.
+            on_host: the same numbers; None if the rows are `alike`, so that nothing waits for the device.
         """
         self.held.select_rows(index)
         if self.log is not None:
@@ -193,25 +189,23 @@ class LayerState:
         rows = self.progress.rows
         self.progress.rows = rows[:1] * len(index) if on_host is None else [rows[row] for row in on_host]
         with ordinary_tensors():
-            self.folded_range, self.value_range = (
-                box and box.rows(index) for box in (self.folded_range, self.value_range)
-            )
+            self.folded_range = self.folded_range and self.folded_range.rows(index)
+            self.value_range = self.value_range and self.value_range.rows(index)
             if self.error is not None:
                 self.error = self.error.index_select(0, index.to(self.error.device))
 
     def move(self, device: torch.device) -> None:
-        """Have everything on `device`."""
+        """Move everything to `device`."""
         if self.held.allocated.weights.device != device:  # the boxes are always beside the weights
-            self.folded_range, self.value_range = (
-                box and box.to(device) for box in (self.folded_range, self.value_range)
-            )
+            self.folded_range = self.folded_range and self.folded_range.to(device)
+            self.value_range = self.value_range and self.value_range.to(device)
             if self.log is not None:
                 self.log.to(device)
         self.held.to(device)
 
     @property
     def entries(self) -> Entries:
-        """All that is held, without free room."""
+        """Entries held, without free columns."""
         return self.held.entries
 
     @property
@@ -220,7 +214,7 @@ class LayerState:
         return 0 if self.storage is None else self.storage.length
 
     def tensors(self) -> list[Tensor]:
-        """All memory held, free room included."""
+        """List all tensors held, free columns included."""
         if self.storage is None:
             return []
         boxes = (self.folded_range, self.value_range)
@@ -229,7 +223,7 @@ class LayerState:
         return [*self.storage.allocated.tensors(), *bounds, *queries]
 
     def count_rows(self, column: int) -> list[Row]:
-        """What the rows held when `column` columns had been read, since the last fold."""
+        """Count what each row held when `column` columns had been read, since the last fold."""
         progress = self.progress
         if not progress.masked:
             return [row.append(column - progress.folded_at) for row in progress.rows]
@@ -238,21 +232,21 @@ class LayerState:
 
     @property
     def _limit(self) -> int | None:
-        """Columns that are enough for good, the newest token's among them, where the budget is a number."""
+        """Most columns ever needed, the newest token's included; None without `max_tokens`."""
         return None if self.settings.max_tokens is None else self.settings.max_tokens + 1
 
     @property
     def held(self) -> Storage:
-        """The tensors, once there are some."""
+        """Storage, once there is one."""
         assert self.storage is not None, "allocate() comes first"
         return self.storage
 
     def stored_at(self, column: int) -> int:
-        """Columns held when `column` columns had been read; they must have come after the last fold."""
+        """Count the columns held when `column` columns had been read, after the last fold."""
         return self.stored - (self.progress.seen - column)
 
     def counted_at(self, column: int) -> int:
-        """Columns held then as the budget counts them: alike in all layers."""
+        """Count them as the budget does: alike in all layers."""
         return self.stored_at(column) - self.progress.spare
 
     def check_finite(self, keys: Tensor) -> None:
@@ -261,16 +255,14 @@ class LayerState:
         Raises:
             ValueError: names the layer.
         """
-        # A sum is one pass; only if it overflows is every key looked at, in the dtype that folds compute in.
-        finite = bool(torch.isfinite(keys.sum(dtype=torch.float32)))
-        if not finite and not bool(torch.isfinite(keys.to(torch.float32)).all()):
+        if not finite(keys):
             raise ValueError(
                 f"layer {self._index}: NaN or infinity in the keys; the model has overflowed, try bfloat16 or "
                 "float32, and call cache.reset(): other layers may have read the tokens"
             )
 
     def span(self) -> None:
-        """Set the box around the values of all tokens seen, from those folded and those held."""
+        """Set the box around the values of all tokens seen, folded and held."""
         if self.folded_range is None:
             return
         entries, cut = self.held.entries, self.stored_at(self.progress.folded_at)
@@ -281,3 +273,9 @@ class LayerState:
                 span = span.join(ValueRange.of(later.values, later.valid if self.progress.masked else None))
             # A row that has folded nothing is attended to exactly: nothing to clip.
             self.value_range = span.unbounded_where_empty(self.folded_range)
+
+
+def finite(keys: Tensor) -> bool:
+    """Tell if keys of any shape hold neither NaN nor infinity."""
+    # A sum is one pass. Only if it overflows is every key looked at, in the dtype that folds compute in.
+    return bool(torch.isfinite(keys.sum(dtype=torch.float32))) or bool(torch.isfinite(keys.to(torch.float32)).all())

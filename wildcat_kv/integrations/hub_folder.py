@@ -63,9 +63,9 @@ def wildcat_generate(
     Args:
         model: a Transformers decoder.
         input_ids: tokens of the prompts, int64 (rows, n).
-        logits_processor: the processors that `generate()` has prepared.
-        stopping_criteria: the criteria that `generate()` has prepared.
-        generation_config: the config that `generate()` has prepared.
+        logits_processor: processors that `generate()` has prepared; so are the two below.
+        stopping_criteria: criteria.
+        generation_config: config.
         **arguments: `preset`, `compressor`, `settings` and fields of `WildCatConfig`, such as `ratio`, as for
             `enable`. `temperature` is the sampling's; give the cache's in `settings`. All others are `generate()`'s.
 
@@ -73,24 +73,21 @@ def wildcat_generate(
         The output of `generate()`.
 
     Raises:
-        ValueError: a cache that was chosen otherwise, settings that do not fit, a way to decode that Transformers does
-            not have itself, or a model that cannot be compressed.
+        ValueError: another cache was chosen, or settings, decoding or model do not fit.
 
     Example:
         model.generate(**inputs, custom_generate=wildcat_generate, ratio=0.25, max_new_tokens=100)
     """
     check_prompt(model)
     chosen = {name: arguments.pop(name) for name in _ARGUMENTS if arguments.get(name) is not None}
-    prepared = given_cache(arguments)
     without = generation_config.use_cache is False or generation_config.cache_implementation is not None
-    if without or getattr(prepared, "_is_user_defined", False):
+    if without or getattr(given_cache(arguments), "_is_user_defined", False):
         raise ValueError(_OTHERWISE)
     decode = _decoding(model, generation_config)
     cache = WildCatCache(model.config, **chosen)
     arguments = {name: value for name, value in arguments.items() if name not in (CACHE, OLD)}
-    _, checked = with_read_check(
-        model, cache, (), {"stopping_criteria": stopping_criteria, "generation_config": generation_config}
-    )
+    given = {"stopping_criteria": stopping_criteria, "generation_config": generation_config}
+    _, checked = with_read_check(model, cache, (), given)
     return decode(
         model,
         input_ids,
