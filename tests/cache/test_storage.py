@@ -234,7 +234,7 @@ def test_numerators_of_a_coreset_come_back(n, seed, dtype):
     weights = torch.randn(2, HEADS, n, generator=generator) * 10.0 ** torch.randint(-4, 4, (n,), generator=generator)
     values = torch.randn(2, HEADS, n, VALUE_CHANNELS, generator=generator) * weights.unsqueeze(-1)
     valid = torch.rand(2, HEADS, n, generator=generator) > 0.2
-    stored = Entries.of(Coreset(like.keys.expand(-1, -1, n, -1), values, weights, valid), like)
+    stored = Entries.of(Coreset(like.keys.expand(-1, -1, n, -1), values, weights, valid), None, like)
     assert stored.values.dtype == dtype
     assert torch.equal(stored.weights, weights * valid)  # a slot that is none weighs nothing, whatever it says
     rounding = torch.finfo(dtype).eps * values.abs() + torch.finfo(dtype).smallest_normal * mass_of(weights)[..., None]
@@ -245,7 +245,7 @@ def test_numerators_beyond_half_precision_become_its_largest_number():
     like = entries(1, 1, dtype=torch.float16)
     values = torch.tensor([1e6, -1e6, 2.0]).expand(1, HEADS, 1, -1)
     weights, valid = torch.ones(1, HEADS, 1), torch.ones(1, HEADS, 1, dtype=torch.bool)
-    assert torch.isfinite(Entries.of(Coreset(like.keys, values, weights, valid), like).values).all()
+    assert torch.isfinite(Entries.of(Coreset(like.keys, values, weights, valid), None, like).values).all()
 
 
 def test_memory_that_was_loaded_for_inference_can_be_written_to_later():
