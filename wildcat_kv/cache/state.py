@@ -43,8 +43,7 @@ class LayerState:
         checked: columns whose keys are known to be finite.
         folded_range: box around the values of the tokens that are exact no longer; None before the first fold.
         value_range: box around the values of all tokens, to which attention is clipped; None before the first fold.
-        error: error that the method estimated at the last fold, float32 (rows, query_heads); None where it makes no
-            estimate.
+        error: estimated error of the last fold, float32 (rows, query_heads); None without an estimate.
     """
 
     def __init__(
@@ -73,8 +72,6 @@ class LayerState:
         self.checked = 0
         self.folded_range: ValueRange | None = None
         self.value_range: ValueRange | None = None
-
-    # Growing
 
     def allocate(self, keys: Tensor, values: Tensor) -> None:
         """Make room for keys (rows, kv_heads, n, d) and values (rows, kv_heads, n, d_v) and for some more."""
@@ -133,8 +130,7 @@ class LayerState:
 
     def take_in(self, tokens: int) -> None:
         """Note exact tokens that were written behind the others, one a forward pass, none of them padding."""
-        held = self.held
-        held.length += tokens
+        self.held.length += tokens
         for _ in range(tokens):
             self.progress.read(1, masked=False)
             self.progress.end_forward(self.progress.scale)
@@ -250,10 +246,6 @@ class LayerState:
     def stored_at(self, column: int) -> int:
         """Columns held when `column` columns had been read; they must have come after the last fold."""
         return self.stored - (self.progress.seen - column)
-
-    def counted_at(self, column: int) -> int:
-        """Columns held then as the budget counts them: alike in all layers."""
-        return self.stored_at(column) - self.progress.spare
 
     def check_finite(self, keys: Tensor) -> None:
         """Refuse keys of any shape that hold NaN or infinity.
