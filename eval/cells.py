@@ -72,15 +72,18 @@ class Cell:
             streams: True if one of the tasks compresses while it reads on.
 
         Raises:
-            ValueError: the method must read a text twice.
+            ValueError: the method reads a text twice, or compresses nothing after a prompt.
         """
-        if self.compressor is None or not reads_twice(self.compressor):
+        if self.compressor is None:
             return
-        if streams or self.max_tokens is not None:
-            raise ValueError(
-                f"methods={self.method!r} reads a text twice and compresses nothing later; leave it out, or leave "
-                "out max_tokens and the tasks that compress while they read (perplexity, decoding, wikitext)"
-            )
+        method = next(known for known in available() if known.name == self.compressor)
+        if (method.decodes and not method.reads_twice) or not (streams or self.max_tokens is not None):
+            return
+        reason = "reads a text twice and compresses nothing later" if method.reads_twice else "compresses nothing later"
+        raise ValueError(
+            f"methods={self.method!r} {reason}; leave it out, or leave out max_tokens and the tasks that compress "
+            "while they read (perplexity, decoding, wikitext)"
+        )
 
     def check_model(self, model_config: Any) -> None:
         """Refuse a model that cannot be compressed, or a budget that the method cannot reach.

@@ -154,6 +154,37 @@ def test_other_methods_are_saved_and_loaded_with_their_compressor(llama, tmp_pat
         CompressedCache.load(path, llama.config, compressor=Uniform(seed=4))
 
 
+def contents(path):
+    """The metadata, the header and the names of the tensors of a file."""
+    with safe_open(path, "pt") as file:
+        return file.metadata(), json.loads(file.metadata()["header"]), set(file.keys())
+
+
+@pytest.mark.parametrize("method", ["wildcat", "snapkv", "h2o"])
+def test_the_format_is_that_of_its_version(method, tmp_path):
+    """Files of earlier releases must load: whoever changes a name here must raise the version."""
+    model, path = tiny_model("gemma3"), tmp_path / "context.safetensors"
+    cache = CompressedCache(model.config, compressor=method, ratio=0.25)
+    model(random_ids(1, 150), **{CACHE: cache})
+    cache.save(path)
+    metadata, header, names = contents(path)
+    assert metadata.keys() == {"format", "version", "header"}
+    assert (metadata["format"], metadata["version"]) == ("wildcat_kv context", "4")
+    assert header.keys() == {"model", "settings", "compressor", "layers", "positions", "text"}
+    kinds = [layer["kind"] for layer in header["layers"]]
+    assert set(kinds) == {"WildCatLayer", "DynamicSlidingWindowLayer"}
+    entries = {"keys", "values", "weights", "valid", "folded.lowest", "folded.highest"}
+    own = {"wildcat": set(), "snapkv": {"queries.carried"}, "h2o": {"memory"}}[method]
+    for index, layer in enumerate(header["layers"]):
+        assert layer.keys() == {"kind", "progress", "length", "attributes"}
+        held = {name.removeprefix(f"layers.{index}.") for name in names if name.startswith(f"layers.{index}.")}
+        if layer["kind"] == "WildCatLayer":
+            assert layer["progress"]["seen"] == 150 and layer["attributes"] is None
+            assert held == entries | own
+        else:
+            assert {"keys", "values"} <= held and layer["progress"] is None
+
+
 # What is refused
 
 

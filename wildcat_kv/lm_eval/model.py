@@ -22,7 +22,7 @@ from typing_extensions import override
 
 from wildcat_kv.config import DROPPED
 from wildcat_kv.contexts.prompts import messages_for
-from wildcat_kv.lm_eval.options import check, reads_twice, settings_of
+from wildcat_kv.lm_eval.options import check, check_rolling, reads_twice, settings_of
 from wildcat_kv.lm_eval.prompts import PromptEncoder, Protocol, cut_middle, cut_start, loses_middle, move_spaces
 from wildcat_kv.lm_eval.reader import Pair, Prompt, Reader
 from wildcat_kv.models import default_model_path
@@ -162,8 +162,7 @@ class WildCatLM(HFLM):
         Raises:
             ValueError: the method cannot compress while it reads on.
         """
-        if reads_twice(self._method):
-            raise ValueError(f"method={self._method!r} reads a text twice: it has no likelihood of a text read once")
+        check_rolling(self._method)
         totals = []
         for request in tqdm(requests, desc="loglikelihood_rolling", disable=disable_tqdm or self.rank != 0):
             windows = get_rolling_token_windows(

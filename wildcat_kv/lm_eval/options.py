@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from wildcat_kv.compressors import available
+from wildcat_kv.compressors.registry import Method
 from wildcat_kv.config import WildCatConfig
 
 EXACT = "exact"
@@ -14,7 +15,22 @@ _REFUSED = ("think_end_token", "mixed_precision_dtype", "softmax_dtype", "trunca
 
 def reads_twice(compressor: str) -> bool:
     """Tell whether the method of this name reads a text twice; "exact" does not."""
-    return compressor != EXACT and next(known.reads_twice for known in available() if known.name == compressor)
+    return compressor != EXACT and _method(compressor).reads_twice
+
+
+def check_rolling(method: str) -> None:
+    """Refuse a method that cannot compress a text while it reads on.
+
+    Args:
+        method: known name.
+
+    Raises:
+        ValueError: it reads a text twice, or compresses nothing after the prompt.
+    """
+    if reads_twice(method):
+        raise ValueError(f"method={method!r} reads a text twice: it has no likelihood of a text read once")
+    if method != EXACT and not _method(method).decodes:
+        raise ValueError(f"method={method!r} compresses nothing after a prompt: it has no likelihood of a whole text")
 
 
 def settings_of(method: str, given: dict[str, Any]) -> WildCatConfig | None:
@@ -64,3 +80,7 @@ def check(method: str, protocol: str, chunk: int, batch_size: int | str | None, 
     refused = next((name for name in _REFUSED if options.get(name) not in (None, False)), None)
     if refused:
         raise ValueError(f"{refused}={options[refused]!r} is an option of lm-eval's hf that is not followed here")
+
+
+def _method(name: str) -> Method:
+    return next(known for known in available() if known.name == name)
