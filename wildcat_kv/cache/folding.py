@@ -116,7 +116,7 @@ def _next_fold(state: LayerState, until: int) -> tuple[list[Row], list[FoldPlan]
 
 
 def _plan(state: LayerState, rows: Sequence[Row], end: int) -> list[FoldPlan] | None:
-    """What to fold after the forward pass that ended at column `end`, with `rows` as of then; None for nothing."""
+    """Plan the fold after the forward pass that ended at column `end`, with `rows` as of then; None for nothing."""
     settings, decodes = state.settings, state.compressor.decodes
     # A row's first tokens, several at once, are its prompt; with padding that may come in a later pass.
     before = state.count_rows(state.progress.settled)
@@ -215,7 +215,7 @@ def _queries_until(state: LayerState, end: int, valid: Tensor) -> tuple[Tensor |
     """The queries to learn from as of column `end`, right-aligned, and how many each row has.
 
     Args:
-        state: what the layer holds.
+        state: contents of the layer.
         end: column.
         valid: bool (rows, k), False for padding among the columns since the last fold.
     """
@@ -230,7 +230,7 @@ def _queries_until(state: LayerState, end: int, valid: Tensor) -> tuple[Tensor |
 
 
 def _leaving(columns: int, row: Row, plan: FoldPlan) -> tuple[int, int]:
-    """Where in a right-aligned row the exact tokens are that `plan` makes into slots: [start, stop)."""
+    """Find the exact tokens of a right-aligned row that `plan` makes into slots: [start, stop)."""
     if not plan.items:
         return columns, columns
     exact = max(row.stored - row.exact, plan.head)

@@ -1,4 +1,4 @@
-"""What one layer holds, and how it grows and takes back: tensors and numbers, no model, no Transformers.
+"""The contents of one layer, which grow and are taken back: tensors and numbers, no model, no Transformers.
 
 In one line of columns a row: padding, sink, coreset slots, exact tokens. Rows end together, so that new tokens
 take the same columns in all of them.
@@ -27,8 +27,8 @@ class LayerState:
     """A coreset of the past, and the newest tokens as they are.
 
     Args:
-        settings: the budget and the exact ends.
-        compressor: the method.
+        settings: budget and exact ends.
+        compressor: method.
         index: index of the layer in the model.
         place: place of the layer among those that can be compressed.
         sharing: places of the layers that are compressed, which share one budget.
@@ -97,10 +97,9 @@ class LayerState:
             carried: queries from before the last fold.
             recent: queries since then.
         """
-        if self._fixed:
-            self.storage = Storage([memory.slice(0, length)], self._limit, fixed=True)
-        else:
-            self.storage = Storage.adopt(memory, length, self._limit)
+        fixed, part = self._fixed, memory.slice(0, length)
+        limit = self._limit
+        self.storage = Storage([part], limit, fixed=True) if fixed else Storage.adopt(memory, length, limit)
         if self.log is not None:
             self.log.restore(carried, recent)
         self.progress, self.folded_range = progress, folded_range
@@ -173,15 +172,15 @@ class LayerState:
 
     @property
     def alike(self) -> bool:
-        """Whether all rows hold as much as each other."""
+        """True if all rows hold as much as each other."""
         return len(set(self.progress.rows)) <= 1
 
     def select_rows(self, index: Tensor, on_host: Sequence[int] | None) -> None:
         """Keep the rows at `index`, int64 (k,), in that order; a row may be repeated.
 
         Args:
-            index: on any device.
-            on_host: the same numbers; None will do where rows are `alike`, so that nothing waits for the device.
+            index: int64 (k,), on any device.
+            on_host: same numbers on the host; None will do where rows are `alike`, so that nothing waits.
         """
         self.held.select_rows(index)
         if self.log is not None:
@@ -225,7 +224,7 @@ class LayerState:
         return [*self.storage.allocated.tensors(), *bounds, *queries]
 
     def count_rows(self, column: int) -> list[Row]:
-        """What the rows held when `column` columns had been read, since the last fold."""
+        """Count what the rows held when `column` columns had been read, since the last fold."""
         progress = self.progress
         if not progress.masked:
             return [row.append(column - progress.folded_at) for row in progress.rows]
