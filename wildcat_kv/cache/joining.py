@@ -30,8 +30,8 @@ def join_caches(caches: Sequence[CompressedCache], settings: WildCatConfig | Non
     Sliding-window layers go on from the last part alone, as they would after the whole text.
 
     Args:
-        caches: caches of one model, method and batch size, without padding, none of them static; each has read something.
-            They stay as they are.
+        caches: caches of one model, method and batch size, without padding, none of them static. Each has read
+            something; they stay as they are.
         settings: settings of the joined cache; the last one's by default.
 
     Returns:
