@@ -1,4 +1,4 @@
-"""How many tokens a row may keep, and what the next fold does to it. Plain integers, no tensors.
+"""The budget of a row, and what the next fold does to it. Plain integers, no tensors.
 
 A row holds, in this order: `sink` exact tokens, `slots` of the coreset, `exact` tokens not yet folded.
 """
@@ -17,12 +17,12 @@ _BINS_A_BLOCK = 4
 
 @dataclass(frozen=True)
 class Row:
-    """What one row of one layer holds.
+    """The contents of one row of one layer.
 
     Attributes:
         seen: valid tokens read since the start.
         sink: exact tokens at the beginning.
-        slots: of the coreset, as many as the budget gave.
+        slots: slots of the coreset, as many as the budget gave.
         exact: tokens not yet folded.
         seen_at_fold: `seen` at the last fold.
         spare: columns of slots beyond `slots`: more where heads share unequally, negative where a method
@@ -40,7 +40,7 @@ class Row:
 
     @property
     def counted(self) -> int:
-        """What the budget counts: the same in every layer."""
+        """Entries that the budget counts: the same in every layer."""
         return self.sink + self.slots + self.exact
 
     @property
@@ -55,7 +55,7 @@ class Row:
 
 @dataclass(frozen=True)
 class FoldPlan:
-    """What a fold makes of a row: `items` of it become `rank` slots, the rest stays as it is.
+    """The fold of a row: `items` of it become `rank` slots, the rest stays as it is.
 
     In storage order: `sink` exact tokens, `kept` old slots (in `kept + spare` columns), `items` (columns of old
     slots or exact tokens) to compress into `rank` slots, `window` exact tokens.
@@ -125,12 +125,12 @@ def block_size(settings: WildCatConfig) -> int:
 
 
 def plan_fold(row: Row, settings: WildCatConfig, *, prefill: bool) -> FoldPlan | None:
-    """What to fold now, or None.
+    """Plan the fold that is due now; None for none.
 
     Args:
-        row: what the row holds, the newest tokens included.
+        row: contents of the row, the newest tokens included.
         settings: budget and exact ends.
-        prefill: whether this forward gave the row its first tokens, several at once: the prompt is then
+        prefill: True if this forward gave the row its first tokens, several at once: the prompt is then
             brought to its budget at once, however short it is. A sink that had to shrink stays small.
     """
     if settings.share is not None:

@@ -116,7 +116,7 @@ def _next_fold(state: LayerState, until: int) -> tuple[list[Row], list[FoldPlan]
 
 
 def _plan(state: LayerState, rows: Sequence[Row], end: int) -> list[FoldPlan] | None:
-    """What to fold after the forward pass that ended at column `end`, with `rows` as of then; None for nothing."""
+    """Plan the fold after the forward pass that ended at column `end`, with `rows` as of then; None for nothing."""
     settings, decodes = state.settings, state.compressor.decodes
     # A row's first tokens, several at once, are its prompt; with padding that may come in a later pass.
     before = state.count_rows(state.progress.settled)
@@ -125,10 +125,15 @@ def _plan(state: LayerState, rows: Sequence[Row], end: int) -> list[FoldPlan] | 
         plan_fold(row, settings, prefill=prompt) if prompt or decodes else None
         for row, prompt in zip(rows, prompts, strict=True)
     ]
-    too_wide = settings.max_tokens is not None and state.counted_at(end) > settings.max_tokens
+    too_wide = settings.max_tokens is not None and _counted_at(state, end) > settings.max_tokens
     if not any(plans) and not too_wide:
         return None
     return [plan or FoldPlan.nothing(row) for plan, row in zip(plans, rows, strict=True)]
+
+
+def _counted_at(state: LayerState, column: int) -> int:
+    """Columns held at a column as the budget counts them: alike in all layers."""
+    return state.stored_at(column) - state.progress.spare
 
 
 def _mark_decided(state: LayerState, rows: Sequence[Row], end: int) -> None:
@@ -137,7 +142,7 @@ def _mark_decided(state: LayerState, rows: Sequence[Row], end: int) -> None:
     again = [row for row in rows if state.compressor.decodes or not row.seen]
     waits = [wait for row in again if (wait := tokens_until_fold(row, settings)) is not None]
     if settings.max_tokens is not None:  # columns of padding take room as well
-        waits.append(max(1, settings.max_tokens + 1 - state.counted_at(end)))
+        waits.append(max(1, settings.max_tokens + 1 - _counted_at(state, end)))
     state.progress.mark_decided(min(waits) if waits else None)
 
 
@@ -210,7 +215,7 @@ def _queries_until(state: LayerState, end: int, valid: Tensor) -> tuple[Tensor |
     """The queries to learn from as of column `end`, right-aligned, and how many each row has.
 
     Args:
-        state: what the layer holds.
+        state: contents of the layer.
         end: column.
         valid: bool (rows, k), False for padding among the columns since the last fold.
     """
@@ -225,7 +230,7 @@ def _queries_until(state: LayerState, end: int, valid: Tensor) -> tuple[Tensor |
 
 
 def _leaving(columns: int, row: Row, plan: FoldPlan) -> tuple[int, int]:
-    """Where in a right-aligned row the exact tokens are that `plan` makes into slots: [start, stop)."""
+    """Find the exact tokens of a right-aligned row that `plan` makes into slots: [start, stop)."""
     if not plan.items:
         return columns, columns
     exact = max(row.stored - row.exact, plan.head)

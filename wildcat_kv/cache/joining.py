@@ -30,9 +30,9 @@ def join_caches(caches: Sequence[CompressedCache], settings: WildCatConfig | Non
     Sliding-window layers go on from the last part alone, as they would after the whole text.
 
     Args:
-        caches: of one model, method and batch size, without padding, none of them static; each has read something.
-            They stay as they are.
-        settings: of the joined cache; the last one's by default.
+        caches: caches of one model, method and batch size, without padding, none of them static. Each has read
+            something; they stay as they are.
+        settings: settings of the joined cache; the last one's by default.
 
     Returns:
         A cache that has seen as many tokens as the last part. Nothing that was read can be taken back.
@@ -72,7 +72,7 @@ def join_caches(caches: Sequence[CompressedCache], settings: WildCatConfig | Non
 
 
 def _row(states: Sequence[LayerState], *, bounded: bool) -> Row:
-    """What a row of one layer holds once all parts are joined: the last one's, and the others as slots beside them."""
+    """Count what a row of one layer holds once joined: the last part's, and the others as slots beside them."""
     parts = [state.count_rows(state.progress.seen)[0] for state in states]
     last, others = parts[-1], parts[:-1]
     if not last.seen_at_fold:  # all of it is exact: its first tokens are the sink of what follows
@@ -118,7 +118,7 @@ def _check(caches: Sequence[CompressedCache], settings: WildCatConfig | None) ->
 
 
 def _fault(cache: CompressedCache, last: CompressedCache) -> str | None:
-    """What keeps a cache from being joined to the last one, None for nothing."""
+    """Say what keeps a cache from being joined to the last one, None for nothing."""
     if cache.static:
         return "is static"
     if not cache.get_seq_length():
@@ -137,6 +137,6 @@ def _fault(cache: CompressedCache, last: CompressedCache) -> str | None:
 
 
 def unjoinable(cache: CompressedCache) -> str | None:
-    """What keeps caches of a model from being joined, as words that follow "the cache"; None for nothing."""
+    """Say what keeps caches of a model from being joined, as words that follow "the cache"; None for nothing."""
     kinds = [type(layer).__name__ for layer in cache.layers if hasattr(layer, "conv_states")]
     return f"has layers whose states cannot be joined ({kinds[0]})" if kinds else None

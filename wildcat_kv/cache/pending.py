@@ -18,8 +18,8 @@ class PendingFold:
     """A fold that is decided and not yet carried out.
 
     Attributes:
-        rows: what the rows hold.
-        plans: what becomes of them.
+        rows: contents of the rows.
+        plans: their folds.
         end: column as of which the layer folds.
         entries: entries held then, rows right-aligned.
         moved: True if these are not the stored ones: rows were moved, or their state brought up to date.

@@ -1,4 +1,4 @@
-"""How far a layer has come: what it has read, where it last folded, and what is still to be decided. No tensors."""
+"""The progress of a layer: what it has read, where it last folded, what is still to be decided. No tensors."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ class Progress:
     folds wait; then it is carried out as of that end, so that waiting changes nothing.
 
     Attributes:
-        rows: what each row holds as of the last fold.
+        rows: contents of each row as of the last fold.
         seen: columns read.
         folded_at: column of the last fold.
-        masked: whether a mask came with any column since the last fold.
-        ends: where forward passes ended for which it is not decided whether to fold.
+        masked: True if a mask came with any column since the last fold.
+        ends: columns where forward passes ended whose fold is not decided yet.
         settled: column until which it is decided.
         fold_from: column from which on a row may need a fold; None for never.
-        record_past: whether folds wait for a crop.
+        record_past: True while folds wait for a crop.
         scale: b of the last attention call, the factor of the scores.
         spare: columns stored beyond those that the budget counts, as of the last fold.
     """

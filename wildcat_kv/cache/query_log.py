@@ -18,7 +18,7 @@ class QueryLog:
     """The queries of one layer, column by column like its exact tokens.
 
     Args:
-        observation: what to keep.
+        observation: queries to keep.
 
     Attributes:
         carried: (rows, heads, c, d) from before the last fold, right-aligned; None when there are none.

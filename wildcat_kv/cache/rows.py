@@ -146,8 +146,8 @@ def replace_items(
 
     Args:
         entries: right-aligned rows of `rows[b].stored` columns.
-        rows: what the rows hold.
-        plans: what becomes of them.
+        rows: contents of the rows.
+        plans: their folds.
         slots: those of the rows' items, right-aligned; None where no row has any.
         columns: columns of the slots that each row takes.
 
@@ -185,7 +185,7 @@ def align_right(entries: Entries, rows: Sequence[Row], appended: int) -> Entries
     Args:
         entries: right-aligned rows of `rows[b].stored` columns, then `appended` columns of new tokens, some
             of them padding.
-        rows: what the rows held before the new tokens.
+        rows: contents of the rows before the new tokens.
         appended: new columns.
 
     Returns:
@@ -201,7 +201,7 @@ def align_right(entries: Entries, rows: Sequence[Row], appended: int) -> Entries
 def _assembly(
     rows: Sequence[Row], plans: Sequence[FoldPlan], columns: Sequence[int], stored: int, slots: int
 ) -> tuple[Tensor, Tensor]:
-    """Where each column of the new rows comes from: [0, stored) is old, [stored, stored + slots) coreset."""
+    """Find where each column of the new rows comes from: [0, stored) is old, [stored, stored + slots) coreset."""
     head = torch.tensor([plan.head for plan in plans]).unsqueeze(-1)
     taken = torch.tensor(columns).unsqueeze(-1)
     window = torch.tensor([plan.window for plan in plans]).unsqueeze(-1)

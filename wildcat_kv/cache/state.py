@@ -1,4 +1,4 @@
-"""What one layer holds, and how it grows and takes back: tensors and numbers, no model, no Transformers.
+"""The contents of one layer, which grow and are taken back: tensors and numbers, no model, no Transformers.
 
 In one line of columns a row: padding, sink, coreset slots, exact tokens. Rows end together, so that new tokens
 take the same columns in all of them.
@@ -27,8 +27,8 @@ class LayerState:
     """A coreset of the past, and the newest tokens as they are.
 
     Args:
-        settings: the budget and the exact ends.
-        compressor: the method.
+        settings: budget and exact ends.
+        compressor: method.
         index: index of the layer in the model.
         place: place of the layer among those that can be compressed.
         sharing: places of the layers that are compressed; they share one budget.
@@ -97,10 +97,9 @@ class LayerState:
             carried: queries from before the last fold.
             recent: queries since then.
         """
-        if self._fixed:
-            self.storage = Storage([memory.slice(0, length)], self._limit, fixed=True)
-        else:
-            self.storage = Storage.adopt(memory, length, self._limit)
+        fixed, part = self._fixed, memory.slice(0, length)
+        limit = self._limit
+        self.storage = Storage([part], limit, fixed=True) if fixed else Storage.adopt(memory, length, limit)
         if self.log is not None:
             self.log.restore(carried, recent)
         self.progress, self.folded_range = progress, folded_range
@@ -244,10 +243,6 @@ class LayerState:
     def stored_at(self, column: int) -> int:
         """Count the columns held when `column` columns had been read, after the last fold."""
         return self.stored - (self.progress.seen - column)
-
-    def counted_at(self, column: int) -> int:
-        """Count them as the budget does: alike in all layers."""
-        return self.stored_at(column) - self.progress.spare
 
     def check_finite(self, keys: Tensor) -> None:
         """Refuse keys of any shape that hold NaN or infinity.

@@ -19,7 +19,7 @@ class ValueRange:
 
     Attributes:
         lowest: (rows, kv_heads, 1, d_v), in the dtype of the values.
-        highest: likewise.
+        highest: (rows, kv_heads, 1, d_v), in the dtype of the values.
     """
 
     lowest: Tensor
@@ -45,7 +45,7 @@ class ValueRange:
         return ValueRange(torch.minimum(self.lowest, other.lowest), torch.maximum(self.highest, other.highest))
 
     def extend(self, values: Tensor, valid: Tensor | None = None) -> ValueRange:
-        """The box around this one and new values; arguments as of `of`."""
+        """The box around this one and new values; arguments as in `of`."""
         if values.shape[-2] > 1:
             return self.join(ValueRange.of(values, valid))
         if valid is None:

@@ -44,22 +44,22 @@ class AdaKV(Compressor):
 
     @property
     def state_size(self) -> int:  # type: ignore[override]
-        """What the scorer keeps of an entry."""
+        """Numbers that the scorer keeps of an entry."""
         return self.scorer.state_size
 
     @property
     def decodes(self) -> bool:  # type: ignore[override]
-        """Whether the scorer does."""
+        """True if the scorer does."""
         return self.scorer.decodes
 
     @property
     def needs_rotation(self) -> bool:  # type: ignore[override]
-        """Whether the scorer does."""
+        """True if the scorer does."""
         return self.scorer.needs_rotation
 
     @property
     def observation(self) -> Observation | None:
-        """What the scorer wants to see."""
+        """Queries that the scorer wants to see."""
         return self.scorer.observation
 
     def remember(self, block: KVBlock) -> Tensor:

@@ -39,7 +39,7 @@ class AttentionMatching(Compressor):
     Attributes:
         queries: most reference queries of a query head.
         carried: queries kept from one fold to the next.
-        iterations: of projected gradient, after the clamped least-squares solution; 2 in the authors' code.
+        iterations: steps of projected gradient, after the clamped least-squares solution; 2 in the authors' code.
         max_weight: bound of the weights and of their inverses; e^3 in the authors' code.
 
     Source: Zweiger, Fu, Guo and Kim, arXiv 2602.16284, highest-attention keys. Differs: the value fit has a small
@@ -131,7 +131,7 @@ def _attention_by_head(*tensors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def _attention(
     queries: Tensor, keys: Tensor, values: Tensor, mass: Tensor, candidate: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What one head's queries get from all items.
+    """Compute what one head's queries get from all items.
 
     Returns:
         The logarithm of the mass that each query sees (rows, 1, q), its output (rows, 1, q, d_v), and the

@@ -33,9 +33,9 @@ class BalanceKV(Compressor):
     as are still too many. So the weights add up to the number of tokens read, unless a budget is below ten or so.
 
     Attributes:
-        gamma: how strongly a token is pushed to the side that lacks it; 4 in the authors' code.
+        gamma: strength of the push to the side that lacks a token; 4 in the authors' code.
         block: tokens of a walk; 128 in the authors' code.
-        seed: of the walk.
+        seed: seed of the walk.
 
     Source: Kochetkova, Sheth, Han, Zandieh and Kapralov, arXiv 2502.07861, SoftmaxBalance; as in the authors' first
     code, one walk serves numerator and denominator. (Their code has become another method since.) Who changes over

@@ -1,4 +1,4 @@
-"""What every compression method implements, and what it is given."""
+"""The protocol of a compression method: what it is given, and what it returns."""
 
 from __future__ import annotations
 
@@ -143,7 +143,7 @@ class Compressor(ABC):
 
     @property
     def needs_queries(self) -> bool:
-        """Whether it learns from queries."""
+        """True if it learns from queries."""
         return self.observation is not None
 
     @abstractmethod

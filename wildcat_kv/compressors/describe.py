@@ -13,7 +13,7 @@ from wildcat_kv.validation import plain
 
 
 def describe(compressor: Compressor) -> JsonValue:
-    """The name of a method's class and its parameters; methods within it are described likewise.
+    """Write a method as the name of its class and its parameters, methods within it too.
 
     Raises:
         ValueError: it has parameters that cannot be told apart when they are read again.

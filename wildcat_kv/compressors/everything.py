@@ -13,7 +13,7 @@ class Everything(Compressor):
     """Fold nothing; only with ratio 1.
 
     Args:
-        queries: whether to keep all queries as well.
+        queries: True to keep all queries as well.
     """
 
     queries: bool = False

@@ -1,4 +1,4 @@
-"""What methods that fit slots to queries share."""
+"""Helpers of methods that fit slots to queries."""
 
 from __future__ import annotations
 

@@ -67,7 +67,7 @@ class KVzip(SharingCompressor):
         return scores.masked_fill(~block.slice_items(block.valid), -torch.inf)
 
     def deal(self, surveys: Sequence[Tensor], rank: int) -> list[Tensor]:
-        """How many items each head keeps, int64 (rows, heads) of each layer."""
+        """Count the items that each head keeps, int64 (rows, heads) of each layer."""
         home = surveys[0].device  # layers may be spread over devices
         scores = torch.stack([survey.to(home) for survey in surveys], dim=1)  # rows first: each deals its own slots out
         layers, heads = scores.shape[1:3]
@@ -83,14 +83,14 @@ class KVzip(SharingCompressor):
 
 
 def reconstruction_scores(queries: Tensor, keys: Tensor, *, sink: int, start: int, stop: int, scale: float) -> Tensor:
-    """How much a chunk of the context is attended to while it is repeated, at the most.
+    """Score a chunk of the context by the most attention it gets while it is repeated.
 
     Args:
         queries: (rows, query_heads, q, d), of the tokens that repeat it.
         keys: (rows, heads, n + q, d), of the context and of those tokens.
         sink: first tokens that they see besides.
         start: first token of the chunk.
-        stop: the one after its last.
+        stop: token after its last one.
         scale: b, the factor of the attention scores.
 
     Returns:

@@ -10,8 +10,8 @@ class Observation:
     """Which queries a method wants to see at a fold.
 
     Attributes:
-        latest: how many of the newest ones; None for all since the last fold, and those carried.
-        carried: how many are kept from one fold to the next.
+        latest: number of the newest ones; None for all since the last fold, and those carried.
+        carried: number that is kept from one fold to the next.
     """
 
     latest: int | None

@@ -23,9 +23,9 @@ class PyramidKV(SnapKV):
     the pyramid, and gives it up for equal layers where the last one would get less than the window.
 
     Attributes:
-        window: as in SnapKV.
-        kernel: as in SnapKV.
-        beta: the last layer gets 1 / beta of the average; 20 in the reference library and the authors' code.
+        window: queries to observe, as in SnapKV.
+        kernel: positions to average over, as in SnapKV.
+        beta: average slots over those of the last layer; 20 in the reference library and the authors' code.
 
     Source: Cai et al., arXiv 2406.02069.
     """

@@ -17,15 +17,15 @@ GROUP = "wildcat_kv.compressors"
 
 @dataclass(frozen=True)
 class Method:
-    """What there is to know of a method before it is chosen.
+    """Facts about a method, to choose by.
 
     Attributes:
-        name: as `compressor=` takes it.
-        paper: where it was published.
-        needs_queries: whether it learns from queries, not from keys and values alone.
+        name: name that `compressor=` takes.
+        paper: source of the method.
+        needs_queries: True if it learns from queries, not from keys and values alone.
         decodes: True if it compresses generated tokens, not only the prompt.
         reads_twice: True if the model must read a text a second time, as `wildcat_kv.Context` has it do.
-        summary: the first line of its documentation.
+        summary: first line of its documentation.
     """
 
     name: str
@@ -56,7 +56,7 @@ def resolve(compressor: str | Compressor, settings: WildCatConfig) -> Compressor
     """A method by its name, as it is by default; a `Compressor` is returned as it is.
 
     Args:
-        compressor: the name or the object.
+        compressor: name or object.
         settings: give WildCat its parameters, and the others their seed.
 
     Raises:

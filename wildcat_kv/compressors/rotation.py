@@ -9,12 +9,12 @@ from torch import Tensor
 
 
 class Rotation:
-    """How one layer rotates queries and keys by their positions.
+    """The rotation of queries and keys by their positions, in one layer.
 
     Args:
         angles: takes positions int64 (rows, n) to cosines and sines (rows, n, r); None for a layer without positions.
         turn: takes vectors (rows, heads, n, r), cosines and sines to rotated vectors.
-        grids: whether tokens of images have positions in time, height and width.
+        grids: True if tokens of images have positions in time, height and width.
     """
 
     def __init__(

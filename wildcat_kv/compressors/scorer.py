@@ -91,7 +91,7 @@ def _best(block: KVBlock, scores: Tensor, slots: Tensor | int, width: int) -> tu
 
 
 def rank_descending(scores: Tensor) -> Tensor:
-    """The place of each of (..., n) in the order from the highest down, int64; of equal ones the earlier is first."""
+    """Rank each of (..., n) from the highest down, int64; of equal ones the earlier is first."""
     order = scores.argsort(dim=-1, descending=True, stable=True)
     places = torch.arange(scores.shape[-1], device=scores.device).expand(order.shape)
     return torch.empty_like(order).scatter_(-1, order, places)
@@ -115,7 +115,7 @@ def take_items(block: KVBlock, index: Tensor, valid: Tensor) -> Compressed:
 
 
 def attention_probabilities(block: KVBlock, latest: int | None = None) -> Iterator[Tensor]:
-    """How the observed queries attend to what is held, a few queries at a time.
+    """Compute how the observed queries attend to the entries, a few queries at a time.
 
     A query sees its own token, those before it, and all slots: it is not known which of them came after it.
 

@@ -20,7 +20,7 @@ class Uniform(Scorer):
     2602.10056.
 
     Attributes:
-        seed: of the draw.
+        seed: seed of the draw.
     """
 
     paper: ClassVar[str] = "arXiv 2602.10056"

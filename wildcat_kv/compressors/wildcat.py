@@ -31,7 +31,7 @@ class WildCat(Compressor):
         bin_rank: slots of a bin; the published protocol has 12.
         temperature: rule for tau, see `temperature.py`.
         weights: "nystrom" (signed) or "clipped".
-        seed: of the pivots.
+        seed: seed of the pivots.
 
     Source: Schröder and Mackey, arXiv 2602.10056, COMPRESSKV.
     """

@@ -60,7 +60,7 @@ class Context:
 
     @property
     def next_logits(self) -> Tensor:
-        """What the model expects after the context, read exactly: float32 (rows, vocabulary)."""
+        """The logits after the context, read exactly: float32 (rows, vocabulary)."""
         return self._next
 
     def compress(
@@ -76,10 +76,10 @@ class Context:
         The same, bit for bit, as a new cache that the model reads the context into.
 
         Args:
-            settings: the budget and the exact ends; or give its fields by name.
+            settings: budget and exact ends; or give its fields by name.
             compressor: method; one that reads the context a second time, such as "kvzip", has the model do so.
             tokenizer: tokenizer of the model; needed by such a method alone.
-            **fields: of `WildCatConfig`.
+            **fields: fields of `WildCatConfig`.
 
         Raises:
             ValueError: as `CompressedCache`; or a method that reads twice without a tokenizer, or with padding.

@@ -167,5 +167,5 @@ class QueryWildCat(SharingCompressor):
             return Compressed(coreset, columns, error=estimate_error(coreset, survey.judges, survey.group))
 
     def _kept(self, rank: int) -> int:
-        """How many of `rank` slots are for items that stay as they are."""
+        """Count the slots of `rank` for items that stay as they are."""
         return int(rank * (self.attended + self.recalled))

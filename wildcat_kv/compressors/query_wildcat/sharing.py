@@ -1,4 +1,4 @@
-"""How layers share slots: each gets what its best items are worth beside those of the others."""
+"""Slots shared among layers: each gets what its best items are worth beside those of the others."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def best_by_layer(scores: Sequence[Tensor], slots: int) -> list[Tensor]:
-    """The best items of all layers, the same number for all heads of a layer.
+    """Choose the best items of all layers, equally many for all heads of a layer.
 
     A layer's k-th slot is worth what its heads' k-th best items are, on average.
 

@@ -1,4 +1,4 @@
-"""What one layer finds: what the prompt's own queries, asked from behind the text, attend to."""
+"""The survey of one layer: what the prompt's own queries attend to when asked from behind the text."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Asked(NamedTuple):
 
 
 class Survey(NamedTuple):
-    """What queries to come are expected to attend to, in one layer.
+    """The attention that one layer expects of queries to come.
 
     Attributes:
         attention: float32 (rows, heads, m), root-mean-square attention to each of the m items; -inf for padding.
@@ -60,7 +60,7 @@ class Survey(NamedTuple):
 
 
 class Questions(NamedTuple):
-    """How a layer is surveyed.
+    """The queries that a layer is asked, and from where.
 
     Attributes:
         references: reference queries of a query head, the newest among them.
@@ -95,7 +95,7 @@ def survey_block(block: KVBlock, questions: Questions) -> Survey:
 
 
 def _recall(block: KVBlock, mean: Tensor, mass: Tensor, apart: int) -> Tensor:
-    """How the query of each token would attend to the token behind it from afar.
+    """Estimate how the query of each token attends to the token behind it from afar.
 
     Args:
         block: entries.
@@ -159,13 +159,13 @@ def _moved(block: KVBlock, places: Tensor, ahead: int) -> Tensor:
 def _attend(
     block: KVBlock, head: int, queries: Tensor, counts: Sequence[int], mass: Tensor
 ) -> tuple[Tensor, Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
-    """What the reference queries of one key head pay and get; its memory is O(q n).
+    """Compute what the reference queries of one key head pay and get; memory is O(q n).
 
     Args:
         block: entries.
         head: index of the key head.
         queries: float32 (rows, g, q, d), scaled.
-        counts: how many of the q are fitted to, are not, and judge.
+        counts: numbers of the q that are fitted to, that are not, and that judge.
         mass: float32 (rows, heads, n), of `_mass`.
 
     Returns:
