@@ -104,8 +104,7 @@ def join_groups(groups: Sequence[RowGroup], parts: Sequence[Compressed], total: 
     """Put what a method made of each group together, to `total` rows; None where there is no group."""
     if not groups:
         return None
-    taken = [[group.rank] * len(group.rows) if part.columns is None else [int(count) for count in part.columns]
-             for group, part in zip(groups, parts, strict=True)]  # fmt: skip
+    taken = [_columns_taken(group, part) for group, part in zip(groups, parts, strict=True)]
     if len(groups) == 1 and len(groups[0].rows) == total:
         [part] = parts
         return JoinedSlots(part.coreset, taken[0], part.carried_state, part.error)
@@ -115,28 +114,40 @@ def join_groups(groups: Sequence[RowGroup], parts: Sequence[Compressed], total: 
             columns[row] = count
     width = max(columns)
 
-    def joined(tensors: Sequence[Tensor | None], *, aligned: bool = True) -> Tensor | None:
-        there = [tensor for tensor in tensors if tensor is not None]
-        if len(there) < len(tensors):
-            return None
-        shape, dtypes = list(there[0].shape), {tensor.dtype for tensor in there}
-        shape[0], shape[2:3] = total, [width] if aligned else []
-        whole = there[0].new_zeros(shape, dtype=torch.float32 if len(dtypes) > 1 else None)
-        for group, tensor in zip(groups, there, strict=True):
-            index = torch.tensor(group.rows, device=whole.device)
-            if aligned:
-                count = min(width, tensor.shape[2])
-                whole[index, :, width - count :] = tensor[:, :, tensor.shape[2] - count :].to(whole.dtype)
-            else:
-                whole[index] = tensor
-        return whole
-
     keys, values, weights, valid = (
-        joined([getattr(part.coreset, name) for part in parts]) for name in ("keys", "values", "weights", "valid")
+        _join(groups, [getattr(part.coreset, name) for part in parts], total, width)
+        for name in ("keys", "values", "weights", "valid")
     )
     assert keys is not None and values is not None and weights is not None and valid is not None
-    state, error = joined([part.carried_state for part in parts]), joined([part.error for part in parts], aligned=False)
+    state = _join(groups, [part.carried_state for part in parts], total, width)
+    error = _join(groups, [part.error for part in parts], total, None)
     return JoinedSlots(Coreset(keys, values, weights, valid), columns, state, error)
+
+
+def _columns_taken(group: RowGroup, part: Compressed) -> list[int]:
+    """Count the columns that each row of a group takes."""
+    return [group.rank] * len(group.rows) if part.columns is None else [int(count) for count in part.columns]
+
+
+def _join(groups: Sequence[RowGroup], parts: Sequence[Tensor | None], total: int, width: int | None) -> Tensor | None:
+    """Join the groups' tensors (rows, heads, c, ...), right-aligned in `width` columns; None if one is missing.
+
+    Without a width they are (rows, ...), and are joined as they are.
+    """
+    there = [part for part in parts if part is not None]
+    if len(there) < len(parts):
+        return None
+    shape, dtypes = list(there[0].shape), {part.dtype for part in there}
+    shape[0], shape[2:3] = total, [] if width is None else [width]
+    whole = there[0].new_zeros(shape, dtype=torch.float32 if len(dtypes) > 1 else None)
+    for group, part in zip(groups, there, strict=True):
+        index = torch.tensor(group.rows, device=whole.device)
+        if width is None:
+            whole[index] = part
+        else:
+            count = min(width, part.shape[2])
+            whole[index, :, width - count :] = part[:, :, part.shape[2] - count :].to(whole.dtype)
+    return whole
 
 
 def replace_items(
