@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,9 @@ import wildcat_kv
 def test_every_public_name_is_there():
     assert sorted(wildcat_kv.__all__) == sorted(wildcat_kv._MODULES)
     for name in wildcat_kv.__all__:
+        home = import_module(f"wildcat_kv.{wildcat_kv._MODULES[name]}")
         found = getattr(wildcat_kv, name)
-        assert found.__name__ == name and found.__module__ == f"wildcat_kv.{wildcat_kv._MODULES[name]}"
+        assert found is getattr(home, name) and found.__module__ == home.__name__
     assert set(wildcat_kv.__all__) <= set(dir(wildcat_kv))
 
 
