@@ -63,6 +63,11 @@ def test_rows_are_taken_of_every_tensor_and_all_of_them_without_a_copy():
     assert torch.equal(taken.scores, scores[[3, 1]]) and torch.equal(taken.more["parts"][0], scores[[3, 1]] + 1)
 
 
+def test_what_has_no_rows_to_take_is_named():
+    with pytest.raises(TypeError, match="a survey holds a Row; make it of tensors"):
+        take_rows([torch.zeros(2), ROW], [0], 2)
+
+
 def slots(rows, width, dtype=torch.float32, state=2):
     shape = (rows, 2, width)
     coreset = Coreset(

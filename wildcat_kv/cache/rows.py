@@ -80,7 +80,11 @@ def take_rows(tree: Any, rows: Sequence[int], total: int) -> Any:
     if isinstance(tree, (tuple, list)):
         parts = [take_rows(part, rows, total) for part in tree]
         return type(tree)(*parts) if hasattr(tree, "_fields") else type(tree)(parts)
-    return tree
+    if tree is None or isinstance(tree, (bool, int, float, str)):
+        return tree
+    raise TypeError(
+        f"a survey holds a {type(tree).__name__}; make it of tensors in named tuples, tuples, lists and dicts"
+    )
 
 
 @dataclass(frozen=True)
