@@ -341,3 +341,15 @@ def test_hybrid_caches_roll_back_together():
     question = random_ids(1, 7, seed=4)
     logits = [model(question, **{CACHE: kind}).logits for kind in (cache, other, fork)]
     assert torch.equal(logits[0], logits[1]) and torch.equal(logits[0], logits[2])
+
+
+def test_layers_decide_alike_while_all_of_a_text_is_taken_back():
+    keys, values = tokens(1, 10)
+    cache = small_cache(ratio=0.8, sink=1, window=0, bin_rank=1)
+    cache.activate_past_recording()
+    read(cache, keys, values, 0, 2)
+    cache.crop(-2)
+    for at in range(6):
+        read(cache, keys, values, at, 1)
+        first, second = (layer.state.progress for layer in cache.layers)
+        assert (first.settled, first.ends, first.fold_from) == (second.settled, second.ends, second.fold_from)

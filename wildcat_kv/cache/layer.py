@@ -47,9 +47,10 @@ class WildCatLayer(LayerContract):
             self._bring_to(key_states.device)
         if forward.relabelled:
             state.span()
-        if state.progress.record_past and not forward.uses_fallback:
+        if state.progress.record_past:
             until = beyond_rollback(shared, state.progress.seen)
-            if will_fold(state, until):
+            # Asked in every layer, as `announce` asks the first: ends that fold nothing are decided on the way.
+            if will_fold(state, until) and not forward.uses_fallback:
                 fold_layer(shared, self._index, until)
         state.append(key_states, value_states, None if forward.mask is None else forward.new_valid(key_states.device))
         self._forward, shared.waiting, shared.begun = forward, self._index, False
