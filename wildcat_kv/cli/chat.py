@@ -10,13 +10,13 @@ from rich.console import Console
 from rich.markup import escape
 
 from wildcat_kv.cache.sizes import stored_tokens
-from wildcat_kv.cli import options
 from wildcat_kv.cli.figures import MIB, short_text_note
 from wildcat_kv.cli.prompting import typed_lines
 from wildcat_kv.cli.streaming import TextStream, layers_seen, steps
 from wildcat_kv.cli.timing import TimedStreamer, Timing
 from wildcat_kv.config import DROPPED
 from wildcat_kv.contexts.compressed_context import CompressedContext, compress_context
+from wildcat_kv.files import read_text
 
 _HELP = """\
 [bold]/ratio[/bold] R      read the document again, keeping a share R of its tokens
@@ -74,7 +74,7 @@ class Session:
         if path.suffix == ".safetensors":
             context, text = CompressedContext.load(path, self._model, self._tokenizer), None
         else:
-            text = options.read_text(path, "context")
+            text = read_text(path, "context", stdin=True)
             context = self._compress(text, self._choice)
         self._take(context, text)
 

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from wildcat_kv.cli import options
+from wildcat_kv.files import read_text
 
 _ChunkOption = Annotated[int | None, typer.Option(help="Tokens to read at once, where memory is short.")]
 
@@ -66,7 +67,7 @@ def generate(
     """Answer a prompt with a compressed cache; the answer goes to stdout, the figures to stderr."""
     fields = _fields(ratio, compression_ratio, max_tokens, seed)
     choice = options.chosen(preset, method, **fields)
-    prompt = options.read_text(prompt_file, "prompt_file")
+    prompt = read_text(prompt_file, "prompt_file", stdin=True)
     loaded, tokenizer = options.load(model, dtype, device)
     from wildcat_kv.cli.generate import answer_prompt
 
@@ -95,7 +96,7 @@ def chat(
     fields = _fields(ratio, compression_ratio, max_tokens, seed)
     choice = options.chosen(preset, method, of_text=True, **fields)
     if context.suffix != ".safetensors":
-        options.read_text(context, "context")  # before a model is loaded
+        read_text(context, "context", stdin=True)  # before a model is loaded
     loaded, tokenizer = options.load(model, dtype, device)
     from wildcat_kv.cli.chat import Session
 

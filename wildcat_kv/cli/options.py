@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -98,28 +96,6 @@ def share(ratio: float | None, compression_ratio: float | None) -> WildCatConfig
     """
     given = {"ratio": ratio, DROPPED: compression_ratio}
     return WildCatConfig(**({name: value for name, value in given.items() if value is not None} or {"ratio": 0.25}))
-
-
-def read_text(path: Path, name: str) -> str:
-    """Read a text file, or standard input for "-".
-
-    Args:
-        path: the file.
-        name: the option's name, for errors.
-
-    Raises:
-        ValueError: a file that cannot be read, is no UTF-8 text, or is empty.
-    """
-    given = f"{name}={str(path)!r}"
-    try:
-        text = sys.stdin.read() if str(path) == "-" else path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise ValueError(f"{given} cannot be read: {error.strerror or error}; check the path") from None
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{given} is no UTF-8 text: {error}; convert it") from None
-    if not text.strip():
-        raise ValueError(f"{given} is empty; write a text into it")
-    return text
 
 
 def _device(name: str | None) -> str:

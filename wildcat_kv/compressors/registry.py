@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import warnings
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
@@ -10,6 +9,7 @@ from importlib.metadata import EntryPoint, entry_points
 from wildcat_kv.compressors.base import Compressor
 from wildcat_kv.compressors.ours import OURS
 from wildcat_kv.config import WildCatConfig
+from wildcat_kv.validation import did_you_mean
 
 # An entry point in this group names a subclass of `Compressor`.
 GROUP = "wildcat_kv.compressors"
@@ -80,8 +80,7 @@ def resolve(compressor: str | Compressor, settings: WildCatConfig) -> Compressor
     if kind is not None:
         return kind.of(settings)
     names = [*OURS, *sorted(_theirs())]
-    near = difflib.get_close_matches(compressor.lower(), names, n=1)
-    hint = f"did you mean {near[0]!r}? " if near else ""
+    hint = did_you_mean(compressor, names)
     raise ValueError(f"compressor={compressor!r}: no such method; {hint}there are {', '.join(names)}")
 
 

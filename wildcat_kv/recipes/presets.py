@@ -5,7 +5,6 @@ The presets of `configs/` are known by their name.
 
 from __future__ import annotations
 
-import difflib
 import warnings
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,7 +13,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from wildcat_kv.config import WildCatConfig
-from wildcat_kv.validation import one_line
+from wildcat_kv.validation import did_you_mean, one_line
 
 # An installed package has the presets inside it; a checkout has them at its top.
 _SHIPPED = Path(__file__).parents[1] / "configs"
@@ -134,8 +133,7 @@ def load_preset(name: str | Path) -> Preset:
     if path.suffix not in (".yaml", ".yml"):
         names = preset_names()
         if str(name) not in names:
-            near = difflib.get_close_matches(str(name), names, n=1)
-            hint = f"did you mean {near[0]!r}? " if near else ""
+            hint = did_you_mean(str(name), names)
             raise ValueError(
                 f"preset={str(name)!r}: no such preset; {hint}there are {', '.join(names)}, or give the path of a "
                 ".yaml file"
