@@ -113,6 +113,21 @@ def test_kvzip_reads_twice(llama):
     assert type(context.cache.compressor).__name__ == "KVzip" and context.ask(QUESTIONS[0], **SHORT)
 
 
+def test_a_file_without_the_state_of_kvzip_is_read(llama, tmp_path):
+    """As earlier releases wrote it: the scores were kept with the method, not with the entries."""
+    path = tmp_path / "context.safetensors"
+    context = compress_context(llama, tokenizer(), TEXT, compressor="kvzip", **SETTINGS)
+    context.save(path)
+    with safe_open(path, "pt") as file:
+        metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    old = {name: tensor for name, tensor in tensors.items() if not name.endswith(".memory")}
+    assert len(old) < len(tensors)
+    save_file(old, path, metadata)
+    again = CompressedContext.load(path, llama, tokenizer())
+    assert again.ask(QUESTIONS[0], **SHORT) == context.ask(QUESTIONS[0], **SHORT)
+
+
+
 def test_beams_and_samples(context):
     assert context.ask_many(QUESTIONS[:2], num_beams=3, **SHORT) == [
         context.ask(question, num_beams=3, **SHORT) for question in QUESTIONS[:2]

@@ -67,7 +67,9 @@ class SavedLayer:
 
     def unfit(self, compressor: Compressor) -> str | None:
         """Say why `compressor` cannot go on from here; None if it can."""
-        if self.entries.carried_state.shape[-1] != compressor.state_size:
+        # Earlier releases kept no state of a method that reads twice: it is used up by the one fold there is.
+        sizes = {compressor.state_size, *([0] if compressor.reads_twice else [])}
+        if self.entries.carried_state.shape[-1] not in sizes:
             return "what its method remembers does not fit the method"
         observation, exact = compressor.observation, self.progress.since_fold
         if observation is None:
