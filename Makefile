@@ -4,6 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 CONSTRAINTS ?= constraints.txt
 EXTRAS ?= dev,eval,docs
+BASE := $(VENV)/.base
 READY := $(VENV)/.ready
 OLDEST := 5.17.0
 REFERENCE := kvpress==0.5.5 transformers==5.2.0
@@ -11,7 +12,8 @@ CACHE_TESTS := $(addprefix tests/,cache compressors contexts coreset hook integr
 
 .PHONY: demo test lint docs smoke ruler bench test-oldest test-latest nightly test-upstream parity clean
 
-demo: $(READY)
+# What users install, and no more.
+demo: $(BASE)
 	$(BIN)/wildcat-kv demo
 
 # A process a core, a file at a time; what is fetched is fetched before, by one of them.
@@ -40,10 +42,15 @@ bench: $(READY)
 	$(BIN)/python -m benchmarks merging
 
 # torch goes first and alone: the pinned build may be one that only plain pip finds.
-$(READY): pyproject.toml $(CONSTRAINTS)
+$(BASE): pyproject.toml $(CONSTRAINTS)
+	rm -f $(READY)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) torch
+	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable .
+	touch $(BASE)
+
+$(READY): $(BASE)
 	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[$(EXTRAS)]'
 	touch $(READY)
 
@@ -60,7 +67,7 @@ test-latest:
 	.venv-latest/bin/python -m pip install --quiet --upgrade pip
 	.venv-latest/bin/python -m pip install --quiet $(TORCH)
 	.venv-latest/bin/python -m pip install --quiet --editable '.[dev,eval]'
-	touch .venv-latest/.ready
+	touch .venv-latest/.base .venv-latest/.ready
 	.venv-latest/bin/python -m pip list | grep -E '^(torch|transformers|accelerate|lm_eval|peft) '
 	$(MAKE) test VENV=.venv-latest CONSTRAINTS=constraints.txt
 

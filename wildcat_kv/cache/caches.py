@@ -289,11 +289,10 @@ def _fill(layers: list[Any], saved: SavedCache) -> None:
 
 
 def _describe(settings: WildCatConfig, compressor: Compressor) -> str:
-    """Describe the method and the settings that matter to it."""
-    if isinstance(compressor, WildCat):  # the settings tell all of it
-        return ", ".join(f"{name}={value!r}" for name, value in settings.model_dump(exclude_none=True).items())
-    budget = settings.model_dump(exclude_none=True, exclude={"temperature", "weights", "seed"})
-    return ", ".join([repr(compressor), *(f"{name}={value!r}" for name, value in budget.items())])
+    """Describe the method, and the settings that are not the default ones."""
+    given = [f"{name}={value!r}" for name, value in settings.model_dump(exclude_defaults=True).items()]
+    # WildCat is made from the settings: they tell all of it.
+    return ", ".join(given if isinstance(compressor, WildCat) else [repr(compressor), *given])
 
 
 # The same class, by a name that promises no method.

@@ -136,6 +136,9 @@ class Compressor(ABC):
         fields: Any = dataclasses.fields(cls) if dataclasses.is_dataclass(cls) else ()
         return cls(**{field.name: settings.seed for field in fields if field.name == "seed"})
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}()"  # a dataclass writes its parameters
+
     @property
     def observation(self) -> Observation | None:
         """The queries that the method learns from; None for none."""
