@@ -310,6 +310,18 @@ def test_the_report_is_what_a_calculation_by_hand_gives():
         assert report.kept[layer] == stored(cache, layer) / 2 / 60
 
 
+def test_the_report_counts_tokens_since_the_last_fold(llama):
+    """Of a layer left exact all is kept, not more; of the others what they hold of all that was read."""
+    cache = CompressedCache(llama.config, compressor="query_wildcat", ratio=0.5, exact_layers=[1])
+    with torch.no_grad():
+        llama(random_ids(1, 120), **{CACHE: cache})
+        for step in range(5):
+            llama(random_ids(1, 1, seed=step), **{CACHE: cache})
+    progress = cache.layers[0].state.progress
+    assert progress.since_fold == 5
+    assert cache.error_report().kept == {index: stored(cache, index) / 2 / 125 for index in (0, 2)}
+
+
 @pytest.mark.parametrize(
     ("size", "rank"), [(Size(recent=40, queried=40), 12), (Size(recent=30, slots=4, queried=30), 10)]
 )
