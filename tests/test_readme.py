@@ -19,7 +19,10 @@ ROOT = Path(__file__).parents[1]
 # In an order in which the pages of one kind are together; each page is a story of its own.
 PAGES = [
     "README.md",
-    *(f"docs/{name}.md" for name in ("index", "quick-start", "use", "budget", "integrations", "method", "adding-a-method")),
+    *(
+        f"docs/{name}.md"
+        for name in ("index", "quick-start", "use", "budget", "integrations", "method", "adding-a-method")
+    ),
 ]
 FENCE = re.compile(r"^```(python|bash|text)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 HUB = "AutoModelForCausalLM.from_pretrained(name)"

@@ -127,7 +127,6 @@ def test_a_file_without_the_state_of_kvzip_is_read(llama, tmp_path):
     assert again.ask(QUESTIONS[0], **SHORT) == context.ask(QUESTIONS[0], **SHORT)
 
 
-
 def test_beams_and_samples(context):
     assert context.ask_many(QUESTIONS[:2], num_beams=3, **SHORT) == [
         context.ask(question, num_beams=3, **SHORT) for question in QUESTIONS[:2]
