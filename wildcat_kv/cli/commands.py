@@ -196,7 +196,9 @@ def lm_eval(context: typer.Context) -> None:
 
         import wildcat_kv.lm_eval.model  # noqa: F401  # registers itself
     except ImportError as error:
-        raise ValueError(f"{error}; install what evaluations need: pip install 'wildcat-kv[eval]'") from None
+        raise ValueError(
+            f"{error}; install what evaluations need, in the source folder: pip install '.[eval]'"
+        ) from None
     sys.argv = ["lm-eval", *context.args]
     cli_evaluate()
 
