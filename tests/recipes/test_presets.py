@@ -194,3 +194,9 @@ def test_what_a_file_says_is_never_run(tmp_path):
     with pytest.raises(ValueError, match="no readable YAML"):
         load_preset(path)
     assert not (tmp_path / "touched").exists()
+
+
+@pytest.mark.parametrize("preset", [3, ["balanced"], None])
+def test_what_is_no_preset_is_named(preset):
+    with pytest.raises(TypeError, match=r"preset=.* is no preset; give a name"):
+        load_preset(preset)

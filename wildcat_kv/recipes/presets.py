@@ -5,6 +5,7 @@ The presets of `configs/` are known by their name.
 
 from __future__ import annotations
 
+import os
 import warnings
 from pathlib import Path
 from typing import Annotated, Any
@@ -129,6 +130,8 @@ def load_preset(name: str | Path) -> Preset:
         >>> load_preset("published").settings.ratio
         0.25
     """
+    if not isinstance(name, (str, os.PathLike)):
+        raise TypeError(f"preset={name!r} is no preset; give a name, the path of a .yaml file, or a Preset")
     path = Path(name)
     if path.suffix not in (".yaml", ".yml"):
         names = preset_names()
