@@ -119,7 +119,7 @@ def test_a_damaged_model_is_one_line(monkeypatch, capsys, prompt, damaged_gguf):
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(None, "cannot be read: No such file"), (b"  \n", "is empty"), (b"\xff\xfe", "is no UTF-8 text")],
+    [(None, "there is no such file"), (b"  \n", "is empty"), (b"\xff\xfe", "is no UTF-8 text")],
 )
 def test_a_wrong_prompt_file_is_one_line(monkeypatch, capsys, tmp_path, content, message):
     path = tmp_path / "prompt.txt"
@@ -451,7 +451,7 @@ def test_mistakes_in_a_chat_are_one_line_and_change_nothing(monkeypatch, capsys,
         "ratio=7.0",
         "give a file",
         "must end in .safetensors",
-        "gone.txt' cannot be read",
+        "gone.txt': there is no such file",
         "is of another model",
         "forget the conversation",
     ):
@@ -462,7 +462,7 @@ def test_mistakes_in_a_chat_are_one_line_and_change_nothing(monkeypatch, capsys,
 @pytest.mark.parametrize(
     ("content", "arguments", "message"),
     [
-        (None, [], "context='.*' cannot be read: No such file"),
+        (None, [], "context='.*': there is no such file"),
         (" \n", [], "context='.*' is empty"),
         ("w5", ["--ratio", "0"], "ratio=0.0"),
         ("w5", ["--method", "snapk"], "did you mean 'snapkv'"),
