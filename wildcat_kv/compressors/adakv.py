@@ -7,6 +7,7 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from wildcat_kv.compressors.base import Compressed, Compressor, KVBlock
 from wildcat_kv.compressors.observation import Observation
@@ -62,18 +63,20 @@ class AdaKV(Compressor):
         """Queries that the scorer wants to see."""
         return self.scorer.observation
 
+    @override
     def remember(self, block: KVBlock) -> Tensor:
-        """See `Compressor`."""
         return self.scorer.remember(block)
 
+    @override
     def compress(self, block: KVBlock, rank: int) -> Compressed:
-        """See `Compressor`."""
         safe = max(1, int(rank * self.safeguard)) if self.safeguard else 0
         return share_heads(block, self.scorer.scores(block), rank, safe)
 
 
 def share_heads(block: KVBlock, scores: Tensor, rank: int, safe: int) -> Compressed:
-    """Keep the best `heads * rank` items of each row, whichever heads they are in.
+    """Keep the best `heads * rank` items of each row.
+
+    The heads compete for them, so some keep more than others.
 
     Args:
         block: entries.

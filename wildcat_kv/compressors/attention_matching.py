@@ -1,4 +1,7 @@
-"""Attention Matching: a few keys whose weights and values are fitted to what queries get from all of them."""
+"""Attention Matching: a few keys with fitted weights and values.
+
+The fit is to what queries get from all keys.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from wildcat_kv.compressors.base import Compressed, Compressor, KVBlock
 from wildcat_kv.compressors.fitting import solve_ridge, spread_evenly
@@ -65,8 +69,8 @@ class AttentionMatching(Compressor):
         """All queries since the last fold, and some from before."""
         return Observation(latest=None, carried=self.carried)
 
+    @override
     def compress(self, block: KVBlock, rank: int) -> Compressed:
-        """See `Compressor`."""
         with torch.no_grad(), full_precision(block.keys.device):
             queries, candidate = self._reference(block), block.slice_items(block.valid)
             keys, values = (block.slice_items(tensor).to(torch.float32) for tensor in (block.keys, block.values))
@@ -92,7 +96,7 @@ class AttentionMatching(Compressor):
         return replace(kept, coreset=replace(own, values=numerators, weights=weights))
 
     def _reference(self, block: KVBlock) -> Tensor:
-        """float32 (rows, heads, q, d), scaled queries of each key head."""
+        """Scale the queries of each key head, float32 (rows, heads, q, d)."""
         assert block.queries is not None
         total = block.queries.shape[2]
         taken = min(self.queries, total)
@@ -102,7 +106,10 @@ class AttentionMatching(Compressor):
         return queries.flatten(2, 3)
 
     def _fit_weights(self, terms: Tensor, own: Tensor, largest: Tensor) -> Tensor:
-        """Weights (rows, heads, r) with which `terms` (rows, heads, q, r) sum to 1 for each query."""
+        """Fit weights (rows, heads, r), with which the terms sum to 1.
+
+        The terms are (rows, heads, q, r); the sum is over r, for each query.
+        """
         lowest, target = 1 / self.max_weight, terms.new_ones(terms.shape[:-1])
         weights = _least_squares(terms, target.unsqueeze(-1), own.unsqueeze(-1)).squeeze(-1)
         weights = torch.minimum(weights.clamp_min_(lowest), largest)
@@ -119,7 +126,10 @@ class AttentionMatching(Compressor):
 
 
 def _attention_by_head(*tensors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """`_attention` of one head of one row at a time: O(q n) memory, and rounded alike whatever the batch is."""
+    """Compute `_attention` one head of one row at a time.
+
+    Memory is O(q n), and rounding does not depend on the batch.
+    """
     found = []
     for row in zip(*(tensor.split(1) for tensor in tensors), strict=True):
         seen = [_attention(*head) for head in zip(*(tensor.split(1, dim=1) for tensor in row), strict=True)]
@@ -149,7 +159,11 @@ def _attention(
 
 
 def _least_squares(terms: Tensor, target: Tensor, prior: Tensor) -> Tensor:
-    """x (..., r, k) with terms (..., q, r) x near target (..., q, k), near `prior` where the terms do not say."""
+    """Solve terms x = target by least squares, near `prior`.
+
+    The terms are (..., q, r), the target is (..., q, k), and x is (..., r, k). x stays near `prior` where the terms
+    do not decide it.
+    """
     # The normal equations square the condition number: double precision where the device has it.
     precision = torch.float32 if terms.device.type == "mps" else torch.float64
     norms = torch.linalg.vector_norm(terms, dim=-2)

@@ -10,6 +10,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from typing_extensions import override
 
 from wildcat_kv.compressors.base import Compressed, Compressor, KVBlock
 from wildcat_kv.compressors.keyed_noise import keyed_noise
@@ -54,8 +55,8 @@ class BalanceKV(Compressor):
         if self.block < 2:
             raise ValueError(f"block={self.block} must be at least 2, the tokens of a walk")
 
+    @override
     def compress(self, block: KVBlock, rank: int) -> Compressed:
-        """See `Compressor`."""
         valid = block.slice_items(block.valid)
         old = valid.to(torch.float32)
         if block.weights is not None:
@@ -78,7 +79,9 @@ class BalanceKV(Compressor):
         return replace(kept, coreset=replace(kept.coreset, values=values, weights=weights))
 
     def _halve(self, block: KVBlock, level: Counter[float], old: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-        """Halve items of equal weight until `rank` are left, or no two of them have equal weights.
+        """Halve items of equal weight until `rank` are left.
+
+        It stops earlier if no two of them have equal weights.
 
         Args:
             block: entries.
@@ -114,7 +117,10 @@ class BalanceKV(Compressor):
         return index, weights
 
     def _kernel(self, keys: Tensor, values: Tensor) -> Tensor:
-        """float32 (rows, heads, walks, block, block): e^<x_i, x_j> <v_i, v_j>, 0 where the last walk is shorter."""
+        """Compute e^<x_i, x_j> <v_i, v_j>, float32 (rows, heads, walks, block, block).
+
+        It is 0 where the last walk is shorter.
+        """
         rest = -keys.shape[2] % self.block
         used = torch.arange(keys.shape[2] + rest, device=keys.device).view(-1, self.block, 1) < keys.shape[2]
         keys, values = (F.pad(tensor, (0, 0, 0, rest)).unflatten(2, (-1, self.block)) for tensor in (keys, values))
@@ -124,7 +130,10 @@ class BalanceKV(Compressor):
         return kernel.masked_fill_(~(used & used.mT), 0.0).nan_to_num_()
 
     def _walk(self, kernel: Tensor, noise: Tensor) -> Tensor:
-        """The sides, 1 or -1, that tokens take one after the other: float32 (rows, heads, walks * block)."""
+        """Choose sides, 1 or -1, for tokens one after the other.
+
+        Returns float32 (rows, heads, walks * block).
+        """
         noise = F.pad(noise, (0, kernel.shape[2] * self.block - noise.shape[-1])).unflatten(-1, (-1, self.block))
         signs, side = torch.zeros_like(kernel[..., 0]), kernel.new_ones(())
         for step in range(self.block):
@@ -141,7 +150,10 @@ class _Span(NamedTuple):
 
 
 def _take_pairs(level: Counter[float], rank: int) -> _Span | None:
-    """Choose what to halve next of `level[w]` tokens of weight w; None for nothing: enough, or no pair left."""
+    """Choose what to halve next of `level[w]` tokens of weight w.
+
+    None means nothing: enough are gone, or no pair is left.
+    """
     excess = sum(level.values()) - rank
     weight = min((weight for weight, count in level.items() if count > 1), default=None)
     if excess <= 0 or weight is None:
@@ -150,7 +162,10 @@ def _take_pairs(level: Counter[float], rank: int) -> _Span | None:
 
 
 def _by_weight(index: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """Tokens at `index` (rows, heads, n) sorted by weight, those of equal weight by position; weight 0 comes first."""
+    """Sort the tokens at `index` (rows, heads, n) by weight.
+
+    Tokens of equal weight are in the order of their positions; weight 0 comes first.
+    """
     index, order = index.sort(dim=-1)
     weights = weights.gather(-1, order)
     order = weights.argsort(dim=-1, stable=True)

@@ -68,7 +68,10 @@ class KVBlock:
 
     @property
     def item_tokens(self) -> int:
-        """Tokens that the items stand for, as if none had been dropped: the same in every layer."""
+        """Tokens that the items stand for, the same in every layer.
+
+        Dropped tokens count too.
+        """
         if self.items <= self.exact - self.window:  # no slots among them
             return self.items
         return self.seen - self.first - self.window
@@ -78,7 +81,10 @@ class KVBlock:
         return entries[:, :, self.first : self.first + self.items]
 
     def without_items(self, entries: Tensor) -> Tensor:
-        """Copy the entries (rows, heads, n, ...) that are none of the items: (rows, heads, n - items, ...)."""
+        """Copy the entries that are none of the items.
+
+        They are (rows, heads, n, ...), and (rows, heads, n - items, ...) are left.
+        """
         return torch.cat((entries[:, :, : self.first], entries[:, :, self.first + self.items :]), dim=2)
 
     def take_rows(self, rows: Sequence[int]) -> KVBlock:
@@ -92,7 +98,7 @@ class KVBlock:
 
 @dataclass(frozen=True)
 class Compressed:
-    """The items of a block as slots, and what the cache must know beside them.
+    """Slots made of a block's items, with notes for the cache.
 
     Attributes:
         coreset: slots (rows, heads, c, ...) in the order of their positions, right-aligned: padding slots come first.
@@ -132,7 +138,10 @@ class Compressor(ABC):
 
     @classmethod
     def of(cls, settings: WildCatConfig) -> Self:
-        """The method as it is by default, with the settings' seed where it draws at random."""
+        """Build the method with its defaults.
+
+        Where it draws at random, it takes the settings' seed.
+        """
         fields: Any = dataclasses.fields(cls) if dataclasses.is_dataclass(cls) else ()
         return cls(**{field.name: settings.seed for field in fields if field.name == "seed"})
 
@@ -168,7 +177,9 @@ class Compressor(ABC):
         return block.carried_state
 
     def reread(self, queries: Tensor, keys: Tensor, *, start: int, stop: int, scale: float) -> Tensor:
-        """Give the carried state of tokens [start, stop) of a text that the model has just repeated.
+        """Give the carried state of tokens that the model has just repeated.
+
+        They are [start, stop) of a text.
 
         For methods that read a text twice. The newest tokens ask the model to repeat this part, and repeat it.
 
@@ -186,7 +197,9 @@ class Compressor(ABC):
 
 
 class SharingCompressor(Compressor):
-    """A method whose layers share one budget by what they find in what they hold.
+    """A method whose layers share one budget.
+
+    Each layer's share depends on what it finds in what it holds.
 
     Every layer surveys its block as soon as its tokens have been attended to, and waits. When the last layer has, the
     slots are dealt out, and all of them compress. Queries are not kept for longer than the survey takes; keys and
@@ -205,7 +218,9 @@ class SharingCompressor(Compressor):
 
     @abstractmethod
     def deal(self, surveys: Sequence[Any], rank: int) -> list[Any]:
-        """Deal `rank` slots a row, layer and head on average: a share for each survey.
+        """Deal out the slots: a share for each survey.
+
+        There are `rank` slots a row, layer and head on average.
 
         Args:
             surveys: surveys of the layers that share, in their order, all of the same rows.
@@ -214,7 +229,7 @@ class SharingCompressor(Compressor):
 
     @abstractmethod
     def compress_share(self, block: KVBlock, rank: int, share: Any) -> Compressed:
-        """`compress` with a share of `deal`; the block has no queries any more."""
+        """Compress as `compress` does, with a share of `deal`; the block has no queries."""
 
     def compress(self, block: KVBlock, rank: int) -> Compressed:
         """Compress a layer that shares with none."""

@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from typing_extensions import override
 
 from wildcat_kv.compressors.base import KVBlock
 from wildcat_kv.compressors.scorer import Scorer
@@ -37,14 +38,17 @@ class CUR(Scorer):
         if self.window < 1:
             raise ValueError(f"window={self.window} must be at least 1, the tokens of a neighbourhood")
 
+    @override
     def score(self, block: KVBlock) -> Tensor:
-        """See `Scorer`."""
         scores = self._share(block.keys, block.valid) * self._share(block.values, block.valid)
         scores[:, :, : self.sink] = 2.0  # above any share
         return scores
 
     def _share(self, vectors: Tensor, valid: Tensor) -> Tensor:
-        """(rows, heads, n), each vector's part in the sum of squared norms of its window."""
+        """Divide each squared norm by the sum over its window.
+
+        Returns float32 (rows, heads, n) for vectors (rows, heads, n, d).
+        """
         n = vectors.shape[2]
         norms = vectors.to(torch.float32).square().sum(-1).masked_fill(~valid, 0.0)
         parts = F.pad(norms, (0, -n % self.window)).unflatten(-1, (-1, self.window))

@@ -13,7 +13,9 @@ from wildcat_kv.validation import plain
 
 
 def describe(compressor: Compressor) -> JsonValue:
-    """Write a method as the name of its class and its parameters, methods within it too.
+    """Describe a method by its class name and its parameters.
+
+    Methods among its parameters are described too.
 
     Raises:
         ValueError: it has parameters that cannot be told apart when they are read again.
@@ -29,7 +31,7 @@ def describe(compressor: Compressor) -> JsonValue:
 
 
 def rebuild(description: JsonValue) -> Compressor:
-    """The method that was described, if it is one of ours.
+    """Build the method that was described, if it is one of ours.
 
     Raises:
         ValueError: it is none of ours, or has other parameters.

@@ -1,4 +1,4 @@
-"""Keeps all: for layers that are left exact, and for contexts to be compressed later."""
+"""Keep everything: for exact layers, and for contexts to be compressed later."""
 
 from __future__ import annotations
 

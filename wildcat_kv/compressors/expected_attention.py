@@ -7,6 +7,7 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from wildcat_kv.compressors.base import KVBlock
 from wildcat_kv.compressors.observation import Observation
@@ -55,8 +56,8 @@ class ExpectedAttention(Scorer):
         """All queries since the last fold, and some from before."""
         return Observation(latest=None, carried=self.carried)
 
+    @override
     def score(self, block: KVBlock) -> Tensor:
-        """See `Scorer`."""
         heads, n = block.keys.shape[1:3]
         sink = min(self.sink, n - 1)
         mean, covariance = self._to_come(block)  # (rows, query_heads, d), (rows, query_heads, d, d)

@@ -7,6 +7,7 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from wildcat_kv.compressors.base import Compressed, KVBlock
 from wildcat_kv.compressors.observation import Observation
@@ -46,17 +47,17 @@ class H2O(Scorer):
         return Observation(latest=None, carried=0)
 
     def remember(self, block: KVBlock) -> Tensor:
-        """The attention that every entry has gathered, and how many queries could give it."""
+        """Sum the attention that every entry gets; count the queries that could give it."""
         return _gathered(block)
 
+    @override
     def score(self, block: KVBlock) -> Tensor:
-        """See `Scorer`."""
         assert block.carried_state is not None
         total, queries = block.carried_state.unbind(-1)
         return total / queries.clamp_min(1) if self.average else total
 
+    @override
     def compress(self, block: KVBlock, rank: int) -> Compressed:
-        """See `Compressor`."""
         scores = self.scores(block)
         stop = scores.shape[2] - block.window
         recent = slice(stop - int(self.recent * rank), stop)

@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from typing_extensions import override
 
 from wildcat_kv.compressors.base import KVBlock
 from wildcat_kv.compressors.scorer import Scorer
@@ -26,8 +27,8 @@ class KeyDiff(Scorer):
 
     paper: ClassVar[str] = "arXiv 2504.15364"
 
+    @override
     def score(self, block: KVBlock) -> Tensor:
-        """See `Scorer`."""
         directions = F.normalize(block.keys.to(torch.float32), dim=-1)
         counted = directions.masked_fill(~block.valid.unsqueeze(-1), 0.0)
         return -F.cosine_similarity(directions, counted.mean(dim=2, keepdim=True), dim=-1)

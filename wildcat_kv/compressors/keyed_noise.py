@@ -1,4 +1,4 @@
-"""Randomness of a method: keyed by what a row has read, so that equal rows stay equal."""
+"""Random numbers keyed by what a row has read: equal rows stay equal."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from wildcat_kv.coreset.noise import uniform_noise
 
 
 def keyed_noise(block: KVBlock, seed: int, columns: int, *draw: int) -> Tensor:
-    """Draw uniform noise for the heads of a block: the same for all rows, anew for every layer, fold and head.
+    """Draw uniform noise for the heads of a block.
+
+    It is the same for all rows, and new for every layer, fold and head.
 
     Args:
         block: entries.

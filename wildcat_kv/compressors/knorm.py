@@ -7,6 +7,7 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from wildcat_kv.compressors.base import KVBlock
 from wildcat_kv.compressors.scorer import Scorer
@@ -25,6 +26,6 @@ class KNorm(Scorer):
 
     paper: ClassVar[str] = "arXiv 2406.11430"
 
+    @override
     def score(self, block: KVBlock) -> Tensor:
-        """See `Scorer`."""
         return -torch.linalg.vector_norm(block.keys, dim=-1, dtype=at_least_float32(block.keys.dtype))

@@ -8,6 +8,7 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from wildcat_kv.compressors.base import Compressed, KVBlock, SharingCompressor
 from wildcat_kv.compressors.scorer import keep_best_by_head, rank_descending
@@ -45,16 +46,16 @@ class KVzip(SharingCompressor):
 
     @property
     def needs_queries(self) -> bool:
-        """Those of the second pass."""
+        """True: it needs the queries of the second pass."""
         return True
 
+    @override
     def reread(self, queries: Tensor, keys: Tensor, *, start: int, stop: int, scale: float) -> Tensor:
-        """See `Compressor`."""
         scores = reconstruction_scores(queries, keys, sink=_SINK, start=start, stop=stop, scale=scale)
         return scores.unsqueeze(-1)
 
     def survey(self, block: KVBlock) -> Tensor:
-        """The scores of the items, float32 (rows, heads, items).
+        """Score the items, float32 (rows, heads, items).
 
         Raises:
             ValueError: the context was not read a second time.
@@ -76,14 +77,16 @@ class KVzip(SharingCompressor):
         counts = (kept.view(scores.shape) & (scores > -torch.inf)).sum(-1)
         return [count.to(survey.device) for count, survey in zip(counts.unbind(1), surveys, strict=True)]
 
+    @override
     def compress_share(self, block: KVBlock, rank: int, share: Tensor) -> Compressed:
-        """See `SharingCompressor`."""
         assert block.carried_state is not None
         return keep_best_by_head(block, block.carried_state[..., 0], share)
 
 
 def reconstruction_scores(queries: Tensor, keys: Tensor, *, sink: int, start: int, stop: int, scale: float) -> Tensor:
-    """Score a chunk of the context by the most attention it gets while it is repeated.
+    """Score a chunk of the context while it is repeated.
+
+    A token's score is the most attention it gets.
 
     Args:
         queries: (rows, query_heads, q, d), of the tokens that repeat it.

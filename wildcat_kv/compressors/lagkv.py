@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from typing_extensions import override
 
 from wildcat_kv.compressors.base import KVBlock
 from wildcat_kv.compressors.scorer import Scorer
@@ -41,8 +42,8 @@ class LagKV(Scorer):
         if self.lag < 2:
             raise ValueError(f"lag={self.lag} must be at least 2, the tokens of a partition")
 
+    @override
     def score(self, block: KVBlock) -> Tensor:
-        """See `Scorer`."""
         rows, heads, n, _ = block.keys.shape
         recency = torch.arange(n, dtype=torch.float32, device=block.keys.device) / n
         partitions = (n - self.sink) // self.lag
@@ -62,7 +63,10 @@ class LagKV(Scorer):
 
     @staticmethod
     def _variation(parts: Tensor) -> Tensor:
-        """(rows, heads, partitions - 1, lag), of each token in its own partition, from (..., partitions, lag, d)."""
+        """Measure how each token varies within its own partition.
+
+        The parts are (..., partitions, lag, d); the result is (rows, heads, partitions - 1, lag).
+        """
         later = parts[:, :, 1:]
         lowest, highest = later.amin(-2, keepdim=True), later.amax(-2, keepdim=True)
         span = (highest - lowest).clamp_min(torch.finfo(torch.float32).tiny)

@@ -1,4 +1,4 @@
-"""The queries that methods learn from: those since the last fold, and as many from before it as are asked for."""
+"""Queries that methods learn from: those since the last fold, and some older ones."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Observation:
-    """Which queries a method wants to see at a fold.
+    """Queries that a method wants to see at a fold.
 
     Attributes:
         latest: number of the newest ones; None for all since the last fold, and those carried.

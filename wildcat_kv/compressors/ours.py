@@ -1,4 +1,4 @@
-"""The methods of this library: a line to import each one, and a row for its name."""
+"""The methods of this library: an import and a row for each."""
 
 from __future__ import annotations
 

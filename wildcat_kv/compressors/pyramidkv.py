@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import ClassVar
 
+from typing_extensions import override
+
 from wildcat_kv.compressors.base import Compressed, KVBlock
 from wildcat_kv.compressors.scorer import keep_best
 from wildcat_kv.compressors.snapkv import SnapKV
@@ -39,15 +41,17 @@ class PyramidKV(SnapKV):
         if self.beta < 1:
             raise ValueError(f"beta={self.beta} must be at least 1; 1 gives all layers the same")
 
+    @override
     def compress(self, block: KVBlock, rank: int) -> Compressed:
-        """See `Compressor`."""
         layers, place = len(block.sharing), block.sharing.index(block.layer_index)
         slots = min(block.items, pyramid(rank, block.item_tokens, layers, self.beta)[place])
         return replace(keep_best(block, self.scores(block), slots), columns=[slots] * block.keys.shape[0])
 
 
 def pyramid(rank: int, length: int, layers: int, beta: int) -> list[int]:
-    """Slots of each layer: they fall linearly, sum to `rank * layers`, and no layer gets more than `length`.
+    """Count the slots of each layer, which fall linearly.
+
+    They sum to `rank * layers`, and no layer gets more than `length`.
 
     Example:
         >>> pyramid(100, 1000, 4, 20)

@@ -1,4 +1,7 @@
-"""The methods by name: ours, and those that installed packages offer under an entry point."""
+"""The methods by name: ours, and those of installed packages.
+
+Packages offer theirs under an entry point.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +40,9 @@ class Method:
 
 
 def available() -> list[Method]:
-    """All methods: ours, then those of installed packages by name. One that is broken is left out with a warning.
+    """List all methods: ours, then those of installed packages by name.
+
+    A broken one is left out with a warning.
 
     Example:
         >>> [method.name for method in available()][:3]
@@ -53,7 +58,9 @@ def available() -> list[Method]:
 
 
 def resolve(compressor: str | Compressor, settings: WildCatConfig) -> Compressor:
-    """A method by its name, as it is by default; a `Compressor` is returned as it is.
+    """Build a method by its name, with its defaults.
+
+    A `Compressor` is returned as it is.
 
     Args:
         compressor: name or object.
@@ -85,7 +92,7 @@ def resolve(compressor: str | Compressor, settings: WildCatConfig) -> Compressor
 
 
 def find(name: str) -> type[Compressor] | None:
-    """The class of a method by its name, None for no such method.
+    """Find the class of a method by its name, None for no such method.
 
     Raises:
         ValueError: it is an installed package's that cannot be loaded.

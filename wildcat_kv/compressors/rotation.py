@@ -33,7 +33,10 @@ class Rotation:
         return self._angles is not None
 
     def back(self, vectors: Tensor, positions: Tensor) -> Tensor:
-        """Undo the rotation of vectors (rows, heads, n, d) that stand at positions int64 (rows, n)."""
+        """Undo the rotation of vectors (rows, heads, n, d).
+
+        They stand at positions int64 (rows, n).
+        """
         if self._angles is None:
             return vectors
         cos, sin = self._angles(positions)
@@ -42,7 +45,10 @@ class Rotation:
         return self._part(vectors, cos, -sin, stretch)
 
     def forward(self, vectors: Tensor, by: Tensor) -> Tensor:
-        """Vectors (rows, heads, n, d) that stand somewhere, moved by int64 (rows, n) or (rows, 1) positions."""
+        """Rotate vectors (rows, heads, n, d) on from where they stand.
+
+        They move by int64 (rows, n) or (rows, 1) positions.
+        """
         if self._angles is None:
             return vectors
         cos, sin = (angle.expand(-1, vectors.shape[2], -1) for angle in self._angles(by))
@@ -51,7 +57,10 @@ class Rotation:
         return self._part(vectors, cos / stretch, sin / stretch)
 
     def average(self, vectors: Tensor, positions: Tensor) -> Tensor:
-        """Vectors (rows, heads, n, d), each rotated to all of positions int64 (rows, m) and averaged over them."""
+        """Rotate each vector to all positions, and average it over them.
+
+        The vectors are (rows, heads, n, d), the positions int64 (rows, m).
+        """
         if self._angles is None:
             return vectors
         cos, sin = (angle.mean(1, keepdim=True).expand(-1, vectors.shape[2], -1) for angle in self._angles(positions))

@@ -1,4 +1,4 @@
-"""Methods that give every token a score and keep the best: what all eviction methods have in common."""
+"""Methods that score every token and keep the best, as eviction methods do."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from wildcat_kv.compressors.base import Compressed, Compressor, KVBlock
 from wildcat_kv.coreset.compresskv import Coreset
@@ -18,7 +19,9 @@ _PROBABILITIES_AT_ONCE = 2**26
 
 
 class Scorer(Compressor):
-    """A method that keeps the tokens with the highest scores, unchanged and with weight 1, and drops the others.
+    """A method that keeps the tokens with the highest scores.
+
+    They stay unchanged with weight 1; the others are dropped.
 
     A subclass says how to score. All that the layer holds takes part in the scoring, as the papers have it; what
     is kept is chosen among the items, since sinks and window stay anyway.
@@ -26,7 +29,7 @@ class Scorer(Compressor):
 
     @abstractmethod
     def score(self, block: KVBlock) -> Tensor:
-        """A score for each entry, the higher the better.
+        """Score each entry, the higher the better.
 
         Args:
             block: entries of rows that hold equally much.
@@ -36,7 +39,7 @@ class Scorer(Compressor):
         """
 
     def scores(self, block: KVBlock) -> Tensor:
-        """`score` in float32 (rows, heads, n), -inf for padding slots."""
+        """Compute `score` in float32 (rows, heads, n), -inf for padding slots."""
         with torch.no_grad(), full_precision(block.keys.device):
             scores = self._score(block)
         return scores.masked_fill(~block.valid, -torch.inf)
@@ -51,13 +54,15 @@ class Scorer(Compressor):
         scores = scores.to(torch.float32)
         return torch.where(scores.isnan(), -torch.inf, scores)  # else it would be the highest of all
 
+    @override
     def compress(self, block: KVBlock, rank: int) -> Compressed:
-        """See `Compressor`."""
         return keep_best(block, self.scores(block), rank)
 
 
 def keep_best(block: KVBlock, scores: Tensor, rank: int) -> Compressed:
-    """Keep the `rank` items of each head with the highest scores (rows, heads, n), as they are.
+    """Keep each head's `rank` items with the highest scores, unchanged.
+
+    The scores are (rows, heads, n).
 
     Of equal scores the earlier item is kept.
     """
@@ -65,7 +70,10 @@ def keep_best(block: KVBlock, scores: Tensor, rank: int) -> Compressed:
 
 
 def keep_best_by_head(block: KVBlock, scores: Tensor, slots: Tensor) -> Compressed:
-    """`keep_best` with a number of slots for each head, int64 (rows, heads): as wide as the head with most."""
+    """Keep the best items, a number of slots for each head.
+
+    The slots are int64 (rows, heads); the result is as wide as the head with most.
+    """
     columns = slots.amax(-1).tolist()
     kept = take_items(block, *_best(block, block.slice_items(scores), slots.unsqueeze(-1), max(columns)))
     return replace(kept, columns=columns)
@@ -81,7 +89,10 @@ def best_items(block: KVBlock, scores: Tensor, rank: int) -> tuple[Tensor, Tenso
 
 
 def _best(block: KVBlock, scores: Tensor, slots: Tensor | int, width: int) -> tuple[Tensor, Tensor]:
-    """`best_items` for `slots`, int64 (rows, heads, 1) or one number, none of them above `width`."""
+    """Choose `best_items` for `slots`, a number or int64 (rows, heads, 1).
+
+    None of them is above `width`.
+    """
     candidate = block.slice_items(block.valid)
     place = rank_descending(scores.masked_fill(~candidate, -torch.inf))
     kept = (place < slots) & candidate
@@ -91,14 +102,20 @@ def _best(block: KVBlock, scores: Tensor, slots: Tensor | int, width: int) -> tu
 
 
 def rank_descending(scores: Tensor) -> Tensor:
-    """Rank each of (..., n) from the highest down, int64; of equal ones the earlier is first."""
+    """Rank each of (..., n) from the highest down, int64.
+
+    Of equal ones the earlier is first.
+    """
     order = scores.argsort(dim=-1, descending=True, stable=True)
     places = torch.arange(scores.shape[-1], device=scores.device).expand(order.shape)
     return torch.empty_like(order).scatter_(-1, order, places)
 
 
 def take_items(block: KVBlock, index: Tensor, valid: Tensor) -> Compressed:
-    """Keep the items at `index`, int64 (rows, heads, c), as they are; padding slots where not `valid`."""
+    """Keep the items at `index`, int64 (rows, heads, c), unchanged.
+
+    Slots that are not `valid` become padding.
+    """
     empty = ~valid
 
     def take(entries: Tensor) -> Tensor:
@@ -115,7 +132,9 @@ def take_items(block: KVBlock, index: Tensor, valid: Tensor) -> Compressed:
 
 
 def attention_probabilities(block: KVBlock, latest: int | None = None) -> Iterator[Tensor]:
-    """Compute how the observed queries attend to the entries, a few queries at a time.
+    """Compute how the observed queries attend to the entries.
+
+    It yields a few queries at a time.
 
     A query sees its own token, those before it, and all slots: it is not known which of them came after it.
 

@@ -9,6 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from typing_extensions import override
 
 from wildcat_kv.compressors.base import KVBlock
 from wildcat_kv.compressors.observation import Observation
@@ -46,8 +47,8 @@ class SnapKV(Scorer):
         """The queries of the observation window."""
         return Observation(latest=self.window, carried=self.window)
 
+    @override
     def score(self, block: KVBlock) -> Tensor:
-        """See `Scorer`."""
         n = block.keys.shape[2]
         assert block.queries is not None
         window = min(self.window, block.queries.shape[2], n)

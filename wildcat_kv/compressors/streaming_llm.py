@@ -7,6 +7,7 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from wildcat_kv.compressors.base import KVBlock
 from wildcat_kv.compressors.scorer import Scorer
@@ -29,8 +30,8 @@ class StreamingLLM(Scorer):
 
     sink: int = 4
 
+    @override
     def score(self, block: KVBlock) -> Tensor:
-        """See `Scorer`."""
         n = block.keys.shape[2]
         place = torch.arange(n, device=block.keys.device, dtype=torch.float32)
         return torch.where(place < self.sink, n, place).expand(block.valid.shape)

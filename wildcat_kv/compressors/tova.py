@@ -7,6 +7,7 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from wildcat_kv.compressors.base import KVBlock
 from wildcat_kv.compressors.observation import Observation
@@ -31,8 +32,8 @@ class TOVA(Scorer):
         """The last query."""
         return Observation(latest=1, carried=1)
 
+    @override
     def score(self, block: KVBlock) -> Tensor:
-        """See `Scorer`."""
         n = block.keys.shape[2]
         if block.queries is None or not block.queries.shape[2]:
             return torch.arange(n, device=block.keys.device).expand(block.valid.shape)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor
+from typing_extensions import override
 
 from wildcat_kv.compressors.base import KVBlock
 from wildcat_kv.compressors.keyed_noise import keyed_noise
@@ -27,6 +28,6 @@ class Uniform(Scorer):
 
     seed: int = 0
 
+    @override
     def score(self, block: KVBlock) -> Tensor:
-        """See `Scorer`."""
         return keyed_noise(block, self.seed, block.keys.shape[2])

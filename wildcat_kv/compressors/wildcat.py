@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor
-from typing_extensions import Self
+from typing_extensions import Self, override
 
 from wildcat_kv.compressors.base import Compressed, Compressor, KVBlock
 from wildcat_kv.config import WildCatConfig
@@ -45,11 +45,11 @@ class WildCat(Compressor):
 
     @classmethod
     def of(cls, settings: WildCatConfig) -> Self:
-        """The method with the parameters that `settings` give it."""
+        """Build the method with the parameters that `settings` give it."""
         return cls(settings.bin_rank, settings.temperature, settings.weights, settings.seed)
 
+    @override
     def compress(self, block: KVBlock, rank: int) -> Compressed:
-        """See `Compressor`."""
         # Exact tokens are never padding.
         valid = None if block.weights is None else block.slice_items(block.valid)
         coreset, _ = self.compress_some(block, rank, valid)

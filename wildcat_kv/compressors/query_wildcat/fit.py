@@ -1,4 +1,7 @@
-"""The fit of slots to what queries got from all items, and the estimate of the error that is left."""
+"""Fit of slots to what queries got from all items.
+
+It also estimates the error that is left.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +37,7 @@ def fit_slots(coreset: Coreset, asked: Asked, ridge: float) -> Coreset:
 
 
 def estimate_error(coreset: Coreset, judges: Asked, group: int) -> Tensor:
-    """float32 (rows, query_heads): ||o' - o|| / ||o|| over the queries that judge."""
+    """Estimate ||o' - o|| / ||o|| over the judges, float32 (rows, query_heads)."""
     held = torch.cat((coreset.values.to(torch.float32), coreset.weights.unsqueeze(-1)), dim=-1)
     instead = torch.matmul(_terms(coreset, judges), held) - judges.items
     whole = judges.items[..., :-1] + judges.others

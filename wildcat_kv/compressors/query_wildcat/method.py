@@ -1,4 +1,7 @@
-"""The method: three parts of the budget, and how layers keep to a budget or to a tolerance."""
+"""The method: three parts of the budget.
+
+The layers keep to a budget or to a tolerance.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
-from typing_extensions import Self
+from typing_extensions import Self, override
 
 from wildcat_kv.compressors.base import Compressed, KVBlock, SharingCompressor
 from wildcat_kv.compressors.observation import Observation
@@ -102,7 +105,7 @@ class QueryWildCat(SharingCompressor):
 
     @classmethod
     def of(cls, settings: WildCatConfig) -> Self:
-        """The method with the parameters that `settings` give WildCat."""
+        """Build the method with the parameters that `settings` give WildCat."""
         own = settings.bin_rank, settings.temperature, settings.weights, settings.seed
         return cls(*own, tolerance=settings.tolerance)
 
@@ -111,12 +114,14 @@ class QueryWildCat(SharingCompressor):
         """All queries since the last fold, and some from before."""
         return Observation(latest=None, carried=self.carried)
 
+    @override
     def survey(self, block: KVBlock) -> Survey:
-        """See `SharingCompressor`."""
         return survey_block(block, Questions(self.queries, self.judges, self.ahead, self.apart))
 
     def deal(self, surveys: Sequence[Survey], rank: int) -> list[tuple[Tensor, Survey]]:
-        """For each layer bool (rows, heads, m), the items that stay as they are, and its survey.
+        """Choose the items of each layer that stay as they are.
+
+        A share is bool (rows, heads, m), True for these items, and the layer's survey.
 
         With a tolerance no layer has to do with others, and finds in `compress_share` what it needs.
         """
@@ -125,15 +130,15 @@ class QueryWildCat(SharingCompressor):
         return list(zip(self._choose(surveys, rank), surveys, strict=True))
 
     def _choose(self, surveys: Sequence[Survey], rank: int) -> list[Tensor]:
-        """The items of each layer that stay as they are, where the layers share."""
+        """Choose the items of each layer that stay, where the layers share."""
         attended = int(rank * self.attended)
         kept = best_by_layer([survey.attention for survey in surveys], attended)
         rest = [survey.recall.masked_fill(taken, -torch.inf) for survey, taken in zip(surveys, kept, strict=True)]
         recalled = best_by_layer(rest, self._kept(rank) - attended)
         return [first | second for first, second in zip(kept, recalled, strict=True)]
 
+    @override
     def compress_share(self, block: KVBlock, rank: int, share: tuple[Tensor, Survey]) -> Compressed:
-        """See `SharingCompressor`."""
         kept, survey = share
         if self.tolerance is None:
             return self._compress(block, rank, kept, survey)
@@ -155,7 +160,10 @@ class QueryWildCat(SharingCompressor):
         return found
 
     def _compress(self, block: KVBlock, rank: int, kept: Tensor, survey: Survey) -> Compressed:
-        """The items to keep and, of the others, as many slots as are left of `rank`; 0 where all items are kept."""
+        """Keep some items and make slots of the others.
+
+        As many slots are made as are left of `rank`; 0 where all items are kept.
+        """
         parts = [take_kept(block, kept)]
         if rest := rank - self._kept(rank):
             wildcat = WildCat(self.bin_rank, self.temperature, self.weights, self.seed)

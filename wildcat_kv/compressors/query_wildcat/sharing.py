@@ -1,4 +1,7 @@
-"""Slots shared among layers: each gets what its best items are worth beside those of the others."""
+"""Slots shared among layers.
+
+Each layer gets what its best items are worth beside those of the others.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,9 @@ from torch import Tensor
 
 
 def best_by_layer(scores: Sequence[Tensor], slots: int) -> list[Tensor]:
-    """Choose the best items of all layers, equally many for all heads of a layer.
+    """Choose the best items of all layers.
+
+    All heads of a layer keep equally many.
 
     A layer's k-th slot is worth what its heads' k-th best items are, on average.
 

@@ -1,4 +1,4 @@
-"""Slots of one block: items as they are, parts put together, and the first of two that is good enough."""
+"""Slots of one block: kept, merged, and chosen by their error."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ from wildcat_kv.coreset.tensors import take_columns
 
 
 def take_kept(block: KVBlock, kept: Tensor) -> tuple[Coreset, Tensor]:
-    """The items of a mask (rows, heads, items) as they are, right-aligned; and int64, which item each slot is."""
+    """Take the items of a mask (rows, heads, items) unchanged, right-aligned.
+
+    The second result is int64, the item of each slot.
+    """
     counts, place = kept.sum(-1, keepdim=True), torch.arange(kept.shape[-1], device=kept.device)
     width = int(counts.max())
     # A place for each, and one behind them for what is not kept: much faster than sorting.
@@ -24,7 +27,9 @@ def take_kept(block: KVBlock, kept: Tensor) -> tuple[Coreset, Tensor]:
 
 
 def merge_parts(parts: Sequence[tuple[Coreset, Tensor]]) -> tuple[Coreset, list[int]]:
-    """Join coresets of different items of one block, in the order of their positions, padding slots first.
+    """Join coresets of different items of one block.
+
+    Slots are in the order of their positions, padding slots first.
 
     Args:
         parts: coresets, and int64 (rows, heads, c), the item of each slot.
@@ -47,7 +52,10 @@ def merge_parts(parts: Sequence[tuple[Coreset, Tensor]]) -> tuple[Coreset, list[
 
 
 def first_within(tolerance: float, first: Compressed, second: Compressed) -> Compressed:
-    """The first one in the rows whose estimated error is within the tolerance, the second in the others."""
+    """Take the first in the rows where its error is within the tolerance.
+
+    The error is the estimate; the other rows take the second.
+    """
     assert first.error is not None and second.error is not None
     assert first.columns is not None and second.columns is not None
     met = first.error.mean(-1) <= tolerance
@@ -63,5 +71,5 @@ def first_within(tolerance: float, first: Compressed, second: Compressed) -> Com
 
 
 def _widened(slots: Tensor, width: int) -> Tensor:
-    """Slots (rows, heads, c, ...) behind zeros, `width` in all."""
+    """Pad slots (rows, heads, c, ...) with zeros in front, to `width`."""
     return torch.cat((slots.new_zeros(*slots.shape[:2], width - slots.shape[2], *slots.shape[3:]), slots), dim=2)

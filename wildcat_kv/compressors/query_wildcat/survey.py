@@ -1,4 +1,7 @@
-"""The survey of one layer: what the prompt's own queries attend to when asked from behind the text."""
+"""Survey of one layer: what the prompt's own queries attend to.
+
+They are asked from behind the text.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,9 @@ NEGLIGIBLE = -40.0
 
 
 class Asked(NamedTuple):
-    """Some reference queries of a layer, and what they get: q of each key head, those of a query head side by side.
+    """Some reference queries of a layer, and what they get.
+
+    There are q for each key head; those of a query head are side by side.
 
     Attributes:
         queries: float32 (rows, heads, q, d), scaled.
@@ -95,7 +100,9 @@ def survey_block(block: KVBlock, questions: Questions) -> Survey:
 
 
 def _recall(block: KVBlock, mean: Tensor, mass: Tensor, apart: int) -> Tensor:
-    """Estimate how the query of each token attends to the token behind it from afar.
+    """Estimate how each token's query attends to the next token.
+
+    The query is asked from afar.
 
     Args:
         block: entries.
@@ -129,7 +136,7 @@ def _recall(block: KVBlock, mean: Tensor, mass: Tensor, apart: int) -> Tensor:
 
 
 def _places(block: KVBlock, questions: Questions) -> list[Tensor]:
-    """Choose the reference queries that are fitted to, those that are not, and those that judge.
+    """Choose the reference queries: fitted to, not fitted to, and judges.
 
     The first two are the newest ones, and others evenly spread over those before; the judges are evenly spread over
     all.
@@ -148,7 +155,10 @@ def _places(block: KVBlock, questions: Questions) -> list[Tensor]:
 
 
 def _moved(block: KVBlock, places: Tensor, ahead: int) -> Tensor:
-    """Queries at `places` int64 (q,), asked from behind the text: float32 (rows, heads, g, q, d), scaled."""
+    """Move queries at `places`, int64 (q,), behind the text.
+
+    Returns float32 (rows, heads, g, q, d), scaled.
+    """
     assert block.queries is not None and block.rotation is not None
     queries = block.queries.index_select(2, places).to(torch.float32)
     by = ahead + block.queries.shape[2] - places
@@ -159,7 +169,9 @@ def _moved(block: KVBlock, places: Tensor, ahead: int) -> Tensor:
 def _attend(
     block: KVBlock, head: int, queries: Tensor, counts: Sequence[int], mass: Tensor
 ) -> tuple[Tensor, Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
-    """Compute what the reference queries of one key head pay and get; memory is O(q n).
+    """Compute what one key head's reference queries pay and get.
+
+    Memory is O(q n).
 
     Args:
         block: entries.
@@ -199,5 +211,8 @@ def _attend(
 
 
 def _mass(block: KVBlock) -> Tensor:
-    """float32 (rows, heads, n): the weights of what is held, 1 for exact tokens; 0 for padding and below 0."""
+    """Give the weights of what is held, float32 (rows, heads, n).
+
+    They are 1 for exact tokens, and 0 for padding and where they are negative.
+    """
     return block.valid.to(torch.float32) if block.weights is None else block.weights.clamp_min(0.0) * block.valid
