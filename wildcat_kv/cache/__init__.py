@@ -1,4 +1,6 @@
-"""The cache. A token's way: `layer.update` -> hook -> `layer.attend` -> `layer.after_attention` -> fold -> storage.
+"""Compressed caches: what they hold, check, fold and report.
+
+A token's way: `layer.update` -> hook -> `layer.attend` -> `layer.after_attention` -> fold -> storage.
 
 caches.py, contract.py        what the user holds, and what Transformers asks of it; blueprint.py, checks.py refuse
 forward.py                    one pass over all layers: announced, masked, folded

@@ -1,4 +1,6 @@
-"""The budget of a row, and what the next fold does to it. Plain integers, no tensors.
+"""Budget of a row, and the plan of its next fold.
+
+Plain integers, no tensors.
 
 A row holds, in this order: `sink` exact tokens, `slots` of the coreset, `exact` tokens not yet folded.
 """
@@ -49,13 +51,13 @@ class Row:
         return self.counted + self.spare
 
     def append(self, tokens: int) -> Row:
-        """The row after `tokens` new valid tokens."""
+        """Give the row after `tokens` new valid tokens."""
         return replace(self, seen=self.seen + tokens, exact=self.exact + tokens)
 
 
 @dataclass(frozen=True)
 class FoldPlan:
-    """The fold of a row: `items` of it become `rank` slots, the rest stays as it is.
+    """The fold of a row: `items` become `rank` slots, the rest stays.
 
     In storage order: `sink` exact tokens, `kept` old slots (in `kept + spare` columns), `items` (columns of old
     slots or exact tokens) to compress into `rank` slots, `window` exact tokens.
@@ -70,7 +72,7 @@ class FoldPlan:
 
     @staticmethod
     def nothing(row: Row) -> FoldPlan:
-        """The fold that leaves `row` as it is."""
+        """Plan a fold that leaves `row` as it is."""
         return FoldPlan(sink=row.sink, kept=row.slots, items=0, rank=0, window=row.exact, spare=row.spare)
 
     @property
@@ -79,7 +81,10 @@ class FoldPlan:
         return self.sink + self.kept + self.spare
 
     def apply(self, row: Row, columns: int | None = None) -> Row:
-        """The row after this fold, whose items became slots in `columns` columns; in `rank` by default."""
+        """Give the row after this fold.
+
+        Its items became slots in `columns` columns, in `rank` by default.
+        """
         if not self.items:
             return row
         return replace(
@@ -93,7 +98,9 @@ class FoldPlan:
 
 
 def kept_tokens(tokens: int, ratio: float) -> int:
-    """The budget of `tokens` at `ratio`: max(1, floor(ratio * tokens + 1/2)), in exact decimals.
+    """Count the tokens to keep of `tokens` at `ratio`.
+
+    They are max(1, floor(ratio * tokens + 1/2)), in exact decimals.
 
     Example:
         >>> kept_tokens(1000, 0.25), kept_tokens(3, 0.1), kept_tokens(10, 0.35)
@@ -104,7 +111,10 @@ def kept_tokens(tokens: int, ratio: float) -> int:
 
 
 def exact_ends(budget: int, settings: WildCatConfig) -> tuple[int, int]:
-    """Sink and window within `budget`: as configured, or shrunk in proportion where they do not fit."""
+    """Choose sink and window within `budget`.
+
+    They are as configured, or shrunk in proportion where they do not fit.
+    """
     need = settings.sink + settings.window + settings.bin_rank
     if budget >= need:
         return settings.sink, settings.window
@@ -162,7 +172,10 @@ def plan_fold(row: Row, settings: WildCatConfig, *, prefill: bool) -> FoldPlan |
 
 
 def tokens_until_fold(row: Row, settings: WildCatConfig) -> int | None:
-    """New tokens after which `plan_fold` may want a fold of this row; None for never, at least 1."""
+    """Count the new tokens after which this row may fold.
+
+    At least 1; None if `plan_fold` will never want a fold.
+    """
     if settings.share is not None:
         if settings.share == 1:
             return None

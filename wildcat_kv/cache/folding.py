@@ -1,4 +1,6 @@
-"""A fold: plan -> blocks -> coresets -> storage, as functions of a layer's state.
+"""A fold: plan -> blocks -> coresets -> storage.
+
+These are functions of a layer's state.
 
 `fold_due` folds one layer by itself; `survey_due` and `fold_together` fold the layers of a `SharingCompressor`.
 """
@@ -31,7 +33,9 @@ from wildcat_kv.coreset.tensors import ordinary_tensors
 
 
 def fold_due(state: LayerState, until: int) -> None:
-    """Fold, as was due at the ends of the forward passes up to column `until`, one after the other.
+    """Fold what is due at the ends of forward passes.
+
+    The ends up to column `until` come one after the other, each folded as of then.
 
     Raises:
         ValueError: NaN or infinity among the keys to fold; what was not yet folded stays as it is.
@@ -49,10 +53,12 @@ def fold_due(state: LayerState, until: int) -> None:
 
 @torch.no_grad()
 def survey_due(state: LayerState, until: int) -> bool:
-    """Survey the next fold up to column `until`, for `fold_together`; False if there is none.
+    """Survey the next fold up to column `until`, for `fold_together`.
+
+    Returns False if there is none.
 
     Raises:
-        ValueError: as `fold_due`.
+        ValueError: NaN or infinity among the keys to fold.
     """
     if state.pending is None and (due := _next_fold(state, until)) is not None:
         assert isinstance(state.compressor, SharingCompressor)
@@ -68,10 +74,10 @@ def survey_due(state: LayerState, until: int) -> bool:
 
 @torch.no_grad()
 def fold_together(states: Sequence[LayerState], until: int) -> None:
-    """`fold_due` for layers whose method deals one budget out among them.
+    """Fold layers that share one budget, each as `fold_due` does.
 
     Raises:
-        ValueError: as `fold_due`.
+        ValueError: NaN or infinity among the keys to fold.
     """
     compressor = states[0].compressor
     assert isinstance(compressor, SharingCompressor)
@@ -95,7 +101,10 @@ def fold_together(states: Sequence[LayerState], until: int) -> None:
 
 
 def will_fold(state: LayerState, until: int) -> bool:
-    """Tell whether `fold_due` would fold anything; ends that fold nothing are decided on the way."""
+    """Tell whether `fold_due` would fold anything.
+
+    Ends that fold nothing are decided on the way.
+    """
     return _next_fold(state, until) is not None
 
 
@@ -103,7 +112,9 @@ def will_fold(state: LayerState, until: int) -> bool:
 
 
 def _next_fold(state: LayerState, until: int) -> tuple[list[Row], list[FoldPlan], int] | None:
-    """The rows, the plans and the column of the next fold up to `until`, None if there is none.
+    """Find the rows, the plans and the column of the next fold.
+
+    It is up to column `until`; None if there is none.
 
     Ends of forward passes that fold nothing are decided on the way.
     """
@@ -116,7 +127,10 @@ def _next_fold(state: LayerState, until: int) -> tuple[list[Row], list[FoldPlan]
 
 
 def _plan(state: LayerState, rows: Sequence[Row], end: int) -> list[FoldPlan] | None:
-    """Plan the fold after the forward pass that ended at column `end`, with `rows` as of then; None for nothing."""
+    """Plan the fold after the forward pass that ended at `end`.
+
+    The `rows` are as of that column. None means no fold.
+    """
     settings, decodes = state.settings, state.compressor.decodes
     # A row's first tokens, several at once, are its prompt; with padding that may come in a later pass.
     before = state.count_rows(state.progress.settled)
@@ -132,7 +146,7 @@ def _plan(state: LayerState, rows: Sequence[Row], end: int) -> list[FoldPlan] | 
 
 
 def _counted_at(state: LayerState, column: int) -> int:
-    """Columns held at a column as the budget counts them: alike in all layers."""
+    """Count columns held at `column` as the budget does: alike in all layers."""
     return state.stored_at(column) - state.progress.spare
 
 
@@ -151,7 +165,10 @@ def _mark_decided(state: LayerState, rows: Sequence[Row], end: int) -> None:
 
 @torch.no_grad()
 def _prepare(state: LayerState, rows: list[Row], plans: list[FoldPlan], end: int) -> PendingFold:
-    """Gather what a fold as of column `end` needs to know; what came after stays as it is."""
+    """Gather what a fold as of column `end` needs to know.
+
+    Columns that came after stay as they are.
+    """
     held, cut, appended = state.progress.rows, state.stored_at(end), end - state.progress.folded_at
     entries = held_entries = state.held.entries.slice(0, cut)
     if unchecked := end - max(state.checked, state.progress.folded_at):
@@ -174,7 +191,7 @@ def _prepare(state: LayerState, rows: list[Row], plans: list[FoldPlan], end: int
 
 
 def _block(state: LayerState, pending: PendingFold, group: RowGroup) -> KVBlock:
-    """The entries of a group for the method: views where all rows are alike."""
+    """Build a group's block for the method, of views where all rows are alike."""
     total, n = len(pending.rows), pending.entries.keys.shape[2]
     entries = Entries(*take_rows(pending.entries.slice(n - group.held, n).tensors(), group.rows, total))
     queries = pending.queries
@@ -200,7 +217,10 @@ def _block(state: LayerState, pending: PendingFold, group: RowGroup) -> KVBlock:
 
 
 def _remembered(state: LayerState, pending: PendingFold) -> Tensor:
-    """The carried state of all entries, brought up to date in the rows that fold; the others keep their queries."""
+    """Give the carried state of all entries, brought up to date where rows fold.
+
+    The other rows keep their state and their queries.
+    """
     before = pending.entries.carried_state
     found = [state.compressor.remember(_block(state, pending, group)) for group in pending.groups]
     if len(found) == 1 and found[0].shape == before.shape:
@@ -212,7 +232,9 @@ def _remembered(state: LayerState, pending: PendingFold) -> Tensor:
 
 
 def _queries_until(state: LayerState, end: int, valid: Tensor) -> tuple[Tensor | None, list[int]]:
-    """The queries to learn from as of column `end`, right-aligned, and how many each row has.
+    """Give the queries to learn from, and how many each row has.
+
+    They are those as of column `end`, right-aligned.
 
     Args:
         state: contents of the layer.
@@ -230,7 +252,10 @@ def _queries_until(state: LayerState, end: int, valid: Tensor) -> tuple[Tensor |
 
 
 def _leaving(columns: int, row: Row, plan: FoldPlan) -> tuple[int, int]:
-    """Find the exact tokens of a right-aligned row that `plan` makes into slots: [start, stop)."""
+    """Find the exact tokens that `plan` makes into slots: [start, stop).
+
+    The row is right-aligned.
+    """
     if not plan.items:
         return columns, columns
     exact = max(row.stored - row.exact, plan.head)
@@ -241,7 +266,9 @@ def _leaving(columns: int, row: Row, plan: FoldPlan) -> tuple[int, int]:
 
 
 def _deal(compressor: SharingCompressor, pending: Sequence[PendingFold]) -> list[list[Any]]:
-    """Deal the budget out among layers, for rows that are alike in all of them: the groups of `pending` from now on.
+    """Deal the budget out among layers, for rows that are alike in all.
+
+    These rows are the groups of `pending` from now on.
 
     Returns:
         For each of these groups the layers' shares.
@@ -260,7 +287,7 @@ def _deal(compressor: SharingCompressor, pending: Sequence[PendingFold]) -> list
 
 
 def _checked(found: Any, block: KVBlock, rank: int, method: str) -> Compressed:
-    """Refuse what a method should not have returned, before it takes the place of anything.
+    """Refuse what a method should not have returned, before anything is replaced.
 
     Raises:
         ValueError: names the method, and what its coreset must be.
@@ -318,7 +345,10 @@ def _carry_out(state: LayerState, pending: PendingFold, found: Sequence[Compress
 
 
 def _note_error(state: LayerState, error: Tensor, folding: list[bool]) -> None:
-    """Keep the estimate of the rows that fold now; that of the others is still the one of their last fold."""
+    """Keep the error estimate of the rows that fold now.
+
+    The estimate of the others is still the one of their last fold.
+    """
     if state.error is not None and not all(folding):
         there = torch.tensor(folding).to(error.device).unsqueeze(-1)
         error = torch.where(there, error, state.error.to(error.device))
@@ -326,7 +356,10 @@ def _note_error(state: LayerState, error: Tensor, folding: list[bool]) -> None:
 
 
 def _fold_log(state: LayerState, pending: PendingFold) -> None:
-    """Forget the queries that a fold has learned from, but for those that the next one learns from too."""
+    """Forget the queries that a fold has learned from.
+
+    Those that the next fold learns from too are kept.
+    """
     if state.log is None or pending.forgotten:
         return
     kept = [

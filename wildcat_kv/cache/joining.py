@@ -1,4 +1,4 @@
-"""Caches that have read parts of a text apart, side by side in one: parallel context windows.
+"""Join caches that have read parts of a text apart: parallel context windows.
 
 Source: Ratner et al., "Parallel Context Windows for Large Language Models", arXiv 2212.10947. Every part was read from
 position 0 on; what is read next sees all of them and continues the positions of the last.
@@ -25,7 +25,7 @@ from wildcat_kv.config import WildCatConfig
 
 
 def join_caches(caches: Sequence[CompressedCache], settings: WildCatConfig | None = None) -> CompressedCache:
-    """One cache that holds what several hold.
+    """Join several caches in one that holds what they hold.
 
     Sliding-window layers go on from the last part alone, as they would after the whole text.
 
@@ -72,7 +72,10 @@ def join_caches(caches: Sequence[CompressedCache], settings: WildCatConfig | Non
 
 
 def _row(states: Sequence[LayerState], *, bounded: bool) -> Row:
-    """Count what a row of one layer holds once joined: the last part's, and the others as slots beside them."""
+    """Count what a row of one layer holds once joined.
+
+    The last part counts as it is; the others count as slots beside it.
+    """
     parts = [state.count_rows(state.progress.seen)[0] for state in states]
     last, others = parts[-1], parts[:-1]
     if not last.seen_at_fold:  # all of it is exact: its first tokens are the sink of what follows
@@ -88,14 +91,17 @@ def _row(states: Sequence[LayerState], *, bounded: bool) -> Row:
 
 
 def _entries(states: Sequence[LayerState], sink: int) -> Entries:
-    """All entries, in the order of a row: the last part's sink, the other parts, the rest of the last one."""
+    """Put all entries in the order of a joined row.
+
+    They are the last part's sink, the other parts, and the rest of the last part.
+    """
     *others, last = (state.entries for state in states)
     parts = [last.slice(0, sink), *others, last.slice(sink, last.keys.shape[2])]
     return Entries(*(torch.cat(tensors, dim=2) for tensors in zip(*(part.tensors() for part in parts), strict=True)))
 
 
 def _span(states: Sequence[LayerState]) -> ValueRange:
-    """The box around all values read."""
+    """Join the boxes around all values read."""
     boxes = [state.value_range or ValueRange.of(state.entries.values) for state in states]
     return functools.reduce(ValueRange.join, boxes)
 
@@ -118,7 +124,7 @@ def _check(caches: Sequence[CompressedCache], settings: WildCatConfig | None) ->
 
 
 def _fault(cache: CompressedCache, last: CompressedCache) -> str | None:
-    """Say what keeps a cache from being joined to the last one, None for nothing."""
+    """Say what keeps a cache from joining the last one; None for nothing."""
     if cache.static:
         return "is static"
     if not cache.get_seq_length():
@@ -137,6 +143,9 @@ def _fault(cache: CompressedCache, last: CompressedCache) -> str | None:
 
 
 def unjoinable(cache: CompressedCache) -> str | None:
-    """Say what keeps caches of a model from being joined, as words that follow "the cache"; None for nothing."""
+    """Say what keeps a model's caches from being joined; None for nothing.
+
+    The words follow "the cache".
+    """
     kinds = [type(layer).__name__ for layer in cache.layers if hasattr(layer, "conv_states")]
     return f"has layers whose states cannot be joined ({kinds[0]})" if kinds else None

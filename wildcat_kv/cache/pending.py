@@ -1,4 +1,7 @@
-"""A fold that is decided and not yet carried out: of layers that fold together, it waits for the last one."""
+"""A fold that is decided and not yet carried out.
+
+Where layers fold together, it waits for the last of them.
+"""
 
 from __future__ import annotations
 

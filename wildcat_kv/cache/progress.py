@@ -1,4 +1,7 @@
-"""The progress of a layer: what it has read, where it last folded, what is still to be decided. No tensors."""
+"""Progress of a layer: what it has read, folded and still to decide.
+
+No tensors.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,9 @@ from wildcat_kv.cache.budget import Row
 
 @dataclass
 class Progress:
-    """The numbers behind one layer. Columns are counted from the first one read, padding included.
+    """The numbers behind one layer.
+
+    Columns are counted from the first one read, padding included.
 
     A fold belongs to the end of a forward pass. It is decided there, or later where `record_past` makes
     folds wait; then it is carried out as of that end, so that waiting changes nothing.
@@ -58,7 +63,9 @@ class Progress:
         return True
 
     def due(self, until: int) -> int | None:
-        """The next end, up to column `until`, for which a fold is to be decided; None if there is none.
+        """Find the next end for which a fold is to be decided.
+
+        It is up to column `until`; None if there is none.
 
         Ends that cannot need one are settled on the way.
         """
@@ -69,7 +76,10 @@ class Progress:
         return None
 
     def mark_decided(self, wait: int | None) -> None:
-        """Note that the first end is decided, and after how many columns to look again; None for never."""
+        """Note that the first end is decided.
+
+        The next look comes after `wait` columns, never if None.
+        """
         self.settled = self.ends.pop(0)
         self.fold_from = None if wait is None else self.settled + wait
 

@@ -36,12 +36,18 @@ class QueryLog:
         return sum(part.shape[2] for part in self._parts)
 
     def append(self, queries: Tensor) -> None:
-        """Take queries (rows, heads, q, d) of the newest columns; `keep` comes when the model goes on."""
+        """Take queries (rows, heads, q, d) of the newest columns.
+
+        `keep` follows when the model goes on.
+        """
         self._parts.append(queries.detach())
         self._borrowed = True
 
     def keep(self) -> None:
-        """Copy what `append` took, unless a fold has been done with it already: a whole prompt's are large."""
+        """Copy what `append` took, unless a fold is done with it.
+
+        A whole prompt's queries are large, and a fold often needs them no longer.
+        """
         if self._borrowed:
             with ordinary_tensors():  # the model may reuse the memory, or it may hold keys and values as well
                 self._parts[-1] = self._parts[-1].clone()
@@ -50,7 +56,10 @@ class QueryLog:
             self._join()
 
     def recent(self) -> Tensor | None:
-        """(rows, heads, columns, d), all queries but the carried ones; None where there are none."""
+        """Give all queries but the carried ones; None where there are none.
+
+        They are (rows, heads, columns, d).
+        """
         self._join()
         return self._parts[0] if self._parts else None
 
@@ -76,7 +85,7 @@ class QueryLog:
             self._borrowed = False
 
     def until(self, later: int, valid: Tensor | None, counts: Sequence[int]) -> tuple[Tensor | None, list[int]]:
-        """The queries that count, right-aligned.
+        """Give the queries that count, right-aligned.
 
         Args:
             later: newest columns to leave out.
@@ -108,7 +117,10 @@ class QueryLog:
         return queries.transpose(1, 2)[rows[:, None], order].transpose(1, 2), shown.sum(-1).tolist()
 
     def fold(self, queries: Tensor | None, kept: Sequence[int], later: int) -> None:
-        """Carry the newest `kept[b]` of each row's `queries` over a fold that `later` columns came after."""
+        """Carry the newest `kept[b]` of each row's queries over a fold.
+
+        `later` columns came after that fold.
+        """
         recent, width = self.recent(), max(kept)
         with ordinary_tensors():  # copies: a view would hold on to the queries of the whole prompt
             self.carried = queries[:, :, -width:].clone() if width and queries is not None else None
@@ -125,7 +137,7 @@ class QueryLog:
         self._map(lambda tensor: tensor.to(device))
 
     def tensors(self) -> list[Tensor]:
-        """All memory held."""
+        """List all memory held."""
         return [*([] if self.carried is None else [self.carried]), *self._parts]
 
     def _join(self) -> None:

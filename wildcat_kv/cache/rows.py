@@ -1,4 +1,7 @@
-"""Rows of a batch that hold unequally much: grouped for a method, which sees rectangles, and put together again."""
+"""Rows of a batch that hold unequally much, in groups of equal ones.
+
+A method sees only rectangles; afterwards the groups are put together again.
+"""
 
 from __future__ import annotations
 
@@ -70,7 +73,10 @@ def common_groups(layers: Sequence[Sequence[RowGroup]]) -> list[tuple[tuple[int,
 
 
 def take_rows(tree: Any, rows: Sequence[int], total: int) -> Any:
-    """Take `rows` of `total` of every tensor in nested tuples, lists and dicts; without a copy where it is all."""
+    """Take `rows` of `total` from every tensor in a nested structure.
+
+    The structure is of tuples, lists and dicts. Nothing is copied if all rows are taken.
+    """
     if len(rows) == total:
         return tree
     if isinstance(tree, Tensor):
@@ -105,7 +111,10 @@ class JoinedSlots:
 
 
 def join_groups(groups: Sequence[RowGroup], parts: Sequence[Compressed], total: int) -> JoinedSlots | None:
-    """Put what a method made of each group together, to `total` rows; None where there is no group."""
+    """Put the parts of all groups together, to `total` rows.
+
+    None if there is no group.
+    """
     if not groups:
         return None
     taken = [_columns_taken(group, part) for group, part in zip(groups, parts, strict=True)]
@@ -134,7 +143,9 @@ def _columns_taken(group: RowGroup, part: Compressed) -> list[int]:
 
 
 def _join(groups: Sequence[RowGroup], parts: Sequence[Tensor | None], total: int, width: int | None) -> Tensor | None:
-    """Join the groups' tensors (rows, heads, c, ...), right-aligned in `width` columns; None if one is missing.
+    """Join the groups' tensors (rows, heads, c, ...), right-aligned in `width` columns.
+
+    Returns None if one is missing.
 
     Without a width they are (rows, ...), and are joined as they are.
     """
@@ -216,7 +227,10 @@ def align_right(entries: Entries, rows: Sequence[Row], appended: int) -> Entries
 def _assembly(
     rows: Sequence[Row], plans: Sequence[FoldPlan], columns: Sequence[int], stored: int, slots: int
 ) -> tuple[Tensor, Tensor]:
-    """Find where each column of the new rows comes from: [0, stored) is old, [stored, stored + slots) coreset."""
+    """Find where each column of the new rows comes from.
+
+    [0, stored) is old, [stored, stored + slots) is coreset.
+    """
     head = torch.tensor([plan.head for plan in plans]).unsqueeze(-1)
     taken = torch.tensor(columns).unsqueeze(-1)
     window = torch.tensor([plan.window for plan in plans]).unsqueeze(-1)

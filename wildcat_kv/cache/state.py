@@ -1,4 +1,6 @@
-"""The contents of one layer, which grow and are taken back: tensors and numbers, no model, no Transformers.
+"""Contents of one layer, which grow and are taken back.
+
+Tensors and numbers, no model, no Transformers.
 
 In one line of columns a row: padding, sink, coreset slots, exact tokens. Rows end together, so that new tokens
 take the same columns in all of them.
@@ -74,7 +76,7 @@ class LayerState:
         self.value_range: ValueRange | None = None
 
     def allocate(self, keys: Tensor, values: Tensor) -> None:
-        """Make room for keys (rows, kv_heads, n, d), values (rows, kv_heads, n, d_v) and a few more."""
+        """Make room for keys and values (rows, kv_heads, n, channels), and some more."""
         self.storage = Storage.empty(keys, values, self.compressor.state_size, self._limit, fixed=self._fixed)
         self.progress.rows = [Row()] * keys.shape[0]
 
@@ -106,7 +108,7 @@ class LayerState:
         self.span()
 
     def append(self, keys: Tensor, values: Tensor, valid: Tensor | None) -> None:
-        """Append exact tokens (rows, kv_heads, q, channels); `valid` is bool (rows, q), False for padding."""
+        """Append exact tokens (rows, kv_heads, q, channels); bool `valid` (rows, q), False for padding."""
         assert self.storage is not None, "allocate() comes first"
         self.storage.append(keys, values, valid)
         progress, new = self.progress, keys.shape[2]
@@ -124,11 +126,11 @@ class LayerState:
             self.value_range = self.value_range.extend(values, shown)
 
     def carry(self, state: Tensor) -> None:
-        """Keep float32 (rows, kv_heads, k, state_size), numbers of the newest k tokens, for the method."""
+        """Keep the newest tokens' carried state, float32 (rows, kv_heads, k, state_size)."""
         self.held.entries.carried_state[:, :, self.stored - state.shape[2] :] = state
 
     def take_in(self, tokens: int) -> None:
-        """Count tokens that traced steps have written, one a forward pass, none of them padding."""
+        """Count tokens of traced steps: one a forward pass, never padding."""
         self.held.length += tokens
         for _ in range(tokens):
             self.progress.read(1, masked=False)
@@ -147,7 +149,7 @@ class LayerState:
 
     @property
     def croppable(self) -> int:
-        """Newest columns that can be taken back: those since the last fold whose queries are held."""
+        """Newest columns since the last fold, with queries held, to take back."""
         log, exact = self.log, self.progress.since_fold
         if log is None or log.columns >= exact:
             return exact
@@ -176,7 +178,7 @@ class LayerState:
         return len(set(self.progress.rows)) <= 1
 
     def select_rows(self, index: Tensor, on_host: Sequence[int] | None) -> None:
-        """Keep the rows at `index`, int64 (k,), in that order; a row may be repeated.
+        """Keep the rows at `index`, int64 (k,), in that order; repeats are allowed.
 
         Args:
             index: rows to keep, on any device.
@@ -222,7 +224,7 @@ class LayerState:
         return [*self.storage.allocated.tensors(), *bounds, *queries]
 
     def count_rows(self, column: int) -> list[Row]:
-        """Count what each row held when `column` columns had been read, since the last fold."""
+        """Count what each row held at `column`, which is after the last fold."""
         progress = self.progress
         if not progress.masked:
             return [row.append(column - progress.folded_at) for row in progress.rows]

@@ -1,4 +1,4 @@
-"""The smallest and largest value of each channel: what the weighted attention is clipped to."""
+"""Smallest and largest value of each channel, which clip the weighted attention."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from wildcat_kv.cache.budget import Row
 
 @dataclass(frozen=True)
 class ValueRange:
-    """A box around values, channel by channel; where it is empty, `lowest` is above `highest`.
+    """A box around values, channel by channel.
+
+    Where it is empty, `lowest` is above `highest`.
 
     Minimum and maximum are exact, so boxes joined in any order are the same bit for bit.
 
@@ -27,7 +29,10 @@ class ValueRange:
 
     @staticmethod
     def of(values: Tensor, valid: Tensor | None = None) -> ValueRange:
-        """The box around values (rows, kv_heads, n, d_v); `valid` is bool (rows, 1 or kv_heads, n), all by default."""
+        """Find the box around values (rows, kv_heads, n, d_v).
+
+        `valid` is bool (rows, 1 or kv_heads, n), all by default.
+        """
         limit = torch.finfo(values.dtype)
         if not values.shape[-2]:
             shape = (*values.shape[:-2], 1, values.shape[-1])
@@ -41,11 +46,11 @@ class ValueRange:
         )
 
     def join(self, other: ValueRange) -> ValueRange:
-        """The box around both."""
+        """Find the box around both."""
         return ValueRange(torch.minimum(self.lowest, other.lowest), torch.maximum(self.highest, other.highest))
 
     def extend(self, values: Tensor, valid: Tensor | None = None) -> ValueRange:
-        """The box around this one and new values; arguments as in `of`."""
+        """Find the box around this one and new values; arguments as in `of`."""
         if values.shape[-2] > 1:
             return self.join(ValueRange.of(values, valid))
         if valid is None:
@@ -61,12 +66,15 @@ class ValueRange:
         return ValueRange(self.lowest.masked_fill(empty, limit.min), self.highest.masked_fill(empty, limit.max))
 
     def squared_norm(self) -> Tensor:
-        """s^2, float32 (rows, kv_heads): the largest squared norm of a value within the box, 0 where it is empty."""
+        """Compute s^2, the largest squared norm of a value within the box.
+
+        It is float32 (rows, kv_heads), 0 where the box is empty.
+        """
         largest = torch.maximum(self.lowest.to(torch.float32).square(), self.highest.to(torch.float32).square())
         return largest.masked_fill(self.lowest > self.highest, 0.0).sum((-2, -1))
 
     def rows(self, index: Tensor) -> ValueRange:
-        """Rows (k,) of the batch, copied."""
+        """Take rows (k,) of the batch, copied."""
         index = index.to(self.lowest.device)
         return ValueRange(self.lowest.index_select(0, index), self.highest.index_select(0, index))
 
@@ -75,12 +83,15 @@ class ValueRange:
         return ValueRange(self.lowest.to(device), self.highest.to(device))
 
     def tensors(self) -> tuple[Tensor, Tensor]:
-        """The two tensors."""
+        """Give the two tensors."""
         return self.lowest, self.highest
 
 
 def range_of(values: Tensor, spans: Sequence[tuple[int, int]]) -> ValueRange:
-    """The box around values (rows, kv_heads, n, d_v) in columns [start, stop) of each row, exact tokens all."""
+    """Find the box around values of exact tokens.
+
+    The values are (rows, kv_heads, n, d_v), in columns [start, stop) of each row.
+    """
     if len(set(spans)) == 1:
         return ValueRange.of(values[:, :, slice(*spans[0])])
     start, stop = torch.tensor(spans).to(values.device, non_blocking=True).unsqueeze(-1).unbind(1)
@@ -89,7 +100,10 @@ def range_of(values: Tensor, spans: Sequence[tuple[int, int]]) -> ValueRange:
 
 
 def exact_range(values: Tensor, rows: Sequence[Row]) -> ValueRange:
-    """The box around the values of the exact tokens in right-aligned rows (rows, kv_heads, n, d_v)."""
+    """Find the box around the exact tokens' values in right-aligned rows.
+
+    The values are (rows, kv_heads, n, d_v).
+    """
     end = values.shape[2]
     sinks = [(end - row.stored, end - row.stored + row.sink) for row in rows]
     return range_of(values, sinks).join(range_of(values, [(end - row.exact, end) for row in rows]))

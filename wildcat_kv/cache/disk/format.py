@@ -32,7 +32,7 @@ POSITIONS = "positions."
 
 
 class DamageError(Exception):
-    """What contradicts itself in a file, in a few words."""
+    """A contradiction in a file, told in a few words."""
 
 
 class LayerHeader(BaseModel):
@@ -73,7 +73,7 @@ class PositionsHeader(BaseModel):
 
 
 class Header(BaseModel):
-    """What stands beside the tensors, as JSON.
+    """The JSON beside the tensors.
 
     Attributes:
         model: model that the cache was built for.

@@ -1,4 +1,4 @@
-"""What a saved cache holds, read from its header alone."""
+"""Inspect a saved cache by its header alone."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ from wildcat_kv.models.identity import ModelIdentity
 
 @dataclass(frozen=True)
 class SavedText:
-    """What a context knows of its text, beside the cache.
+    """The text of a saved cache: its tokens and its model's weight samples.
 
     Attributes:
         ids: tokens whose positions the cache continues, int64 (1, n).
