@@ -15,6 +15,8 @@ _AUTO_SHARE = 0.5
 
 # The share that is dropped, by the name that kvpress and others give it.
 DROPPED = "compression_ratio"
+# The spellings of a budget.
+BUDGETS = frozenset({"ratio", "max_tokens", DROPPED})
 
 
 def share_kept(compression_ratio: Any) -> float:
@@ -188,7 +190,7 @@ class WildCatConfig(BaseModel):
             (None, 512, 64)
         """
         kept = self.model_dump()
-        if fields.keys() & {"ratio", "max_tokens", DROPPED}:
+        if fields.keys() & BUDGETS:
             del kept["ratio"], kept["max_tokens"], kept["tolerance"]
         if fields.get("max_tokens") is not None:
             del kept["exact_layers"]

@@ -6,7 +6,7 @@ from transformers import DynamicCache
 
 from tests.driver import METHODS, assert_same, state
 from tests.tiny import random_ids, tiny_model
-from wildcat_kv import CompressedCache, Context
+from wildcat_kv import CompressedCache, Context, patch_config
 from wildcat_kv.cache.budget import kept_tokens
 from wildcat_kv.cache.sizes import stored_tokens
 from wildcat_kv.cache.state import LayerState
@@ -239,3 +239,17 @@ def test_a_second_reading_is_for_every_method_that_asks_for_one(llama):
         assert torch.equal(layer.keys[0, 0], exact.keys[0, 0][best])
     with pytest.raises(ValueError, match=r"tokenizer=None: compressor=.*Repeated"):
         context.compress(compressor=Repeated(), ratio=0.5)
+
+
+@pytest.mark.parametrize("compressor", ["snapkv", "kvzip"])
+def test_a_section_in_the_config_has_no_part_in_a_context(compressor):
+    """Its exact cache logs the queries of every layer, whatever layers a preset leaves exact."""
+    plain, patched = tiny_model("llama"), tiny_model("llama")
+    patch_config(patched.config, ratio=0.5, exact_layers=(0,), sink=2, window=8, compressor="tova")
+    found = []
+    for model in (plain, patched):
+        context = Context(model, random_ids(1, 150))
+        cache = context.compress(compressor=compressor, tokenizer=Letters(), ratio=0.3, sink=4, window=4)
+        found.append((cache.settings, cache.compressor, state(cache)))
+    assert found[0][:2] == found[1][:2]
+    assert_same(found[0][2], found[1][2])

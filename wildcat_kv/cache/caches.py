@@ -23,7 +23,7 @@ from wildcat_kv.cache.positions import RopeDeltas
 from wildcat_kv.cache.sizes import cache_bytes, stored_entries, stored_tokens
 from wildcat_kv.cache.static import StaticPassState, StaticWildCatLayer
 from wildcat_kv.compressors import Compressor, WildCat
-from wildcat_kv.config import WildCatConfig
+from wildcat_kv.config import BUDGETS, WildCatConfig
 from wildcat_kv.hook.keyword import CACHE
 from wildcat_kv.hook.marks import NAME, AttentionName
 from wildcat_kv.models.identity import ModelIdentity
@@ -45,10 +45,10 @@ class WildCatCache(CacheContract):
     Args:
         config: the model's own config, `model.config`; a copy of it never reaches the model.
         settings: budget and exact ends; or give its fields by name.
-        preset: preset to begin with, by name, file or object. By default the section of the config that
-            `patch_config` wrote; without one, the preset "published".
-        compressor: method to take instead of the preset's: a name from `wildcat_kv.compressors.available()`, or a
-            `Compressor`.
+        preset: preset to begin with, by name, file or object. Without one, a budget goes with the defaults of
+            `WildCatConfig`; without a budget too, begin with the section of the config that `patch_config` wrote, or
+            with the preset "published".
+        compressor: method, WildCat by default: a name from `wildcat_kv.compressors.available()`, or a `Compressor`.
         offloading: True to keep keys and values on the CPU while other layers work, as Transformers' own offloaded
             cache does; needs CUDA.
         offload_only_non_sliding: True to leave sliding-window layers on their device.
@@ -82,6 +82,8 @@ class WildCatCache(CacheContract):
         static: bool = False,
         **fields: Any,
     ) -> None:
+        if settings is None and preset is None and any(fields.get(name) is not None for name in BUDGETS):
+            settings, fields = WildCatConfig(**fields), {}
         recipe = Recipe.choose(config, settings, preset=preset, compressor=compressor, **fields)
         plan = Blueprint.of(config, recipe.settings, recipe.compressor, static=static, offloading=offloading)
         positions = getattr(plan.decoder, "max_position_embeddings", None)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import find_executable_batch_size
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import Tensor
 
 from wildcat_kv.cache.caches import CompressedCache
@@ -108,26 +108,25 @@ def read_part(model: Any, recipe: Recipe, ids: Tensor, chunk: int | None) -> Com
     """
     n = ids.shape[1]
     size = min(chunk or n, n)
-
-    def read_in_chunks(size: int) -> CompressedCache:
+    while True:
         cache = CompressedCache(model.config, recipe.settings, compressor=recipe.compressor)
-        for start in range(0, n, size):
-            read(model, cache, ids[:, : start + size])
-        return cache
-
-    def smaller() -> int:
-        nonlocal size
-        if size <= _LEAST_CHUNK:
-            raise  # called while the device's own error is handled
+        try:
+            for start in range(0, n, size):
+                read(model, cache, ids[:, : start + size])
+            return cache
+        except Exception as error:
+            if size <= _LEAST_CHUNK or not should_reduce_batch_size(error):
+                raise
+        # Not in the handler: the exception holds on to what was being read. Not before the first try, as accelerate's own
+        # loop does: to collect garbage takes longer than to read a short text.
+        del cache
+        clear_device_cache(garbage_collection=True)
         size = max(_LEAST_CHUNK, size // 2)
         warnings.warn(
             f"memory ran out; reading {size} tokens at once, each chunk with those before it compressed (pass "
             "chunk_tokens to begin there)",
-            stacklevel=6,
+            stacklevel=4,
         )
-        return size
-
-    return find_executable_batch_size(read_in_chunks, size, smaller)()
 
 
 def text_from(text_or_file: str | os.PathLike[str]) -> str:

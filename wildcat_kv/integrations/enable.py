@@ -216,8 +216,8 @@ def patch_config(
     that is there already; a preset or settings replace it.
 
     **The section alone does nothing.** Transformers does not know it: a program that loads the model runs with the
-    exact cache, and does not say so, until it calls `wildcat_kv.enable(model)`. `custom_generate` and
-    `compress_context` obey the section too.
+    exact cache, and does not say so, until it calls `wildcat_kv.enable(model)`. `custom_generate`, `compress_context`,
+    and a `WildCatCache` that is given no budget, obey the section too.
 
     Args:
         config: a Transformers config, such as `model.config`.
