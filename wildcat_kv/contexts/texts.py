@@ -117,8 +117,8 @@ def read_part(model: Any, recipe: Recipe, ids: Tensor, chunk: int | None) -> Com
         except Exception as error:
             if size <= _LEAST_CHUNK or not should_reduce_batch_size(error):
                 raise
-        # Not in the handler: the exception holds on to what was being read. Not before the first try, as accelerate's own
-        # loop does: to collect garbage takes longer than to read a short text.
+        # Not in the handler: the exception holds on to what was being read. And not before the first try, as in
+        # accelerate's own loop: to collect garbage takes longer than to read a short text.
         del cache
         clear_device_cache(garbage_collection=True)
         size = max(_LEAST_CHUNK, size // 2)
