@@ -1,4 +1,7 @@
-"""Compress the KV cache of a Transformers model into a small weighted coreset (WildCat, arXiv 2602.10056)."""
+"""Compress a Transformers model's KV cache into a small weighted coreset.
+
+This is WildCat, arXiv 2602.10056.
+"""
 
 from importlib import import_module
 from importlib.util import find_spec
@@ -67,7 +70,7 @@ _MODULES = {
 
 
 def __getattr__(name: str) -> Any:
-    """Import a public name, or a module of the package, when it is first asked for."""
+    """Import a public name, or a module of the package, when first used."""
     if name in _MODULES:
         found = getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
         globals()[name] = found

@@ -1,4 +1,7 @@
-"""The door that lm-eval's entry point and older imports use; the code is in `lm_eval/model.py`."""
+"""Entry point of lm-eval, and door for older imports.
+
+The code is in `lm_eval/model.py`.
+"""
 
 from wildcat_kv.lm_eval.model import WildCatLM
 

@@ -64,7 +64,9 @@ def main() -> None:
 
 
 def run_app(app: typer.Typer, name: str) -> None:
-    """Run a command; print what a person can put right as one line, and exit with status 1.
+    """Run a command, and print its errors as one line.
+
+    It covers what a person can put right; the exit status is then 1.
 
     Args:
         app: the command.
@@ -87,5 +89,5 @@ def run_app(app: typer.Typer, name: str) -> None:
 
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
-    """Print a warning as one line, without the line of code that it came from."""
+    """Print a warning as one line, without the code it came from."""
     print(f"{_NAME}: {' '.join(str(message).split())}", file=sys.stderr)

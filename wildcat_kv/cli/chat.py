@@ -62,7 +62,7 @@ class Session:
         }
 
     def open(self, path: str | Path) -> None:
-        """Go on with a saved document, or with a text file, which is read and compressed.
+        """Continue a saved document, or read and compress a text file.
 
         Args:
             path: a .safetensors file, or a text file.
@@ -152,7 +152,10 @@ class Session:
             self._console.print(note, style="dim", soft_wrap=True)
 
     def _status(self, timing: Timing | None = None) -> None:
-        """Print in one line what was read, what is held of it, and the last answer's speed."""
+        """Print in one line what was read and held, and the speed.
+
+        The speed is that of the last answer.
+        """
         cache = self._conversation.cache
         seen = self._context.tokens + cache.get_seq_length() - self._context.cache.get_seq_length()
         parts = [

@@ -64,7 +64,10 @@ def generate(
     device: options.DeviceOption = None,
     seed: options.SeedOption = None,
 ) -> None:
-    """Answer a prompt with a compressed cache; the answer goes to stdout, the figures to stderr."""
+    """Answer a prompt with a compressed cache.
+
+    The answer goes to stdout, the figures to stderr.
+    """
     fields = _fields(ratio, compression_ratio, max_tokens, seed)
     choice = options.chosen(preset, method, **fields)
     prompt = read_text(prompt_file, "prompt_file", stdin=True)
@@ -113,7 +116,10 @@ def check(
     dtype: options.DtypeOption = "float32",
     device: options.DeviceOption = None,
 ) -> None:
-    """Check what works with a compressed cache of a model; exit status 1 if something fails."""
+    """Check what works with a compressed cache of a model.
+
+    The exit status is 1 if something fails.
+    """
     loaded, _ = options.load(model, dtype, device)
     from wildcat_kv.cli.checking import check_model
 
@@ -191,7 +197,10 @@ def custom_generate(
 
 
 def lm_eval(context: typer.Context) -> None:
-    """Run lm-eval's own command line, with the model `wildcat` in it; all arguments are lm-eval's."""
+    """Run lm-eval's own command line with the model `wildcat` in it.
+
+    All arguments are lm-eval's.
+    """
     try:
         from lm_eval.__main__ import cli_evaluate
 

@@ -46,7 +46,9 @@ class _Run:
 def run_demo(
     model: Any, tokenizer: Any, choice: dict[str, Any], tokens: int, max_new_tokens: int, seed: int, *, note: str
 ) -> None:
-    """Plant a fact in essays, ask for it with both caches, and print what they answered.
+    """Plant a fact in essays, and ask both caches for it.
+
+    It prints what they answered.
 
     Args:
         model: a Transformers decoder.
@@ -135,7 +137,10 @@ def _name(choice: dict[str, Any]) -> str:
 
 
 def _verdict(needle: Needle, exact: _Run, compressed: _Run) -> str:
-    """Say in one line whether each cache gave the fact, and what the compressed one holds."""
+    """Say which cache gave the fact, and what the compressed one holds.
+
+    It is one line.
+    """
     found = [needle.value in run.answers[0] for run in (exact, compressed)]
     told = {
         (True, True): f"Both find {needle.value}",

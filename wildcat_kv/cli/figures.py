@@ -10,7 +10,9 @@ MIB = 2**20
 
 
 def short_text_note(cache: Any, tokens: int) -> str | None:
-    """Say in one line how a short text is compressed otherwise than its settings say; None for a longer one.
+    """Say how a short text is compressed otherwise than its settings say.
+
+    It is one line; None for a longer text.
 
     Args:
         cache: a compressed cache.

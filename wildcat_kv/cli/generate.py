@@ -24,7 +24,9 @@ from wildcat_kv.hook.keyword import CACHE
 def answer_prompt(
     model: Any, tokenizer: Any, prompt: str, choice: dict[str, Any], max_new_tokens: int, *, chat: bool
 ) -> None:
-    """Print the answer to a prompt on stdout as it comes, and its figures on stderr.
+    """Print the answer to a prompt as it comes, and its figures.
+
+    The answer goes to stdout, the figures to stderr.
 
     Args:
         model: a Transformers decoder.

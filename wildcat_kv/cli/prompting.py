@@ -1,4 +1,7 @@
-"""Lines that a person types: with history and completion in a terminal, plain from a pipe."""
+"""Lines that a person types, in a terminal or through a pipe.
+
+A terminal has history and completion; a pipe is read plainly.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +40,9 @@ class CommandCompleter(Completer):
 
 
 def typed_lines(commands: Iterable[str]) -> Iterator[str]:
-    """Yield what is typed, without blank lines, until Ctrl-D, Ctrl-C or the end of the input.
+    """Yield typed lines, without blank ones, until the end of the input.
+
+    Ctrl-D and Ctrl-C end it too.
 
     Args:
         commands: the commands to complete.

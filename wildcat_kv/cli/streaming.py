@@ -32,7 +32,10 @@ class TextStream(TextStreamer):
 
 @contextmanager
 def steps() -> Iterator[Progress]:
-    """Show progress bars on stderr, gone at the end; nothing where stderr is no terminal."""
+    """Show progress bars on stderr, gone at the end.
+
+    It shows nothing where stderr is no terminal.
+    """
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
     console = Console(stderr=True)
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:

@@ -29,7 +29,7 @@ _READ_AGAIN = ("prompt_lookup_num_tokens", "assistant_early_exit")
 
 @dataclass(frozen=True)
 class AnswerOptions:
-    """How to generate.
+    """Options of one generation, and the tokens that end an answer.
 
     Attributes:
         config: options that a `GenerationConfig` has.

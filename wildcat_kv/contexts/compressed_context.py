@@ -78,7 +78,7 @@ class CompressedContext(HeldText):
             The answers, in the order of the questions.
 
         Raises:
-            ValueError: as `ask`, or a batch_size that is no positive integer.
+            ValueError: errors of `ask`, or a batch_size that is no positive integer.
         """
         if isinstance(questions, str):
             raise ValueError(f"questions={questions!r} is one text; give a list, or call ask()")
@@ -117,7 +117,7 @@ class CompressedContext(HeldText):
             Pieces of text. Closing the iterator ends the generation.
 
         Raises:
-            ValueError: as `ask`, at once; what generation raises, as it comes.
+            ValueError: errors of `ask`, at once; those of the generation, when they come.
         """
         return self.pieces(self.ask, question, max_new_tokens, options)
 

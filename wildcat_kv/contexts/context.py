@@ -1,4 +1,7 @@
-"""A context read once and exactly, to be compressed by any method to any budget."""
+"""A context read once and exactly, to be compressed in any way.
+
+Any method and any budget will do.
+"""
 
 from __future__ import annotations
 
@@ -71,7 +74,9 @@ class Context:
         tokenizer: Any = None,
         **fields: Any,
     ) -> CompressedCache:
-        """A cache that has read the context and compressed it; this one stays as it is.
+        """Compress a copy of the context; this one stays as it is.
+
+        The cache is the same, bit for bit, as a new one that the model reads the context into.
 
         The same, bit for bit, as a new cache that the model reads the context into.
 
@@ -82,7 +87,7 @@ class Context:
             **fields: fields of `WildCatConfig`.
 
         Raises:
-            ValueError: as `CompressedCache`; or a method that reads twice without a tokenizer, or with padding.
+            ValueError: errors of `CompressedCache`; or a method that reads twice without a tokenizer, or with padding.
         """
         states: list[Tensor] = []
         if (twice := reads_twice(compressor)) is not None:
@@ -125,7 +130,7 @@ class Context:
         return self._reread[1]
 
     def _repeat(self, compressor: Compressor, tokenizer: Any) -> list[Tensor]:
-        """The context is read again, chunk by chunk."""
+        """Read the context again, chunk by chunk."""
         n, parts = self.input_ids.shape[1], []
         for start in range(0, n, _CHUNK):
             stop = min(start + _CHUNK, n)
@@ -143,7 +148,7 @@ class Context:
 
 
 def reads_twice(compressor: str | Compressor) -> Compressor | None:
-    """The method as an object, if it reads a text twice; None for every other one.
+    """Build the method, if it reads a text twice; None otherwise.
 
     Raises:
         ValueError: it is an installed package's that cannot be loaded.
@@ -176,7 +181,10 @@ def _check(
 
 
 def _seen_by(compressor: Compressor, layer: WildCatLayer, again: int, start: int, stop: int) -> Tensor:
-    """The carried state of [start, stop) in one layer, which its last `again` tokens have just repeated."""
+    """Give the carried state of [start, stop) in one layer.
+
+    The layer's last `again` tokens have just repeated that part.
+    """
     state = layer.state
     assert state.storage is not None and state.log is not None
     queries, keys = state.log.recent(), state.storage.entries.keys

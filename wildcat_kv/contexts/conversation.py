@@ -42,7 +42,7 @@ class Conversation:
             **options: options of `generate()`, such as a `streamer`; greedy decoding by default; one beam.
 
         Raises:
-            ValueError: as `CompressedContext.ask`.
+            ValueError: errors of `CompressedContext.ask`.
         """
         context = self.context
         options["num_beams"] = 1

@@ -1,4 +1,6 @@
-"""Bins of consecutive tokens: where each token and each slot goes. Index arithmetic, no kernel.
+"""Bins of consecutive tokens: where each token and each slot goes.
+
+Index arithmetic, no kernel.
 
 All bins of all rows and heads are compressed as one batch, as in COMPRESSKV of arXiv 2602.10056. Bins of unequal
 length are laid out in a rectangle with unused places.
@@ -14,7 +16,9 @@ from torch import Tensor
 
 
 class Split(NamedTuple):
-    """A line of items cut into consecutive parts as equal as can be: the first `longer` parts have one more.
+    """A line of items, cut into consecutive parts as equal as can be.
+
+    The first `longer` parts have one more.
 
     Attributes:
         total: number of items.
@@ -35,7 +39,10 @@ class Split(NamedTuple):
         return self.total % self.parts == 0
 
     def rectangle(self, line: Tensor, parts: range, dtype: torch.dtype) -> Tensor:
-        """Cut some parts of a line (rows, heads, n, ...): (rows, heads, parts, longest, ...), 0 where unused."""
+        """Cut some parts of a line into a rectangle, 0 where unused.
+
+        The line is (rows, heads, n, ...), the result (rows, heads, parts, longest, ...).
+        """
         start, stop = parts.start, parts.stop
         size, longer = divmod(self.total, self.parts)
         shape = (*line.shape[:2], stop - start, self.longest, *line.shape[3:])
@@ -53,7 +60,10 @@ class Split(NamedTuple):
         return rectangle
 
     def line(self, rectangle: Tensor) -> Tensor:
-        """Put the used places of a rectangle (rows, heads, parts, longest, ...) side by side."""
+        """Put the used places of a rectangle side by side.
+
+        The rectangle is (rows, heads, parts, longest, ...).
+        """
         size, longer = divmod(self.total, self.parts)
         if not longer:
             return rectangle.flatten(2, 3)
@@ -63,7 +73,7 @@ class Split(NamedTuple):
 
 @dataclass(frozen=True)
 class BinLayout:
-    """Which tokens form which bin, and which slots the bins fill; the same in all rows.
+    """Bins of tokens, and the slots they fill; the same in all rows.
 
     Attributes:
         tokens: cut of the tokens into bins.
@@ -85,7 +95,10 @@ class BinLayout:
 
     @staticmethod
     def build(length: int, rank: int, bins: int, device: torch.device | str = "cpu") -> BinLayout:
-        """Lay out `length` tokens and `rank` slots in `bins` bins. On the host, once a fold."""
+        """Lay out `length` tokens and `rank` slots in `bins` bins.
+
+        It runs on the host, once a fold.
+        """
         tokens, slots = Split(length, bins), Split(rank, bins)
         sizes, ranks = split_evenly(length, bins), split_evenly(rank, bins)
         unchanged = [size <= slots for size, slots in zip(sizes, ranks, strict=True)]
@@ -117,7 +130,9 @@ class BinLayout:
         return self.slots.longest
 
     def gather(self, tokens: Tensor, bins: range | None = None, dtype: torch.dtype | None = None) -> Tensor:
-        """Cut tokens (rows, heads, n, ...) into bins (rows, heads, bins, t, ...), copied; 0 in unused places.
+        """Cut tokens into bins, copied, with 0 in unused places.
+
+        Tokens are (rows, heads, n, ...), bins (rows, heads, bins, t, ...).
 
         Args:
             tokens: finite, for numbers that stay finite.
@@ -132,12 +147,17 @@ class BinLayout:
         return (places + self.start.unsqueeze(-1)).clamp_max_(self.tokens.total - 1)
 
     def collect(self, slots: Tensor) -> Tensor:
-        """Put the slots of the bins (rows, heads, bins, r, ...) into one line (rows, heads, rank, ...)."""
+        """Put the slots of the bins into one line.
+
+        They are (rows, heads, bins, r, ...), the line (rows, heads, rank, ...).
+        """
         return self.slots.line(slots)
 
 
 def split_evenly(total: int, parts: int) -> list[int]:
-    """`total` in `parts` whole numbers that differ by at most one, the larger first.
+    """Split `total` into `parts` whole numbers, the larger first.
+
+    They differ by at most one.
 
     Example:
         >>> split_evenly(10, 3)

@@ -137,7 +137,7 @@ def coreset_attention(
         keys: (rows, kv_heads, n, d).
         values: (rows, kv_heads, n, d_v), numerators over their masses, `mass_of(weights)`.
         weights: float32 (rows, kv_heads, n), 0 where not valid.
-        signs: what is known of the signs of the weights.
+        signs: known signs of the weights.
         options: further arguments of the attention call, `valid` among them.
 
     Returns:

@@ -33,7 +33,10 @@ _GENERATE = "generate"
 
 
 class _RunningCalls:
-    """Counts the calls of `generate()` under way, in any thread. A copy of the model has its own."""
+    """A count of the running calls of `generate()`, in any thread.
+
+    A copy of the model has its own.
+    """
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
@@ -64,7 +67,9 @@ class _Enabled:
 
     @contextmanager
     def call(self, model: Any, streamer: Any) -> Iterator[None]:
-        """Count one call of `generate()`; it keeps its attention if the model is disabled meanwhile.
+        """Count one call of `generate()`.
+
+        It keeps its attention if the model is disabled meanwhile.
 
         Args:
             model: the enabled model.
@@ -101,7 +106,9 @@ class _Enabled:
 
 
 class Handle:
-    """Handle of an enabled model; leaving its `with` block, or `disable()`, makes the model what it was.
+    """Handle of an enabled model, as a context manager.
+
+    Leaving its `with` block, or `disable()`, makes the model what it was.
 
     Attributes:
         model: the model whose `generate()` compresses; without its wrappers, if it has some.
@@ -137,7 +144,7 @@ def enable(
     compressor: str | Compressor | None = None,
     **fields: Any,
 ) -> Handle:
-    """Give every `generate()` of a model a fresh compressed cache, unless the caller passes one.
+    """Give each `generate()` call a fresh compressed cache, unless it brings one.
 
     These calls are left alone: a call that names a cache by `cache` or `cache_implementation`, one that wants none
     (`use_cache=False`), one that brings `custom_generate`, and the calls of an assistant, whose guesses are taken back.
@@ -277,7 +284,7 @@ def _innermost(model: Any) -> Any:
 
 
 def _check_model(model: Any) -> None:
-    """Refuse what is no model with `generate()`, or is in no state to be enabled."""
+    """Refuse what cannot be enabled: no `generate()`, or an unfit state."""
     name = type(model).__name__
     if not isinstance(model, nn.Module) or not all(hasattr(model, part) for part in (_GENERATE, "generation_config")):
         raise TypeError(
@@ -306,7 +313,10 @@ def _check_disabled(model: Any) -> None:
 
 
 def _check_state(model: Any) -> None:
-    """Refuse a model that is compiled, even in part, or that uses no cache in training."""
+    """Refuse a compiled model, or one without a cache in training.
+
+    A model that is compiled even in part is refused.
+    """
     if model.training and any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
         raise ValueError(
             f"model={type(model).__name__} is in training mode with gradient checkpointing, and uses no cache then; "

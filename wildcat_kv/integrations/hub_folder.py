@@ -100,7 +100,10 @@ def wildcat_generate(
 
 
 def _decoding(model: Any, config: Any) -> Callable[..., Any]:
-    """Return the method that decodes as a generation config says: greedily, by beams and so on."""
+    """Find the method that decodes as a generation config says.
+
+    It may decode greedily, by beams and so on.
+    """
     mode = config.get_generation_mode()
     decode = getattr(type(model), GENERATION_MODES_MAPPING[mode], None)
     if decode is None:  # the name of a repository

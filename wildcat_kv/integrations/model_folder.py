@@ -86,7 +86,7 @@ def unpatch_folder(folder: str | Path) -> bool:
 
 
 def _keep(path: Path, backup: Path) -> None:
-    """Copy the file, or the link that the Hub's snapshots have; replace an older backup."""
+    """Copy the file, or the Hub snapshot's link; replace an older backup."""
     if path.is_symlink():
         backup.unlink(missing_ok=True)
         backup.symlink_to(path.readlink())

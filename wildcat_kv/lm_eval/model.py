@@ -132,7 +132,9 @@ class WildCatLM(HFLM):
 
     @override
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        """Score continuations, in the order of the requests: log-likelihood, and True if greedy decoding writes it.
+        """Score continuations, in the order of the requests.
+
+        A score is the log-likelihood, and True if greedy decoding writes the continuation.
 
         A prompt with several continuations is read once.
         """
@@ -178,7 +180,10 @@ class WildCatLM(HFLM):
         return totals
 
     def _split(self, text: str, request: Instance) -> Prompt:
-        """Encode a prompt in its two parts; an empty one is read as the first token."""
+        """Encode a prompt in its two parts.
+
+        An empty prompt is read as the first token.
+        """
         if not text:
             return self._first(), self._first()[:0]
         return self._prompts.ids(self._prompts.split(text, request.task_name or "", request.doc))
@@ -216,7 +221,10 @@ class WildCatLM(HFLM):
         return self.tok_encode(text, add_special_tokens=None if begins else False)
 
     def _generation(self, given: dict[str, Any]) -> tuple[dict[str, Any], list[str], int]:
-        """Read lm-eval's options: those of `generate()`, texts that end an answer, and its most tokens."""
+        """Read lm-eval's options of a generation.
+
+        They are those of `generate()`, texts that end an answer, and its most tokens.
+        """
         options = normalize_gen_kwargs(given, self.max_gen_toks)
         eos = self.tok_decode(self.eot_token_id, skip_special_tokens=False)
         until = [stop for stop in handle_stop_sequences(options.pop("until", None), eos=eos) if stop and stop != eos]

@@ -1,4 +1,7 @@
-"""Prompts of lm-eval's tasks as token ids, in two parts: before and after the compression."""
+"""Prompts of lm-eval's tasks as token ids, in two parts.
+
+One part is read before the compression, the other after it.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +34,7 @@ class PromptEncoder:
     device: torch.device | str = "cpu"
 
     def split(self, prompt: str, task: str, document: Mapping[str, Any]) -> Parts:
-        """Split a prompt into the text read before the compression and the text read after it.
+        """Split a prompt into the texts before and after the compression.
 
         Args:
             prompt: all that the model reads.
@@ -44,7 +47,10 @@ class PromptEncoder:
         return (prompt, "") if self.protocol == "full-prompt" else split_prompt(prompt, task, document)
 
     def ids(self, parts: Parts) -> tuple[Tensor, Tensor]:
-        """Encode both parts: int64 (n,) and (m,), m = 0 for an empty second part."""
+        """Encode both parts: int64 (n,) and (m,).
+
+        m is 0 for an empty second part.
+        """
         first, second = encode_parts(self._encode, *parts)
         return self._tensor(first), self._tensor(second)
 

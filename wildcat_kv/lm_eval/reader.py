@@ -106,7 +106,10 @@ class Reader:
         return [(likelihood.total, likelihood.greedy) for likelihood in found]
 
     def losses(self, ids: Tensor, chunk: int) -> Tensor:
-        """Read a text, int64 (1, n), `chunk` tokens at once; negative log-likelihoods of all but its first."""
+        """Compute negative log-likelihoods of all tokens but the first.
+
+        The text is int64 (1, n), and is read `chunk` tokens at once.
+        """
         return token_losses(self._model, self.empty(), ids, chunk=chunk)
 
     def _append(self, ids: Tensor, mask: Tensor | None, more: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:

@@ -16,7 +16,9 @@ _ASKS = ("\nQuestion:", "\nWhat ", "\n\nAnswer the question")
 
 
 def split_prompt(prompt: str, task: str, document: Mapping[str, Any]) -> tuple[str, str]:
-    """Split a prompt into the context, which is compressed, and the question, which is asked afterwards.
+    """Split a prompt into a context and a question.
+
+    The context is compressed, and the question is asked afterwards.
 
     Args:
         prompt: all that the model reads, with examples and chat template.

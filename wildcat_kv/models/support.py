@@ -1,4 +1,4 @@
-"""Which models can be compressed, decided from the config alone."""
+"""Models that can be compressed, told by the config alone."""
 
 from __future__ import annotations
 

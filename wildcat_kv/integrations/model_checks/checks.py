@@ -201,7 +201,7 @@ def _rotations(subject: Subject) -> None:
 
 
 def _forced(subject: Subject, cache: Cache, ids: Tensor, mask: Tensor) -> Tensor:
-    """Return the logits of a prompt's last token, and of some given tokens after it."""
+    """Compute the logits of a prompt's last token and of given ones after it."""
     tokens, collected, seen = subject.ids[:, :6], [], 0
     for step in range(tokens.shape[1] + 1):
         collected.append(subject.logits(cache, ids, mask, seen)[:, -1:])

@@ -77,7 +77,10 @@ def _run(name: str, check: Callable[[Subject], str | None], subject: Subject) ->
 
 
 def _with_exact(name: str, subject: Subject) -> Result | None:
-    """Tell if a model fails with Transformers' own cache too: "not applicable", or None if it works."""
+    """Tell if a model fails with Transformers' own cache too.
+
+    The result is "not applicable", or None if the model works.
+    """
     try:
         baseline(lambda: subject.logits(subject.exact(), subject.row[:, :2]))
         baseline(lambda: subject.generate(subject.exact(), max_new_tokens=2))
@@ -94,7 +97,10 @@ def _give_back(configs: list[tuple[Any, Any]]) -> None:
 
 @contextmanager
 def _as_it_was(model: Any) -> Iterator[None]:
-    """Check in evaluation mode; give the model its mode, its attention and its positions back."""
+    """Check in evaluation mode, and then restore the model.
+
+    Its mode, its attention and its positions are restored.
+    """
     configs = [(config, config._attn_implementation) for config in with_parts(model.config)]
     modes = [(module, module.training) for module in model.modules()]
     positions = [(module, module.rope_deltas) for module in model.modules() if hasattr(module, "rope_deltas")]

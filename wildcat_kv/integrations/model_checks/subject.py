@@ -103,7 +103,7 @@ class Subject:
         return self.ids[:1]
 
     def text(self, length: int) -> dict[str, Tensor]:
-        """The arguments of `generate()` for the beginning of the random text."""
+        """Give the arguments of `generate()` for the random text's beginning."""
         ids = self.row[:, :length]
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
@@ -146,7 +146,10 @@ def _counts_anew(subject: Subject) -> bool:
 
 
 def _special(model: Any) -> set[int]:
-    """Tokens that mean something to the model's code: the end of a text, or the place of an image."""
+    """List tokens that mean something to the model's code.
+
+    They are the end of a text, or the place of an image.
+    """
     found: set[int] = set()
     for config in (*with_parts(model.config), model.generation_config):
         for name, value in vars(config).items():
@@ -156,7 +159,10 @@ def _special(model: Any) -> set[int]:
 
 
 def forget_positions(model: Any) -> None:
-    """Forget where the text before had its images; some models keep that beside the cache."""
+    """Forget where the text before had its images.
+
+    Some models keep that beside the cache.
+    """
     for module in model.modules():
         if getattr(module, "rope_deltas", None) is not None:
             module.rope_deltas = None
