@@ -27,7 +27,7 @@ from wildcat_kv.hook.keyword import CACHE
 
 TOKENS = (512,)
 DEPTHS = (4, 8)  # layers of the models that calls are counted in; the deeper one is timed
-# Where the functions of a cache are defined: a folder or a file.
+# The folder or file that defines the functions of a cache.
 _SOURCES = {WILDCAT: str(Path(wildcat_kv.__file__).parent), DYNAMIC: str(cache_utils.__file__)}
 
 

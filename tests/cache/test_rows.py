@@ -82,7 +82,7 @@ def group(rows, rank):
 
 @given(st.permutations(range(5)), st.integers(0, 5), st.integers(1, 4), st.integers(0, 4))
 def test_slots_of_groups_come_together_right_aligned(order, cut, first, second):
-    """Of rows that do not fold there are none; a group may come with more columns than its rows take."""
+    """Leave rows that do not fold empty, and cut the columns that a group's rows do not take."""
     members = [tuple(sorted(order[:cut])), tuple(sorted(order[cut:4]))]
     groups = [group(rows, rank) for rows, rank in zip(members, (first, second + 1), strict=True) if rows]
     parts = [

@@ -14,7 +14,7 @@ HEADS, GROUP, D, DV, SCALE = 2, 2, 6, 5, 0.4
 
 @dataclass(frozen=True)
 class Size:
-    """What a row holds: sinks, slots, exact tokens, a window; `whole`: old slots are compressed again."""
+    """Contents of a row: sinks, slots, exact tokens, a window; `whole` if old slots are compressed again."""
 
     sink: int = 2
     slots: int = 0
@@ -113,7 +113,7 @@ class Head:
         self.items = range(self.first, self.n - block.window)
 
     def probabilities(self, query_head, back):
-        """What the query `back` places from the end, 1 the newest, gives each entry."""
+        """Compute what a query gives each entry; `back` is its place from the end, 1 the newest."""
         query, scores = self.queries[query_head, self.m - back], []
         for entry in range(self.n):
             age = self.n - entry
@@ -173,7 +173,7 @@ ROTATION = Rotation(_angles, _turn)
 
 
 def rotation_matrix(position):
-    """What stands behind ROTATION, as a matrix; it stretches by 1.1."""
+    """Build the matrix behind ROTATION; it stretches by 1.1."""
     matrix = torch.zeros(D, D, dtype=torch.float64)
     for i, frequency in enumerate(FREQUENCIES.double().tolist()):
         cos, sin, j = 1.1 * math.cos(position * frequency), 1.1 * math.sin(position * frequency), i + D // 2

@@ -543,7 +543,7 @@ def test_compressors_must_say_how_they_compress():
 
 
 def changed(found, **tensors):
-    """What a method found, with other tensors in its coreset."""
+    """Replace tensors in the coreset that a method made."""
     return dataclasses.replace(found, coreset=dataclasses.replace(found.coreset, **tensors))
 
 

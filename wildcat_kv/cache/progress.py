@@ -63,9 +63,7 @@ class Progress:
         return True
 
     def due(self, until: int) -> int | None:
-        """Find the next end for which a fold is to be decided.
-
-        It is up to column `until`; None if there is none.
+        """Find the next end, up to column `until`, where a fold is to be decided; None if there is none.
 
         Ends that cannot need one are settled on the way.
         """
