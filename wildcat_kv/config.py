@@ -115,6 +115,15 @@ class WildCatConfig(BaseModel):
     weights: Weights = Field(
         "nystrom", description="weights is 'nystrom' (signed, the paper's) or 'clipped' (negative ones set to 0)"
     )
+    bits: Literal[8, 4, 3, 2] | None = Field(
+        None,
+        description="bits is how many bits a stored number of a slot takes: 8, 4, 3 or 2; None for the model's dtype",
+    )
+    group: Annotated[int, Field(ge=8, multiple_of=8, strict=True)] = Field(
+        64,
+        description="group is how many slots share a channel's scale of the keys, with bits; a multiple of 8, for "
+        "example 64",
+    )
     exact_layers: tuple[Annotated[int, Field(strict=True)], ...] = Field(
         (),
         description="exact_layers are the layers to leave uncompressed, a list of integers, for example [0, -1]",
