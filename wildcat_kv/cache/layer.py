@@ -15,7 +15,7 @@ from wildcat_kv.cache.layer_contract import LayerContract
 from wildcat_kv.cache.progress import Progress
 from wildcat_kv.cache.storage import Entries
 from wildcat_kv.cache.value_range import ValueRange
-from wildcat_kv.coreset.wtdattn import AttentionOptions, coreset_attention
+from wildcat_kv.coreset.wtdattn import AttentionOptions
 from wildcat_kv.hook.marks import Forward, MarkedLength, mark
 
 
@@ -55,8 +55,7 @@ class WildCatLayer(LayerContract):
         state.append(key_states, value_states, None if forward.mask is None else forward.new_valid(key_states.device))
         self._forward, shared.waiting, shared.begun = forward, self._index, False
         assert state.storage is not None
-        held, length = state.storage.allocated, state.storage.length  # new views: marks go with the tensor object
-        return mark(held.keys[:, :, :length], held.values[:, :, :length], self)
+        return mark(*state.storage.shown(key_states, value_states), self)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Return length and offset for the mask; the length is marked."""
@@ -120,11 +119,9 @@ class WildCatLayer(LayerContract):
         """
         storage, value_range = self._state.storage, self._state.value_range
         assert storage is not None
-        held, length = storage.allocated, storage.length
-        weights, valid = held.weights[:, :, :length], held.valid[:, :, :length]
         box = None if value_range is None else (value_range.lowest, value_range.highest)
-        given = AttentionOptions(scale, valid, True, box, options.get("softcap"), options.get("s_aux"))
-        return coreset_attention(query, keys, values, weights, storage.weighting, given)
+        given = AttentionOptions(scale, None, True, box, options.get("softcap"), options.get("s_aux"))
+        return storage.attend(query, keys, values, given)
 
     def after_attention(self, query: Tensor, scale: float) -> None:
         """Fold the rows over their budget, once the newest tokens have attended.
