@@ -94,9 +94,7 @@ def sort_into_bands(
 def _parts(lines: Sequence[Line], before: Storage | BandedStorage, heads: int) -> list[_Part]:
     """Divide the heads by the band that they come from and the line of their row."""
     if isinstance(before, Storage):
-        origins: list[tuple[list[int], tuple[Segment, ...], int | None]] = [
-            (list(range(len(lines) * heads)), (), None)
-        ]
+        origins: list[tuple[list[int], tuple[Segment, ...], int | None]] = [(list(range(len(lines) * heads)), (), None)]
     else:
         origins = [(band.places, band.packed, band.waiting) for band in before.bands]
     parts = []

@@ -97,6 +97,11 @@ class BandedStorage:
     def __init__(self, shape: tuple[int, int], bands: Sequence[Band]) -> None:
         self._hold(shape, bands)
 
+    @staticmethod
+    def whole(bands: Sequence[Band], rows: int) -> BandedStorage:
+        """Make a storage of bands that hold all heads of `rows` rows."""
+        return BandedStorage((rows, sum(len(band.places) for band in bands) // rows), bands)
+
     def _hold(self, shape: tuple[int, int], bands: Sequence[Band]) -> None:
         """Hold these bands from now on."""
         self._shape, self.bands = shape, list(bands)

@@ -395,9 +395,7 @@ def _rebuild(
     if settings.bits is not None:
         state.check_range(whole)
     state.storage = storage = sort_into_bands(whole, lines, state.held, settings.bits, settings.group)
-    return [
-        replace(row, spare=taken - row.slots) for row, taken in zip(after, storage.slots_of_rows, strict=True)
-    ]
+    return [replace(row, spare=taken - row.slots) for row, taken in zip(after, storage.slots_of_rows, strict=True)]
 
 
 def _note_error(state: LayerState, error: Tensor, folding: list[bool]) -> None:

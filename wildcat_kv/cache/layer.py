@@ -5,10 +5,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
 
+from wildcat_kv.cache.bands import Band
 from wildcat_kv.cache.folding import trim_queries, will_fold
 from wildcat_kv.cache.forward import announce, beyond_rollback, check_reading, check_update, fold_layer
 from wildcat_kv.cache.layer_contract import LayerContract
@@ -159,9 +161,10 @@ class WildCatLayer(LayerContract):
         folded_range: ValueRange | None,
         carried: Tensor | None = None,
         recent: Tensor | None = None,
+        bands: Sequence[Band] = (),
     ) -> None:
         """Fill this new layer with the contents of another; see `LayerState.restore`."""
-        self._state.restore(progress, allocated, length, folded_range, carried, recent)
+        self._state.restore(progress, allocated, length, folded_range, carried, recent, bands)
         self.dtype, self.device, self.is_initialized = allocated.keys.dtype, allocated.keys.device, True
         self._pass_state.compressed = self._pass_state.compressed or folded_range is not None
         self._pass_state.padded = None
@@ -172,8 +175,9 @@ class WildCatLayer(LayerContract):
 
     @property
     def stored(self) -> int:
-        """Entries held in a row: slots, exact tokens and padding."""
-        return self._state.stored
+        """Entries held in a row: slots, exact tokens and padding; on average where heads differ, rounded up."""
+        storage = self._state.storage
+        return 0 if storage is None else storage.columns
 
     @property
     def batch_rows(self) -> int:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from wildcat_kv.cache.bands import BandedStorage
+from wildcat_kv.cache.bands import Band, BandedStorage
 from wildcat_kv.cache.budget import Row
 from wildcat_kv.cache.pending import PendingFold
 from wildcat_kv.cache.progress import Progress
@@ -90,6 +90,7 @@ class LayerState:
         folded_range: ValueRange | None,
         carried: Tensor | None = None,
         recent: Tensor | None = None,
+        bands: Sequence[Band] = (),
     ) -> None:
         """Hold what another state held.
 
@@ -100,10 +101,15 @@ class LayerState:
             folded_range: box around the values of folded tokens.
             carried: queries from before the last fold.
             recent: queries since then.
+            bands: bands of a layer that is held in bands; `memory` is not read then.
         """
-        fixed, part = self.fixed, memory.slice(0, length)
         limit = self._limit
-        self.storage = Storage([part], limit, fixed=True) if fixed else Storage.adopt(memory, length, limit)
+        if bands:
+            self.storage = BandedStorage.whole(bands, len(progress.rows))
+        elif self.fixed:
+            self.storage = Storage([memory.slice(0, length)], limit, fixed=True)
+        else:
+            self.storage = Storage.adopt(memory, length, limit)
         if self.log is not None:
             self.log.restore(carried, recent)
         self.progress, self.folded_range = progress, folded_range
