@@ -88,7 +88,12 @@ class WildCatCache(CacheContract):
         plan = Blueprint.of(config, recipe.settings, recipe.compressor, static=static, offloading=offloading)
         positions = getattr(plan.decoder, "max_position_embeddings", None)
         self._pass_state = (StaticPassState if static else PassState)(
-            plan.settings, plan.compressor, positions, exact_layers=plan.exact, rotation_limit=plan.rotation_limit
+            plan.settings,
+            plan.compressor,
+            positions,
+            exact_layers=plan.exact,
+            rotation_limit=plan.rotation_limit,
+            byte_budget=plan.byte_budget,
         )
         layers, kind = plan.layers, StaticWildCatLayer if static else WildCatLayer
         sharing = [place for place, index in enumerate(plan.full) if index not in plan.exact]

@@ -47,7 +47,7 @@ def fold_due(state: LayerState, until: int) -> None:
         for group in pending.groups:
             with torch.no_grad(), ordinary_tensors():
                 block = _block(state, pending, group)
-                made = block.keep_items() if group.keeps_all else method.compress(block, group.rank)
+                made = block.keep_items() if group.packs else method.compress(block, group.rank)
             found.append(_checked(made, block, group.rank, type(method).__name__))
         _carry_out(state, pending, found)
     trim_queries(state)
@@ -67,7 +67,7 @@ def survey_due(state: LayerState, until: int) -> bool:
         pending = _prepare(state, *due)
         for group in pending.groups:
             with ordinary_tensors():
-                surveyed = None if group.keeps_all else state.compressor.survey(_block(state, pending, group))
+                surveyed = None if group.packs else state.compressor.survey(_block(state, pending, group))
                 pending.surveys.append(surveyed)
         _fold_log(state, pending)
         pending.release(banded=isinstance(state.held, BandedStorage))
@@ -95,7 +95,7 @@ def fold_together(states: Sequence[LayerState], until: int) -> None:
             for group, shares in zip(each.groups, dealt, strict=True):
                 with ordinary_tensors():
                     block, rank = _block(state, each, group), group.rank
-                    if group.keeps_all:
+                    if group.packs:
                         made = block.keep_items()
                     else:
                         made = compressor.compress_share(block, rank, shares[place])
@@ -142,7 +142,7 @@ def _plan(state: LayerState, rows: Sequence[Row], end: int) -> list[FoldPlan] | 
     before = state.count_rows(state.progress.settled)
     prompts = [earlier.seen == 0 and row.seen > 1 for earlier, row in zip(before, rows, strict=True)]
     plans = [
-        plan_fold(row, settings, prefill=prompt) if prompt or decodes else None
+        plan_fold(row, settings, prefill=prompt, slot_cost=state.slot_cost) if prompt or decodes else None
         for row, prompt in zip(rows, prompts, strict=True)
     ]
     too_wide = settings.max_tokens is not None and _counted_at(state, end) > settings.max_tokens
@@ -160,7 +160,7 @@ def _mark_decided(state: LayerState, rows: Sequence[Row], end: int) -> None:
     """Note that the first end, `end`, is decided, and when to look again."""
     settings = state.settings
     again = [row for row in rows if state.compressor.decodes or not row.seen]
-    waits = [wait for row in again if (wait := tokens_until_fold(row, settings)) is not None]
+    waits = [wait for row in again if (wait := tokens_until_fold(row, settings, state.slot_cost)) is not None]
     if settings.max_tokens is not None:  # columns of padding take room as well
         waits.append(max(1, settings.max_tokens + 1 - _counted_at(state, end)))
     state.progress.mark_decided(min(waits) if waits else None)
@@ -305,7 +305,7 @@ def _deal(compressor: SharingCompressor, pending: Sequence[PendingFold]) -> list
             surveys.append(take_rows(each.surveys[place], [own.index(row) for row in rows], len(own)))
         with ordinary_tensors():
             group = pending[0].groups[at[0]]
-            dealt.append([None] * len(surveys) if group.keeps_all else compressor.deal(surveys, group.rank))
+            dealt.append([None] * len(surveys) if group.packs else compressor.deal(surveys, group.rank))
     for number, each in enumerate(pending):
         each.groups = [replace(each.groups[at[number]], rows=rows) for rows, at in common]
     return dealt
@@ -340,7 +340,7 @@ def _checked(found: Any, block: KVBlock, rank: int, method: str) -> Compressed:
             f"compressor={method}: its coreset has {width} columns, and the {rows} rows take {columns} of them; return "
             "`rank` columns, or say in `columns` how many each row takes"
         )
-    return replace(found, columns=columns)
+    return found if found.columns is None else replace(found, columns=columns)
 
 
 # Storage

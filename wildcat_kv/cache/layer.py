@@ -44,6 +44,7 @@ class WildCatLayer(LayerContract):
         shared, state = self._pass_state, self._state
         forward = check_update(shared, self._index, self._forward, key_states, value_states)
         if not self.is_initialized:
+            shared.settle_bytes(key_states, value_states)
             self.lazy_initialization(key_states, value_states)
         if self._offloading or self._arrival is not None or key_states.device != self.device:
             self._bring_to(key_states.device)

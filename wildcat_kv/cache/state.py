@@ -15,6 +15,7 @@ from torch import Tensor
 
 from wildcat_kv.cache.bands import Band, BandedStorage
 from wildcat_kv.cache.budget import Row
+from wildcat_kv.cache.byte_budget import Shape
 from wildcat_kv.cache.pending import PendingFold
 from wildcat_kv.cache.progress import Progress
 from wildcat_kv.cache.query_log import QueryLog
@@ -76,6 +77,18 @@ class LayerState:
         self.checked = 0
         self.folded_range: ValueRange | None = None
         self.value_range: ValueRange | None = None
+
+    @property
+    def slot_cost(self) -> float:
+        """Bytes of a quantised slot over those of an entry in the dtype of the model.
+
+        It is 0 where queries are kept for all exact tokens: then these are quantised as soon as possible.
+        """
+        if self.log is not None and self.log.observation.latest is None:
+            return 0.0
+        settings, size, held = self.settings, self.compressor.state_size, self.held.allocated
+        shape = Shape.of(held.keys, held.values)
+        return shape.slot_bytes(settings.bits, settings.group, size) / shape.entry_bytes(size)
 
     def allocate(self, keys: Tensor, values: Tensor) -> None:
         """Make room for keys and values (rows, kv_heads, n, channels), and some more."""

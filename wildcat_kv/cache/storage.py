@@ -18,7 +18,7 @@ from wildcat_kv.coreset.tensors import at_least_float32, ordinary_tensors, satur
 from wildcat_kv.coreset.wtdattn import AttentionOptions, WeightSigns, coreset_attention, mass_of
 
 # Free columns to allocate beside the needed ones: at least this many, or the needed ones over this divisor.
-_LEAST_ROOM = 32
+LEAST_ROOM = 32
 _ROOM_PART = 64
 # A fold may leave this many times as many free columns: new tokens fill them before the next fold.
 _MOST_ROOMS = 4
@@ -158,7 +158,7 @@ class Storage:
         with ordinary_tensors():
             room = Entries(
                 *(
-                    tensor[:, :, :1].new_zeros(*tensor.shape[:2], _LEAST_ROOM, *tensor.shape[3:])
+                    tensor[:, :, :1].new_zeros(*tensor.shape[:2], LEAST_ROOM, *tensor.shape[3:])
                     for tensor in self.allocated.tensors()
                 )
             )
@@ -201,7 +201,7 @@ class Storage:
 
     def _capacity(self, length: int) -> int:
         """Compute the columns to allocate for `length` of them."""
-        capacity = length + max(_LEAST_ROOM, length // _ROOM_PART)
+        capacity = length + max(LEAST_ROOM, length // _ROOM_PART)
         if self._limit is None:
             return capacity
         if length > self._limit:  # an uneven method, or tokens that can be taken back: more may come
@@ -212,7 +212,7 @@ class Storage:
         """Compute the most columns to keep allocated for `length` of them."""
         if self._limit is not None and length <= self._limit:
             return self._limit
-        return length + _MOST_ROOMS * max(_LEAST_ROOM, length // _ROOM_PART)
+        return length + _MOST_ROOMS * max(LEAST_ROOM, length // _ROOM_PART)
 
     def _write(self, start: int, parts: Sequence[Entries]) -> int:
         """Copy `parts` to the columns from `start` on; return the column after them."""
