@@ -95,10 +95,7 @@ def fold_together(states: Sequence[LayerState], until: int) -> None:
             for group, shares in zip(each.groups, dealt, strict=True):
                 with ordinary_tensors():
                     block, rank = _block(state, each, group), group.rank
-                    if group.packs:
-                        made = block.keep_items()
-                    else:
-                        made = compressor.compress_share(block, rank, shares[place])
+                    made = block.keep_items() if group.packs else compressor.compress_share(block, rank, shares[place])
                 found.append(_checked(made, block, group.rank, type(compressor).__name__))
             state.pending = None
             _carry_out(state, each, found)
