@@ -29,8 +29,8 @@ def frontier_plot(points: Sequence[Point], *, title: str = "", bytes_of: str = "
     """Draw scores over bytes, both with paired 95 % intervals to the exact cache.
 
     A line joins the cells of a family in its usual bits; a mark's shape is the share of the tokens kept. Cells in other
-    bits are hollow, with their number beside them if they are quantised. Plain quantisation, all tokens in fewer bits, is black, a mark a
-    number of bits. The exact cache's score is dashed.
+    bits are hollow, with their number beside them if they are quantised. Plain quantisation, all tokens in fewer bits,
+    is black, with a mark for each number of bits. The exact cache's score is dashed.
 
     Args:
         points: from `frontier_points`, of one run or several of one model.
