@@ -18,6 +18,7 @@ from eval.tables import unit_and_direction
 # By the share of the tokens kept, the largest first.
 _MARKERS = "sD^v<>pPXd"  # polygons: small files
 _DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1.5, 1.5)))
+_PLAIN = (("black", (0, (1, 1))), ("#555555", (0, (4, 1.5))), ("#999999", (0, (4, 1, 1, 1))), ("#bbbbbb", "-"))
 _SHARES = (0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.6, 0.8, 1.0)
 _SCORES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 1, 2, 3, 5, 10)
 _SPARSE = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10)
@@ -30,7 +31,7 @@ def frontier_plot(points: Sequence[Point], *, title: str = "", bytes_of: str = "
 
     A line joins the cells of a family in its usual bits; a mark's shape is the share of the tokens kept. Cells in other
     bits are hollow, with their number beside them if they are quantised. Plain quantisation, all tokens in fewer bits,
-    is black, with a mark for each number of bits. The exact cache's score is dashed.
+    is black, with a mark for each number of bits; a second library's is grey. The exact cache's score is dashed.
 
     Args:
         points: from `frontier_points`, of one run or several of one model.
@@ -60,15 +61,17 @@ def frontier_plot(points: Sequence[Point], *, title: str = "", bytes_of: str = "
 
 
 def _looks(points: Sequence[Point]) -> dict[str, dict[str, Any]]:
-    """Choose the look of each family: ours thick, plain quantisation black, the others thin."""
+    """Choose the look of each family: ours thick, plain quantisation black and grey, the others thin."""
     looks: dict[str, dict[str, Any]] = {}
     others = [colour for colour in COLOURS if colour not in (BLUE, ORANGE)]
-    ours = thin = 0
+    ours = thin = plain = 0
     for point in points:
         if point.compressor is None or point.family in looks:
             continue
         if point.plain:
-            looks[point.family] = {"color": "black", "linewidth": 1.6, "linestyle": (0, (1, 1)), "zorder": 4}
+            colour, dash = _PLAIN[plain % len(_PLAIN)]
+            looks[point.family] = {"color": colour, "linewidth": 1.6, "linestyle": dash, "zorder": 4}
+            plain += 1
         elif point.compressor in OURS and ours < 2:
             looks[point.family] = {"color": (BLUE, ORANGE)[ours], "linewidth": 2.0, "linestyle": "-", "zorder": 5}
             ours += 1
@@ -143,7 +146,7 @@ def _mark(axes: Axes, point: Point, look: dict[str, Any], markers: dict[float, s
         clip_on=False,
         zorder=look["zorder"] + 1,
     )
-    if point.plain or (hollow and point.bits is not None):
+    if look["color"] == _PLAIN[0][0] or (hollow and point.bits is not None):
         axes.annotate(
             f"{point.bits} bits" if point.plain else str(point.bits),
             (point.share, point.mean),
