@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import Cache
 
+from eval.baselines import CountedCache
 from eval.cells import Cell
 from eval.tasks.base import Protocol
 from wildcat_kv import CompressedCache, Context
@@ -51,7 +52,8 @@ class Held(TypedDict):
 
 def held_by(cache: Cache) -> Held:
     """Count the entries and bytes of a cache."""
-    return {"stored_tokens": round(stored_tokens(cache), 4), "memory_bytes": cache_bytes(cache)}
+    count = cache.stored_tokens() if isinstance(cache, CountedCache) else stored_tokens(cache)
+    return {"stored_tokens": round(count, 4), "memory_bytes": cache_bytes(cache)}
 
 
 class Clock(dict[str, float]):
