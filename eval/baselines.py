@@ -40,7 +40,8 @@ class CountedCache(QuantizedCache):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         for layer in self.layers:
-            layer.__class__ = _counted(type(layer))
+            kind: Any = type(layer)
+            layer.__class__ = _counted(kind)
 
     def clone(self) -> CountedCache:
         """Make an independent copy; the two share tensors, which no layer writes into."""
