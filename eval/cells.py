@@ -8,6 +8,7 @@ from typing import Any
 
 from transformers import Cache, DynamicCache
 
+from eval.baselines import METHODS, QuantizedBaseline, find_baseline
 from wildcat_kv import CompressedCache, Context
 from wildcat_kv.compressors import Compressor, available
 from wildcat_kv.compressors.registry import resolve
@@ -60,10 +61,12 @@ class Cell:
         """The cell's name, unique in a run."""
         return self.method, self.ratio, self.max_tokens
 
-    def compress(self, context: Context, tokenizer: Any) -> CompressedCache:
+    def compress(self, context: Context, tokenizer: Any) -> Any:
         """Compress a context into a cache; the context stays as it is."""
         if self.compressor is None:
             return context.exact.clone()
+        if (baseline := self._baseline()) is not None:
+            return baseline.compress(context)
         return context.compress(self._config(), compressor=self._compressor(), tokenizer=tokenizer)
 
     def empty(self, model_config: Any) -> Cache:
@@ -83,6 +86,13 @@ class Cell:
         """
         if self.compressor is None:
             return
+        if self.compressor in METHODS:
+            if streams:
+                raise ValueError(
+                    f"methods={self.method!r} is measured on contexts that were read; leave it out, or leave out the "
+                    "tasks that compress while they read (perplexity, decoding, wikitext)"
+                )
+            return
         method = next(known for known in available() if known.name == self.compressor)
         if (method.decodes and not method.reads_twice) or not (streams or self.max_tokens is not None):
             return
@@ -96,10 +106,25 @@ class Cell:
         """Refuse a model that cannot be compressed, or a budget that the method cannot reach.
 
         Raises:
-            ValueError: `CompressedCache` refuses it.
+            ValueError: the cache refuses it.
         """
-        if self.compressor is not None and not reads_twice(self.compressor):
+        if (baseline := self._baseline()) is not None:
+            baseline.empty(model_config)
+        elif self.compressor is not None and not reads_twice(self.compressor):
             CompressedCache(model_config, self._config(), compressor=self._compressor())
+
+    def check(self) -> None:
+        """Refuse wrong settings or parameters, before a model is loaded.
+
+        Raises:
+            ValueError: names the wrong one.
+        """
+        if self._baseline() is None:
+            self._compressor()
+
+    def _baseline(self) -> QuantizedBaseline | None:
+        """Make the cache of Transformers that is measured beside the methods, if it is one."""
+        return find_baseline(self.compressor, self.ratio, self.settings, self.parameters)
 
     def _compressor(self) -> str | Compressor:
         """Make the method, with its changed parameters."""
@@ -152,7 +177,7 @@ def make_cells(
         for cell in _variants(given, budgets, settings):
             if cell.method in seen:
                 raise ValueError(f"methods: {cell.method!r} is there twice; give a variant a name of its own")
-            cell._compressor()
+            cell.check()
             cells.append(cell)
         seen |= {cell.method for cell in cells}
     return cells
@@ -212,4 +237,4 @@ def _check_once(name: str, values: Sequence[Any]) -> None:
 
 
 def _methods() -> list[str]:
-    return [method.name for method in available()]
+    return [*(method.name for method in available()), *METHODS]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import Cache
 
+from eval.baselines import CountedCache
 from eval.cells import Cell
 from eval.tasks.base import Protocol
 from wildcat_kv import CompressedCache, Context
@@ -55,7 +56,8 @@ def held_by(cache: Cache, cell: Cell) -> Held:
     Of the exact cache the keys and values count alone: a context keeps its queries too, to be compressed later.
     """
     held = exact_bytes(cache) if cell.exact else cache_bytes(cache)
-    return {"stored_tokens": round(stored_tokens(cache), 4), "memory_bytes": held}
+    count = cache.stored_tokens() if isinstance(cache, CountedCache) else stored_tokens(cache)
+    return {"stored_tokens": round(count, 4), "memory_bytes": held}
 
 
 def exact_bytes(cache: Cache) -> int:
