@@ -17,22 +17,26 @@ from eval.tables import BYTES, Table, TableCell, bytes_note, held_cell, unit_and
 OURS = ("query_wildcat", "wildcat")  # compressors of this project
 LEVELS = (0.2, 0.15, 0.1, 0.075, 0.05, 0.03)  # shares of the exact cache's bytes
 
+_LIKELIHOOD = "nll"  # the metric of lm-eval's tasks beside their own
+
 Verdict = Literal["first", "tied", "behind", ""]
 
 
 @dataclass(frozen=True)
 class Measure:
-    """A task's first metric.
+    """What a task is told by.
 
     Attributes:
         task: name of the task, or of an average of tasks.
         metric: name of the metric.
         about: its direction, unit and digits.
+        scale: factor of the tasks' scores: 100 where an average counts points.
     """
 
     task: str
     metric: str
     about: Mapping[str, Any]
+    scale: int = 1
 
     @property
     def higher_is_better(self) -> bool:
@@ -114,7 +118,9 @@ class Best:
 def frontier_points(manifest: dict[str, Any], records: Sequence[dict[str, Any]]) -> list[Point]:
     """List every cell of every task with its bytes and score, the exact cache's first in each task.
 
-    Tasks that an average is of are left out beside it. So are cells whose bytes or the exact cache's are not known.
+    A task is told by its first metric. Tasks that an average is of are left out beside it. The average is of their
+    `nll` if all have it, which ranks cells where a small model's scores are 0 or 1. Cells whose bytes or the exact
+    cache's are not known are left out.
 
     Args:
         manifest: description of the run.
@@ -132,9 +138,7 @@ def frontier_points(manifest: dict[str, Any], records: Sequence[dict[str, Any]])
     for name, members in tasks:
         if name in averaged:
             continue
-        metrics = [next(iter(manifest["metrics"][member])) for member in members]
-        metric = metrics[0] if name not in AVERAGES else next(iter(describe(manifest, name)))
-        measure = Measure(name, metric, describe(manifest, name)[metric])
+        measure, metrics = _measure(manifest, name, members)
         exact: list[Scores] = []
         for cell, record in cells.items():
             keys = [(member, of, *cell) for member, of in zip(members, metrics, strict=True)]
@@ -145,6 +149,18 @@ def frontier_points(manifest: dict[str, Any], records: Sequence[dict[str, Any]])
                 points.append(point)
                 exact = list(point.scores) if point.compressor is None else exact
     return points
+
+
+def _measure(manifest: dict[str, Any], name: str, members: list[str]) -> tuple[Measure, list[str]]:
+    """Choose what a task or an average is told by, and the metric of each of its members."""
+    about = [manifest["metrics"][member] for member in members]
+    firsts = [next(iter(metrics)) for metrics in about]
+    if name not in AVERAGES:
+        return Measure(name, firsts[0], about[0][firsts[0]]), firsts
+    if all(_LIKELIHOOD in metrics for metrics in about):
+        return Measure(name, _LIKELIHOOD, about[0][_LIKELIHOOD]), [_LIKELIHOOD] * len(members)
+    [(metric, meaning)] = describe(manifest, name).items()
+    return Measure(name, metric, meaning, scale=100), firsts
 
 
 def _cell(record: dict[str, Any]) -> tuple[str, str]:
@@ -166,7 +182,7 @@ def _point(
     share = sum(part["held"].mean() for part in parts) / len(parts)
     if math.isnan(share):
         return None
-    scale = 100 if measure.task in AVERAGES else 1
+    scale = measure.scale
     mean = scale * _mean(scores)
     low = high = None
     if exact and record["method"] != EXACT:
@@ -284,7 +300,7 @@ def _difference(best: Best) -> TableCell:
     found = best.difference
     if found is None or math.isnan(found.mean):
         return TableCell("–")
-    scale, digits = 100 if best.measure.task in AVERAGES else 1, best.measure.about["digits"]
+    scale, digits = best.measure.scale, best.measure.about["digits"]
     inside = "no interval"
     if found.low is not None and found.high is not None:
         inside = f"{scale * found.low:+.{digits}f} to {scale * found.high:+.{digits}f}"

@@ -64,6 +64,22 @@ def test_an_average_of_tasks_stands_for_them():
     assert found.mean == 50 and found.measure.higher_is_better and len(found.scores) == 2
 
 
+def test_an_average_is_of_likelihoods_where_all_tasks_have_them():
+    tasks = ("niah_single_1", "niah_single_2")
+    more = {task: {"recall": METRICS[task]["recall"], "nll": METRICS["needle"]["nll"]} for task in tasks}
+    records = [
+        {**record, "scores": {"recall": 0.0, "nll": nll}}
+        for task, nll in zip(tasks, (0.2, 0.6), strict=True)
+        for record in (*exact(task=task), *cells([0.0] * 6, 0.1, task=task))
+    ]
+    points = frontier_points(run(metrics=more), records)
+    found = point(points, "query_wildcat", "ruler average")
+    assert (found.measure.metric, found.measure.higher_is_better, found.measure.scale) == ("nll", False, 1)
+    assert found.mean == pytest.approx(0.4)
+    points = frontier_points(run(metrics={**more, tasks[1]: METRICS[tasks[1]]}), records)
+    assert point(points, "query_wildcat", "ruler average").measure.metric == "average"
+
+
 def test_cells_whose_bytes_are_not_known_are_no_points():
     unknown = [{**record, "memory_bytes": None} for record in cells([0.3] * 6, 0.1)]
     assert [found.method for found in frontier_points(MANIFEST, [*exact(), *unknown])] == ["exact"]
