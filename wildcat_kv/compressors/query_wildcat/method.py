@@ -16,7 +16,7 @@ from typing_extensions import Self, override
 from wildcat_kv.compressors.base import Compressed, KVBlock, SharingCompressor
 from wildcat_kv.compressors.observation import Observation
 from wildcat_kv.compressors.query_wildcat.fit import estimate_error, fit_slots
-from wildcat_kv.compressors.query_wildcat.sharing import best_by_layer
+from wildcat_kv.compressors.query_wildcat.sharing import Share, best_items
 from wildcat_kv.compressors.query_wildcat.slots import first_within, merge_parts, take_kept
 from wildcat_kv.compressors.query_wildcat.survey import Questions, Survey, survey_block
 from wildcat_kv.compressors.wildcat import WildCat
@@ -88,6 +88,7 @@ class QueryWildCat(SharingCompressor):
     carried: int = 64
     ridge: float = 0.3
     tolerance: float | None = None
+    share: Share = "layers"
 
     def __post_init__(self) -> None:
         for name in ("queries", "judges", "carried", "ahead", "apart"):
@@ -132,9 +133,9 @@ class QueryWildCat(SharingCompressor):
     def _choose(self, surveys: Sequence[Survey], rank: int) -> list[Tensor]:
         """Choose the items of each layer that stay, where the layers share."""
         attended = int(rank * self.attended)
-        kept = best_by_layer([survey.attention for survey in surveys], attended)
+        kept = best_items([survey.attention for survey in surveys], attended, self.share)
         rest = [survey.recall.masked_fill(taken, -torch.inf) for survey, taken in zip(surveys, kept, strict=True)]
-        recalled = best_by_layer(rest, self._kept(rank) - attended)
+        recalled = best_items(rest, self._kept(rank) - attended, self.share)
         return [first | second for first, second in zip(kept, recalled, strict=True)]
 
     @override
