@@ -94,7 +94,7 @@ class QueryWildCat(SharingCompressor):
     carried: int = 64
     ridge: float = 0.3
     tolerance: float | None = None
-    share: Share = "layers"
+    share: Share = "heads"
     profile: Profile | Mapping[str, Any] | str | Path | None = None
 
     def __post_init__(self) -> None:
