@@ -151,7 +151,7 @@ def plan_fold(row: Row, settings: WildCatConfig, *, prefill: bool) -> FoldPlan |
         due = row.counted > settings.max_tokens
         budget = settings.max_tokens + 1 - block_size(settings)  # a block later it is full again
     if not due or budget >= row.seen:
-        return None
+        return _plan_packing(row, settings, prefill=prefill)
 
     sink, window = exact_ends(settings.max_tokens or budget, settings)
     if row.slots:  # the tokens behind a larger sink are folded already
@@ -171,11 +171,34 @@ def plan_fold(row: Row, settings: WildCatConfig, *, prefill: bool) -> FoldPlan |
     return FoldPlan(sink=sink, kept=kept, items=items, rank=rank, window=window, spare=spare)
 
 
+def _plan_packing(row: Row, settings: WildCatConfig, *, prefill: bool) -> FoldPlan | None:
+    """Plan to quantise the tokens behind the window where nothing is over budget; None without `bits`.
+
+    A prompt is quantised at once, later tokens in whole groups.
+    """
+    if settings.bits is None:
+        return None
+    sink = row.sink if row.slots else min(settings.sink, row.exact)
+    items = row.exact - settings.window - (0 if row.slots else sink)
+    if items < (1 if prefill else settings.group):
+        return None
+    return FoldPlan(sink, row.slots, items, items, settings.window, row.spare)
+
+
 def tokens_until_fold(row: Row, settings: WildCatConfig) -> int | None:
     """Count the new tokens after which this row may fold.
 
     At least 1; None if `plan_fold` will never want a fold.
     """
+    if settings.bits is None:
+        return _tokens_until_over(row, settings)
+    behind = row.exact - settings.window - (0 if row.slots else settings.sink)
+    waits = [max(1, settings.group - behind), _tokens_until_over(row, settings) or settings.group]
+    return min(waits) if row.seen else 1
+
+
+def _tokens_until_over(row: Row, settings: WildCatConfig) -> int | None:
+    """Count the new tokens after which this row may be over budget; None for never."""
     if settings.share is not None:
         if settings.share == 1:
             return None

@@ -285,7 +285,7 @@ def _fill(layers: list[Any], saved: SavedCache) -> None:
     for layer, kept in zip(layers, saved.layers, strict=True):
         if isinstance(kept, SavedLayer):
             queries = (kept.carried, kept.recent)
-            layer.restore(kept.progress, kept.entries, kept.length, kept.folded_range, *queries)
+            layer.restore(kept.progress, kept.entries, kept.length, kept.folded_range, *queries, kept.bands)
         else:
             vars(layer).update(kept.attributes)
 

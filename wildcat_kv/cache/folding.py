@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from wildcat_kv.cache.banding import Line, is_unequal, sort_into_bands
+from wildcat_kv.cache.bands import BandedStorage
 from wildcat_kv.cache.budget import FoldPlan, Row, plan_fold, tokens_until_fold
 from wildcat_kv.cache.pending import PendingFold
 from wildcat_kv.cache.rows import (
@@ -45,7 +47,7 @@ def fold_due(state: LayerState, until: int) -> None:
         for group in pending.groups:
             with torch.no_grad(), ordinary_tensors():
                 block = _block(state, pending, group)
-                made = method.compress(block, group.rank)
+                made = block.keep_items() if group.keeps_all else method.compress(block, group.rank)
             found.append(_checked(made, block, group.rank, type(method).__name__))
         _carry_out(state, pending, found)
     trim_queries(state)
@@ -65,9 +67,10 @@ def survey_due(state: LayerState, until: int) -> bool:
         pending = _prepare(state, *due)
         for group in pending.groups:
             with ordinary_tensors():
-                pending.surveys.append(state.compressor.survey(_block(state, pending, group)))
+                surveyed = None if group.keeps_all else state.compressor.survey(_block(state, pending, group))
+                pending.surveys.append(surveyed)
         _fold_log(state, pending)
-        pending.queries = None
+        pending.release(banded=isinstance(state.held, BandedStorage))
         state.pending = pending
     return state.pending is not None
 
@@ -91,8 +94,11 @@ def fold_together(states: Sequence[LayerState], until: int) -> None:
             found = []
             for group, shares in zip(each.groups, dealt, strict=True):
                 with ordinary_tensors():
-                    block = _block(state, each, group)
-                    made = compressor.compress_share(block, group.rank, shares[place])
+                    block, rank = _block(state, each, group), group.rank
+                    if group.keeps_all:
+                        made = block.keep_items()
+                    else:
+                        made = compressor.compress_share(block, rank, shares[place])
                 found.append(_checked(made, block, group.rank, type(compressor).__name__))
             state.pending = None
             _carry_out(state, each, found)
@@ -169,31 +175,49 @@ def _prepare(state: LayerState, rows: list[Row], plans: list[FoldPlan], end: int
 
     Columns that came after stay as they are.
     """
-    held, cut, appended = state.progress.rows, state.stored_at(end), end - state.progress.folded_at
-    entries = held_entries = state.held.entries.slice(0, cut)
+    cut, appended = state.stored_at(end), end - state.progress.folded_at
+    newest = state.held.newest(state.progress.since_fold).slice(0, appended)
     if unchecked := end - max(state.checked, state.progress.folded_at):
-        state.check_finite(entries.keys[:, :, cut - unchecked :])
+        state.check_finite(newest.keys[:, :, appended - unchecked :])
         state.checked = end
-    queries, queried = _queries_until(state, end, entries.valid[:, 0, cut - appended :])
-    if any(row.counted - old.counted != appended for row, old in zip(rows, held, strict=True)):
-        entries = align_right(entries, held, appended)
+    queries, queried = _queries_until(state, end, newest.valid[:, 0])
+    entries, moved = _entries_at(state, rows, end)
     with ordinary_tensors():
         leaving = [_leaving(cut, row, plan) for row, plan in zip(rows, plans, strict=True)]
         folded = range_of(entries.values, leaving)
         if state.folded_range is not None:
             folded = folded.join(state.folded_range)
         bound = folded.join(exact_range(entries.values, rows)).squared_norm()
-        groups, moved = group_rows(rows, plans, queried), entries is not held_entries
+        groups = group_rows(rows, plans, queried)
         pending = PendingFold(rows, plans, end, entries, moved, folded, bound, queries, queried, groups)
         if state.compressor.state_size:
             pending.entries, pending.moved = replace(entries, carried_state=_remembered(state, pending)), True
     return pending
 
 
+def _entries_at(state: LayerState, rows: Sequence[Row], end: int) -> tuple[Entries, bool]:
+    """Give the entries as of column `end`, rows right-aligned, and True if they are not the stored ones."""
+    held, appended = state.progress.rows, end - state.progress.folded_at
+    entries = state.held.entries.slice(0, state.stored_at(end))
+    if any(row.counted - old.counted != appended for row, old in zip(rows, held, strict=True)):
+        return align_right(entries, held, appended), True
+    return entries, False
+
+
+def _entries(state: LayerState, pending: PendingFold) -> Entries:
+    """Give the entries of a fold, unpacked anew where they were not kept."""
+    if pending.entries is None:
+        pending.entries, _ = _entries_at(state, pending.rows, pending.end)
+        if pending.carried_state is not None:
+            pending.entries = replace(pending.entries, carried_state=pending.carried_state)
+    return pending.entries
+
+
 def _block(state: LayerState, pending: PendingFold, group: RowGroup) -> KVBlock:
     """Build a group's block for the method, of views where all rows are alike."""
-    total, n = len(pending.rows), pending.entries.keys.shape[2]
-    entries = Entries(*take_rows(pending.entries.slice(n - group.held, n).tensors(), group.rows, total))
+    held = _entries(state, pending)
+    total, n = len(pending.rows), held.keys.shape[2]
+    entries = Entries(*take_rows(held.slice(n - group.held, n).tensors(), group.rows, total))
     queries = pending.queries
     if queries is not None:
         queries = take_rows(queries[:, :, queries.shape[2] - group.queried :], group.rows, total)
@@ -221,7 +245,7 @@ def _remembered(state: LayerState, pending: PendingFold) -> Tensor:
 
     The other rows keep their state and their queries.
     """
-    before = pending.entries.carried_state
+    before = _entries(state, pending).carried_state
     found = [state.compressor.remember(_block(state, pending, group)) for group in pending.groups]
     if len(found) == 1 and found[0].shape == before.shape:
         return found[0]
@@ -280,7 +304,8 @@ def _deal(compressor: SharingCompressor, pending: Sequence[PendingFold]) -> list
             own = each.groups[place].rows
             surveys.append(take_rows(each.surveys[place], [own.index(row) for row in rows], len(own)))
         with ordinary_tensors():
-            dealt.append(compressor.deal(surveys, pending[0].groups[at[0]].rank))
+            group = pending[0].groups[at[0]]
+            dealt.append([None] * len(surveys) if group.keeps_all else compressor.deal(surveys, group.rank))
     for number, each in enumerate(pending):
         each.groups = [replace(each.groups[at[number]], rows=rows) for rows, at in common]
     return dealt
@@ -324,24 +349,53 @@ def _checked(found: Any, block: KVBlock, rank: int, method: str) -> Compressed:
 @torch.no_grad()
 def _carry_out(state: LayerState, pending: PendingFold, found: Sequence[Compressed]) -> None:
     """Put what the method made of each group in the place of its items."""
-    rows, plans, end, entries = pending.rows, pending.plans, pending.end, pending.entries
+    rows, plans, end, entries = pending.rows, pending.plans, pending.end, _entries(state, pending)
     with ordinary_tensors():
         joined = join_groups(pending.groups, found, len(rows))
         slots = None if joined is None else Entries.of(joined.coreset, joined.carried_state, entries)
         columns = [0] * len(rows) if joined is None else joined.columns
         start, parts = replace_items(entries, rows, plans, slots, columns)
-        if pending.moved:  # what is held before `start` is no longer what it should be
-            start, parts = 0, [entries.slice(0, start), *parts]
-        later = state.held.entries.slice(state.stored_at(end), state.stored)
-        state.held.rewrite(start, [*parts, later])
+        parts.append(state.held.newest(state.progress.seen - end))
+        after = [plan.apply(row, taken) for plan, row, taken in zip(plans, rows, columns, strict=True)]
+        if _needs_bands(state, found):
+            after = _rebuild(state, pending, [entries.slice(0, start), *parts], columns, after)
+        elif pending.moved:  # what is held before `start` is no longer what it should be
+            state.plain.rewrite(0, [entries.slice(0, start), *parts])
+        else:
+            state.plain.rewrite(start, parts)
     state.folded_range = pending.folded_range
     if joined is not None and joined.error is not None:
         _note_error(state, joined.error, [plan.items > 0 for plan in plans])
-    _fold_log(state, pending)
-    after = [plan.apply(row, taken) for plan, row, taken in zip(plans, pending.rows, columns, strict=True)]
+    carried = _fold_log(state, pending)
+    after = [replace(row, carried=count) for row, count in zip(after, carried, strict=True)]
     state.progress.fold(after, end)
     state.span()
     _mark_decided(state, state.progress.rows, end)
+
+
+def _needs_bands(state: LayerState, found: Sequence[Compressed]) -> bool:
+    """Tell if a layer is to be held in bands: it is already, or heads are unequal, or slots quantised."""
+    if state.settings.bits is not None or isinstance(state.held, BandedStorage):
+        return True
+    dealt = [part.coreset.valid for part in found if part.columns is not None]
+    return not state.fixed and any(is_unequal(valid) for valid in dealt)
+
+
+def _rebuild(
+    state: LayerState, pending: PendingFold, parts: Sequence[Entries], columns: Sequence[int], after: Sequence[Row]
+) -> list[Row]:
+    """Sort the heads into bands; return the rows with the columns that they take now."""
+    later = state.progress.seen - pending.end
+    lines = [
+        Line(plan.sink, plan.kept + plan.spare, plan.kept + plan.spare + taken, plan.window + later)
+        for plan, taken in zip(pending.plans, columns, strict=True)
+    ]
+    whole = Entries(*(torch.cat(tensors, dim=2) for tensors in zip(*(part.tensors() for part in parts), strict=True)))
+    settings = state.settings
+    if settings.bits is not None:
+        state.check_range(whole)
+    state.storage = storage = sort_into_bands(whole, lines, state.held, settings.bits, settings.group)
+    return [replace(row, spare=taken - row.slots) for row, taken in zip(after, storage.slots_of_rows, strict=True)]
 
 
 def _note_error(state: LayerState, error: Tensor, folding: list[bool]) -> None:
@@ -355,13 +409,13 @@ def _note_error(state: LayerState, error: Tensor, folding: list[bool]) -> None:
     state.error = error
 
 
-def _fold_log(state: LayerState, pending: PendingFold) -> None:
+def _fold_log(state: LayerState, pending: PendingFold) -> list[int]:
     """Forget the queries that a fold has learned from.
 
-    Those that the next fold learns from too are kept.
+    Those that the next fold learns from too are kept; the result counts them, row by row.
     """
     if state.log is None or pending.forgotten:
-        return
+        return [row.carried for row in pending.rows]
     kept = [
         count if not plan.items else min(count, state.log.observation.carried)
         for count, plan in zip(pending.queried, pending.plans, strict=True)
@@ -369,6 +423,7 @@ def _fold_log(state: LayerState, pending: PendingFold) -> None:
     state.log.fold(pending.queries, kept, state.progress.seen - pending.end)
     pending.rows = [replace(row, carried=count) for row, count in zip(pending.rows, kept, strict=True)]
     pending.forgotten = True
+    return kept
 
 
 def trim_queries(state: LayerState) -> None:

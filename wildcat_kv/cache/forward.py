@@ -219,7 +219,7 @@ def _read_mask(shared: PassState, seen: int, queries: int, mask: Tensor) -> bool
                 "shown when these were folded; what is folded cannot be masked later, call cache.reset() for another "
                 "text"
             )
-        held = storage.entries.valid[:, 0, storage.length - progress.since_fold :]
+        held = storage.newest(progress.since_fold).valid[:, 0]
         relabelled = not torch.equal(earlier[:, progress.folded_at :].to(held.device), held)
     shared.padded = not bool(mask.all())
     if relabelled:  # tell all layers now, before any of them plans a fold
@@ -331,7 +331,7 @@ def fold_layer(shared: PassState, index: int, until: int) -> None:
     """
     state = shared.states[index]
     try:
-        if not state.compressor.waits:
+        if not state.compressor.waits:  # the layer's own method: one that keeps everything waits for none
             fold_due(state, until)
         elif shared.states[shared.trailing].progress.seen != state.progress.seen:
             survey_due(state, until)

@@ -5,17 +5,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
 
+from wildcat_kv.cache.bands import Band
 from wildcat_kv.cache.folding import trim_queries, will_fold
 from wildcat_kv.cache.forward import announce, beyond_rollback, check_reading, check_update, fold_layer
 from wildcat_kv.cache.layer_contract import LayerContract
 from wildcat_kv.cache.progress import Progress
 from wildcat_kv.cache.storage import Entries
 from wildcat_kv.cache.value_range import ValueRange
-from wildcat_kv.coreset.wtdattn import AttentionOptions, coreset_attention
+from wildcat_kv.coreset.wtdattn import AttentionOptions
 from wildcat_kv.hook.marks import Forward, MarkedLength, mark
 
 
@@ -55,8 +57,7 @@ class WildCatLayer(LayerContract):
         state.append(key_states, value_states, None if forward.mask is None else forward.new_valid(key_states.device))
         self._forward, shared.waiting, shared.begun = forward, self._index, False
         assert state.storage is not None
-        held, length = state.storage.allocated, state.storage.length  # new views: marks go with the tensor object
-        return mark(held.keys[:, :, :length], held.values[:, :, :length], self)
+        return mark(*state.storage.shown(key_states, value_states), self)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Return length and offset for the mask; the length is marked."""
@@ -120,11 +121,9 @@ class WildCatLayer(LayerContract):
         """
         storage, value_range = self._state.storage, self._state.value_range
         assert storage is not None
-        held, length = storage.allocated, storage.length
-        weights, valid = held.weights[:, :, :length], held.valid[:, :, :length]
         box = None if value_range is None else (value_range.lowest, value_range.highest)
-        given = AttentionOptions(scale, valid, True, box, options.get("softcap"), options.get("s_aux"))
-        return coreset_attention(query, keys, values, weights, storage.weighting, given)
+        given = AttentionOptions(scale, None, True, box, options.get("softcap"), options.get("s_aux"))
+        return storage.attend(query, keys, values, given)
 
     def after_attention(self, query: Tensor, scale: float) -> None:
         """Fold the rows over their budget, once the newest tokens have attended.
@@ -162,9 +161,10 @@ class WildCatLayer(LayerContract):
         folded_range: ValueRange | None,
         carried: Tensor | None = None,
         recent: Tensor | None = None,
+        bands: Sequence[Band] = (),
     ) -> None:
         """Fill this new layer with the contents of another; see `LayerState.restore`."""
-        self._state.restore(progress, allocated, length, folded_range, carried, recent)
+        self._state.restore(progress, allocated, length, folded_range, carried, recent, bands)
         self.dtype, self.device, self.is_initialized = allocated.keys.dtype, allocated.keys.device, True
         self._pass_state.compressed = self._pass_state.compressed or folded_range is not None
         self._pass_state.padded = None
@@ -175,8 +175,9 @@ class WildCatLayer(LayerContract):
 
     @property
     def stored(self) -> int:
-        """Entries held in a row: slots, exact tokens and padding."""
-        return self._state.stored
+        """Entries held in a row: slots, exact tokens and padding; on average where heads differ, rounded up."""
+        storage = self._state.storage
+        return 0 if storage is None else storage.columns
 
     @property
     def batch_rows(self) -> int:

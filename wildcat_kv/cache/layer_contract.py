@@ -49,7 +49,9 @@ class LayerContract(CacheLayerMixin):
         self.is_initialized = False
         shared, settings, compressor = self._pass_state, self._pass_state.settings, self._pass_state.compressor
         if self._index in shared.exact_layers:
-            settings, compressor = settings.model_copy(update={"ratio": 1.0}), Everything()
+            settings = settings.model_copy(update={"ratio": 1.0, "bits": None})
+        if settings.share == 1 and not isinstance(compressor, Everything):
+            compressor = Everything()
         self._state = LayerState(
             settings,
             compressor,

@@ -24,7 +24,7 @@ class PendingFold:
         rows: contents of the rows.
         plans: their folds.
         end: column as of which the layer folds.
-        entries: entries held then, rows right-aligned.
+        entries: entries held then, rows right-aligned; None while they are left to the storage.
         moved: True if these are not the stored ones: rows were moved, or their state brought up to date.
         folded_range: box around the values of the tokens that are exact no longer afterwards.
         value_bound: float32 (rows, heads), as in `KVBlock`.
@@ -33,12 +33,13 @@ class PendingFold:
         groups: rows that fold, by what they have in common.
         surveys: surveys of the groups, of a method whose layers share a budget.
         forgotten: True if the query log has folded.
+        carried_state: what the method remembers of the entries, while these are left to the storage.
     """
 
     rows: list[Row]
     plans: list[FoldPlan]
     end: int
-    entries: Entries
+    entries: Entries | None
     moved: bool
     folded_range: ValueRange
     value_bound: Tensor
@@ -47,3 +48,11 @@ class PendingFold:
     groups: list[RowGroup]
     surveys: list[Any] = field(default_factory=list)
     forgotten: bool = False
+    carried_state: Tensor | None = None
+
+    def release(self, *, banded: bool) -> None:
+        """Let go of what is not needed while the fold waits: the queries, and entries that are a copy."""
+        self.queries = None
+        if banded:
+            assert self.entries is not None
+            self.carried_state, self.entries = self.entries.carried_state, None

@@ -44,6 +44,11 @@ class RowGroup:
     queried: int
     weighted: bool
 
+    @property
+    def keeps_all(self) -> bool:
+        """True if the items become slots as they are."""
+        return self.rank == self.items
+
 
 def group_rows(rows: Sequence[Row], plans: Sequence[FoldPlan], queried: Sequence[int]) -> list[RowGroup]:
     """Group the rows that fold by all that a method can tell of them."""

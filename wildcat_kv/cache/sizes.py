@@ -37,6 +37,8 @@ def _tensors_within(value: Any) -> list[Tensor]:
 
 def stored_entries(layer: Any) -> int:
     """Count the columns of keys that a cache layer holds, padding included."""
+    if hasattr(layer, "state"):
+        return int(layer.stored)
     keys = getattr(layer, "keys", None)
     return keys.shape[-2] if isinstance(keys, Tensor) and keys.numel() else 0
 

@@ -13,15 +13,17 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from wildcat_kv.cache.bands import Band, BandedStorage
 from wildcat_kv.cache.budget import Row
 from wildcat_kv.cache.pending import PendingFold
 from wildcat_kv.cache.progress import Progress
 from wildcat_kv.cache.query_log import QueryLog
 from wildcat_kv.cache.storage import Entries, Storage
-from wildcat_kv.cache.value_range import ValueRange, exact_range
+from wildcat_kv.cache.value_range import ValueRange
 from wildcat_kv.compressors.base import Compressor
 from wildcat_kv.compressors.rotation import Rotation
 from wildcat_kv.config import WildCatConfig
+from wildcat_kv.coreset.quantised import fits_half
 from wildcat_kv.coreset.tensors import ordinary_tensors
 
 
@@ -59,14 +61,14 @@ class LayerState:
         *,
         fixed: bool = False,
     ) -> None:
-        self._fixed = fixed
+        self.fixed = fixed
         self.settings = settings
         self.compressor = compressor
         self._index = index
         self.place = place
         self.sharing = sharing
         self.rotation = rotation
-        self.storage: Storage | None = None
+        self.storage: Storage | BandedStorage | None = None
         self.log = None if compressor.observation is None else QueryLog(compressor.observation)
         self.progress = Progress()
         self.pending: PendingFold | None = None
@@ -77,7 +79,7 @@ class LayerState:
 
     def allocate(self, keys: Tensor, values: Tensor) -> None:
         """Make room for keys and values (rows, kv_heads, n, channels), and some more."""
-        self.storage = Storage.empty(keys, values, self.compressor.state_size, self._limit, fixed=self._fixed)
+        self.storage = Storage.empty(keys, values, self.compressor.state_size, self._limit, fixed=self.fixed)
         self.progress.rows = [Row()] * keys.shape[0]
 
     def restore(
@@ -88,6 +90,7 @@ class LayerState:
         folded_range: ValueRange | None,
         carried: Tensor | None = None,
         recent: Tensor | None = None,
+        bands: Sequence[Band] = (),
     ) -> None:
         """Hold what another state held.
 
@@ -98,10 +101,15 @@ class LayerState:
             folded_range: box around the values of folded tokens.
             carried: queries from before the last fold.
             recent: queries since then.
+            bands: bands of a layer that is held in bands; `memory` is not read then.
         """
-        fixed, part = self._fixed, memory.slice(0, length)
         limit = self._limit
-        self.storage = Storage([part], limit, fixed=True) if fixed else Storage.adopt(memory, length, limit)
+        if bands:
+            self.storage = BandedStorage.whole(bands, len(progress.rows))
+        elif self.fixed:
+            self.storage = Storage([memory.slice(0, length)], limit, fixed=True)
+        else:
+            self.storage = Storage.adopt(memory, length, limit)
         if self.log is not None:
             self.log.restore(carried, recent)
         self.progress, self.folded_range = progress, folded_range
@@ -127,7 +135,7 @@ class LayerState:
 
     def carry(self, state: Tensor) -> None:
         """Keep the newest tokens' carried state, float32 (rows, kv_heads, k, state_size)."""
-        self.held.entries.carried_state[:, :, self.stored - state.shape[2] :] = state
+        self.held.carry(state)
 
     def take_in(self, tokens: int) -> None:
         """Count tokens of traced steps: one a forward pass, never padding."""
@@ -166,10 +174,7 @@ class LayerState:
 
     def show(self, valid: Tensor) -> None:
         """Mark anew which exact tokens are valid, bool (rows, progress.since_fold). Call `span` afterwards."""
-        tail = self.held.entries.slice(self.stored - self.progress.since_fold, self.stored)
-        tail.valid.copy_(valid.unsqueeze(1))
-        tail.weights.copy_(valid.unsqueeze(1))
-        self.held.hide()
+        self.held.relabel(valid)
         self.progress.relabel()
 
     @property
@@ -184,7 +189,7 @@ class LayerState:
             index: rows to keep, on any device.
             on_host: the same numbers; None if the rows are `alike`, so that nothing waits for the device.
         """
-        self.held.select_rows(index)
+        self.held.select_rows(index, on_host)
         if self.log is not None:
             self.log.select_rows(index)
         rows = self.progress.rows
@@ -197,7 +202,7 @@ class LayerState:
 
     def move(self, device: torch.device) -> None:
         """Move everything to `device`."""
-        if self.held.allocated.weights.device != device:  # the boxes are always beside the weights
+        if self.held.device != device:  # the boxes are always beside the weights
             self.folded_range = self.folded_range and self.folded_range.to(device)
             self.value_range = self.value_range and self.value_range.to(device)
             if self.log is not None:
@@ -221,14 +226,14 @@ class LayerState:
         boxes = (self.folded_range, self.value_range)
         queries = [] if self.log is None else self.log.tensors()
         bounds = [bound for box in boxes if box for bound in box.tensors()]
-        return [*self.storage.allocated.tensors(), *bounds, *queries]
+        return [*self.storage.tensors(), *bounds, *queries]
 
     def count_rows(self, column: int) -> list[Row]:
         """Count what each row held at `column`, which is after the last fold."""
         progress = self.progress
         if not progress.masked:
             return [row.append(column - progress.folded_at) for row in progress.rows]
-        new = self.held.entries.valid[:, 0, self.stored_at(progress.folded_at) : self.stored_at(column)]
+        new = self.held.newest(progress.since_fold).valid[:, 0, : column - progress.folded_at]
         return [row.append(count) for row, count in zip(progress.rows, new.sum(-1).tolist(), strict=True)]
 
     @property
@@ -237,9 +242,15 @@ class LayerState:
         return None if self.settings.max_tokens is None else self.settings.max_tokens + 1
 
     @property
-    def held(self) -> Storage:
+    def held(self) -> Storage | BandedStorage:
         """Storage, once there is one."""
         assert self.storage is not None, "allocate() comes first"
+        return self.storage
+
+    @property
+    def plain(self) -> Storage:
+        """Storage of a layer that is not held in bands."""
+        assert isinstance(self.storage, Storage)
         return self.storage
 
     def stored_at(self, column: int) -> int:
@@ -258,16 +269,25 @@ class LayerState:
                 "float32, and call cache.reset(): other layers may have read the tokens"
             )
 
+    def check_range(self, entries: Entries) -> None:
+        """Refuse keys and values that cannot be quantised.
+
+        Raises:
+            ValueError: names the layer.
+        """
+        if not (fits_half(entries.keys) and fits_half(entries.values)):
+            raise ValueError(
+                f"layer {self._index}: keys or values beyond 65504, too large for bits={self.settings.bits}; "
+                "leave bits out for this model"
+            )
+
     def span(self) -> None:
         """Set the box around the values of all tokens seen, folded and held."""
         if self.folded_range is None:
             return
-        entries, cut = self.held.entries, self.stored_at(self.progress.folded_at)
+        progress = self.progress
         with ordinary_tensors():
-            span = self.folded_range.join(exact_range(entries.values[:, :, :cut], self.progress.rows))
-            if cut < self.stored:
-                later = entries.slice(cut, self.stored)
-                span = span.join(ValueRange.of(later.values, later.valid if self.progress.masked else None))
+            span = self.folded_range.join(self.held.exact_box(progress.rows, progress.since_fold, progress.masked))
             # A row that has folded nothing is attended to exactly: nothing to clip.
             self.value_range = span.unbounded_where_empty(self.folded_range)
 

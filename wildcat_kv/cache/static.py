@@ -87,7 +87,7 @@ class DecodeBuffers:
             else:
                 self.lowest.copy_(box.lowest)
                 self.highest.copy_(box.highest)
-        self.signed = state.storage.weighting is WeightSigns.SIGNED
+        self.signed = state.plain.weighting is WeightSigns.SIGNED
 
     @torch.no_grad()
     def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
@@ -277,7 +277,8 @@ class StaticWildCatLayer(WildCatLayer):
     @property
     def stored(self) -> int:
         """Entries held in a row: slots, exact tokens and padding."""
-        return self.state.stored
+        self._pass_state.catch_up()
+        return super().stored
 
     @override
     def tensors(self) -> list[Tensor]:

@@ -11,9 +11,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from wildcat_kv.cache.budget import Row
+from wildcat_kv.cache.value_range import ValueRange, exact_range
 from wildcat_kv.coreset.compresskv import Coreset
 from wildcat_kv.coreset.tensors import at_least_float32, ordinary_tensors, saturate_, take_columns
-from wildcat_kv.coreset.wtdattn import WeightSigns, mass_of
+from wildcat_kv.coreset.wtdattn import AttentionOptions, WeightSigns, coreset_attention, mass_of
 
 # Free columns to allocate beside the needed ones: at least this many, or the needed ones over this divisor.
 _LEAST_ROOM = 32
@@ -226,12 +228,68 @@ class Storage:
         """View of the columns in use."""
         return self.allocated.slice(0, self.length)
 
+    @property
+    def columns(self) -> int:
+        """Columns in use, on average over the heads."""
+        return self.length
+
+    def newest(self, columns: int) -> Entries:
+        """View the newest columns."""
+        return self.allocated.slice(self.length - columns, self.length)
+
     def view(self) -> tuple[Tensor, Tensor]:
         """Return new views of the keys and values, (rows, heads, length, channels)."""
         return self.allocated.keys[:, :, : self.length], self.allocated.values[:, :, : self.length]
 
-    def select_rows(self, index: Tensor) -> None:
-        """Keep the rows at `index`, int64 (k,), in that order."""
+    def shown(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the keys and values that a model gets for new ones: views of all."""
+        held, length = self.allocated, self.length  # new views: marks go with the tensor object
+        return held.keys[:, :, :length], held.values[:, :, :length]
+
+    def attend(self, query: Tensor, keys: Tensor, values: Tensor, options: AttentionOptions) -> Tensor:
+        """Attend to all entries, by their weights.
+
+        Args:
+            query: (rows, query_heads, q, d).
+            keys: keys of `shown`.
+            values: values of `shown`.
+            options: arguments of the attention call, without `valid`.
+
+        Returns:
+            (rows, query_heads, q, d_v).
+        """
+        held, length = self.allocated, self.length
+        weights, valid = held.weights[:, :, :length], held.valid[:, :, :length]
+        return coreset_attention(query, keys, values, weights, self.weighting, options._replace(valid=valid))
+
+    def exact_box(self, rows: Sequence[Row], later: int, masked: bool) -> ValueRange:
+        """Find the box around the values of exact tokens.
+
+        Args:
+            rows: contents of the rows without the `later` newest columns.
+            later: columns since the last fold.
+            masked: True if some of these may be padding.
+        """
+        cut = self.length - later
+        box = exact_range(self.allocated.values[:, :, :cut], rows)
+        if later:
+            new = self.newest(later)
+            box = box.join(ValueRange.of(new.values, new.valid if masked else None))
+        return box
+
+    def relabel(self, valid: Tensor) -> None:
+        """Mark anew which of the newest tokens are valid, bool (rows, k)."""
+        newest = self.newest(valid.shape[1])
+        newest.valid.copy_(valid.unsqueeze(1))
+        newest.weights.copy_(valid.unsqueeze(1))
+        self.hide()
+
+    def carry(self, state: Tensor) -> None:
+        """Keep the newest tokens' carried state, float32 (rows, heads, k, m)."""
+        self.newest(state.shape[2]).carried_state.copy_(state)
+
+    def select_rows(self, index: Tensor, on_host: Sequence[int] | None = None) -> None:
+        """Keep the rows at `index`, int64 (k,), in that order; `on_host` is of no use here."""
         with ordinary_tensors():
             chosen = self.allocated.rows(index)
             if self.allocated is self._home and len(index) == self._home.keys.shape[0]:
@@ -255,6 +313,15 @@ class Storage:
         freed.valid.fill_(False)
         freed.weights.zero_()
         freed.carried_state.zero_()
+
+    @property
+    def device(self) -> torch.device:
+        """Device of what the host may read."""
+        return self.allocated.weights.device
+
+    def tensors(self) -> list[Tensor]:
+        """List all tensors, free columns included."""
+        return list(self.allocated.tensors())
 
     def to(self, device: torch.device) -> None:
         """Move everything to `device`, unless it is there already."""

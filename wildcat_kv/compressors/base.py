@@ -87,6 +87,13 @@ class KVBlock:
         """
         return torch.cat((entries[:, :, : self.first], entries[:, :, self.first + self.items :]), dim=2)
 
+    def keep_items(self) -> Compressed:
+        """Make slots of all items as they are."""
+        keys, values, valid = (self.slice_items(tensor) for tensor in (self.keys, self.values, self.valid))
+        weights = valid.to(torch.float32) if self.weights is None else self.slice_items(self.weights)
+        state = None if self.carried_state is None else self.slice_items(self.carried_state)
+        return Compressed(Coreset(keys, values, weights, valid), carried_state=state)
+
     def take_rows(self, rows: Sequence[int]) -> KVBlock:
         """Copy the rows at `rows`, in that order."""
         index = torch.tensor(rows, device=self.keys.device)

@@ -9,23 +9,29 @@ Source: Schröder and Mackey, "WildCat: Near-Linear Attention in Theory and Prac
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from enum import Enum
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from wildcat_kv.coreset.quantised import Quantised
 from wildcat_kv.coreset.tensors import full_precision, has_full_precision
 
 # A denominator this small against the sum of its terms' magnitudes is cancellation, not information.
 _DENOMINATOR_FLOOR = 1e-6
 # A numerator is not divided by a weight smaller than this, which would leave the range of half precision.
 _LEAST_MASS = 2.0**-7
-# Entries of a half-precision cache converted to float32 at once.
+# Entries in half precision, or in a few bits, converted to float32 at once.
 _CONVERTED_AT_ONCE = 4096
 # Scores held at once, in float32 numbers: 256 MiB.
 _SCORES_AT_ONCE = 2**26
+
+
+# Keys or values of entries side by side, (..., kv_heads, n_i, channels) each; quantised ones have no `...`.
+Parts: TypeAlias = "Sequence[Tensor | Quantised]"
 
 
 class WeightSigns(Enum):
@@ -124,7 +130,7 @@ def weighted_attention(
     _check_shapes(query, keys, values, weights, valid)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     options = AttentionOptions(scale, valid, causal, value_range, softcap, sink_logits)
-    return _in_blocks(query, keys, values, weights, None, options)
+    return _in_blocks(query, (keys,), (values,), weights, None, options)
 
 
 def coreset_attention(
@@ -152,12 +158,31 @@ def coreset_attention(
     )
     if not fused:
         masses = torch.where(weights >= _LEAST_MASS, weights, 1.0)  # `mass_of`, without the call
-        return _in_blocks(query, keys, values, weights, masses, options)
+        return _in_blocks(query, (keys,), (values,), weights, masses, options)
     output = _fused(query, keys, values, weights, signs, options.scale, options.causal)
     box = options.value_range
     if box is None or signs is WeightSigns.NONE:  # an average of values that were seen is in their box
         return output
     return output.view(*values.shape[:2], -1, values.shape[-1]).clamp(*box).view_as(output)
+
+
+def parted_attention(query: Tensor, keys: Parts, values: Parts, weights: Tensor, options: AttentionOptions) -> Tensor:
+    """Compute `coreset_attention` to entries in several parts, some of them quantised.
+
+    Quantised parts are unpacked a block at a time, so no second copy of them is ever whole.
+
+    Args:
+        query: (batch, heads, q, d).
+        keys: parts (batch, 1, n_i, d); quantised ones (batch, n_i, d).
+        values: parts (batch, 1, n_i, d_v), numerators over their masses, `mass_of(weights)`.
+        weights: float32 (batch, 1, n) over all parts, 0 where not valid.
+        options: further arguments of the attention call, `valid` among them.
+
+    Returns:
+        (batch, heads, q, d_v) in the query's dtype.
+    """
+    masses = torch.where(weights >= _LEAST_MASS, weights, 1.0)
+    return _in_blocks(query, keys, values, weights, masses, options)
 
 
 def _fused(
@@ -214,8 +239,8 @@ def _unseen(n: int, first_own: int, query: Tensor) -> Tensor:
 
 def _in_blocks(
     query: Tensor,
-    keys: Tensor,
-    values: Tensor,
+    keys: Parts,
+    values: Parts,
     weights: Tensor | None,
     masses: Tensor | None,
     options: AttentionOptions,
@@ -224,33 +249,28 @@ def _in_blocks(
 
     Args:
         query: (..., heads, q, d).
-        keys: (..., kv_heads, n, d).
-        values: (..., kv_heads, n, d_v).
+        keys: parts (..., kv_heads, n_i, d).
+        values: parts (..., kv_heads, n_i, d_v).
         weights: float32 (..., kv_heads, n), None for 1.
         masses: float32 (..., kv_heads, n), divisors of the values; None if they were not divided.
         options: further arguments of the attention call.
     """
     total = query.shape[-2]
-    step = max(1, _SCORES_AT_ONCE // max(1, query.shape[:-2].numel() * keys.shape[-2]))
-    if weights is None:
-        summands = torch.ones(*keys.shape[:-1], 2, dtype=torch.float32, device=keys.device)
+    if weights is None:  # of one part
+        [part] = keys
+        assert isinstance(part, Tensor)
+        summands = torch.ones(*part.shape[:-1], 2, dtype=torch.float32, device=part.device)
     else:  # the two sums of the denominator in one product
         summands = torch.stack((weights, weights.abs()), dim=-1)
+    n = summands.shape[-2]
+    step = max(1, _SCORES_AT_ONCE // max(1, query.shape[:-2].numel() * n))
     if step >= total and not torch.compiler.is_compiling() and has_full_precision(query.device):
-        return _attend(query, keys, values, summands, masses, keys.shape[-2] - total, options)
+        return _attend(query, keys, values, summands, masses, n - total, options)
     # The switches of backends cannot be traced; then what is set for the program holds.
     traced = torch.compiler.is_compiling()
     with torch.autocast(query.device.type, enabled=False) if traced else full_precision(query.device):
         parts = [
-            _attend(
-                query[..., start : start + step, :],
-                keys,
-                values,
-                summands,
-                masses,
-                keys.shape[-2] - total + start,
-                options,
-            )
+            _attend(query[..., start : start + step, :], keys, values, summands, masses, n - total + start, options)
             for start in range(0, total, step)
         ]
     return torch.cat(parts, dim=-2)
@@ -277,8 +297,8 @@ def _check_shapes(query: Tensor, keys: Tensor, values: Tensor, weights: Tensor |
 
 def _attend(
     query: Tensor,
-    keys: Tensor,
-    values: Tensor,
+    keys: Parts,
+    values: Parts,
     summands: Tensor,
     masses: Tensor | None,
     first_own: int,
@@ -288,28 +308,28 @@ def _attend(
 
     Args:
         query: (..., heads, q, d).
-        keys: (..., kv_heads, n, d).
-        values: (..., kv_heads, n, d_v).
+        keys: parts (..., kv_heads, n_i, d).
+        values: parts (..., kv_heads, n_i, d_v).
         summands: float32 (..., kv_heads, n, 2), w and |w|.
         masses: float32 (..., kv_heads, n), divisors of the values; None if they were not divided.
         first_own: entry of the first query's own token.
         options: further arguments of the attention call.
     """
     *batch, heads, length, _ = query.shape
-    scores = _scores(query, keys, first_own, options)
+    kv_heads = summands.shape[-3]
+    scores = _scores(query, keys, kv_heads, first_own, options)
     # Masked before the maximum: a padding slot must not set the scale. All masked: any finite shift will do.
     largest = scores.amax(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).min)
     sinks = None
     if options.sink_logits is not None:
-        kv_heads = keys.shape[-3]
-        sinks = options.sink_logits.to(torch.float32).reshape(kv_heads, -1, 1).expand(*batch, -1, -1, length)
-        sinks = sinks.reshape(*batch, kv_heads, -1, 1)
+        sinks = options.sink_logits.to(torch.float32).reshape(*options.sink_logits.shape[:-1], kv_heads, -1, 1)
+        sinks = sinks.expand(*batch, -1, -1, length).reshape(*batch, kv_heads, -1, 1)
         largest = torch.maximum(largest, sinks)
     terms = scores.sub_(largest).exp_()
     denominator, magnitude = torch.matmul(terms, summands).split(1, dim=-1)
     if masses is not None:
         terms.mul_(masses.unsqueeze(-2))
-    numerator = terms @ values if values.dtype == torch.float32 else _by_blocks(terms, values)
+    numerator = _weighted_sum(terms, values)
     if sinks is not None:
         extra = (sinks - largest).exp()
         denominator, magnitude = denominator + extra, magnitude + extra
@@ -321,44 +341,49 @@ def _attend(
     return output.reshape(*batch, heads, length, -1)
 
 
-def _scores(query: Tensor, keys: Tensor, first_own: int, options: AttentionOptions) -> Tensor:
+def _scores(query: Tensor, keys: Parts, kv_heads: int, first_own: int, options: AttentionOptions) -> Tensor:
     """Compute the scores, -inf where hidden.
 
     Returns:
         float32 (..., kv_heads, groups * q, n), the query heads of a group side by side.
     """
     *batch, heads, _, d = query.shape
-    kv_heads, n = keys.shape[-3:-1]
     # Query heads of a group become further queries of their key head: keys are never repeated.
     grouped = (query.to(torch.float32) * options.scale).reshape(*batch, kv_heads, -1, d)
-    if keys.dtype == torch.float32:
-        scores = torch.matmul(grouped, keys.mT)
-    else:
-        scores = torch.cat([torch.matmul(grouped, part.mT) for part in _float32_blocks(keys)], dim=-1)
+    products = [torch.matmul(grouped, block.mT) for block in _float32_blocks(keys)]
+    scores = products[0] if len(products) == 1 else torch.cat(products, dim=-1)
     if options.softcap is not None:
         scores = (scores / options.softcap).tanh_().mul_(options.softcap)
     if options.valid is not None:
         scores = scores.masked_fill_(~options.valid.unsqueeze(-2), -torch.inf)
+    n = scores.shape[-1]
     if options.causal and first_own < n - 1:  # the newest token sees all
         hidden = _unseen(n, first_own, query)
         scores = scores.masked_fill_(hidden.repeat(heads // kv_heads, 1), -torch.inf)
     return scores
 
 
-def _by_blocks(terms: Tensor, values: Tensor) -> Tensor:
+def _weighted_sum(terms: Tensor, values: Parts) -> Tensor:
     """Multiply terms (..., q, n) by values (..., n, d_v) in float32."""
-    first, *others = _float32_blocks(values)
-    product = terms[..., : first.shape[-2]] @ first
-    for piece, block in zip(terms[..., first.shape[-2] :].split(_CONVERTED_AT_ONCE, dim=-1), others, strict=False):
-        product += piece @ block
+    product, start = None, 0
+    for block in _float32_blocks(values):
+        stop = start + block.shape[-2]
+        # The whole of the terms goes as it is, not as a view of itself.
+        piece = torch.matmul(terms if stop == terms.shape[-1] and not start else terms[..., start:stop], block)
+        product, start = piece if product is None else product.add_(piece), stop
+    assert product is not None
     return product
 
 
-def _float32_blocks(tensor: Tensor) -> list[Tensor]:
-    """Cut a tensor (..., n, channels) into float32 pieces (..., k, channels).
+def _float32_blocks(parts: Parts) -> Iterator[Tensor]:
+    """Cut parts (..., n_i, channels) into float32 pieces (..., k, channels).
 
-    Only a long one in half precision is cut.
+    Only a long part that is not in float32 is cut.
     """
-    if tensor.shape[-2] <= _CONVERTED_AT_ONCE or tensor.dtype == torch.float32:
-        return [tensor.to(torch.float32)]
-    return [part.to(torch.float32) for part in tensor.split(_CONVERTED_AT_ONCE, dim=-2)]
+    for part in parts:
+        if isinstance(part, Quantised):
+            yield from (block.unsqueeze(1) for block in part.blocks(_CONVERTED_AT_ONCE))
+        elif part.dtype == torch.float32:
+            yield part
+        else:
+            yield from (piece.to(torch.float32) for piece in part.split(_CONVERTED_AT_ONCE, dim=-2))

@@ -12,7 +12,9 @@ from wildcat_kv.config import WildCatConfig
 from wildcat_kv.models.identity import ModelIdentity
 
 FORMAT = "wildcat_kv context"
-VERSION = 4
+VERSION = 5
+# Versions that can be read: 4 knows no bands and no bits.
+READ = (4, 5)
 
 # The kind of a compressed layer; Transformers' own layers go by the name of their class.
 COMPRESSED = "WildCatLayer"
@@ -35,6 +37,26 @@ class DamageError(Exception):
     """A contradiction in a file, told in a few words."""
 
 
+class BandHeader(BaseModel):
+    """One band, see `Band`; its tensors begin with "bands.", its number and a dot.
+
+    Attributes:
+        places: heads, each as row * heads + head.
+        sink: exact tokens at the beginning.
+        waiting: slots that are not quantised.
+        length: number of entries in use that are not quantised.
+        segments: segments of quantised slots.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    places: list[int]
+    sink: int
+    waiting: int
+    length: int
+    segments: int = Field(ge=0)
+
+
 class LayerHeader(BaseModel):
     """One layer.
 
@@ -42,6 +64,7 @@ class LayerHeader(BaseModel):
         kind: `COMPRESSED`, or the class of one of Transformers' layers.
         progress: numbers of a compressed layer.
         length: number of entries in use, of a compressed layer.
+        bands: bands of a layer that is held in bands.
         attributes: attributes of one of Transformers' layers, encoded as by `foreign_layers.encode`.
     """
 
@@ -50,6 +73,7 @@ class LayerHeader(BaseModel):
     kind: str
     progress: Progress | None = None
     length: int | None = None
+    bands: list[BandHeader] = []
     attributes: dict[str, JsonValue] | None = None
 
 

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from wildcat_kv.cache.disk.foreign_layers import foreign_layer
-from wildcat_kv.cache.disk.format import COMPRESSED, FORMAT, IDS, POSITIONS, VERSION, DamageError, Header, prefix_of
+from wildcat_kv.cache.disk.format import COMPRESSED, FORMAT, IDS, POSITIONS, READ, DamageError, Header, prefix_of
 from wildcat_kv.cache.disk.saved import ForeignLayer, SavedCache, SavedLayer, SavedText
 from wildcat_kv.cache.disk.wildcat_layers import wildcat_layer
 from wildcat_kv.cache.positions import RopeDeltas, Step
@@ -88,10 +88,10 @@ def read_header(name: str, metadata: dict[str, str]) -> Header:
     """
     if metadata.get("format") != FORMAT:
         raise ValueError(f"path={name!r} holds no compressed context; give a file that cache.save(...) wrote")
-    if metadata.get("version") != str(VERSION):
+    if metadata.get("version") not in [str(version) for version in READ]:
         raise ValueError(
-            f"path={name!r} has format version {metadata.get('version')}, and this release reads {VERSION}; use the "
-            "release of wildcat_kv that wrote it, or save the context again"
+            f"path={name!r} has format version {metadata.get('version')}, and this release reads "
+            f"{' and '.join(map(str, READ))}; use the release of wildcat_kv that wrote it, or save the context again"
         )
     try:
         return Header.model_validate_json(metadata.get("header", ""))
@@ -155,7 +155,7 @@ def _layers(
         used.update(prefix + name for name in own)
         try:
             if described.progress is not None and described.kind == COMPRESSED:
-                layers.append(wildcat_layer(described.progress, described.length or 0, own))
+                layers.append(wildcat_layer(described, own, header.settings.bits))
             else:
                 layers.append(foreign_layer(described.attributes or {}, new, own, seen, rows, device))
         except DamageError as fault:

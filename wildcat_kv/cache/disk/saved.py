@@ -10,6 +10,7 @@ import torch
 from pydantic import JsonValue
 from torch import Tensor
 
+from wildcat_kv.cache.bands import Band, BandedStorage
 from wildcat_kv.cache.positions import RopeDeltas
 from wildcat_kv.cache.progress import Progress
 from wildcat_kv.cache.state import LayerState
@@ -43,11 +44,12 @@ class SavedLayer:
 
     Attributes:
         progress: numbers of the layer.
-        entries: stored entries, with the free room behind them.
+        entries: stored entries, with the free room behind them; none of a layer in bands.
         length: number of entries in use.
         folded_range: box around the values of folded tokens; None before the first fold.
         carried: queries kept from earlier folds (rows, query_heads, q, d); None for none.
         recent: queries since the last fold, of the same shape; None for none.
+        bands: bands of a layer that is held in bands.
     """
 
     progress: Progress
@@ -56,14 +58,18 @@ class SavedLayer:
     folded_range: ValueRange | None
     carried: Tensor | None
     recent: Tensor | None
+    bands: Sequence[Band] = ()
 
     @staticmethod
     def of(state: LayerState) -> SavedLayer:
         """Take what a layer holds; tensors in one piece are not copied."""
-        assert state.storage is not None
+        storage = state.held
         carried, recent = (None, None) if state.log is None else (state.log.carried, state.log.recent())
-        entries, length = state.storage.snapshot(), state.storage.length
-        return SavedLayer(state.progress, entries, length, state.folded_range, carried, recent)
+        if isinstance(storage, BandedStorage):
+            entries, bands = storage.allocated, storage.bands
+        else:
+            entries, bands = storage.snapshot(), []
+        return SavedLayer(state.progress, entries, storage.length, state.folded_range, carried, recent, bands)
 
     def unfit(self, compressor: Compressor) -> str | None:
         """Say why `compressor` cannot go on from here; None if it can."""
@@ -179,6 +185,6 @@ class SavedCache:
             )
         exact = {index % len(self.layers) for index in self.settings.exact_layers}
         for index, layer in enumerate(self.layers):
-            method = Everything() if index in exact else compressor
+            method = Everything() if index in exact or self.settings.share == 1 else compressor
             if isinstance(layer, SavedLayer) and (fault := layer.unfit(method)):
                 raise ValueError(f"path={self.path!r} is damaged: layer {index}: {fault}; write it anew")

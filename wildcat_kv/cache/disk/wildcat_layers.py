@@ -7,49 +7,49 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from wildcat_kv.cache.disk.format import BOUNDS, ENTRIES, MEMORY, QUERIES, DamageError
+from wildcat_kv.cache.bands import BandedStorage
+from wildcat_kv.cache.disk.banded_layers import read_bands, read_entries
+from wildcat_kv.cache.disk.format import BOUNDS, QUERIES, DamageError, LayerHeader
 from wildcat_kv.cache.disk.saved import SavedLayer
 from wildcat_kv.cache.progress import Progress
 from wildcat_kv.cache.storage import Entries
 from wildcat_kv.cache.value_range import ValueRange
 
 
-def wildcat_layer(progress: Progress, length: int, own: dict[str, Tensor]) -> SavedLayer:
+def wildcat_layer(described: LayerHeader, own: dict[str, Tensor], bits: int | None) -> SavedLayer:
     """Put one layer together.
 
     Args:
-        progress: numbers of the layer.
-        length: number of entries in use.
+        described: header of the layer.
         own: tensors of the layer by name.
+        bits: bits of a quantised number, of the settings.
 
     Raises:
         DamageError: something is missing, or contradicts the rest.
     """
-    entries = _entries(own)
+    progress, length = described.progress, described.length or 0
+    assert progress is not None
+    own = dict(own)
+    if described.bands:
+        storage = BandedStorage.whole(read_bands(described.bands, own, progress, bits), len(progress.rows))
+        entries, bands = storage.allocated, storage.bands
+        if length != storage.length:
+            raise DamageError("its numbers do not fit its bands")
+    else:
+        entries, bands = read_entries(own), []
     folded_range = _folded_range(own, entries)
     carried, recent = _queries(own, entries.keys, progress)
-    if set(own) - {*ENTRIES, *BOUNDS, MEMORY, *QUERIES}:
+    if set(own) - {*BOUNDS, *QUERIES}:
         raise DamageError("it has tensors of another layer")
-    fits = _fits_entries(progress, length, entries.keys) and (folded_range is not None) == (progress.folded_at > 0)
+    room = length if bands else entries.keys.shape[2]
+    fits = _fits_entries(progress, length, entries.keys, room) and (folded_range is not None) == (
+        progress.folded_at > 0
+    )
     if not fits or not _is_consistent(progress):
         raise DamageError("its numbers do not fit its tensors")
     # Look for the next fold anew: a wrong number would put it off for ever.
-    return SavedLayer(dataclasses.replace(progress, fold_from=0), entries, length, folded_range, carried, recent)
-
-
-def _entries(own: dict[str, Tensor]) -> Entries:
-    if missing := [name for name in ENTRIES if name not in own]:
-        raise DamageError(f"{missing[0]} is missing")
-    keys, values, weights, valid = (own[name] for name in ENTRIES)
-    if keys.dim() != 4 or values.dim() != 4 or not keys.shape[:3] == values.shape[:3] == weights.shape == valid.shape:
-        raise DamageError("the shapes of its tensors do not fit each other")
-    dtypes = (keys.dtype, torch.float32, torch.bool)
-    if not keys.is_floating_point() or (values.dtype, weights.dtype, valid.dtype) != dtypes:
-        raise DamageError("the dtypes of its tensors do not fit each other")
-    memory = own.get(MEMORY, weights.new_zeros(*weights.shape, 0))
-    if memory.shape[:3] != weights.shape or memory.dim() != 4 or memory.dtype != torch.float32:
-        raise DamageError("what its method remembers does not fit")
-    return Entries(keys, values, weights, valid, memory)
+    progress = dataclasses.replace(progress, fold_from=0)
+    return SavedLayer(progress, entries, length, folded_range, carried, recent, bands)
 
 
 def _folded_range(own: dict[str, Tensor], entries: Entries) -> ValueRange | None:
@@ -89,11 +89,11 @@ def _are_queries(tensor: Tensor, keys: Tensor) -> bool:
     )
 
 
-def _fits_entries(progress: Progress, length: int, keys: Tensor) -> bool:
+def _fits_entries(progress: Progress, length: int, keys: Tensor, room: int) -> bool:
     """Tell whether the numbers of a layer fit its entries."""
     rows = progress.rows
     return (
-        0 <= length <= keys.shape[2]
+        0 <= length <= room
         and len(rows) == keys.shape[0] > 0
         and max(row.stored for row in rows) + progress.since_fold <= length
         and abs(progress.spare) <= length + max(row.counted for row in rows)

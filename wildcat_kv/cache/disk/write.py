@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from wildcat_kv.cache.disk import format as layout
+from wildcat_kv.cache.disk.banded_layers import name_bands, name_entries
 from wildcat_kv.cache.disk.foreign_layers import encode
 from wildcat_kv.cache.disk.saved import ForeignLayer, SavedCache, SavedLayer
 from wildcat_kv.files import replacing
@@ -61,13 +62,13 @@ def _layer(layer: SavedLayer | ForeignLayer, prefix: str, tensors: dict[str, Ten
     if isinstance(layer, ForeignLayer):
         return layout.LayerHeader(kind=layer.kind, attributes=encode(layer.attributes, prefix, tensors))
     # With the free room: a file is mapped into memory as it is, and then has room for the first new tokens.
-    *held, memory = layer.entries.tensors()
-    named: dict[str, Tensor] = dict(zip(layout.ENTRIES, held, strict=True))
-    if memory.shape[-1]:
-        named[layout.MEMORY] = memory
+    named: dict[str, Tensor] = {}
+    bands = name_bands(layer.bands, named)
+    if not bands:
+        named |= name_entries(layer.entries)
     queries = zip(layout.QUERIES, (layer.carried, layer.recent), strict=True)
     named |= {name: tensor for name, tensor in queries if tensor is not None}
     if layer.folded_range is not None:
         named |= zip(layout.BOUNDS, layer.folded_range.tensors(), strict=True)
     tensors.update({prefix + name: tensor for name, tensor in named.items()})
-    return layout.LayerHeader(kind=layout.COMPRESSED, progress=layer.progress, length=layer.length)
+    return layout.LayerHeader(kind=layout.COMPRESSED, progress=layer.progress, length=layer.length, bands=bands)

@@ -1,0 +1,302 @@
+"""Tensors of a layer whose heads hold unequally much, or whose slots are quantised.
+
+The heads of all rows are sorted into bands that hold equally many entries. A band is a rectangle of its own: quantised
+slots, and a `Storage` for all else. So a layer takes what its heads hold in sum.
+
+In a line of a band, in the order of attention: quantised slots, sink, other slots, exact tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from wildcat_kv.cache.budget import Row
+from wildcat_kv.cache.packed import Segment
+from wildcat_kv.cache.storage import Entries, Storage
+from wildcat_kv.cache.value_range import ValueRange
+from wildcat_kv.coreset.tensors import ordinary_tensors
+from wildcat_kv.coreset.wtdattn import AttentionOptions, coreset_attention, parted_attention
+
+
+@dataclass
+class Band:
+    """Some heads of some rows that hold equally many entries.
+
+    Attributes:
+        places: the heads, each as row * heads + head.
+        open: entries in the dtype of the model, (batch, 1, n, ...): sink, slots, exact tokens.
+        packed: quantised slots of the same heads.
+        sink: exact tokens at the beginning of a line.
+        waiting: slots in the dtype of the model, behind the sink.
+    """
+
+    places: list[int]
+    open: Storage
+    packed: tuple[Segment, ...]
+    sink: int
+    waiting: int
+
+    def __post_init__(self) -> None:
+        first, last = self.places[0], self.places[-1]
+        device = self.open.device
+        # A slice where possible: a view costs less than a copy.
+        in_order = self.places == list(range(first, last + 1))
+        self.select: slice | Tensor = slice(first, last + 1) if in_order else torch.tensor(self.places, device=device)
+
+    @property
+    def slots(self) -> int:
+        """Slots of a line, padding included."""
+        return sum(segment.slots for segment in self.packed) + self.waiting
+
+    @property
+    def columns(self) -> int:
+        """Entries of a line."""
+        return self.open.length + self.slots - self.waiting
+
+    def attend(self, query: Tensor, options: AttentionOptions) -> Tensor:
+        """Attend to the entries: (batch, group, q, d) gives (batch, group, q, d_v)."""
+        held, length = self.open.allocated, self.open.length
+        keys, values = self.open.view()
+        weights, valid = held.weights[:, :, :length], held.valid[:, :, :length]
+        if not self.packed:
+            options = options._replace(valid=valid)
+            return coreset_attention(query, keys, values, weights, self.open.weighting, options)
+        shown = [segment.shown() for segment in self.packed]
+        return parted_attention(
+            query,
+            [*(segment.keys for segment in self.packed), keys],
+            [*(segment.values for segment in self.packed), values],
+            torch.cat((*(side[0] for side in shown), weights), dim=-1),
+            options._replace(valid=torch.cat((*(side[1] for side in shown), valid), dim=-1)),
+        )
+
+    def all_slots(self) -> list[Entries]:
+        """Give all slots, unpacked, (batch, 1, n_i, ...) each."""
+        keys, values = self.open.allocated.keys.dtype, self.open.allocated.values.dtype
+        waiting = self.open.entries.slice(self.sink, self.sink + self.waiting)
+        return [*(segment.entries(keys, values) for segment in self.packed), waiting]
+
+
+class BandedStorage:
+    """Entries of a layer in bands; what it offers is what `Storage` does.
+
+    Args:
+        shape: rows and heads.
+        bands: bands that hold each head of each row once.
+
+    Attributes:
+        bands: bands.
+        slots_of_rows: slots of each row's head with most.
+        length: columns of the rectangle that `entries` makes.
+    """
+
+    def __init__(self, shape: tuple[int, int], bands: Sequence[Band]) -> None:
+        self._hold(shape, bands)
+
+    @staticmethod
+    def whole(bands: Sequence[Band], rows: int) -> BandedStorage:
+        """Make a storage of bands that hold all heads of `rows` rows."""
+        return BandedStorage((rows, sum(len(band.places) for band in bands) // rows), bands)
+
+    def _hold(self, shape: tuple[int, int], bands: Sequence[Band]) -> None:
+        """Hold these bands from now on."""
+        self._shape, self.bands = shape, list(bands)
+        self.slots_of_rows = [0] * shape[0]
+        at = [(place // shape[1], band) for band in bands for place in band.places]
+        for row, band in at:
+            self.slots_of_rows[row] = max(self.slots_of_rows[row], band.slots)
+        self.length = max(self.slots_of_rows[row] - band.waiting + band.open.length for row, band in at)
+
+    @property
+    def allocated(self) -> Entries:
+        """Entries without columns, which have the shapes and dtypes of those held."""
+        return self._blank(0)
+
+    @property
+    def device(self) -> torch.device:
+        """Device of what the host may read."""
+        return self.bands[0].open.device
+
+    @property
+    def columns(self) -> int:
+        """Columns in use, on average over the heads, rounded up."""
+        total = sum(band.columns * len(band.places) for band in self.bands)
+        return -(-total // (self._shape[0] * self._shape[1]))
+
+    @property
+    def entries(self) -> Entries:
+        """Copy all entries to one rectangle, right-aligned: padding, sink, padding, slots, exact tokens."""
+        made = self._blank(self.length)
+        for band in self.bands:
+            held = band.open.entries
+            exact = self._place(made, band, self.length, held.slice(band.sink + band.waiting, band.open.length))
+            stop = exact
+            for part in reversed(band.all_slots()):
+                stop = self._place(made, band, stop, part)
+            sink = held.slice(0, band.sink)
+            rows = sorted({place // self._shape[1] for place in band.places})
+            for row in rows:  # behind the widest head's slots, so that all sinks of a row are in line
+                at = [number for number, place in enumerate(band.places) if place // self._shape[1] == row]
+                self._place(made, band, exact - self.slots_of_rows[row], sink, at)
+        return made
+
+    def newest(self, columns: int) -> Entries:
+        """Copy the newest columns, all of them exact tokens."""
+        made = self._blank(columns)
+        for band in self.bands:
+            self._place(made, band, columns, band.open.newest(columns))
+        return made
+
+    def _blank(self, columns: int) -> Entries:
+        """Make entries that are padding."""
+        return Entries(
+            *(
+                tensor.new_zeros(*self._shape, columns, *tensor.shape[3:])
+                for tensor in self.bands[0].open.allocated.tensors()
+            )
+        )
+
+    def _place(self, made: Entries, band: Band, stop: int, part: Entries, at: Sequence[int] | None = None) -> int:
+        """Copy a part of a band's lines to the columns before `stop`; return the first of them."""
+        start = stop - part.keys.shape[2]
+        select = band.select
+        if at is not None and len(at) < len(band.places):
+            index = torch.tensor(at, device=part.weights.device)
+            part = Entries(*(tensor.index_select(0, index.to(tensor.device)) for tensor in part.tensors()))
+            select = torch.tensor([band.places[number] for number in at])
+        for target, source in zip(made.tensors(), part.tensors(), strict=True):
+            where = select.to(target.device) if isinstance(select, Tensor) else select
+            target.flatten(0, 1)[where, start:stop] = source.squeeze(1)
+        return start
+
+    def shown(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the keys and values that a model gets for new ones: views of these alone."""
+        return keys[:], values[:]
+
+    def view(self) -> tuple[Tensor, Tensor]:
+        """Copy all keys and values to rectangles (rows, heads, length, channels)."""
+        entries = self.entries
+        return entries.keys, entries.values
+
+    def attend(self, query: Tensor, keys: Tensor, values: Tensor, options: AttentionOptions) -> Tensor:
+        """Attend to all entries, by their weights.
+
+        Args:
+            query: (rows, query_heads, q, d).
+            keys: not read.
+            values: not read.
+            options: arguments of the attention call, without `valid`.
+
+        Returns:
+            (rows, query_heads, q, d_v).
+        """
+        rows, heads = self._shape
+        flat = query.reshape(rows * heads, -1, *query.shape[2:])
+        sinks = options.sink_logits
+        if sinks is not None:
+            sinks = sinks.view(heads, -1).repeat(rows, 1)
+        found = None
+        for band in self.bands:
+            at, box = band.select, options.value_range
+            if box is not None:
+                box = (box[0].flatten(0, 1)[at].unsqueeze(1), box[1].flatten(0, 1)[at].unsqueeze(1))
+            given = options._replace(value_range=box, sink_logits=None if sinks is None else sinks[at])
+            part = band.attend(flat[at], given)
+            if len(self.bands) == 1:
+                found = part
+                break
+            if found is None:
+                found = part.new_empty(rows * heads, *part.shape[1:])
+            found[at] = part
+        assert found is not None
+        return found.reshape(rows, -1, *found.shape[2:])
+
+    def append(self, keys: Tensor, values: Tensor, valid: Tensor | None) -> None:
+        """Append exact tokens; arguments as of `Storage.append`."""
+        every_key, every_value = keys.flatten(0, 1).unsqueeze(1), values.flatten(0, 1).unsqueeze(1)
+        if valid is not None:
+            valid = valid.repeat_interleave(self._shape[1], dim=0)
+        for band in self.bands:
+            at = band.select
+            band.open.append(every_key[at], every_value[at], None if valid is None else valid[at])
+        self.length += keys.shape[2]
+
+    def relabel(self, valid: Tensor) -> None:
+        """Mark anew which of the newest tokens are valid, bool (rows, k)."""
+        valid = valid.to(self.device).repeat_interleave(self._shape[1], dim=0)
+        for band in self.bands:
+            band.open.relabel(valid[band.select])
+
+    def carry(self, state: Tensor) -> None:
+        """Keep the newest tokens' carried state, float32 (rows, heads, k, m)."""
+        for band in self.bands:
+            band.open.carry(state.flatten(0, 1).unsqueeze(1)[band.select])
+
+    def exact_box(self, rows: Sequence[Row], later: int, masked: bool) -> ValueRange:
+        """Find the box around the values of exact tokens; arguments as of `Storage.exact_box`."""
+        boxes = []
+        for band in self.bands:
+            held = band.open.entries
+            parts = [held.slice(0, band.sink), held.slice(band.sink + band.waiting, band.open.length)]
+            found = [ValueRange.of(part.values, part.valid) for part in parts]
+            boxes.append(found[0].join(found[1]))
+        sides = []
+        for side in ("lowest", "highest"):
+            first = getattr(boxes[0], side)
+            whole = first.new_empty(self._shape[0] * self._shape[1], *first.shape[2:])
+            for band, box in zip(self.bands, boxes, strict=True):
+                whole[band.select] = getattr(box, side).squeeze(1)
+            sides.append(whole.unflatten(0, self._shape))
+        return ValueRange(*sides)
+
+    def truncate(self, length: int) -> None:
+        """Free the columns from `length` on; they are exact tokens."""
+        for band in self.bands:
+            band.open.truncate(band.open.length - (self.length - length))
+        self.length = length
+
+    def select_rows(self, index: Tensor, on_host: Sequence[int] | None = None) -> None:
+        """Keep the rows at `index`, int64 (k,), in that order; `on_host` are the same numbers."""
+        _, heads = self._shape
+        chosen = index.tolist() if on_host is None else list(on_host)
+        bands = []
+        with ordinary_tensors():
+            for band in self.bands:
+                at = {place: number for number, place in enumerate(band.places)}
+                wanted = [
+                    (new * heads + head, at[old * heads + head])
+                    for new, old in enumerate(chosen)
+                    for head in range(heads)
+                    if old * heads + head in at
+                ]
+                if not wanted:
+                    continue
+                taken = torch.tensor([number for _, number in wanted], device=band.open.device)
+                band.open.select_rows(taken)
+                packed = tuple(segment.rows(taken) for segment in band.packed)
+                bands.append(replace(band, places=[place for place, _ in wanted], packed=packed))
+        self._hold((len(chosen), heads), bands)
+
+    def to(self, device: torch.device) -> None:
+        """Move everything to `device`, unless it is there already."""
+        with ordinary_tensors():
+            for band in self.bands:
+                band.open.to(device)
+                band.packed = tuple(segment.to(device) for segment in band.packed)
+                band.__post_init__()
+
+    def offload(self) -> None:
+        """Move keys and values to the CPU, as `Storage.offload` does."""
+        with ordinary_tensors():
+            for band in self.bands:
+                band.open.offload()
+                band.packed = tuple(segment.to(torch.device("cpu"), numbers_only=True) for segment in band.packed)
+
+    def tensors(self) -> list[Tensor]:
+        """List all tensors, free columns included."""
+        packed = [tensor for band in self.bands for segment in band.packed for tensor in segment.tensors()]
+        return [*(tensor for band in self.bands for tensor in band.open.tensors()), *packed]
