@@ -92,6 +92,11 @@ def check_budget(settings: WildCatConfig, compressor: Compressor) -> None:
             f"ratio='auto': {type(compressor).__name__} does not estimate its error; give a number, or take "
             "compressor='query_wildcat'"
         )
+    if settings.bits is not None and not compressor.takes_bits:
+        raise ValueError(
+            f"bits={settings.bits}: the slots of {type(compressor).__name__} must not be quantised; leave bits out, or "
+            "take another compressor, such as wildcat"
+        )
     own = getattr(compressor, "tolerance", None)
     if compressor.estimates and own != settings.tolerance:
         raise ValueError(
@@ -142,6 +147,11 @@ def _check_static(settings: WildCatConfig, compressor: Compressor, offloading: b
     method = type(compressor).__name__
     if settings.max_tokens is None:
         raise ValueError(f"static=True with ratio={settings.ratio}: what is stored grows; give max_tokens instead")
+    if settings.bits is not None:
+        raise ValueError(
+            f"static=True with bits={settings.bits}: a compiled step reads keys and values in the model's dtype; leave "
+            "one of them out"
+        )
     if compressor.needs_queries or compressor.state_size:
         raise ValueError(
             f"static=True: {method} learns from the queries of every token; take a method that needs keys and values "

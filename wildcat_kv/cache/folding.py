@@ -373,6 +373,22 @@ def _carry_out(state: LayerState, pending: PendingFold, found: Sequence[Compress
     _mark_decided(state, state.progress.rows, end)
 
 
+@torch.no_grad()
+def hold_in_bands(state: LayerState) -> None:
+    """Sort the heads of a layer that holds a rectangle of slots into bands; with `bits`, quantise the slots."""
+    progress, settings = state.progress, state.settings
+    lines = [
+        Line(row.sink, row.slots + row.spare, row.slots + row.spare, row.exact + progress.since_fold)
+        for row in progress.rows
+    ]
+    with ordinary_tensors():
+        whole = state.plain.entries
+        state.storage = storage = sort_into_bands(whole, lines, state.plain, settings.bits, settings.group)
+    taken = zip(progress.rows, storage.slots_of_rows, strict=True)
+    progress.rows = [replace(row, spare=slots - row.slots) for row, slots in taken]
+    progress.spare = max(row.stored for row in progress.rows) - max(row.counted for row in progress.rows)
+
+
 def _needs_bands(state: LayerState, found: Sequence[Compressed]) -> bool:
     """Tell if a layer is to be held in bands: it is already, or heads are unequal, or slots quantised."""
     if state.settings.bits is not None or isinstance(state.held, BandedStorage):

@@ -13,8 +13,10 @@ from dataclasses import replace
 
 import torch
 
+from wildcat_kv.cache.bands import BandedStorage
 from wildcat_kv.cache.budget import Row
 from wildcat_kv.cache.caches import CompressedCache
+from wildcat_kv.cache.folding import hold_in_bands
 from wildcat_kv.cache.layer import WildCatLayer
 from wildcat_kv.cache.progress import Progress
 from wildcat_kv.cache.state import LayerState
@@ -27,7 +29,8 @@ from wildcat_kv.config import WildCatConfig
 def join_caches(caches: Sequence[CompressedCache], settings: WildCatConfig | None = None) -> CompressedCache:
     """Join several caches in one that holds what they hold.
 
-    Sliding-window layers go on from the last part alone, as they would after the whole text.
+    Quantised slots are quantised anew, in groups of the joined cache. Sliding-window layers go on from the last part
+    alone, as they would after the whole text.
 
     Args:
         caches: caches of one model, method and batch size, without padding, none of them static. Each has read
@@ -67,6 +70,8 @@ def join_caches(caches: Sequence[CompressedCache], settings: WildCatConfig | Non
         entries = _entries(states, row.sink)
         carried = log.carried if log is not None and row.carried else None
         layer.restore(progress, entries, entries.keys.shape[2], _span(states), carried)
+        if any(isinstance(state.storage, BandedStorage) for state in states):
+            hold_in_bands(layer.state)
     joined.go_on_from(last)
     return joined
 

@@ -132,6 +132,7 @@ class Compressor(ABC):
         state_size: numbers to keep of each entry from fold to fold, see `remember`.
         needs_rotation: True if it undoes and redoes the model's rotary positions.
         estimates: True if it estimates its error, and can keep to a tolerance.
+        takes_bits: False if its slots must stay in the dtype of the model.
         waits: True if layers fold together, when the last of them has been attended to; see `SharingCompressor`.
     """
 
@@ -142,6 +143,7 @@ class Compressor(ABC):
     needs_rotation: ClassVar[bool] = False
     estimates: ClassVar[bool] = False
     waits: ClassVar[bool] = False
+    takes_bits: ClassVar[bool] = True
 
     @classmethod
     def of(cls, settings: WildCatConfig) -> Self:
