@@ -60,7 +60,8 @@ class FoldPlan:
     """The fold of a row: `items` become `rank` slots, the rest stays.
 
     In storage order: `sink` exact tokens, `kept` old slots (in `kept + spare` columns), `items` (columns of old
-    slots or exact tokens) to compress into `rank` slots, `window` exact tokens.
+    slots or exact tokens) to compress into `rank` slots, `window` exact tokens. With `keeps_all` the items become slots
+    as they are; elsewhere too a layer that holds less than others can have no more items than the rank.
     """
 
     sink: int
@@ -69,6 +70,7 @@ class FoldPlan:
     rank: int
     window: int
     spare: int = 0
+    keeps_all: bool = False
 
     @staticmethod
     def nothing(row: Row) -> FoldPlan:
@@ -182,7 +184,7 @@ def _plan_packing(row: Row, settings: WildCatConfig, *, prefill: bool) -> FoldPl
     items = row.exact - settings.window - (0 if row.slots else sink)
     if items < (1 if prefill else settings.group):
         return None
-    return FoldPlan(sink, row.slots, items, items, settings.window, row.spare)
+    return FoldPlan(sink, row.slots, items, items, settings.window, row.spare, keeps_all=True)
 
 
 def tokens_until_fold(row: Row, settings: WildCatConfig) -> int | None:

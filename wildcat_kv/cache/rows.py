@@ -32,6 +32,7 @@ class RowGroup:
         seen: tokens read.
         queried: queries at hand.
         weighted: True if slots of an earlier coreset are among the items.
+        keeps_all: True if the items become slots as they are.
     """
 
     rows: tuple[int, ...]
@@ -43,11 +44,7 @@ class RowGroup:
     seen: int
     queried: int
     weighted: bool
-
-    @property
-    def keeps_all(self) -> bool:
-        """True if the items become slots as they are."""
-        return self.rank == self.items
+    keeps_all: bool = False
 
 
 def group_rows(rows: Sequence[Row], plans: Sequence[FoldPlan], queried: Sequence[int]) -> list[RowGroup]:
@@ -57,7 +54,8 @@ def group_rows(rows: Sequence[Row], plans: Sequence[FoldPlan], queried: Sequence
         if not plan.items:
             continue
         numbers = (row.stored, plan.items, plan.rank, plan.window, row.exact, row.seen, queries)
-        alike.setdefault(RowGroup((), *numbers, weighted=row.slots > plan.kept), []).append(number)
+        group = RowGroup((), *numbers, weighted=row.slots > plan.kept, keeps_all=plan.keeps_all)
+        alike.setdefault(group, []).append(number)
     return [replace(group, rows=tuple(members)) for group, members in alike.items()]
 
 
