@@ -72,6 +72,7 @@ class Blueprint:
             _check_offloading(compressor)
         decoder = decoder_config(config)
         layers, full = cache_layers(decoder)
+        compressor.check_model(decoder, len(full))
         if static:
             window = getattr(decoder, "sliding_window", None) if getattr(decoder, "use_sliding_window", True) else None
             _check_static(settings, compressor, offloading, len(full) < len(layers) or window is not None)
@@ -143,7 +144,8 @@ def _check_offloading(compressor: Compressor) -> None:
     if compressor.waits:
         raise ValueError(
             f"offloading=True: the layers of {type(compressor).__name__} compress together, when the last has been "
-            "read; leave it out, or take a method that compresses layer by layer, such as wildcat"
+            "read; leave it out, or take a method that compresses layer by layer, such as wildcat, or query_wildcat "
+            "with a profile"
         )
 
 
