@@ -44,9 +44,9 @@ class QueryWildCat(SharingCompressor):
     3. Anything else: WildCat of the items that are left, in bins, weighted.
 
     Items of the first two parts keep their keys and stand for themselves. All heads of all layers compete for them,
-    or each has the share that a profile of the model gives it: then no layer waits for the others. At last weights and values of all slots are
-    moved a little, by ridge regression, to what half of the reference queries got. Other queries estimate the error:
-    neither the first part nor the fit knows what they attend to.
+    or each has the share that a profile of the model gives it: then no layer waits for the others. At last weights and
+    values of all slots are moved a little, by ridge regression, to what half of the reference queries got. Other
+    queries estimate the error: neither the first part nor the fit knows what they attend to.
     Sinks are found like other tokens: a `sink` of 4 leaves more slots for the rest.
 
     Needs queries (as many as there are tokens since the last fold, for as long as the layer's survey takes), and the
