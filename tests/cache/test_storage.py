@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from wildcat_kv.cache.storage import Entries, Storage
+from wildcat_kv.cache.entries import Entries
+from wildcat_kv.cache.storage import Storage
 from wildcat_kv.coreset.compresskv import Coreset
 from wildcat_kv.coreset.wtdattn import WeightSigns, mass_of
 

@@ -3,10 +3,11 @@
 import pytest
 
 from tests.cli.test_cli import folder, run  # noqa: F401  # a fixture
-from tests.tiny import tiny_config
+from tests.tiny import random_ids, tiny_config, tiny_model
 from wildcat_kv import CompressedCache
 from wildcat_kv.compressors import QueryWildCat
 from wildcat_kv.compressors.query_wildcat import load_profile
+from wildcat_kv.hook.keyword import CACHE
 
 
 @pytest.mark.parametrize(("share", "heads"), [("heads", 2), ("layers", 1)])
@@ -20,6 +21,17 @@ def test_a_profile_is_measured_and_serves_its_model(monkeypatch, capsys, folder,
     assert [point.ratio for point in profile.points] == [0.25, 0.5] and "half develop" in profile.texts
     cache = CompressedCache(tiny_config("llama"), compressor=QueryWildCat(profile=path), ratio=0.25)
     assert cache.compressor.profile == profile
+
+
+def test_a_saved_cache_names_its_profile_without_all_its_numbers(monkeypatch, capsys, folder, tmp_path):  # noqa: F811
+    path = tmp_path / "tiny.json"
+    run(monkeypatch, capsys, "profile", folder, "--output", path, "--texts", 1, "--tokens", 256, "--ratio", 0.25)
+    model = tiny_model("llama")
+    cache = CompressedCache(model.config, compressor=QueryWildCat(profile=path), ratio=0.25)
+    model(random_ids(1, 200), **{CACHE: cache})
+    cache.save(tmp_path / "context.safetensors")
+    _, out, _ = run(monkeypatch, capsys, "inspect", tmp_path / "context.safetensors")
+    assert "profile=Profile('model'))" in out.replace("\n", " ") and "attended=[" not in out
 
 
 @pytest.mark.parametrize(

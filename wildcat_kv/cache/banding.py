@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from wildcat_kv.cache.bands import Band, BandedStorage
+from wildcat_kv.cache.entries import Entries
 from wildcat_kv.cache.packed import Segment, add_segments, pack
-from wildcat_kv.cache.storage import Entries, Storage
+from wildcat_kv.cache.storage import Storage
 from wildcat_kv.coreset.quantised import OCTET
 
 # Heads share a band while the one with fewest lacks at most this many slots, or the most over this divisor.

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from wildcat_kv.cache.budget import FoldPlan, Row
+from wildcat_kv.cache.entries import Entries
 from wildcat_kv.cache.pending import PendingFold
 from wildcat_kv.cache.rows import RowGroup, align_right, group_rows, take_rows
 from wildcat_kv.cache.state import LayerState
-from wildcat_kv.cache.storage import Entries
 from wildcat_kv.cache.value_range import exact_range, range_of
 from wildcat_kv.compressors.base import KVBlock
 from wildcat_kv.coreset.tensors import ordinary_tensors

@@ -55,8 +55,7 @@ class WildCatCache(CacheContract):
         static: True, with `max_tokens`, to keep all shapes and addresses fixed, so that decoding can be compiled by
             `compile_decoding`. Not for models with other than full-attention layers, nor for methods that learn from
             queries.
-        **fields: fields of `WildCatConfig`, such as `ratio=0.25` to keep a quarter of the tokens, or
-            `max_tokens=1024` to bound them.
+        **fields: fields of `WildCatConfig`, such as `ratio=0.25`, `max_tokens=1024`, `max_bytes="2GiB"`, `bits=4`.
 
     Raises:
         TypeError: config is no Transformers config, or compressor no method.

@@ -11,12 +11,12 @@ from typing import Any
 from torch import Tensor
 
 from wildcat_kv.cache.bands import Band
+from wildcat_kv.cache.entries import Entries
 from wildcat_kv.cache.folding import will_fold
 from wildcat_kv.cache.forward import announce, beyond_rollback, check_reading, check_update, fold_layer
 from wildcat_kv.cache.layer_contract import LayerContract
 from wildcat_kv.cache.progress import Progress
 from wildcat_kv.cache.refilling import trim_queries
-from wildcat_kv.cache.storage import Entries
 from wildcat_kv.cache.value_range import ValueRange
 from wildcat_kv.coreset.wtdattn import AttentionOptions
 from wildcat_kv.hook.marks import Forward, MarkedLength, mark

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from wildcat_kv.cache.budget import FoldPlan, Row, plan_fold, tokens_until_fold
+from wildcat_kv.cache.byte_budget import Shape
 from wildcat_kv.cache.state import LayerState
 
 
@@ -33,7 +34,7 @@ def _plan(state: LayerState, rows: Sequence[Row], end: int) -> list[FoldPlan] | 
     before = state.count_rows(state.progress.settled)
     prompts = [earlier.seen == 0 and row.seen > 1 for earlier, row in zip(before, rows, strict=True)]
     plans = [
-        plan_fold(row, settings, prefill=prompt, slot_cost=state.slot_cost) if prompt or decodes else None
+        plan_fold(row, settings, prefill=prompt, slot_cost=_slot_cost(state)) if prompt or decodes else None
         for row, prompt in zip(rows, prompts, strict=True)
     ]
     too_wide = settings.max_tokens is not None and _counted_at(state, end) > settings.max_tokens
@@ -49,9 +50,21 @@ def _counted_at(state: LayerState, column: int) -> int:
 
 def mark_decided(state: LayerState, rows: Sequence[Row], end: int) -> None:
     """Note that the first end, `end`, is decided, and when to look again."""
-    settings = state.settings
+    settings, cost = state.settings, _slot_cost(state)
     again = [row for row in rows if state.compressor.decodes or not row.seen]
-    waits = [wait for row in again if (wait := tokens_until_fold(row, settings, state.slot_cost)) is not None]
+    waits = [wait for row in again if (wait := tokens_until_fold(row, settings, cost)) is not None]
     if settings.max_tokens is not None:  # columns of padding take room as well
         waits.append(max(1, settings.max_tokens + 1 - _counted_at(state, end)))
     state.progress.mark_decided(min(waits) if waits else None)
+
+
+def _slot_cost(state: LayerState) -> float:
+    """Give the bytes of a quantised slot over those of an entry in the dtype of the model.
+
+    It is 0 where queries are kept for all exact tokens: then these are quantised as soon as possible.
+    """
+    settings, size, held = state.settings, state.compressor.state_size, state.held
+    if settings.bits is None or (state.log is not None and state.log.observation.latest is None):
+        return 0.0
+    shape = Shape.of(held.allocated.keys, held.allocated.values)
+    return shape.slot_bytes(settings.bits, settings.group, size) / shape.entry_bytes(size)

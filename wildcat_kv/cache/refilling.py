@@ -12,12 +12,13 @@ from wildcat_kv.cache.banding import Line, is_unequal, sort_into_bands
 from wildcat_kv.cache.bands import BandedStorage
 from wildcat_kv.cache.blocks import entries_of
 from wildcat_kv.cache.budget import Row
+from wildcat_kv.cache.entries import Entries
 from wildcat_kv.cache.pending import PendingFold
 from wildcat_kv.cache.planning import mark_decided
 from wildcat_kv.cache.rows import join_groups, replace_items
 from wildcat_kv.cache.state import LayerState
-from wildcat_kv.cache.storage import Entries
 from wildcat_kv.compressors.base import Compressed
+from wildcat_kv.coreset.quantised import fits_half
 from wildcat_kv.coreset.tensors import ordinary_tensors
 
 
@@ -84,9 +85,22 @@ def _rebuild(
     whole = Entries(*(torch.cat(tensors, dim=2) for tensors in zip(*(part.tensors() for part in parts), strict=True)))
     settings = state.settings
     if settings.bits is not None:
-        state.check_range(whole)
+        _check_range(state, whole)
     state.storage = storage = sort_into_bands(whole, lines, state.held, settings.bits, settings.group)
     return [replace(row, spare=taken - row.slots) for row, taken in zip(after, storage.slots_of_rows, strict=True)]
+
+
+def _check_range(state: LayerState, entries: Entries) -> None:
+    """Refuse keys and values that cannot be quantised.
+
+    Raises:
+        ValueError: names the layer.
+    """
+    if not (fits_half(entries.keys) and fits_half(entries.values)):
+        raise ValueError(
+            f"layer {state.index}: keys or values beyond 65504, too large for bits={state.settings.bits}; "
+            "leave bits out for this model"
+        )
 
 
 def _note_error(state: LayerState, error: Tensor, folding: list[bool]) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from wildcat_kv.cache.budget import FoldPlan, Row
-from wildcat_kv.cache.storage import Entries
+from wildcat_kv.cache.entries import Entries
 from wildcat_kv.compressors.base import Compressed
 from wildcat_kv.coreset.compresskv import Coreset
 

@@ -15,16 +15,15 @@ from torch import Tensor
 
 from wildcat_kv.cache.bands import Band, BandedStorage
 from wildcat_kv.cache.budget import Row
-from wildcat_kv.cache.byte_budget import Shape
+from wildcat_kv.cache.entries import Entries
 from wildcat_kv.cache.pending import PendingFold
 from wildcat_kv.cache.progress import Progress
 from wildcat_kv.cache.query_log import QueryLog
-from wildcat_kv.cache.storage import Entries, Storage
+from wildcat_kv.cache.storage import Storage
 from wildcat_kv.cache.value_range import ValueRange
 from wildcat_kv.compressors.base import Compressor
 from wildcat_kv.compressors.rotation import Rotation
 from wildcat_kv.config import WildCatConfig
-from wildcat_kv.coreset.quantised import fits_half
 from wildcat_kv.coreset.tensors import ordinary_tensors
 
 
@@ -65,7 +64,7 @@ class LayerState:
         self.fixed = fixed
         self.settings = settings
         self.compressor = compressor
-        self._index = index
+        self.index = index
         self.place = place
         self.sharing = sharing
         self.rotation = rotation
@@ -77,18 +76,6 @@ class LayerState:
         self.checked = 0
         self.folded_range: ValueRange | None = None
         self.value_range: ValueRange | None = None
-
-    @property
-    def slot_cost(self) -> float:
-        """Bytes of a quantised slot over those of an entry in the dtype of the model.
-
-        It is 0 where queries are kept for all exact tokens: then these are quantised as soon as possible.
-        """
-        if self.log is not None and self.log.observation.latest is None:
-            return 0.0
-        settings, size, held = self.settings, self.compressor.state_size, self.held.allocated
-        shape = Shape.of(held.keys, held.values)
-        return shape.slot_bytes(settings.bits, settings.group, size) / shape.entry_bytes(size)
 
     def allocate(self, keys: Tensor, values: Tensor) -> None:
         """Make room for keys and values (rows, kv_heads, n, channels), and some more."""
@@ -114,15 +101,14 @@ class LayerState:
             folded_range: box around the values of folded tokens.
             carried: queries from before the last fold.
             recent: queries since then.
-            bands: bands of a layer that is held in bands; `memory` is not read then.
+            bands: bands, in place of `memory`.
         """
-        limit = self._limit
         if bands:
             self.storage = BandedStorage.whole(bands, len(progress.rows))
         elif self.fixed:
-            self.storage = Storage([memory.slice(0, length)], limit, fixed=True)
+            self.storage = Storage([memory.slice(0, length)], self._limit, fixed=True)
         else:
-            self.storage = Storage.adopt(memory, length, limit)
+            self.storage = Storage.adopt(memory, length, self._limit)
         if self.log is not None:
             self.log.restore(carried, recent)
         self.progress, self.folded_range = progress, folded_range
@@ -224,7 +210,7 @@ class LayerState:
 
     @property
     def entries(self) -> Entries:
-        """Entries held, without free columns."""
+        """Entries held; a copy of those in bands."""
         return self.held.entries
 
     @property
@@ -278,20 +264,8 @@ class LayerState:
         """
         if not finite(keys):
             raise ValueError(
-                f"layer {self._index}: NaN or infinity in the keys; the model has overflowed, try bfloat16 or "
+                f"layer {self.index}: NaN or infinity in the keys; the model has overflowed, try bfloat16 or "
                 "float32, and call cache.reset(): other layers may have read the tokens"
-            )
-
-    def check_range(self, entries: Entries) -> None:
-        """Refuse keys and values that cannot be quantised.
-
-        Raises:
-            ValueError: names the layer.
-        """
-        if not (fits_half(entries.keys) and fits_half(entries.values)):
-            raise ValueError(
-                f"layer {self._index}: keys or values beyond 65504, too large for bits={self.settings.bits}; "
-                "leave bits out for this model"
             )
 
     def span(self) -> None:

@@ -9,9 +9,10 @@ from torch import Tensor
 
 from wildcat_kv.cache.bands import Band
 from wildcat_kv.cache.disk.format import ENTRIES, MEMORY, BandHeader, DamageError
+from wildcat_kv.cache.entries import Entries
 from wildcat_kv.cache.packed import Segment
 from wildcat_kv.cache.progress import Progress
-from wildcat_kv.cache.storage import Entries, Storage
+from wildcat_kv.cache.storage import Storage
 from wildcat_kv.coreset.quantised import Quantised
 
 # Tensors of quantised keys or values, behind their own name.

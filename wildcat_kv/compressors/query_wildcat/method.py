@@ -43,8 +43,8 @@ class QueryWildCat(SharingCompressor):
     2. What would they attend to if they repeated the text? The query of each token, and the key behind it, far apart.
     3. Anything else: WildCat of the items that are left, in bins, weighted.
 
-    Items of the first two parts keep their keys and stand for themselves. All heads of all layers compete for them, or
-    each has the share that a profile of the model gives it: then no layer waits for the others. At last weights and
+    Items of the first two parts keep their keys and stand for themselves. All heads of all layers compete for them,
+    or each has the share that a profile of the model gives it: then no layer waits for the others. At last weights and
     values of all slots are moved a little, by ridge regression, to what half of the reference queries got. Other
     queries estimate the error: neither the first part nor the fit knows what they attend to.
     Sinks are found like other tokens: a `sink` of 4 leaves more slots for the rest.
