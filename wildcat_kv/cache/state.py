@@ -19,7 +19,7 @@ from wildcat_kv.cache.entries import Entries
 from wildcat_kv.cache.pending import PendingFold
 from wildcat_kv.cache.progress import Progress
 from wildcat_kv.cache.query_log import QueryLog
-from wildcat_kv.cache.storage import Storage
+from wildcat_kv.cache.storage import Room, Storage
 from wildcat_kv.cache.value_range import ValueRange
 from wildcat_kv.compressors.base import Compressor
 from wildcat_kv.compressors.rotation import Rotation
@@ -79,7 +79,7 @@ class LayerState:
 
     def allocate(self, keys: Tensor, values: Tensor) -> None:
         """Make room for keys and values (rows, kv_heads, n, channels), and some more."""
-        self.storage = Storage.empty(keys, values, self.compressor.state_size, self._limit, fixed=self.fixed)
+        self.storage = Storage.empty(keys, values, self.compressor.state_size, self._room)
         self.progress.rows = [Row()] * keys.shape[0]
 
     def restore(
@@ -106,9 +106,9 @@ class LayerState:
         if bands:
             self.storage = BandedStorage.whole(bands, len(progress.rows))
         elif self.fixed:
-            self.storage = Storage([memory.slice(0, length)], self._limit, fixed=True)
+            self.storage = Storage([memory.slice(0, length)], self._room)
         else:
-            self.storage = Storage.adopt(memory, length, self._limit)
+            self.storage = Storage.adopt(memory, length, self._room)
         if self.log is not None:
             self.log.restore(carried, recent)
         self.progress, self.folded_range = progress, folded_range
@@ -236,9 +236,10 @@ class LayerState:
         return [row.append(count) for row, count in zip(progress.rows, new.sum(-1).tolist(), strict=True)]
 
     @property
-    def _limit(self) -> int | None:
-        """Most columns ever needed, the newest token's included; None without `max_tokens`."""
-        return None if self.settings.max_tokens is None else self.settings.max_tokens + 1
+    def _room(self) -> Room:
+        """Columns to allocate ahead; with `max_tokens` never more than these and the newest token's."""
+        most = self.settings.max_tokens
+        return Room(None if most is None else most + 1, self.fixed)
 
     @property
     def held(self) -> Storage | BandedStorage:

@@ -31,14 +31,16 @@ class Room:
     Attributes:
         limit: number of columns that is always enough; None if unknown.
         fixed: True to allocate `limit` columns at once.
+        least: least free columns to allocate.
     """
 
-    limit: int | None
+    limit: int | None = None
     fixed: bool = False
+    least: int = LEAST_ROOM
 
     def capacity(self, length: int) -> int:
         """Compute the columns to allocate for `length` of them."""
-        capacity = length + max(LEAST_ROOM, length // _ROOM_PART)
+        capacity = length + max(self.least, length // _ROOM_PART)
         if self.limit is None:
             return capacity
         if length > self.limit:  # an uneven method, or tokens that can be taken back: more may come
@@ -49,7 +51,10 @@ class Room:
         """Compute the most columns to keep allocated for `length` of them."""
         if self.limit is not None and length <= self.limit:
             return self.limit
-        return length + _MOST_ROOMS * max(LEAST_ROOM, length // _ROOM_PART)
+        return length + _MOST_ROOMS * max(self.least, length // _ROOM_PART)
+
+
+_ANY_NUMBER = Room()
 
 
 class Storage:
@@ -59,10 +64,9 @@ class Storage:
 
     Args:
         parts: entries to copy, one part after the other.
-        limit: number of columns that is always enough; None if unknown.
+        room: columns to allocate ahead. A fixed storage returns to its first memory whenever that is enough.
         weighting: signs of the weights; by default read from the weights.
         extra: columns that will be needed at once.
-        fixed: True to allocate `limit` columns now, and to return to this memory whenever they are enough.
 
     Attributes:
         allocated: all columns, the free ones behind those in use.
@@ -73,16 +77,15 @@ class Storage:
     def __init__(
         self,
         parts: Sequence[Entries],
-        limit: int | None = None,
+        room: Room = _ANY_NUMBER,
         weighting: WeightSigns | None = None,
         extra: int = 0,
-        fixed: bool = False,
     ) -> None:
-        self._room = Room(limit, fixed)
+        self._room = room
         first, needed = parts[0], sum(part.keys.shape[2] for part in parts)
         shape, device = (*first.keys.shape[:2], self._room.capacity(needed + extra)), first.keys.device
         # A traced step attends to free columns too, with weight 0, so they must hold finite numbers.
-        allocate = torch.zeros if fixed else torch.empty
+        allocate = torch.zeros if room.fixed else torch.empty
         with ordinary_tensors():
             self.allocated = Entries(
                 allocate(*shape, first.keys.shape[-1], dtype=first.keys.dtype, device=device),
@@ -93,13 +96,11 @@ class Storage:
             )
             self.length = self._write(0, parts)
         # A fixed storage leaves this memory only for more tokens at once than the limit, and returns to it.
-        self._home = self.allocated if fixed and shape[2] == limit else None
+        self._home = self.allocated if room.fixed and shape[2] == room.limit else None
         self.weighting = WeightSigns.of(self.entries.weights, self.entries.valid) if weighting is None else weighting
 
     @staticmethod
-    def empty(
-        keys: Tensor, values: Tensor, state_size: int = 0, limit: int | None = None, *, fixed: bool = False
-    ) -> Storage:
+    def empty(keys: Tensor, values: Tensor, state_size: int = 0, room: Room = _ANY_NUMBER) -> Storage:
         """Make an empty storage with free columns for these keys and values."""
         none = Entries(
             keys[:, :, :0],
@@ -108,28 +109,28 @@ class Storage:
             keys.new_ones(*keys.shape[:2], 0, dtype=torch.bool),
             keys.new_zeros(*keys.shape[:2], 0, state_size, dtype=torch.float32),
         )
-        return Storage([none], limit, WeightSigns.NONE, extra=keys.shape[2], fixed=fixed)
+        return Storage([none], room, WeightSigns.NONE, extra=keys.shape[2])
 
     @staticmethod
-    def adopt(allocated: Entries, length: int, limit: int | None = None) -> Storage:
+    def adopt(allocated: Entries, length: int, room: Room = _ANY_NUMBER) -> Storage:
         """Make a storage of existing tensors, without a copy.
 
         Args:
             allocated: all columns.
             length: number of columns in use, the first ones.
-            limit: number of columns that is always enough; None if unknown.
+            room: columns to allocate ahead, once these are used up.
         """
         if allocated.keys.is_inference():  # such tensors could not be written to later
             with ordinary_tensors():
                 allocated = Entries(*(tensor.clone() for tensor in allocated.tensors()))
-        storage = Storage([allocated.slice(0, 0)], 0, WeightSigns.NONE)
-        storage._room, storage.allocated, storage.length = Room(limit), allocated, length
+        storage = Storage([allocated.slice(0, 0)], Room(0), WeightSigns.NONE)
+        storage._room, storage.allocated, storage.length = room, allocated, length
         storage.weighting = WeightSigns.of(storage.entries.weights, storage.entries.valid)
         return storage
 
     def snapshot(self) -> Entries:
         """Copy the columns in use, with a few free ones behind them."""
-        return self.entries.with_room(LEAST_ROOM)
+        return self.entries.with_room(self._room.least)
 
     def rewrite(self, start: int, parts: Sequence[Entries]) -> None:
         """Replace the columns from `start` on by `parts`.
@@ -163,7 +164,7 @@ class Storage:
 
     def _reallocate(self, parts: Sequence[Entries], extra: int = 0) -> None:
         """Copy `parts` to new memory."""
-        new = Storage(parts, self._room.limit, self.weighting, extra, self._room.fixed)
+        new = Storage(parts, self._room, self.weighting, extra)
         self.allocated, self._home = new.allocated, self._home or new._home
 
     def _write(self, start: int, parts: Sequence[Entries]) -> int:
