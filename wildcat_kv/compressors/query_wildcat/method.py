@@ -150,7 +150,12 @@ class QueryWildCat(SharingCompressor):
 
     @override
     def survey(self, block: KVBlock) -> Survey:
-        return survey_block(block, Questions(self.queries, self.judges, self.ahead, self.apart))
+        return survey_block(block, self.questions)
+
+    @property
+    def questions(self) -> Questions:
+        """Questions of a survey."""
+        return Questions(self.queries, self.judges, self.ahead, self.apart)
 
     def deal(self, surveys: Sequence[Survey], rank: int) -> list[tuple[Tensor, Survey]]:
         """Choose the items of each layer that stay as they are.
