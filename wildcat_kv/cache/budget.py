@@ -158,13 +158,14 @@ def plan_fold(row: Row, settings: WildCatConfig, *, prefill: bool) -> FoldPlan |
         sink = row.sink
     # With `ratio` the budget grows with the row, so old slots never need to be compressed again.
     kept, spare = (row.slots, row.spare) if settings.share is not None else (0, 0)
-    window = min(window, budget - sink - kept - 1)  # something must be left to compress into
+    # Something must be left to compress into, and a slot is never an exact token again.
+    window = min(window, budget - sink - kept - 1, row.exact)
     rank = budget - sink - window - kept
     if settings.max_tokens is not None and rank > settings.bin_rank:
         # Slots are compressed again and again: a bin that is short of one loses it at every fold, always in
         # the same place. Whole bins only; the rest stays in the window.
         rest = rank % settings.bin_rank
-        rank, window = rank - rest, window + rest
+        rank, window = rank - rest, min(window + rest, row.exact)
     if window < 0 or row.counted - sink - window - kept <= rank:
         return None
     items = row.stored - sink - window - kept - spare
@@ -172,17 +173,22 @@ def plan_fold(row: Row, settings: WildCatConfig, *, prefill: bool) -> FoldPlan |
 
 
 def _plan_packing(row: Row, settings: WildCatConfig, *, prefill: bool) -> FoldPlan | None:
-    """Plan to quantise the tokens behind the window where nothing is over budget; None without `bits`.
+    """Plan to quantise the tokens behind the window where nothing is over budget; None for none.
 
     A prompt is quantised at once, later tokens in whole groups.
     """
-    if settings.bits is None:
+    if not _packs(settings):
         return None
-    sink = row.sink if row.slots else min(settings.sink, row.exact)
-    items = row.exact - settings.window - (0 if row.slots else sink)
+    sink = row.sink if row.slots else min(settings.sink, row.sink + row.exact)
+    items = row.counted - row.slots - sink - settings.window
     if items < (1 if prefill else settings.group):
         return None
     return FoldPlan(sink, row.slots, items, items, settings.window, row.spare)
+
+
+def _packs(settings: WildCatConfig) -> bool:
+    """Tell if tokens become slots as they are: with `bits`, but not where a share of them would have to be dropped."""
+    return settings.bits is not None and settings.share in (None, 1)
 
 
 def tokens_until_fold(row: Row, settings: WildCatConfig) -> int | None:
@@ -190,9 +196,9 @@ def tokens_until_fold(row: Row, settings: WildCatConfig) -> int | None:
 
     At least 1; None if `plan_fold` will never want a fold.
     """
-    if settings.bits is None:
+    if not _packs(settings):
         return _tokens_until_over(row, settings)
-    behind = row.exact - settings.window - (0 if row.slots else settings.sink)
+    behind = row.counted - row.slots - settings.window - (row.sink if row.slots else settings.sink)
     waits = [max(1, settings.group - behind), _tokens_until_over(row, settings) or settings.group]
     return min(waits) if row.seen else 1
 
