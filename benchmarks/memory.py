@@ -22,9 +22,11 @@ from benchmarks.options import Options, Subject
 from benchmarks.records import Label, Record
 from benchmarks.turns import take_turns
 from wildcat_kv import CompressedCache
+from wildcat_kv.compressors import QueryWildCat
 from wildcat_kv.hook.keyword import CACHE
 
 TOKENS = (8000,)
+QUERY_WILDCAT, PROFILED = "query_wildcat", "query_wildcat with a profile"
 _WARM_UP_TOKENS = 16
 _PROC = Path("/proc/self")
 # glibc raises this threshold as a process frees large tensors, and keeps what it frees below it: by chance, twice as
@@ -37,6 +39,8 @@ def measure(options: Options) -> Iterator[Record]:
     for dtype in options.dtypes:
         for tokens in options.lengths(*TOKENS):
             names = [*theirs(None, tokens), WILDCAT]
+            if QUERY_WILDCAT in options.methods:  # its peak depends on a profile, which the default model has
+                names += [QUERY_WILDCAT, PROFILED] if options.model is None else [QUERY_WILDCAT]
             contenders = {name: _child(options, dtype, tokens, name) for name in names}
             turns = take_turns(contenders, options.turns, warm_ups=0, title=f"memory, {dtype}, {tokens} tokens")
             for name, quantities in turns.items():
@@ -81,8 +85,10 @@ def prefill_memory(options: Options, dtype: str, tokens: int, name: str) -> dict
 
 
 def _make(config: Any, options: Options, tokens: int, name: str) -> Cache:
-    if name == WILDCAT:
-        return CompressedCache(config, options.settings, compressor=WILDCAT)
+    if name == PROFILED:
+        return CompressedCache(config, options.settings, compressor=QueryWildCat(profile="smollm2-135m"))
+    if name in (WILDCAT, QUERY_WILDCAT):
+        return CompressedCache(config, options.settings, compressor=name)
     return theirs(config, tokens)[name]()
 
 

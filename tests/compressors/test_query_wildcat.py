@@ -170,7 +170,7 @@ def test_layers_share_slots_by_what_the_next_items_of_their_heads_are_worth(draw
     scores, slots = drawn
     unasked = Asked(*[torch.zeros(())] * 4)
     surveys = [Survey(each, torch.zeros_like(each), unasked, unasked, group=1) for each in scores]
-    shares = QueryWildCat(attended=1.0, recalled=0.0).deal(surveys, slots)
+    shares = QueryWildCat(attended=1.0, recalled=0.0, share="layers").deal(surveys, slots)
     for row in range(len(scores[0])):
         offers = []
         for layer, attention in enumerate(scores):
@@ -185,8 +185,32 @@ def test_layers_share_slots_by_what_the_next_items_of_their_heads_are_worth(draw
                 assert set(chosen.nonzero().flatten().tolist()) == {int(i) for i in order if head[i] > -torch.inf}
 
 
-def test_all_heads_of_a_layer_keep_equally_many(llama):
-    cache = build(llama.config, ratio=0.25)
+@given(drawn=surveyed())
+def test_heads_share_slots_by_what_their_items_are_worth(drawn):
+    """Of equal ones an earlier layer's is taken, and within it an earlier head's."""
+    scores, slots = drawn
+    unasked = Asked(*[torch.zeros(())] * 4)
+    surveys = [Survey(torch.zeros_like(each), each, unasked, unasked, group=1) for each in scores]
+    shares = QueryWildCat(attended=0.0, recalled=1.0, share="heads").deal(surveys, slots)
+    for row in range(len(scores[0])):
+        offers = [
+            (-float(recall[row, head, item]), layer, head, item)
+            for layer, recall in enumerate(scores)
+            for head in range(2)
+            for item in range(recall.shape[-1])
+            if recall[row, head, item] > -torch.inf
+        ]
+        expected = {offer[1:] for offer in sorted(offers)[: 2 * slots * len(scores)]}
+        found = {
+            (layer, *place)
+            for layer, (kept, _) in enumerate(shares)
+            for place in map(tuple, kept[row].nonzero().tolist())
+        }
+        assert found == expected
+
+
+def test_where_layers_share_all_heads_of_a_layer_keep_equally_many(llama):
+    cache = build(llama.config, replace(OURS, share="layers"), ratio=0.25)
     llama(random_ids(1, 200), **{CACHE: cache})
     for layer in cache.layers:
         assert layer.state.entries.valid.all()

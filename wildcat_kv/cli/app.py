@@ -45,6 +45,7 @@ for command in (
     commands.presets,
     commands.inspect,
     commands.patch,
+    commands.profile,
     commands.custom_generate,
 ):
     app.command()(command)

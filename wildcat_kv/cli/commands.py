@@ -186,6 +186,33 @@ def patch(
         print(f"{model_dir}: the section wildcat_kv is taken out of config.json, the rest of it stays as it is")
 
 
+def profile(
+    model: Annotated[
+        str | None,
+        typer.Argument(help="Hub id, local folder or GGUF file. Default: SmolLM2-135M-Instruct, from PyPI."),
+    ] = None,
+    output: Annotated[Path, typer.Option(help="File to write.")] = Path("profile.json"),
+    ratio: Annotated[list[float] | None, typer.Option(help="Share of the tokens to keep; may be repeated.")] = None,
+    share: Annotated[str, typer.Option(help="heads: each head has a share of its own; layers: equal heads.")] = "heads",
+    texts: Annotated[int, typer.Option(help="Texts to read.", min=1)] = 8,
+    tokens: Annotated[int, typer.Option(help="Tokens of a text.", min=256)] = 2000,
+    dtype: options.DtypeOption = "float32",
+    device: options.DeviceOption = None,
+) -> None:
+    """Measure a model's profile, with which query_wildcat compresses layer by layer."""
+    if not output.parent.is_dir():
+        raise ValueError(f"output={str(output)!r}: there is no folder {str(output.parent)!r}; make it first")
+    wrong = next((one for one in ratio or [] if not 0 < one <= 1), None)
+    if wrong is not None:
+        raise ValueError(f"ratio={wrong} must be a share of the tokens, in (0, 1]")
+    if share not in ("layers", "heads"):
+        raise ValueError(f"share={share!r} must be 'layers' or 'heads'")
+    loaded, tokenizer = options.load(model, dtype, device)
+    from wildcat_kv.cli.profiling import write_profile
+
+    write_profile(loaded, tokenizer, output, model, ratio, "heads" if share == "heads" else "layers", texts, tokens)
+
+
 def custom_generate(
     folder: Annotated[Path, typer.Argument(help="Folder to write; may be a model's.")],
 ) -> None:

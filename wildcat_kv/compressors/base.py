@@ -167,6 +167,18 @@ class Compressor(ABC):
         """True if it learns from queries."""
         return self.observation is not None
 
+    def check_model(self, decoder: Any, layers: int) -> None:
+        """Refuse a model that the method does not fit, before a cache is built.
+
+        Args:
+            decoder: Transformers config of the decoder.
+            layers: number of its layers that can be compressed.
+
+        Raises:
+            ValueError: names the parameter that does not fit, and the way out.
+        """
+        return
+
     @abstractmethod
     def compress(self, block: KVBlock, rank: int) -> Compressed:
         """Bring the items of every row down to `rank` slots.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from pydantic import JsonValue
+from pydantic import BaseModel, JsonValue
 
 from wildcat_kv.compressors.base import Compressor
 from wildcat_kv.compressors.registry import OURS
@@ -57,6 +57,8 @@ def _parameter(compressor: Compressor, name: str, value: Any) -> JsonValue:
         return describe(value)
     if value is None or isinstance(value, (bool, int, float, str, list, tuple, dict)):
         return plain(value)
+    if isinstance(value, BaseModel):
+        return value.model_dump(mode="json")
     raise ValueError(
         f"compressor={type(compressor).__name__}: its parameter {name} is a {type(value).__name__}, which cannot be "
         "saved; make it a number, a text, or a field that does not compare"

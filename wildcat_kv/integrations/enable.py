@@ -214,7 +214,7 @@ def patch_config(
     settings: WildCatConfig | None = None,
     *,
     preset: str | Path | Preset | None = None,
-    compressor: str | None = None,
+    compressor: str | Compressor | None = None,
     **fields: Any,
 ) -> None:
     """Write settings of the cache into a model's config, for `enable`.
@@ -230,7 +230,7 @@ def patch_config(
         config: a Transformers config, such as `model.config`.
         settings: the cache's settings; or:
         preset: a preset's name, file or object.
-        compressor: the method's name, instead of the preset's.
+        compressor: the method's name, instead of the preset's; or a `QueryWildCat` with a profile of the model.
         **fields: fields of `WildCatConfig`, such as ratio=0.25, instead of the preset's.
 
     Raises:

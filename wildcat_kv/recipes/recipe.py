@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from wildcat_kv.compressors import Compressor, resolve
+from wildcat_kv.compressors import Compressor, QueryWildCat, resolve
+from wildcat_kv.compressors.query_wildcat import Profile, load_profile, profile_names
 from wildcat_kv.config import WildCatConfig
 from wildcat_kv.hook.keyword import given_argument, given_cache
 from wildcat_kv.models.support import decoder_config
@@ -29,6 +30,9 @@ class Section(BaseModel):
     version: Literal[1] = Field(description="version is 1")
     preset: str | None = Field(None, description="preset is the name of the preset that the settings came from")
     compressor: str = Field("wildcat", description="compressor is the method, a name of `wildcat-kv methods`")
+    profile: str | dict[str, Any] | None = Field(
+        None, description="profile is that of query_wildcat: the name of one that the package has, or all of it"
+    )
     settings: WildCatConfig = Field(description="settings are a mapping of fields of WildCatConfig")
 
     @field_validator("compressor")
@@ -36,6 +40,29 @@ class Section(BaseModel):
     def _check_method(cls, compressor: str) -> str:
         resolve(compressor, WildCatConfig(ratio=1.0))
         return compressor
+
+    @model_validator(mode="after")
+    def _check_profile(self) -> Section:
+        self.method(self.settings)
+        return self
+
+    def method(self, settings: WildCatConfig) -> str | Compressor:
+        """Give the method by its name, or with its profile.
+
+        Args:
+            settings: settings that the method goes with.
+
+        Raises:
+            ValueError: a profile that cannot be read, or one beside another method.
+        """
+        if self.profile is None:
+            return self.compressor
+        method = resolve(self.compressor, settings)
+        if not isinstance(method, QueryWildCat):
+            raise ValueError(
+                f"profile with compressor={self.compressor!r}: only query_wildcat has one; leave profile out"
+            )
+        return replace(method, profile=load_profile(self.profile))
 
 
 @dataclass(frozen=True)
@@ -77,7 +104,7 @@ class Recipe:
             ValueError: a model that cannot be compressed, settings beside a preset or fields, no such preset, a
                 wrong field, or a section that does not fit; the message names the field.
         """
-        decoder = decoder_config(config)
+        decoder, method = decoder_config(config), None
         if settings is not None:
             if not isinstance(settings, WildCatConfig):
                 raise ValueError(
@@ -87,7 +114,7 @@ class Recipe:
                 raise ValueError(f"{', '.join(beside)} given beside settings; use settings.changed(...) instead")
             return Recipe(settings, "wildcat" if compressor is None else compressor)
         if preset is None and (section := read_section(config)) is not None:
-            base = Recipe(section.settings, section.compressor, section.preset)
+            base, method = Recipe(section.settings, section.compressor, section.preset), section.method
         else:
             name = DEFAULT_PRESET if preset is None else preset
             loaded = name if isinstance(name, Preset) else load_preset(name)
@@ -99,24 +126,38 @@ class Recipe:
                 None if isinstance(name, Preset) else Path(name).stem,
             )
         changed = base.settings.changed(**fields) if fields else base.settings
-        return Recipe(changed, base.compressor if compressor is None else compressor, base.preset)
+        if compressor is None:
+            compressor = base.compressor if method is None else method(changed)
+        return Recipe(changed, compressor, base.preset)
 
     def section(self) -> dict[str, Any]:
         """Turn the recipe into plain data, for a model's config.
 
         Raises:
-            ValueError: the method is none, or an object, which a config cannot hold.
+            ValueError: the method is none, or an object, which a config cannot hold; a profile it can.
         """
-        if not isinstance(self.compressor, str):
+        name, profile, method = self.compressor, None, self.compressor
+        if isinstance(method, QueryWildCat) and replace(method, profile=None) == QueryWildCat.of(self.settings):
+            name, profile = "query_wildcat", _plain_profile(method.profile)
+        if not isinstance(name, str):
             raise ValueError(
                 f"compressor={self.compressor!r}: a config holds names; give one of `wildcat-kv methods`, and offer a "
                 "method of your own under the entry point wildcat_kv.compressors"
             )
+        chosen: dict[str, Any] = {"preset": self.preset, "compressor": name, "profile": profile}
         try:
-            section = Section(version=VERSION, preset=self.preset, compressor=self.compressor, settings=self.settings)
+            section = Section(version=VERSION, settings=self.settings, **chosen)
         except ValidationError as error:
             raise ValueError(one_line(error, Section)) from None
         return section.model_dump(mode="json", exclude_none=True)
+
+
+def _plain_profile(profile: Any) -> str | dict[str, Any] | None:
+    """Turn a profile into its name, if the package has it, or into plain data; None stays."""
+    if not isinstance(profile, Profile):
+        return None
+    shipped = (name for name in profile_names() if load_profile(name) == profile)
+    return next(shipped, None) or profile.model_dump(mode="json")
 
 
 def chooses_a_cache(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

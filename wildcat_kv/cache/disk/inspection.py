@@ -141,7 +141,8 @@ def _layer(header: Header, tensors: dict[str, _UnreadTensor], index: int) -> Lay
 def _written(description: JsonValue) -> str:
     """Write a described method as in Python; see `describe`."""
     if not isinstance(description, dict) or not isinstance(parameters := description.get("parameters"), dict):
-        return str(description)
+        profiled = description.get("model") if isinstance(description, dict) else None
+        return str(description) if profiled is None else f"Profile({profiled!r})"
     given = (
         f"{name}={_written(value) if isinstance(value, dict) else repr(value)}" for name, value in parameters.items()
     )

@@ -2,11 +2,13 @@
 
 survey.py    what one layer's own queries attend to
 sharing.py   layers share the slots by what they found
+profile.py   or by what was found once for the model
 slots.py     items kept as they are, and WildCat's slots beside them
 fit.py       weights and values fitted to queries; the error that is left
 method.py    QueryWildCat
 """
 
 from wildcat_kv.compressors.query_wildcat.method import QueryWildCat
+from wildcat_kv.compressors.query_wildcat.profile import Profile, load_profile, profile_names
 
-__all__ = ["QueryWildCat"]
+__all__ = ["Profile", "QueryWildCat", "load_profile", "profile_names"]

@@ -5,9 +5,10 @@ The layers keep to a budget or to a tolerance.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from pathlib import Path
+from typing import Any, ClassVar, get_args
 
 import torch
 from torch import Tensor
@@ -16,7 +17,8 @@ from typing_extensions import Self, override
 from wildcat_kv.compressors.base import Compressed, KVBlock, SharingCompressor
 from wildcat_kv.compressors.observation import Observation
 from wildcat_kv.compressors.query_wildcat.fit import estimate_error, fit_slots
-from wildcat_kv.compressors.query_wildcat.sharing import best_by_layer
+from wildcat_kv.compressors.query_wildcat.profile import Profile, load_profile
+from wildcat_kv.compressors.query_wildcat.sharing import Share, best_items, take_counted
 from wildcat_kv.compressors.query_wildcat.slots import first_within, merge_parts, take_kept
 from wildcat_kv.compressors.query_wildcat.survey import Questions, Survey, survey_block
 from wildcat_kv.compressors.wildcat import WildCat
@@ -41,10 +43,10 @@ class QueryWildCat(SharingCompressor):
     2. What would they attend to if they repeated the text? The query of each token, and the key behind it, far apart.
     3. Anything else: WildCat of the items that are left, in bins, weighted.
 
-    Items of the first two parts keep their keys and stand for themselves. Layers compete for them; within a layer all
-    heads keep equally many, so that what is counted is what is stored. At last weights and values of all slots are
-    moved a little, by ridge regression, to what half of the reference queries got. Other queries estimate the error:
-    neither the first part nor the fit knows what they attend to.
+    Items of the first two parts keep their keys and stand for themselves. All heads of all layers compete for them,
+    or each has the share that a profile of the model gives it: then no layer waits for the others. At last weights and
+    values of all slots are moved a little, by ridge regression, to what half of the reference queries got. Other
+    queries estimate the error: neither the first part nor the fit knows what they attend to.
     Sinks are found like other tokens: a `sink` of 4 leaves more slots for the rest.
 
     Needs queries (as many as there are tokens since the last fold, for as long as the layer's survey takes), and the
@@ -66,6 +68,10 @@ class QueryWildCat(SharingCompressor):
         ridge: pull of the fit to WildCat's own weights and values; 0 for no fit.
         tolerance: largest estimated error of a layer, on average over its heads; None for a budget that the layers
             share.
+        share: "layers" where all heads of a layer keep equally many items, "heads" where each competes by itself.
+        profile: shares of the model's layers, so that no layer waits for others: a `Profile`, the name of one that
+            comes with the package ("smollm2-135m", "gemma3-270m"), or a file of `wildcat-kv profile`. None to deal
+            the slots out by what is found in each text.
 
     Source: this project, `docs/method.md`. WildCat is arXiv 2602.10056; that a model which repeats a text shows what it
     needs of it is arXiv 2505.23416, which reads it a second time.
@@ -88,6 +94,8 @@ class QueryWildCat(SharingCompressor):
     carried: int = 64
     ridge: float = 0.3
     tolerance: float | None = None
+    share: Share = "heads"
+    profile: Profile | Mapping[str, Any] | str | Path | None = None
 
     def __post_init__(self) -> None:
         for name in ("queries", "judges", "carried", "ahead", "apart"):
@@ -102,6 +110,15 @@ class QueryWildCat(SharingCompressor):
             raise ValueError(
                 f"attended={self.attended} and recalled={self.recalled} are more than the budget; lower one of them"
             )
+        if self.share not in get_args(Share):
+            raise ValueError(f"share={self.share!r} must be one of {', '.join(map(repr, get_args(Share)))}")
+        if self.profile is not None:
+            if self.tolerance is not None:
+                raise ValueError(
+                    f"profile={self.profile!r} with tolerance={self.tolerance}: a tolerance finds each layer's slots "
+                    "by itself; leave one of them out"
+                )
+            object.__setattr__(self, "profile", load_profile(self.profile))
 
     @classmethod
     def of(cls, settings: WildCatConfig) -> Self:
@@ -113,6 +130,23 @@ class QueryWildCat(SharingCompressor):
     def observation(self) -> Observation:
         """All queries since the last fold, and some from before."""
         return Observation(latest=None, carried=self.carried)
+
+    @property
+    def waits(self) -> bool:  # type: ignore[override]
+        """True if the layers must deal the slots out: without a profile or a tolerance."""
+        return self.profile is None and self.tolerance is None
+
+    @override
+    def check_model(self, decoder: Any, layers: int) -> None:
+        if isinstance(self.profile, Profile):
+            self.profile.check_model(decoder, layers)
+
+    @override
+    def compress(self, block: KVBlock, rank: int) -> Compressed:
+        if not isinstance(self.profile, Profile):
+            return super().compress(block, rank)
+        survey = self.survey(block)
+        return self.compress_share(block, rank, (self._profiled(self.profile, block, rank, survey), survey))
 
     @override
     def survey(self, block: KVBlock) -> Survey:
@@ -130,12 +164,33 @@ class QueryWildCat(SharingCompressor):
         return list(zip(self._choose(surveys, rank), surveys, strict=True))
 
     def _choose(self, surveys: Sequence[Survey], rank: int) -> list[Tensor]:
-        """Choose the items of each layer that stay, where the layers share."""
+        """Choose the items of each layer that stay, of both parts."""
+        return [first | second for first, second in zip(*self.choose(surveys, rank), strict=True)]
+
+    def choose(self, surveys: Sequence[Survey], rank: int) -> tuple[list[Tensor], list[Tensor]]:
+        """Choose the items that stay, where the layers share.
+
+        Args:
+            surveys: surveys of all layers.
+            rank: slots of a head, on average.
+
+        Returns:
+            The items of the first part and of the second, bool (rows, heads, m) of each layer.
+        """
         attended = int(rank * self.attended)
-        kept = best_by_layer([survey.attention for survey in surveys], attended)
+        kept = best_items([survey.attention for survey in surveys], attended, self.share)
         rest = [survey.recall.masked_fill(taken, -torch.inf) for survey, taken in zip(surveys, kept, strict=True)]
-        recalled = best_by_layer(rest, self._kept(rank) - attended)
-        return [first | second for first, second in zip(kept, recalled, strict=True)]
+        recalled = best_items(rest, self._kept(rank) - attended, self.share)
+        return kept, recalled
+
+    def _profiled(self, profile: Profile, block: KVBlock, rank: int, survey: Survey) -> Tensor:
+        """Choose the items of a layer that stay, as many as the profile says."""
+        attended, room = int(rank * self.attended), block.item_tokens
+        slots = attended, self._kept(rank) - attended
+        counts = profile.counts(block.layer_index, block.sharing, rank / room, slots, room)
+        first, second = (torch.tensor(part, device=block.keys.device).view(1, -1, 1) for part in counts)
+        kept = take_counted(survey.attention, first)
+        return kept | take_counted(survey.recall.masked_fill(kept, -torch.inf), second)
 
     @override
     def compress_share(self, block: KVBlock, rank: int, share: tuple[Tensor, Survey]) -> Compressed:
