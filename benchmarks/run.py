@@ -20,7 +20,7 @@ from benchmarks.records import Record, Run, now
 from benchmarks.report import write_report
 from benchmarks.tables import ABOUT_LIMITS, LIMITS, limit_text, spread_of, verdict
 from eval.machine import commit, machine, versions
-from wildcat_kv.models.smollm import MODEL
+from wildcat_kv.models.shipped import SMOLLM2
 
 BENCHMARKS: dict[str, Callable[[Options], Iterator[Record]]] = {
     "prefill": prefill.measure,
@@ -89,7 +89,7 @@ def _run_one(name: str, options: Options, folder: Path, command: str) -> None:
         command=command,
         commit=commit(),
         started=now(),
-        model=options.model or MODEL,
+        model=options.model or SMOLLM2.name,
         device=options.device,
         threads=torch.get_num_threads(),
         machine=machine(),

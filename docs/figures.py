@@ -15,6 +15,7 @@ import argparse
 import json
 import statistics
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
 
+from eval.frontier import frontier_points
+from eval.frontier_plot import frontier_plot
 from eval.records import Folder
 from eval.style import BLUE, GREEN, GREY, GRID, ORANGE, PALE_BLUE, PALE_PINK, PINK, house_style, save
 from wildcat_kv import WildCatConfig
@@ -32,6 +35,7 @@ _ROOT = _HERE.parent
 _SMOKE = _ROOT / "results" / "eval" / "smoke"
 _SMOKE_OURS = _ROOT / "results" / "eval" / "smoke_query_wildcat"
 _EXACT_LAYERS = _ROOT / "results" / "eval" / "exact_layers"
+_FRONTIER = _ROOT / "results" / "eval" / "frontier"
 _BENCHMARKS = _ROOT / "results" / "benchmarks"
 
 _OURS, _SECOND, _THIRD, _FOURTH, _GREY = BLUE, ORANGE, GREEN, PINK, GREY
@@ -50,12 +54,15 @@ def main() -> None:
         "budget-short": budget_short,
         "travel": travel,
     }
+    for suffix in ("", "_qwen"):
+        if (_FRONTIER.parent / f"frontier{suffix}").is_dir():
+            figures[f"frontier{suffix.replace('_', '-')}"] = partial(frontier, suffix)
     (_HERE / "images").mkdir(exist_ok=True)
     with house_style():
         for name, make in figures.items():
             figure = make()
             path = _HERE / "images" / f"{name}.svg"
-            save(figure, path)
+            save(figure, path, small=name.startswith("frontier"))
             print(path)
             if folder is not None:
                 folder.mkdir(parents=True, exist_ok=True)
@@ -98,6 +105,23 @@ def methods() -> Figure:
     axes[0].legend(loc="lower left", frameon=False)
     figure.suptitle("SmolLM2-135M-Instruct, float32, 1,000 tokens compressed before the question is known", fontsize=9)
     figure.tight_layout()
+    return figure
+
+
+def frontier(suffix: str = "") -> Figure:
+    """Draw scores over the bytes held: needle and drift of one run, and RULER of another where there is one.
+
+    Args:
+        suffix: end of the runs' names, such as "_qwen".
+    """
+    folders = [
+        folder for name in ("frontier", "frontier_ruler") if (folder := _FRONTIER.parent / f"{name}{suffix}").is_dir()
+    ]
+    runs = [Folder(folder) for folder in folders]
+    model = runs[0].manifest["model"]
+    points = [point for run in runs for point in frontier_points(run.manifest, run.records())]
+    figure = frontier_plot(points, title=model["name"], bytes_of=model["dtype"])
+    assert figure is not None
     return figure
 
 

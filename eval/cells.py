@@ -8,6 +8,7 @@ from typing import Any
 
 from transformers import Cache, DynamicCache
 
+from eval.baselines import METHODS, QuantizedBaseline, find_baseline
 from wildcat_kv import CompressedCache, Context
 from wildcat_kv.compressors import Compressor, available
 from wildcat_kv.compressors.registry import resolve
@@ -29,6 +30,7 @@ class Cell:
         max_tokens: most tokens to store, or None.
         settings: other fields of `WildCatConfig`.
         parameters: parameters of the compressor that differ from its own.
+        family: name that variants with other bits share, and one line of the frontier; the method's by default.
     """
 
     method: str
@@ -37,6 +39,12 @@ class Cell:
     max_tokens: int | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
     parameters: Mapping[str, Any] = field(default_factory=dict)
+    family: str = ""
+
+    @property
+    def bits(self) -> int | None:
+        """Bits of a stored number; None for the model's dtype."""
+        return self.settings.get("bits")
 
     @property
     def exact(self) -> bool:
@@ -53,10 +61,12 @@ class Cell:
         """The cell's name, unique in a run."""
         return self.method, self.ratio, self.max_tokens
 
-    def compress(self, context: Context, tokenizer: Any) -> CompressedCache:
+    def compress(self, context: Context, tokenizer: Any) -> Any:
         """Compress a context into a cache; the context stays as it is."""
         if self.compressor is None:
             return context.exact.clone()
+        if (baseline := self._baseline()) is not None:
+            return baseline.compress(context)
         return context.compress(self._config(), compressor=self._compressor(), tokenizer=tokenizer)
 
     def empty(self, model_config: Any) -> Cache:
@@ -76,6 +86,13 @@ class Cell:
         """
         if self.compressor is None:
             return
+        if self.compressor in METHODS:
+            if streams:
+                raise ValueError(
+                    f"methods={self.method!r} is measured on contexts that were read; leave it out, or leave out the "
+                    "tasks that compress while they read (perplexity, decoding, wikitext)"
+                )
+            return
         method = next(known for known in available() if known.name == self.compressor)
         if (method.decodes and not method.reads_twice) or not (streams or self.max_tokens is not None):
             return
@@ -89,10 +106,25 @@ class Cell:
         """Refuse a model that cannot be compressed, or a budget that the method cannot reach.
 
         Raises:
-            ValueError: `CompressedCache` refuses it.
+            ValueError: the cache refuses it.
         """
-        if self.compressor is not None and not reads_twice(self.compressor):
+        if (baseline := self._baseline()) is not None:
+            baseline.empty(model_config)
+        elif self.compressor is not None and not reads_twice(self.compressor):
             CompressedCache(model_config, self._config(), compressor=self._compressor())
+
+    def check(self) -> None:
+        """Refuse wrong settings or parameters, before a model is loaded.
+
+        Raises:
+            ValueError: names the wrong one.
+        """
+        if self._baseline() is None:
+            self._compressor()
+
+    def _baseline(self) -> QuantizedBaseline | None:
+        """Make the cache of Transformers that is measured beside the methods, if it is one."""
+        return find_baseline(self.compressor, self.ratio, self.settings, self.parameters)
 
     def _compressor(self) -> str | Compressor:
         """Make the method, with its changed parameters."""
@@ -124,7 +156,8 @@ def make_cells(
 
     Args:
         methods: names of compressors; or mappings with a "name" of their own, the "compressor", fields of
-            `WildCatConfig`, and "parameters", a mapping of the compressor's own.
+            `WildCatConfig`, "parameters", a mapping of the compressor's own, and "ratios" instead of the budgets of
+            all. "bits" may be a list: each number but None is a variant, such as NAME_4bit, of the family NAME.
         ratios: shares to keep.
         max_tokens: budgets in tokens.
         settings: fields of `WildCatConfig` for all methods.
@@ -132,38 +165,76 @@ def make_cells(
     Raises:
         ValueError: an unknown method, two of one name, a wrong budget or none, or a wrong field.
     """
-    if not ratios and not max_tokens:
-        raise ValueError("ratios=[] and max_tokens=[]: give at least one budget, for example ratios: [0.25]")
+    _check_once("ratios", ratios)
+    _check_once("max_tokens", max_tokens)
     budgets: list[dict[str, Any]] = [{"ratio": ratio} for ratio in ratios]
     budgets += [{"max_tokens": most} for most in max_tokens]
-    twice = next((budget for budget in budgets if budgets.count(budget) > 1), None)
-    if twice:
-        [(name, value)] = twice.items()
-        raise ValueError(f"{'ratios' if name == 'ratio' else name}={value!r} is there twice")
-    cells, seen = [Cell(EXACT, None)], {EXACT}
+    cells, seen = [Cell(EXACT, None, family=EXACT)], {EXACT}
     for entry in methods:
         given = {"compressor": entry} if isinstance(entry, str) else dict(entry)
         if given.get("compressor") == EXACT:
             continue  # it is there already
-        name = str(given.pop("name", given.get("compressor")))
-        compressor = str(given.pop("compressor", name))
-        if compressor not in _methods():
-            hint = did_you_mean(compressor, _methods())
-            raise ValueError(f"methods={compressor!r}: no such method; {hint}there are exact, {', '.join(_methods())}")
-        parameters: Any = given.pop("parameters", {})
-        if not isinstance(parameters, Mapping):
-            raise ValueError(f"methods={name!r}: parameters={parameters!r} must be a mapping, such as {{ridge: 0.0}}")
-        if given.keys() & {"ratio", "max_tokens"}:
-            raise ValueError(f"methods={name!r}: its budgets are those of all methods; leave ratio and max_tokens out")
-        if name in seen:
-            raise ValueError(f"methods: {name!r} is there twice; give a variant a name of its own")
-        seen.add(name)
-        for budget in budgets:
-            cell = Cell(name, compressor, settings={**settings, **given}, parameters=parameters, **budget)
-            cell._compressor()
+        for cell in _variants(given, budgets, settings):
+            if cell.method in seen:
+                raise ValueError(f"methods: {cell.method!r} is there twice; give a variant a name of its own")
+            cell.check()
             cells.append(cell)
+        seen |= {cell.method for cell in cells}
     return cells
 
 
+def _variants(given: dict[str, Any], budgets: list[dict[str, Any]], settings: Mapping[str, Any]) -> list[Cell]:
+    """Make the cells of one entry: each of its bits at each of its budgets."""
+    name = str(given.pop("name", given.get("compressor")))
+    compressor = str(given.pop("compressor", name))
+    if compressor not in _methods():
+        hint = did_you_mean(compressor, _methods())
+        raise ValueError(f"methods={compressor!r}: no such method; {hint}there are exact, {', '.join(_methods())}")
+    parameters: Any = given.pop("parameters", {})
+    if not isinstance(parameters, Mapping):
+        raise ValueError(f"methods={name!r}: parameters={parameters!r} must be a mapping, such as {{ridge: 0.0}}")
+    if given.keys() & {"ratio", "max_tokens"}:
+        raise ValueError(
+            f"methods={name!r}: its budgets are those of all methods; leave ratio and max_tokens out, or give it "
+            "ratios, a list"
+        )
+    own = _own_budgets(name, given.pop("ratios", None))
+    budgets = budgets if own is None else own
+    if not budgets:
+        raise ValueError("ratios=[] and max_tokens=[]: give at least one budget, for example ratios: [0.25]")
+    several = given.get("bits")
+    if not isinstance(several, list):
+        named = [(name, given)]
+    elif several:
+        _check_once(f"methods={name!r}: bits", several)
+        named = [(name if bits is None else f"{name}_{bits}bit", {**given, "bits": bits}) for bits in several]
+    else:
+        raise ValueError(f"methods={name!r}: bits=[]: give at least one number, for example bits: [4]")
+    return [
+        Cell(method, compressor, settings={**settings, **fields}, parameters=parameters, family=name, **budget)
+        for method, fields in named
+        for budget in budgets
+    ]
+
+
+def _own_budgets(name: str, ratios: Any) -> list[dict[str, Any]] | None:
+    """Read an entry's own ratios; None where it has none."""
+    if ratios is None:
+        return None
+    if not isinstance(ratios, list) or not ratios:
+        raise ValueError(f"methods={name!r}: ratios={ratios!r} must be a list of shares to keep, such as [1, 0.25]")
+    _check_once(f"methods={name!r}: ratios", ratios)
+    wrong = next((ratio for ratio in ratios if type(ratio) not in (int, float) or not 0 < ratio <= 1), None)
+    if wrong is not None:
+        raise ValueError(f"methods={name!r}: ratios={wrong!r} must be a share to keep, in (0, 1]")
+    return [{"ratio": float(ratio)} for ratio in ratios]
+
+
+def _check_once(name: str, values: Sequence[Any]) -> None:
+    twice = next((value for value in values if values.count(value) > 1), None)
+    if twice is not None:
+        raise ValueError(f"{name}={twice!r} is there twice")
+
+
 def _methods() -> list[str]:
-    return [method.name for method in available()]
+    return [*(method.name for method in available()), *METHODS]

@@ -42,9 +42,11 @@ class RunConfig(BaseModel):
         device: "cpu", "cuda", ...; a GPU if there is one.
         device_map: "auto" spreads a model over several devices.
         protocol: "context-only" compresses before the question is seen, "full-prompt" after.
-        methods: names, "all", or mappings of a name, a compressor, fields of `WildCatConfig` and the compressor's
-            own `parameters`. The exact cache is always there.
-        ratios: shares of the tokens to keep; or `compression_ratios`, shares to drop.
+        methods: names, "all", or mappings of a name, a compressor, fields of `WildCatConfig`, the compressor's own
+            `parameters`, and `ratios` of its own. A list of `bits` makes a variant a number. The exact cache is
+            always there.
+        ratios: shares of the tokens to keep; or `compression_ratios`, shares to drop. Methods with ratios of their
+            own have those.
         max_tokens: budgets in tokens.
         settings: fields of `WildCatConfig` for all methods, beside the budget.
         seed: seed of samples and pivots.
@@ -153,7 +155,8 @@ def check_baseline(baseline: str | None, methods: Sequence[str]) -> None:
 def read_config(path: Path, **changes: Any) -> RunConfig:
     """Read a run's YAML file; `changes` win over it.
 
-    Tasks named in `changes` keep their options of the file. A `limit` there wins over the tasks' own limits too.
+    Tasks named in `changes` keep their options of the file. A `limit` there wins over the tasks' own limits too. Of
+    the `ratios` there, methods with ratios of their own take those that they have.
 
     Raises:
         ValueError: the file cannot be read, or a field is wrong; names the file.
@@ -169,6 +172,8 @@ def read_config(path: Path, **changes: Any) -> RunConfig:
         raise ValueError(f"config={str(path)!r}: {strange!r} is no name of a field")
     if "ratios" in changes:
         fields.pop("compression_ratios", None)
+        if isinstance(methods := changes.get("methods", fields.get("methods")), list):
+            changes["methods"] = _at_ratios(methods, changes["ratios"])
     if "tasks" in changes:
         changes["tasks"] = _chosen(changes["tasks"], fields.get("tasks"))
     if "limit" in changes:
@@ -187,6 +192,18 @@ def _chosen(names: list[str], listed: Any) -> list[Any]:
         if isinstance(entry, dict):
             entries.setdefault(str(entry.get("task")), []).append(entry)
     return [entry for name in names for entry in entries.get(name, [name])]
+
+
+def _at_ratios(methods: list[Any], ratios: list[float]) -> list[Any]:
+    """Leave methods with ratios of their own those of `ratios` that they have, and leave out those with none."""
+    chosen = []
+    for entry in methods:
+        if isinstance(entry, dict) and isinstance(own := entry.get("ratios"), list):
+            entry = {**entry, "ratios": [ratio for ratio in own if ratio in ratios]}
+            if not entry["ratios"]:
+                continue
+        chosen.append(entry)
+    return chosen
 
 
 def _without_limit(task: Any) -> Any:

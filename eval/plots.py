@@ -17,9 +17,13 @@ from matplotlib.ticker import MaxNLocator
 from scipy.optimize import isotonic_regression
 
 from eval.cells import BASELINE, EXACT
+from eval.frontier import differ_in_bytes, frontier_points
+from eval.frontier_plot import frontier_plot
 from eval.style import COLOURS, DARK, GREY, GRID, MISSING, house_style, save
 from eval.summary import Budget, find_budgets, find_methods, score_frame
 from eval.tables import unit_and_direction
+
+FRONTIER = "frontier"  # name of that plot
 
 # Told apart without colour, too.
 _DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1.5, 1.5)))
@@ -31,7 +35,7 @@ def save_plots(manifest: dict[str, Any], records: Sequence[dict[str, Any]], fold
     """Write every plot that the records allow, with the same bytes for the same records.
 
     `accuracy-TASK.png` for every task; `TASK-BUDGET.png` for tasks with depths; `layers-BUDGET.png` where records have
-    layers. A budget is `0.25`, or `1024-tokens`.
+    layers; `frontier.png` where cells differ in bytes. A budget is `0.25`, or `1024-tokens`.
 
     Args:
         manifest: description of the run.
@@ -68,6 +72,10 @@ def save_plots(manifest: dict[str, Any], records: Sequence[dict[str, Any]], fold
                 )
         for budget in budgets:
             figures[f"layers-{budget.slug}"] = layer_plot(manifest, records, budget)
+        points = frontier_points(manifest, records)
+        if differ_in_bytes(points):
+            dtype = manifest["model"].get("dtype") or ""
+            figures[FRONTIER] = frontier_plot(points, title=manifest["model"]["name"], bytes_of=dtype)
         paths = []
         for name, figure in figures.items():
             if figure is not None:

@@ -71,7 +71,8 @@ class _Log:
     def __init__(self, total: int, write: Callable[[str], None], clock: Callable[[], float] = time.monotonic) -> None:
         self._total, self._write, self._clock = total, write, clock
         self._done = self._measured = 0
-        self._start, self._last, self._task = clock(), -_PAUSE, ""
+        self._start, self._last = clock(), -_PAUSE
+        self._tasks: set[str] = set()
 
     def skip(self, count: int) -> None:
         self._done += count
@@ -79,9 +80,10 @@ class _Log:
     def advance(self, task: str, cell: str) -> None:
         self._done, self._measured = self._done + 1, self._measured + 1
         now = self._clock()
-        if task == self._task and now - self._last < _PAUSE and self._done < self._total:
+        if task in self._tasks and now - self._last < _PAUSE and self._done < self._total:
             return
-        self._last, self._task = now, task
+        self._last = now
+        self._tasks.add(task)
         each = (now - self._start) / self._measured
         left = f", about {_duration(each * (self._total - self._done))} left" if self._done < self._total else ""
         self._write(f"{task} {cell}: {self._done:,} of {self._total:,}, {each:.1f} s each{left}")

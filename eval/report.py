@@ -14,8 +14,9 @@ import yaml
 
 from eval.cells import EXACT
 from eval.conclusion import conclude
+from eval.frontier import frontier_points, frontier_tables
 from eval.markdown import escape_markdown
-from eval.plots import file_name, save_plots
+from eval.plots import FRONTIER, file_name, save_plots
 from eval.summary import EVERY, Budget, baseline_of, find_budgets, find_methods, summarise
 from eval.tables import Table, make_tables, markdown
 
@@ -51,13 +52,14 @@ def write_report(manifest: dict[str, Any], records: Sequence[dict[str, Any]], fo
     """
     summary, baseline = summarise(manifest, records), baseline_of(manifest)
     tables, plots = make_tables(manifest, summary), save_plots(manifest, records, folder)
+    points = frontier_points(manifest, records)
     page = {
         "title": f"{manifest['name']}: {manifest['model']['name']}",
         "facts": _facts(manifest),
         "warnings": _warnings(manifest, summary),
         "conclusion": conclude(manifest, summary),
         "reading": [*([_COMPARED.format(baseline=baseline)] if summary["difference"].notna().any() else []), _BEST],
-        "sections": _sections(manifest, records, tables, plots),
+        "sections": _sections(manifest, records, tables, plots, frontier_tables(manifest, points)),
     }
     (folder / SUMMARY).write_text(_summary(page), encoding="utf-8")
     environment = jinja2.Environment(
@@ -126,9 +128,13 @@ def _warnings(manifest: dict[str, Any], summary: pd.DataFrame) -> list[str]:
 
 
 def _sections(
-    manifest: dict[str, Any], records: Sequence[dict[str, Any]], tables: list[Table], plots: list[Path]
+    manifest: dict[str, Any],
+    records: Sequence[dict[str, Any]],
+    tables: list[Table],
+    plots: list[Path],
+    frontier: list[Table],
 ) -> list[dict[str, Any]]:
-    """Make the sections: overview, each task, plots of none; with tables, plots and samples."""
+    """Make the sections: overview, frontier, each task, plots of none; with tables, plots and samples."""
     budgets = find_budgets(records) or [Budget()]
     left = {path.name: path for path in plots}
     sections = []
@@ -142,6 +148,8 @@ def _sections(
                 "samples": _samples(manifest, records, task),
             }
         )
+        if task is None and (figure := left.pop(file_name(FRONTIER), None)):
+            sections.append({"title": "Frontier", "tables": frontier, "plots": [figure], "samples": []})
     if left:
         sections.append({"title": "Layers", "tables": [], "plots": list(left.values()), "samples": []})
     return sections

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import asdict
 from datetime import datetime, timedelta, timezone
@@ -62,7 +63,7 @@ def run(config: RunConfig, output: Path, *, command: str, resume: bool) -> None:
     if state.is_main_process:
         folder.begin(manifest)
     state.wait_for_everyone()
-    own = planned[state.process_index :: state.num_processes]
+    own = in_rounds(planned[state.process_index :: state.num_processes])
     _measure(config, own, cells, model, tokenizer, folder, set(hashes), show=state.is_main_process)
     state.wait_for_everyone()
     if state.is_main_process:
@@ -107,6 +108,21 @@ def _samples(
     return planned
 
 
+def in_rounds(planned: list[tuple[Task, Sample]]) -> list[tuple[Task, Sample]]:
+    """Order samples so that an interrupted run has a part of everything.
+
+    Each task's samples go by turns through its lengths, depths and other facets; the tasks keep step with each other.
+    """
+    turns: Counter[tuple[Any, ...]] = Counter()
+    places: dict[str, list[tuple[int, int]]] = defaultdict(list)  # by task: turn, place in the plan
+    for place, (task, sample) in enumerate(planned):
+        kind = (task.name, *sorted(sample.facets.items()))
+        places[task.name].append((turns[kind], place))
+        turns[kind] += 1
+    order = [((at + 0.5) / len(own), place) for own in places.values() for at, (_, place) in enumerate(sorted(own))]
+    return [planned[place] for _, place in sorted(order)]
+
+
 def _measure(
     config: RunConfig,
     planned: list[tuple[Task, Sample]],
@@ -136,6 +152,9 @@ def _record(config: RunConfig, task: Task, sample: Sample, cell: Cell, outcome: 
         "task": task.name,
         "sample": sample.index,
         "method": cell.method,
+        "family": cell.family,
+        "compressor": cell.compressor,
+        "bits": cell.bits,
         "ratio": cell.ratio,
         "max_tokens": cell.max_tokens,
         "protocol": config.protocol,

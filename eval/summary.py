@@ -79,15 +79,16 @@ def score_frame(manifest: dict[str, Any], records: Sequence[dict[str, Any]]) -> 
     Returns:
         One row a record and metric: task, metric, method, budget ("" for the exact cache), sample (what pairs are made
         by), score (NaN where it is missing or null), the facets length and depth, kept (the share of the tokens seen),
-        stored_tokens, seen_tokens, memory_bytes (NaN where a record has none), and `seconds_` and what they went by.
+        stored_tokens, seen_tokens, memory_bytes (NaN where a record has none), held (memory_bytes over the exact
+        cache's on the same sample; NaN without either), and `seconds_` and what they went by.
 
     Raises:
         ValueError: no records, or a task that the manifest does not describe.
     """
     if not records:
         raise ValueError("records=[]: the run has measured nothing yet, so there is nothing to report")
-    rows = {}
-    for record in records:
+    rows, shares = {}, held_shares(records)
+    for record, held in zip(records, shares, strict=True):
         task, facets = record["task"], record.get("facets") or {}
         if task not in manifest["metrics"]:
             raise ValueError(f"manifest: no metrics of the task {task!r}; there are {', '.join(manifest['metrics'])}")
@@ -112,6 +113,7 @@ def score_frame(manifest: dict[str, Any], records: Sequence[dict[str, Any]]) -> 
                 "stored_tokens": stored,
                 "seen_tokens": seen,
                 "memory_bytes": record.get("memory_bytes", math.nan),
+                "held": held,
                 **{f"seconds_{what}": seconds for what, seconds in (record.get("seconds") or {}).items()},
             }
     if not rows:
@@ -119,6 +121,16 @@ def score_frame(manifest: dict[str, Any], records: Sequence[dict[str, Any]]) -> 
     frame = pd.DataFrame(list(rows.values()))
     frame["length"] = pd.Series([row["length"] for row in rows.values()], dtype=object)  # 1000 stays 1000, not 1000.0
     return frame
+
+
+def held_shares(records: Sequence[dict[str, Any]]) -> list[float]:
+    """Divide each record's bytes by the exact cache's on the same sample; NaN where one of them is missing."""
+
+    def sample(record: dict[str, Any]) -> tuple[Any, ...]:
+        return record["task"], record["seed"], record.get("sample"), record["prompt_hash"]
+
+    exact = {sample(record): record.get("memory_bytes") for record in records if record["method"] == EXACT}
+    return [(record.get("memory_bytes") or math.nan) / (exact.get(sample(record)) or math.nan) for record in records]
 
 
 def summarise(manifest: dict[str, Any], records: Sequence[dict[str, Any]]) -> pd.DataFrame:
@@ -136,8 +148,8 @@ def summarise(manifest: dict[str, Any], records: Sequence[dict[str, Any]]) -> pd
         One row a task, group, metric, budget and method, and the exact cache at every budget. `mean` is over the scores
         that are finite; `n` counts them, `not_finite` the others. `difference`, `low`, `high`, `tie`: to the baseline
         at the same budget, as in `eval.statistics.Difference`, over `pairs` samples, without `pairs_left_out`; missing
-        where there is no baseline, and in its own row. `kept`, `stored_tokens`, `seen_tokens`, `memory_bytes` and the
-        `seconds_` columns are means over the samples.
+        where there is no baseline, and in its own row. `kept`, `stored_tokens`, `seen_tokens`, `memory_bytes`, `held`
+        and the `seconds_` columns are means over the samples.
 
     Raises:
         ValueError: no records, or a task that the manifest does not describe.
@@ -148,7 +160,7 @@ def summarise(manifest: dict[str, Any], records: Sequence[dict[str, Any]]) -> pd
     seconds = sorted(frame.filter(regex="^seconds_"), key=lambda name: _place(name.removeprefix("seconds_"), times))
     cells = dict(iter(frame.groupby(["task", "metric", "budget", "method"], sort=False)))
     rows = []
-    for task, members in _tasks(manifest, frame):
+    for task, members in measured_tasks(manifest, frame):
         for metric, own, group in _measures(manifest, task, members, frame):
             for budget in find_budgets(records) or [Budget()]:
                 of = {
@@ -167,7 +179,9 @@ def summarise(manifest: dict[str, Any], records: Sequence[dict[str, Any]]) -> pd
                             "ratio": budget.ratio,
                             "max_tokens": budget.max_tokens,
                             "method": method,
-                            **_means(strata, ["kept", "stored_tokens", "seen_tokens", "memory_bytes", *seconds]),
+                            **_means(
+                                strata, ["kept", "stored_tokens", "seen_tokens", "memory_bytes", "held", *seconds]
+                            ),
                             **_scores(strata, of.get(baseline) if method != baseline else None),
                         }
                     )
@@ -177,12 +191,12 @@ def summarise(manifest: dict[str, Any], records: Sequence[dict[str, Any]]) -> pd
     table = pd.DataFrame(rows)
     order = ["task", "group", "metric", "budget", "ratio", "max_tokens", "method", "mean", "n", "not_finite"]
     order += ["difference", "low", "high", "pairs", "pairs_left_out", "tie", "kept", "stored_tokens", "seen_tokens"]
-    order += ["memory_bytes"]
+    order += ["memory_bytes", "held"]
     types = {"ratio": "float64", "max_tokens": "Int64", "tie": "boolean"}
     return table[order + seconds].astype(types)
 
 
-def _tasks(manifest: dict[str, Any], frame: pd.DataFrame) -> Iterator[tuple[str, list[str]]]:
+def measured_tasks(manifest: dict[str, Any], frame: pd.DataFrame) -> Iterator[tuple[str, list[str]]]:
     """List each task alone, then the averages with their tasks."""
     measured = [task for task in manifest["metrics"] if task in set(frame["task"])]
     yield from ((task, [task]) for task in measured)

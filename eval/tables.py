@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ _SYMBOLS = {"better": "▲", "worse": "▼", "tie": "=", "": ""}
 _NOTHING = "–"
 _ARROWS = " ↑↓"
 _MIB = 2**20
+BYTES = "bytes of exact"  # a column's head
 
 
 @dataclass(frozen=True)
@@ -108,6 +110,7 @@ def _overview(manifest: dict[str, Any], budget: Budget, part: pd.DataFrame) -> T
     firsts = {task: part[(part["task"] == task) & (part["metric"] == metrics[task])] for task in tasks}
     entries = {task: {entry["method"]: entry for entry in firsts[task].to_dict("records")} for task in tasks}
     compared, baseline = part["difference"].notna().any(), baseline_of(manifest)
+    sized = part["held"].notna().any()
     rows = []
     for method in _methods(manifest, part):
         cells, marks = [], []
@@ -123,12 +126,15 @@ def _overview(manifest: dict[str, Any], budget: Budget, part: pd.DataFrame) -> T
             marks += [mark] if task not in AVERAGES else []
         if compared:
             cells.append(_tally(marks) if method != baseline else TableCell(""))
+        if sized:
+            cells.append(held_cell([entries[task][method]["held"] for task in tasks if method in entries[task]]))
         rows.append((TableCell(method, order=method), *cells))
     notes = [
         f"{task}: {metrics[task]}, {unit_and_direction(describe(manifest, task)[metrics[task]])}, "
         f"n = {_samples(firsts[task])}."
         for task in tasks
     ]
+    notes += [bytes_note(manifest)] if sized else []
     return Table(
         None,
         budget,
@@ -138,6 +144,7 @@ def _overview(manifest: dict[str, Any], budget: Budget, part: pd.DataFrame) -> T
             "method",
             *(f"{task} {_arrow(describe(manifest, task)[metrics[task]])}" for task in tasks),
             *([f"to {baseline}"] if compared else []),
+            *([BYTES] if sized else []),
         ),
         tuple(rows),
     )
@@ -159,7 +166,6 @@ def _task_table(manifest: dict[str, Any], task: str, budget: Budget, part: pd.Da
     seconds = [name for name in part if name.startswith("seconds_") and part[name].notna().any()]
     extra = ["n"] if "to" in _samples(part) else []
     sized = part["memory_bytes"].notna().any()
-    whole_bytes = part.loc[part["method"] == EXACT, "memory_bytes"].max()
     header, rows = _compared(manifest, part, columns)
     whole = []
     for row in rows:
@@ -173,7 +179,7 @@ def _task_table(manifest: dict[str, Any], task: str, budget: Budget, part: pd.Da
             )
         )
         if sized:
-            cells.append(_bytes_cell(entry, whole_bytes))
+            cells.append(_bytes_cell(entry))
         if seconds:
             times = [_NOTHING if pd.isna(entry[name]) else f"{entry[name]:.2f}" for name in seconds]
             cells.append(TableCell(" + ".join(times), order=float(entry[seconds].fillna(0).sum())))
@@ -184,19 +190,42 @@ def _task_table(manifest: dict[str, Any], task: str, budget: Budget, part: pd.Da
         task,
         budget,
         f"{task}, {_setting(manifest, budget)}, n = {_samples(part)}",
-        " ".join(f"{name}: {unit_and_direction(metric)}." for name, metric in metrics.items()),
+        " ".join(
+            [
+                *(f"{name}: {unit_and_direction(metric)}." for name, metric in metrics.items()),
+                *([bytes_note(manifest, "cache")] if part["held"].notna().any() else []),
+            ]
+        ),
         (*header, *extra, *kept, *took),
         tuple(whole),
     )
 
 
-def _bytes_cell(entry: pd.Series, whole: float) -> TableCell:
+def _bytes_cell(entry: pd.Series) -> TableCell:
     """Write the cache's size, and its share of the exact cache's where that was measured."""
     held = entry["memory_bytes"]
     if pd.isna(held):
         return TableCell(_NOTHING)
-    share = "" if pd.isna(whole) else f" ({held / whole:.1%} of exact)"
+    share = "" if pd.isna(entry["held"]) else f" ({entry['held']:.1%} of exact)"
     return TableCell(f"{held / _MIB:.1f}{share}", order=float(held))
+
+
+def held_cell(shares: Sequence[float]) -> TableCell:
+    """Write a share of the exact cache's bytes; from the smallest to the largest where they differ."""
+    known = [share for share in shares if not pd.isna(share)]
+    if not known:
+        return TableCell(_NOTHING)
+    ends = dict.fromkeys(f"{100 * share:.1f}" for share in (min(known), max(known)))
+    return TableCell(f"{' to '.join(ends)} %", order=sum(known) / len(known))
+
+
+def bytes_note(manifest: dict[str, Any], column: str = BYTES) -> str:
+    """Say what bytes are shares of."""
+    dtype = manifest["model"].get("dtype")
+    return (
+        f"{column}: all tensors that the cache holds, over the exact cache's keys and values"
+        f"{f' in {dtype}' if dtype else ''} on the same samples."
+    )
 
 
 def _length_table(manifest: dict[str, Any], task: str, name: str, budget: Budget, part: pd.DataFrame) -> Table:
@@ -208,11 +237,16 @@ def _length_table(manifest: dict[str, Any], task: str, name: str, budget: Budget
     counts = [_samples(entries) for _, entries, _ in columns]
     same = len(set(counts)) == 1
     samples = f"{counts[0]} at each length" if same else f"{', '.join(counts)} at the lengths in order"
+    sized = part["held"].notna().any()
+    if sized:
+        own = part[part["group"] != EVERY]
+        rows = tuple((*row, held_cell(list(own.loc[own["method"] == row[0].text, "held"]))) for row in rows)
+        header = (*header, BYTES)
     return Table(
         task,
         budget,
         f"{task} by length: {name}, {_setting(manifest, budget)}, n = {samples}",
-        f"{name}: {unit_and_direction(metric)}.",
+        " ".join([f"{name}: {unit_and_direction(metric)}.", *([bytes_note(manifest)] if sized else [])]),
         header,
         rows,
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from decimal import Decimal
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, model_validator
 
 from wildcat_kv.coreset.choices import Temperature, Weights
 from wildcat_kv.validation import one_line
@@ -16,7 +16,7 @@ _AUTO_SHARE = 0.5
 # The share that is dropped, by the name that kvpress and others give it.
 DROPPED = "compression_ratio"
 # The spellings of a budget.
-BUDGETS = frozenset({"ratio", "max_tokens", DROPPED})
+BUDGETS = frozenset({"ratio", "max_tokens", "max_bytes", DROPPED})
 
 
 def share_kept(compression_ratio: Any) -> float:
@@ -62,6 +62,8 @@ class WildCatConfig(BaseModel):
       the prompt and in the generated text. The tolerance is the largest estimated error of a layer's attention
       output, as a share of that output.
     - `max_tokens`: a layer stores no more tokens, whatever the length. It must be at least sink + window + bin_rank.
+    - `max_bytes`: the whole cache takes no more bytes between two forward passes, such as "2GiB". A text stays exact
+      while it fits, then its slots are quantised (`bits`, 4 by default), then compressed.
 
     The budget is for the compressed layers. `exact_layers` takes indices of the model's layers, -1 for the last, and
     only with a ratio: these layers have no limit. The same seed, model and text give the same cache.
@@ -87,6 +89,11 @@ class WildCatConfig(BaseModel):
     max_tokens: Annotated[int, Field(gt=0, strict=True)] | None = Field(
         None,
         description="max_tokens is the most tokens to store a layer and head, a positive integer, for example 1024",
+    )
+    max_bytes: Annotated[ByteSize, Field(gt=0)] | None = Field(
+        None,
+        description="max_bytes is the most bytes that the whole cache takes, a positive number or a text, for example "
+        "'2GiB'",
     )
     tolerance: Annotated[float, Field(gt=0, strict=True, allow_inf_nan=False)] | None = Field(
         None, description="tolerance is the error to allow with ratio='auto', a number above 0, for example 0.1"
@@ -153,20 +160,21 @@ class WildCatConfig(BaseModel):
 
     @model_validator(mode="after")
     def _check_budget(self) -> WildCatConfig:
-        if (self.ratio is None) == (self.max_tokens is None):
-            given = "neither" if self.ratio is None else "both"
+        budgets = {"ratio": self.ratio, "max_tokens": self.max_tokens, "max_bytes": self.max_bytes}
+        given = [f"{name}={budget}" for name, budget in budgets.items() if budget is not None]
+        if len(given) != 1:
             raise ValueError(
-                f"ratio={self.ratio} and max_tokens={self.max_tokens}: {given} of them given; "
-                "pass exactly one, for example ratio=0.25 or max_tokens=1024"
+                f"{' and '.join(given) or 'ratio=None and max_tokens=None'}: {'several' if given else 'none'} given; "
+                "pass exactly one of ratio, max_tokens and max_bytes, for example ratio=0.25 or max_tokens=1024"
             )
         if (self.ratio == "auto") != (self.tolerance is not None):
             raise ValueError(
                 f"tolerance={self.tolerance} with ratio={self.ratio!r}: one needs the other; give ratio='auto' and, "
                 "for example, tolerance=0.1"
             )
-        if self.max_tokens is not None and self.exact_layers:
+        if self.ratio is None and self.exact_layers:
             raise ValueError(
-                f"exact_layers={list(self.exact_layers)} with max_tokens={self.max_tokens}: a layer left exact has no "
+                f"exact_layers={list(self.exact_layers)} with {given[0]}: a layer left exact has no "
                 "limit; give a ratio, or leave exact_layers out"
             )
         least = self.sink + self.window + self.bin_rank
@@ -179,13 +187,13 @@ class WildCatConfig(BaseModel):
 
     @property
     def share(self) -> float | None:
-        """Share of the tokens that budgets are reckoned by; None with `max_tokens`."""
+        """Share of the tokens that budgets are reckoned by; None with `max_tokens` and `max_bytes`."""
         return _AUTO_SHARE if self.ratio == "auto" else self.ratio
 
     def changed(self, **fields: Any) -> WildCatConfig:
         """Copy these settings with some fields changed.
 
-        A new budget replaces the old one. `max_tokens` removes the `exact_layers` of a ratio.
+        A new budget replaces the old one. `max_tokens` and `max_bytes` remove the `exact_layers` of a ratio.
 
         Args:
             **fields: new values, by the name of their field.
@@ -200,7 +208,7 @@ class WildCatConfig(BaseModel):
         """
         kept = self.model_dump()
         if fields.keys() & BUDGETS:
-            del kept["ratio"], kept["max_tokens"], kept["tolerance"]
-        if fields.get("max_tokens") is not None:
+            del kept["ratio"], kept["max_tokens"], kept["max_bytes"], kept["tolerance"]
+        if fields.get("max_tokens") is not None or fields.get("max_bytes") is not None:
             del kept["exact_layers"]
         return type(self)(**{**kept, **fields})

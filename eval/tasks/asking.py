@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 from transformers import Cache
 
+from eval.baselines import CountedCache
 from eval.cells import Cell
 from eval.tasks.base import Protocol
 from wildcat_kv import CompressedCache, Context
-from wildcat_kv.cache.sizes import cache_bytes, stored_tokens
+from wildcat_kv.cache.sizes import cache_bytes, layer_tensors, stored_tokens
 from wildcat_kv.contexts.reading import Likelihood, generate, loglikelihood
 
 
@@ -49,9 +50,24 @@ class Held(TypedDict):
     memory_bytes: int
 
 
-def held_by(cache: Cache) -> Held:
-    """Count the entries and bytes of a cache."""
-    return {"stored_tokens": round(stored_tokens(cache), 4), "memory_bytes": cache_bytes(cache)}
+def held_by(cache: Cache, cell: Cell) -> Held:
+    """Count the entries and bytes of a cell's cache.
+
+    Of the exact cache the keys and values count alone: a context keeps its queries too, to be compressed later.
+    """
+    held = exact_bytes(cache) if cell.exact else cache_bytes(cache)
+    count = cache.stored_tokens() if isinstance(cache, CountedCache) else stored_tokens(cache)
+    return {"stored_tokens": round(count, 4), "memory_bytes": held}
+
+
+def exact_bytes(cache: Cache) -> int:
+    """Count the bytes of the keys and values in a cache that holds all of them, and of its other layers' states."""
+    return sum(
+        layer.keys.nbytes + layer.values.nbytes
+        if hasattr(layer, "state")
+        else sum(tensor.nbytes for tensor in layer_tensors(layer))
+        for layer in cache.layers
+    )
 
 
 class Clock(dict[str, float]):
@@ -85,7 +101,7 @@ class Asked:
         """Make the cell's cache of the context, and count what it holds."""
         with clock("compress", self._model.device):
             cache = cell.compress(self.context, self._tokenizer)
-        return cache, held_by(cache)
+        return cache, held_by(cache, cell)
 
     def generate(self, cache: CompressedCache, max_new_tokens: int, until: Sequence[str]) -> str:
         """Write the answer; uses the cache up."""

@@ -74,7 +74,7 @@ class _Error(Stretch):
             clock = Clock()
             with clock("compress", model.device):
                 cache = cell.compress(context, tokenizer)
-            held = held_by(cache)
+            held = held_by(cache, cell)
             with clock("answer", model.device):
                 errors = attention_errors(whole, cache, ids.shape[1] - self.length)
             scores, layers = {"error": float(torch.tensor(errors).mean())}, {"error": _rounded(errors)}

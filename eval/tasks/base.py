@@ -71,7 +71,8 @@ class Outcome:
         scores: scores by the metric's name.
         stored_tokens: entries that a key head held after the compression, on average.
         seen_tokens: tokens that had been read then.
-        memory_bytes: bytes of all tensors that the cache held then, free room included.
+        memory_bytes: bytes of all tensors that the cache held then, free room included; of the exact cache its keys
+            and values.
         prediction: text that the model wrote, if it wrote.
         reference: expected text, if there is one.
         layers: scores by layer and head, by name.

@@ -61,7 +61,7 @@ class _Drift(Stretch):
             clock = Clock()
             with clock("compress", model.device):
                 cache = cell.compress(context, tokenizer)
-            held = held_by(cache)
+            held = held_by(cache, cell)
             with clock("answer", model.device):
                 found = read(model, cache, ids, last=after)[0].log_softmax(-1)
                 scores = _scores(expected, found, ids[0, self.length :])

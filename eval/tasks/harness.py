@@ -223,7 +223,7 @@ class _Rolling(_Document):
             with clock("read", model.device):
                 losses = token_losses(model, cache, ids, chunk=_CHUNK)
             scores = {"nll": float(losses.mean())}
-            return Outcome(scores, seen_tokens=ids.shape[1], seconds=clock, **held_by(cache))
+            return Outcome(scores, seen_tokens=ids.shape[1], seconds=clock, **held_by(cache, cell))
 
         return measure
 

@@ -70,7 +70,7 @@ class _Document(Stretch):
                 scores={"nll": float(losses.mean()), "nll_end": float(losses[-max(1, len(losses) // 4) :].mean())},
                 seen_tokens=cache.get_seq_length(),
                 seconds=clock,
-                **held_by(cache),
+                **held_by(cache, cell),
             )
 
         return measure

@@ -169,17 +169,17 @@ def test_the_format_is_that_of_its_version(method, tmp_path):
     cache.save(path)
     metadata, header, names = contents(path)
     assert metadata.keys() == {"format", "version", "header"}
-    assert (metadata["format"], metadata["version"]) == ("wildcat_kv context", "4")
+    assert (metadata["format"], metadata["version"]) == ("wildcat_kv context", "5")
     assert header.keys() == {"model", "settings", "compressor", "layers", "positions", "text"}
     kinds = [layer["kind"] for layer in header["layers"]]
     assert set(kinds) == {"WildCatLayer", "DynamicSlidingWindowLayer"}
     entries = {"keys", "values", "weights", "valid", "folded.lowest", "folded.highest"}
     own = {"wildcat": set(), "snapkv": {"queries.carried"}, "h2o": {"memory"}}[method]
     for index, layer in enumerate(header["layers"]):
-        assert layer.keys() == {"kind", "progress", "length", "attributes"}
+        assert layer.keys() == {"kind", "progress", "length", "bands", "attributes"}
         held = {name.removeprefix(f"layers.{index}.") for name in names if name.startswith(f"layers.{index}.")}
         if layer["kind"] == "WildCatLayer":
-            assert layer["progress"]["seen"] == 150 and layer["attributes"] is None
+            assert layer["progress"]["seen"] == 150 and layer["attributes"] is None and layer["bands"] == []
             assert held == entries | own
         else:
             assert {"keys", "values"} <= held and layer["progress"] is None

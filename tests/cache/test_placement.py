@@ -19,6 +19,7 @@ from tests.driver import METHODS, SCALE, read, small_cache, state, tokens
 from tests.driver import assert_same as assert_same_state
 from tests.tiny import random_ids, tiny_model
 from wildcat_kv import WildCatCache
+from wildcat_kv.cache import refilling
 from wildcat_kv.cache.state import LayerState
 from wildcat_kv.coreset.bins import BinLayout
 from wildcat_kv.coreset.wtdattn import WeightSigns
@@ -45,6 +46,7 @@ def fake(monkeypatch, toy_backend, request):
     # What a fold looks at on the host; fake tensors have nothing to look at.
     monkeypatch.setattr(LayerState, "check_finite", lambda self, keys: None)
     monkeypatch.setattr(WeightSigns, "of", staticmethod(lambda weights, valid: request.param))
+    monkeypatch.setattr(refilling, "is_unequal", lambda valid: False)
     # Small constants would be computed with after all, and there is nothing to compute with.
     monkeypatch.setattr(FakeTensorMode, "may_turn_const", lambda self, tensor: False)
     build = BinLayout.build

@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from wildcat_kv.cache.storage import Entries, Storage
+from wildcat_kv.cache.entries import Entries
+from wildcat_kv.cache.storage import Room, Storage
 from wildcat_kv.coreset.compresskv import Coreset
 from wildcat_kv.coreset.wtdattn import WeightSigns, mass_of
 
@@ -55,7 +56,7 @@ class Storages(RuleBasedStateMachine):
         self.rows, self.limit, self.fixed, self.dtype = rows, limit, fixed and limit is not None, dtype
         self.seed, self.remembered, self.folded = 0, memory, False
         held = self.new(first)
-        self.storage = Storage.empty(held.keys, held.values, memory, limit, fixed=self.fixed)
+        self.storage = Storage.empty(held.keys, held.values, memory, Room(limit, self.fixed))
         self.held = held.slice(0, 0)
         self.home = None
 
@@ -110,7 +111,7 @@ class Storages(RuleBasedStateMachine):
     @rule()
     def save_and_load(self):
         saved = self.storage.snapshot()
-        self.storage, self.folded = Storage.adopt(saved, self.storage.length, self.limit), False
+        self.storage, self.folded = Storage.adopt(saved, self.storage.length, Room(self.limit)), False
 
     @invariant()
     def holds_what_was_put_there(self):
@@ -156,7 +157,7 @@ TestStorages.settings = settings(max_examples=max(30, settings().max_examples), 
 def filled(n, limit=None, fixed=False):
     """A storage of `n` exact tokens in one row."""
     held = entries(1, n, exact=True)
-    storage = Storage.empty(held.keys, held.values, 0, limit, fixed=fixed)
+    storage = Storage.empty(held.keys, held.values, 0, Room(limit, fixed))
     storage.append(held.keys, held.values, None)
     return storage
 

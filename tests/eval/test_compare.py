@@ -57,6 +57,19 @@ def test_a_tie_is_a_tie_and_two_pairs_are_neither(tmp_path):
     assert dict(compare("new", [folder])[["other", "verdict"]].values) == {"old": "tie", "few": ""}
 
 
+def test_bytes_are_over_the_exact_caches_on_the_same_samples(tmp_path):
+    folder = run_folder(tmp_path / "a", {"exact": [0.0] * 4, "new": [1.0, 2.0, 3.0, 4.0], "old": [2.0] * 3})
+    path = folder / "samples.jsonl"
+    held = {"exact": 100, "new": 30, "old": 10}
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    lines = [{**line, "memory_bytes": held[line["method"]] * (1 + line["sample"])} for line in lines]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    [row] = compare("new", [folder]).to_dict("records")
+    assert (row["bytes"], row["other bytes"]) == pytest.approx((0.3, 0.1))
+    [row] = compare("new", [run_folder(tmp_path / "b", {"new": [1.0] * 3, "old": [2.0] * 3})]).to_dict("records")
+    assert row["bytes"] != row["bytes"]  # not measured
+
+
 def test_refuses_what_cannot_be_compared(tmp_path):
     one = run_folder(tmp_path / "a", {"new": [1.0, 2.0], "old": [1.0, 2.0]})
     other = run_folder(tmp_path / "b", {"new": [1.0]}, model="large")

@@ -431,8 +431,29 @@ def test_bytes_stand_beside_what_is_kept_where_they_were_measured():
         "snapkv": "3.0 (37.5% of exact)",
         "uniform": "–",
     }
+    assert "over the exact cache's keys and values in float32 on the same samples" in table.notes
     old = make_tables(run(), summarise(run(), verdicts()))[1]
-    assert not any("MiB" in name for name in old.header)
+    assert not any("MiB" in name for name in old.header) and "keys and values" not in old.notes
+
+
+def test_every_table_has_bytes_over_the_exact_caches():
+    records = [
+        {
+            **entry,
+            "memory_bytes": entry["facets"]["length"] * (4 if entry["method"] == "exact" else 1) + extra,
+            "prompt_hash": f"{entry['sample']}",
+        }
+        for entry, extra in ((entry, 120 * (entry["method"] != "exact")) for entry in needles())
+    ]
+    overview, table, lengths = make_tables(run(), summarise(run(), [*records, *cell([1.0] * 3, method="uniform")]))
+    for each in (overview, lengths):
+        shares = {row[0].text: row[-1].text for row in each.rows if each.header[-1] == "bytes of exact"}
+        # 620 of 2,000 and 1,120 of 4,000 bytes; over samples of both lengths the mean is that of the shares.
+        own = "28.0 to 31.0 %" if each is lengths else "29.5 %"
+        assert shares.items() >= {"exact": "100.0 %", "wildcat": own}.items()
+        assert "bytes of exact: all tensors that the cache holds" in each.notes
+    assert "(29.5% of exact)" in line(table, "wildcat")["cache, MiB"].text
+    assert line(overview, "uniform")["bytes of exact"].text == "–"
 
 
 # Conclusion

@@ -38,7 +38,8 @@ KEYS = [
     (task, index, *cell) for task, count in (("needle_2", 4), ("drift", 2)) for index in range(count) for cell in CELLS
 ]
 FIELDS = [
-    *("task", "sample", "method", "ratio", "max_tokens", "protocol", "seed", "prompt_hash", "prediction", "reference"),
+    *("task", "sample", "method", "family", "compressor", "bits", "ratio", "max_tokens", "protocol", "seed"),
+    *("prompt_hash", "prediction", "reference"),
     *("scores", "seen_tokens", "stored_tokens", "memory_bytes", "facets", "layers", "seconds"),
 ]
 
@@ -154,6 +155,19 @@ def count_lines(path):
 def test_every_measurement_is_written_once_and_in_order(reference):
     assert keys(reference) == KEYS
     assert sorted(contents(reference)) == ["run.json", "samples.jsonl"]
+
+
+def test_samples_are_measured_by_turns(config_file, reference, reported, monkeypatch, tmp_path):
+    """An interrupted run has something of every task and depth."""
+    appended = []
+    append = Folder.append
+    monkeypatch.setattr(Folder, "append", lambda self, record: (appended.append(record), append(self, record))[1])
+    measure(config_file, tmp_path / "new", methods=["snapkv"], ratios=[0.5])
+    order = [(record["task"], record["sample"]) for record in appended if record["method"] == "exact"]
+    needle, drift = [("needle_2", at) for at in (0, 2, 1, 3)], [("drift", at) for at in (0, 1)]
+    assert order == [needle[0], drift[0], needle[1], needle[2], drift[1], needle[3]]
+    assert [len(set(keys(tmp_path / "new"))), keys(tmp_path / "new")[0]] == [12, KEYS[0]]
+    assert keys(tmp_path / "new") == [key for key in KEYS if key[2:] in (("exact", None, None), ("snapkv", 0.5, None))]
 
 
 def test_a_line_says_all_there_is_to_know(reference):
@@ -415,6 +429,18 @@ def test_a_limit_of_the_command_wins_over_the_files_own(config_file, tmp_path):
     assert by_file.limit == 7 and by_file.tasks[0]["limit"] == 10
     assert by_command.limit == 2 and by_command.tasks == [{"task": "niah_single_1"}, "drift"]
     assert chosen.tasks == [{"task": "niah_single_1"}]
+
+
+def test_ratios_of_the_command_choose_among_a_methods_own(tmp_path):
+    path = tmp_path / "config.yaml"
+    own = [{"name": "plain", "compressor": "wildcat", "bits": [4], "ratios": [1]}, "snapkv"]
+    own += [{"name": "wildcat", "bits": [4], "ratios": [0.5, 0.25]}]
+    path.write_text(yaml.safe_dump({"tasks": ["drift"], "ratios": [0.5], "methods": own}))
+    assert [str(cell) for cell in read_config(path).cells()[1:]] == [
+        *("plain_4bit 1", "snapkv 0.5", "wildcat_4bit 0.5", "wildcat_4bit 0.25")
+    ]
+    chosen = read_config(path, ratios=[0.25, 0.1]).cells()[1:]
+    assert [str(cell) for cell in chosen] == ["snapkv 0.25", "snapkv 0.1", "wildcat_4bit 0.25"]
 
 
 def test_a_report_says_where_it_is_and_takes_a_baseline(reference, monkeypatch, capsys, tmp_path):

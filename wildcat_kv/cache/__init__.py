@@ -6,8 +6,9 @@ caches.py, contract.py        what the user holds, and what Transformers asks of
 forward.py                    one pass over all layers: announced, masked, folded
 layer.py, layer_contract.py   one layer on a token's way, and what Transformers asks of it
 state.py                      what a layer holds; progress.py its numbers, query_log.py the queries of a method
-folding.py, rows.py           plan -> block -> coreset -> storage; rows of unequal length, here alone
-storage.py                    the tensors; budget.py how many, value_range.py their box
+folding.py                    planning.py -> blocks.py -> coreset -> refilling.py; rows.py rows of unequal length
+storage.py, entries.py        a rectangle of tensors; bands.py, banding.py, packed.py unequal heads, quantised slots
+budget.py, byte_budget.py     how many entries; value_range.py their box
 positions.py, rereading.py, read_check.py   inputs that would be read wrongly
 static.py                     fixed shapes, compiled; joining.py caches of parts in one
 sizes.py, error_report.py     what a cache reports; disk/ saves, loads, inspects

@@ -9,10 +9,13 @@ import torch
 from torch import Tensor
 
 from wildcat_kv.cache.bands import Band, BandedStorage
+from wildcat_kv.cache.entries import Entries
 from wildcat_kv.cache.packed import Segment, add_segments, pack
-from wildcat_kv.cache.storage import Entries, Storage
+from wildcat_kv.cache.storage import Room, Storage
 from wildcat_kv.coreset.quantised import OCTET
 
+# Bands are small, and allocated anew at every fold.
+ROOM = Room(least=8)
 # Heads share a band while the one with fewest lacks at most this many slots, or the most over this divisor.
 _FEW = 4
 _FEW_PART = 64
@@ -176,7 +179,7 @@ def _band(
     columns = torch.cat((sink, wide[:, due:], exact), dim=1)
     shown = torch.cat((sink >= 0, real[:, due:], exact >= 0), dim=1)
     held = _gather(whole, places, columns, shown)
-    return Band(places, Storage([held]), packed, line.sink, width - due)
+    return Band(places, Storage([held], ROOM), packed, line.sink, width - due)
 
 
 def _gather(whole: Entries, places: Sequence[int], index: Tensor, real: Tensor) -> Entries:

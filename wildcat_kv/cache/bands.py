@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from wildcat_kv.cache.budget import Row
+from wildcat_kv.cache.entries import Entries
 from wildcat_kv.cache.packed import Segment
-from wildcat_kv.cache.storage import Entries, Storage
+from wildcat_kv.cache.storage import Storage
 from wildcat_kv.cache.value_range import ValueRange
 from wildcat_kv.coreset.tensors import ordinary_tensors
 from wildcat_kv.coreset.wtdattn import AttentionOptions, coreset_attention, parted_attention

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from typing_extensions import Self
 
+from wildcat_kv.cache.byte_budget import ByteBudget
 from wildcat_kv.compressors import Compressor, resolve
 from wildcat_kv.compressors.rotation import Rotation
 from wildcat_kv.config import WildCatConfig
@@ -29,6 +30,7 @@ class Blueprint:
         exact: indices of the full-attention layers left uncompressed.
         rotations: rotary positions of each full-attention layer, by index; empty if the method needs none.
         rotation_limit: tokens that the rotations hold for; None for any number.
+        byte_budget: budget in bytes; None for another one.
     """
 
     settings: WildCatConfig
@@ -39,6 +41,7 @@ class Blueprint:
     exact: frozenset[int]
     rotations: dict[int, Rotation]
     rotation_limit: int | None
+    byte_budget: ByteBudget | None
 
     @classmethod
     def of(
@@ -77,14 +80,18 @@ class Blueprint:
         rotations = rotations_of(decoder, full) if compressor.needs_rotation else {}
         check_images(config, decoder, rotations)
         limit = rotation_limit(decoder, rotations)
-        return cls(settings, compressor, decoder, layers, full, exact, rotations, limit)
+        in_bytes = None
+        if settings.max_bytes is not None:
+            in_bytes = ByteBudget.of(settings, compressor, decoder, layers, full)
+        return cls(settings, compressor, decoder, layers, full, exact, rotations, limit, in_bytes)
 
 
 def check_budget(settings: WildCatConfig, compressor: Compressor) -> None:
     """Refuse a limit or a tolerance that the method cannot keep."""
-    if settings.max_tokens is not None and not compressor.decodes:
+    if not (settings.max_tokens is None and settings.max_bytes is None) and not compressor.decodes:
+        name = "max_bytes" if settings.max_tokens is None else "max_tokens"
         raise ValueError(
-            f"max_tokens={settings.max_tokens}: {type(compressor).__name__} compresses the prompt alone, so what "
+            f"{name}={getattr(settings, name)}: {type(compressor).__name__} compresses the prompt alone, so what "
             "is generated cannot be bounded; give a ratio, or another compressor"
         )
     if settings.ratio == "auto" and not compressor.estimates:

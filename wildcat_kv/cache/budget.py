@@ -14,7 +14,7 @@ from wildcat_kv.config import WildCatConfig
 
 # Blocks of new tokens between two folds under max_tokens, in bins: a fold costs its bin_rank sequential
 # steps however few tokens it takes in, and every slot set aside for the block is one less for the coreset.
-_BINS_A_BLOCK = 4
+BINS_A_BLOCK = 4
 
 
 @dataclass(frozen=True)
@@ -60,8 +60,8 @@ class FoldPlan:
     """The fold of a row: `items` become `rank` slots, the rest stays.
 
     In storage order: `sink` exact tokens, `kept` old slots (in `kept + spare` columns), `items` (columns of old
-    slots or exact tokens) to compress into `rank` slots, `window` exact tokens. With `keeps_all` the items become slots
-    as they are; elsewhere too a layer that holds less than others can have no more items than the rank.
+    slots or exact tokens) to compress into `rank` slots, `window` exact tokens. `packs` is True for a fold that makes a
+    slot of each item, to be quantised.
     """
 
     sink: int
@@ -70,7 +70,7 @@ class FoldPlan:
     rank: int
     window: int
     spare: int = 0
-    keeps_all: bool = False
+    packs: bool = False
 
     @staticmethod
     def nothing(row: Row) -> FoldPlan:
@@ -133,15 +133,16 @@ def block_size(settings: WildCatConfig) -> int:
         return int(-(-settings.bin_rank // Fraction(str(settings.share))))
     assert settings.max_tokens is not None
     free = settings.max_tokens - settings.sink - settings.window
-    return max(1, min(_BINS_A_BLOCK * settings.bin_rank, free // 2))
+    return max(1, min(BINS_A_BLOCK * settings.bin_rank, free // 2))
 
 
-def plan_fold(row: Row, settings: WildCatConfig, *, prefill: bool) -> FoldPlan | None:
+def plan_fold(row: Row, settings: WildCatConfig, *, prefill: bool, slot_cost: float = 0.0) -> FoldPlan | None:
     """Plan the fold that is due now; None for none.
 
     Args:
         row: contents of the row, the newest tokens included.
         settings: budget and exact ends.
+        slot_cost: bytes of a quantised slot over those of an entry in the dtype of the model.
         prefill: True if this forward gave the row its first tokens, several at once: the prompt is then
             brought to its budget at once, however short it is. A sink that had to shrink stays small.
     """
@@ -153,7 +154,7 @@ def plan_fold(row: Row, settings: WildCatConfig, *, prefill: bool) -> FoldPlan |
         due = row.counted > settings.max_tokens
         budget = settings.max_tokens + 1 - block_size(settings)  # a block later it is full again
     if not due or budget >= row.seen:
-        return _plan_packing(row, settings, prefill=prefill)
+        return _plan_packing(row, settings, slot_cost, prefill=prefill)
 
     sink, window = exact_ends(settings.max_tokens or budget, settings)
     if row.slots:  # the tokens behind a larger sink are folded already
@@ -173,30 +174,47 @@ def plan_fold(row: Row, settings: WildCatConfig, *, prefill: bool) -> FoldPlan |
     return FoldPlan(sink=sink, kept=kept, items=items, rank=rank, window=window, spare=spare)
 
 
-def _plan_packing(row: Row, settings: WildCatConfig, *, prefill: bool) -> FoldPlan | None:
+def _plan_packing(row: Row, settings: WildCatConfig, slot_cost: float, *, prefill: bool) -> FoldPlan | None:
     """Plan to quantise the tokens behind the window where nothing is over budget; None without `bits`.
 
     A prompt is quantised at once, later tokens in whole groups.
     """
-    if settings.bits is None:
+    if settings.bits is None or _exact_room(row, settings, slot_cost) >= 0:
         return None
     sink = row.sink if row.slots else min(settings.sink, row.exact)
     items = row.exact - settings.window - (0 if row.slots else sink)
+    if row.slots:  # a group that is not whole would wait in the dtype of the model
+        items -= items % settings.group
     if items < (1 if prefill else settings.group):
         return None
-    return FoldPlan(sink, row.slots, items, items, settings.window, row.spare, keeps_all=True)
+    window = row.exact - items - (0 if row.slots else sink)
+    return FoldPlan(sink, row.slots, items, items, window, row.spare, packs=True)
 
 
-def tokens_until_fold(row: Row, settings: WildCatConfig) -> int | None:
+def _exact_room(row: Row, settings: WildCatConfig, slot_cost: float) -> int:
+    """Count the exact tokens that may come before those behind the window are quantised; negative if too many have.
+
+    With `max_tokens` a text stays exact as long as it takes no more bytes than the full budget in slots does.
+    """
+    if settings.max_tokens is None:
+        behind = row.exact - settings.window - (0 if row.slots else settings.sink)
+        return settings.group - behind - 1 if row.slots else -1
+    ends = settings.sink + settings.window
+    full = ends + settings.group + slot_cost * (settings.max_tokens - ends)
+    return int(full - row.sink - row.exact - slot_cost * row.slots)
+
+
+def tokens_until_fold(row: Row, settings: WildCatConfig, slot_cost: float = 0.0) -> int | None:
     """Count the new tokens after which this row may fold.
 
     At least 1; None if `plan_fold` will never want a fold.
     """
-    if settings.bits is None:
-        return _tokens_until_over(row, settings)
+    over = _tokens_until_over(row, settings)
+    if settings.bits is None or not row.seen:
+        return over if settings.bits is None else 1
     behind = row.exact - settings.window - (0 if row.slots else settings.sink)
-    waits = [max(1, settings.group - behind), _tokens_until_over(row, settings) or settings.group]
-    return min(waits) if row.seen else 1
+    packing = max(1, settings.group - behind, _exact_room(row, settings, slot_cost) + 1)
+    return packing if over is None else min(packing, over)
 
 
 def _tokens_until_over(row: Row, settings: WildCatConfig) -> int | None:

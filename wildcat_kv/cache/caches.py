@@ -55,8 +55,7 @@ class WildCatCache(CacheContract):
         static: True, with `max_tokens`, to keep all shapes and addresses fixed, so that decoding can be compiled by
             `compile_decoding`. Not for models with other than full-attention layers, nor for methods that learn from
             queries.
-        **fields: fields of `WildCatConfig`, such as `ratio=0.25` to keep a quarter of the tokens, or
-            `max_tokens=1024` to bound them.
+        **fields: fields of `WildCatConfig`, such as `ratio=0.25`, `max_tokens=1024`, `max_bytes="2GiB"`, `bits=4`.
 
     Raises:
         TypeError: config is no Transformers config, or compressor no method.
@@ -88,7 +87,12 @@ class WildCatCache(CacheContract):
         plan = Blueprint.of(config, recipe.settings, recipe.compressor, static=static, offloading=offloading)
         positions = getattr(plan.decoder, "max_position_embeddings", None)
         self._pass_state = (StaticPassState if static else PassState)(
-            plan.settings, plan.compressor, positions, exact_layers=plan.exact, rotation_limit=plan.rotation_limit
+            plan.settings,
+            plan.compressor,
+            positions,
+            exact_layers=plan.exact,
+            rotation_limit=plan.rotation_limit,
+            byte_budget=plan.byte_budget,
         )
         layers, kind = plan.layers, StaticWildCatLayer if static else WildCatLayer
         sharing = [place for place, index in enumerate(plan.full) if index not in plan.exact]

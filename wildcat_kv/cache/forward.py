@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from wildcat_kv.cache.byte_budget import ByteBudget, Shape
 from wildcat_kv.cache.folding import fold_due, fold_together, survey_due, will_fold
 from wildcat_kv.cache.positions import RopeDeltas
 from wildcat_kv.cache.rereading import rereading_fault
@@ -38,6 +39,7 @@ class PassState:
         rotation_limit: tokens that the method's rotations hold for; None for any number.
         warned: True once the user was told that the text is longer than the model's positions.
         rope: positions that the model would keep on itself.
+        byte_budget: budget in bytes, to settle the settings by at the first tokens; None for another budget.
     """
 
     settings: WildCatConfig
@@ -53,6 +55,7 @@ class PassState:
     exact_layers: frozenset[int] = frozenset()
     rotation_limit: int | None = None
     rope: RopeDeltas = field(default_factory=RopeDeltas)
+    byte_budget: ByteBudget | None = None
 
     @property
     def folding(self) -> dict[int, LayerState]:
@@ -85,6 +88,22 @@ class PassState:
         self.forward = self.waiting = None
         self.compressed = self.padded = self.warned = self.begun = False
         self.rope = RopeDeltas()
+        if self.byte_budget is not None:
+            self._take(self.byte_budget.settings)
+
+    def settle_bytes(self, keys: Tensor, values: Tensor) -> None:
+        """Turn a budget in bytes into entries, once the first keys and values (rows, kv_heads, n, channels) are here.
+
+        Raises:
+            ValueError: too few bytes for this batch.
+        """
+        if self.byte_budget is not None and self.settings.max_bytes is not None:
+            self._take(self.byte_budget.settle(Shape.of(keys, values)))
+
+    def _take(self, settings: WildCatConfig) -> None:
+        self.settings = settings
+        for state in self.states.values():
+            state.settings = settings
 
     def note_linear(self, index: int) -> None:
         """Note that a linear layer has read; its own state does not show it."""

@@ -16,11 +16,11 @@ import torch
 from wildcat_kv.cache.bands import BandedStorage
 from wildcat_kv.cache.budget import Row
 from wildcat_kv.cache.caches import CompressedCache
-from wildcat_kv.cache.folding import hold_in_bands
+from wildcat_kv.cache.entries import Entries
 from wildcat_kv.cache.layer import WildCatLayer
 from wildcat_kv.cache.progress import Progress
+from wildcat_kv.cache.refilling import hold_in_bands
 from wildcat_kv.cache.state import LayerState
-from wildcat_kv.cache.storage import Entries
 from wildcat_kv.cache.value_range import ValueRange
 from wildcat_kv.compressors.describe import describe
 from wildcat_kv.config import WildCatConfig

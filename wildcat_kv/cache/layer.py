@@ -11,11 +11,12 @@ from typing import Any
 from torch import Tensor
 
 from wildcat_kv.cache.bands import Band
-from wildcat_kv.cache.folding import trim_queries, will_fold
+from wildcat_kv.cache.entries import Entries
+from wildcat_kv.cache.folding import will_fold
 from wildcat_kv.cache.forward import announce, beyond_rollback, check_reading, check_update, fold_layer
 from wildcat_kv.cache.layer_contract import LayerContract
 from wildcat_kv.cache.progress import Progress
-from wildcat_kv.cache.storage import Entries
+from wildcat_kv.cache.refilling import trim_queries
 from wildcat_kv.cache.value_range import ValueRange
 from wildcat_kv.coreset.wtdattn import AttentionOptions
 from wildcat_kv.hook.marks import Forward, MarkedLength, mark
@@ -44,6 +45,7 @@ class WildCatLayer(LayerContract):
         shared, state = self._pass_state, self._state
         forward = check_update(shared, self._index, self._forward, key_states, value_states)
         if not self.is_initialized:
+            shared.settle_bytes(key_states, value_states)
             self.lazy_initialization(key_states, value_states)
         if self._offloading or self._arrival is not None or key_states.device != self.device:
             self._bring_to(key_states.device)

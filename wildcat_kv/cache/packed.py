@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from wildcat_kv.cache.storage import Entries
+from wildcat_kv.cache.entries import Entries
 from wildcat_kv.coreset.quantised import OCTET, Quantised
 from wildcat_kv.coreset.tensors import saturate_
 

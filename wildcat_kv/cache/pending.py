@@ -11,8 +11,8 @@ from typing import Any
 from torch import Tensor
 
 from wildcat_kv.cache.budget import FoldPlan, Row
+from wildcat_kv.cache.entries import Entries
 from wildcat_kv.cache.rows import RowGroup
-from wildcat_kv.cache.storage import Entries
 from wildcat_kv.cache.value_range import ValueRange
 
 

@@ -11,7 +11,7 @@ from wildcat_kv.compressors.observation import Observation
 from wildcat_kv.coreset.tensors import ordinary_tensors
 
 # Parts that are held before they are joined: one a forward pass.
-_PARTS = 64
+PARTS = 64
 
 
 class QueryLog:
@@ -52,7 +52,7 @@ class QueryLog:
             with ordinary_tensors():  # the model may reuse the memory, or it may hold keys and values as well
                 self._parts[-1] = self._parts[-1].clone()
             self._borrowed = False
-        if len(self._parts) > _PARTS:
+        if len(self._parts) > PARTS:
             self._join()
 
     def recent(self) -> Tensor | None:
@@ -77,7 +77,7 @@ class QueryLog:
 
     def trim(self, columns: int) -> None:
         """Forget all but the newest `columns`, once there are many more."""
-        if self.columns > columns + _PARTS:
+        if self.columns > columns + PARTS:
             queries = self.recent()
             assert queries is not None
             with ordinary_tensors():

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from wildcat_kv.cache.budget import FoldPlan, Row
-from wildcat_kv.cache.storage import Entries
+from wildcat_kv.cache.entries import Entries
 from wildcat_kv.compressors.base import Compressed
 from wildcat_kv.coreset.compresskv import Coreset
 
@@ -32,7 +32,7 @@ class RowGroup:
         seen: tokens read.
         queried: queries at hand.
         weighted: True if slots of an earlier coreset are among the items.
-        keeps_all: True if the items become slots as they are.
+        packs: True if each item becomes a slot as it is.
     """
 
     rows: tuple[int, ...]
@@ -44,7 +44,7 @@ class RowGroup:
     seen: int
     queried: int
     weighted: bool
-    keeps_all: bool = False
+    packs: bool = False
 
 
 def group_rows(rows: Sequence[Row], plans: Sequence[FoldPlan], queried: Sequence[int]) -> list[RowGroup]:
@@ -54,8 +54,7 @@ def group_rows(rows: Sequence[Row], plans: Sequence[FoldPlan], queried: Sequence
         if not plan.items:
             continue
         numbers = (row.stored, plan.items, plan.rank, plan.window, row.exact, row.seen, queries)
-        group = RowGroup((), *numbers, weighted=row.slots > plan.kept, keeps_all=plan.keeps_all)
-        alike.setdefault(group, []).append(number)
+        alike.setdefault(RowGroup((), *numbers, weighted=row.slots > plan.kept, packs=plan.packs), []).append(number)
     return [replace(group, rows=tuple(members)) for group, members in alike.items()]
 
 

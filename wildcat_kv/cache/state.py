@@ -15,15 +15,15 @@ from torch import Tensor
 
 from wildcat_kv.cache.bands import Band, BandedStorage
 from wildcat_kv.cache.budget import Row
+from wildcat_kv.cache.entries import Entries
 from wildcat_kv.cache.pending import PendingFold
 from wildcat_kv.cache.progress import Progress
 from wildcat_kv.cache.query_log import QueryLog
-from wildcat_kv.cache.storage import Entries, Storage
+from wildcat_kv.cache.storage import Room, Storage
 from wildcat_kv.cache.value_range import ValueRange
 from wildcat_kv.compressors.base import Compressor
 from wildcat_kv.compressors.rotation import Rotation
 from wildcat_kv.config import WildCatConfig
-from wildcat_kv.coreset.quantised import fits_half
 from wildcat_kv.coreset.tensors import ordinary_tensors
 
 
@@ -64,7 +64,7 @@ class LayerState:
         self.fixed = fixed
         self.settings = settings
         self.compressor = compressor
-        self._index = index
+        self.index = index
         self.place = place
         self.sharing = sharing
         self.rotation = rotation
@@ -79,7 +79,7 @@ class LayerState:
 
     def allocate(self, keys: Tensor, values: Tensor) -> None:
         """Make room for keys and values (rows, kv_heads, n, channels), and some more."""
-        self.storage = Storage.empty(keys, values, self.compressor.state_size, self._limit, fixed=self.fixed)
+        self.storage = Storage.empty(keys, values, self.compressor.state_size, self._room)
         self.progress.rows = [Row()] * keys.shape[0]
 
     def restore(
@@ -101,15 +101,14 @@ class LayerState:
             folded_range: box around the values of folded tokens.
             carried: queries from before the last fold.
             recent: queries since then.
-            bands: bands of a layer that is held in bands; `memory` is not read then.
+            bands: bands, in place of `memory`.
         """
-        limit = self._limit
         if bands:
             self.storage = BandedStorage.whole(bands, len(progress.rows))
         elif self.fixed:
-            self.storage = Storage([memory.slice(0, length)], limit, fixed=True)
+            self.storage = Storage([memory.slice(0, length)], self._room)
         else:
-            self.storage = Storage.adopt(memory, length, limit)
+            self.storage = Storage.adopt(memory, length, self._room)
         if self.log is not None:
             self.log.restore(carried, recent)
         self.progress, self.folded_range = progress, folded_range
@@ -211,7 +210,7 @@ class LayerState:
 
     @property
     def entries(self) -> Entries:
-        """Entries held, without free columns."""
+        """Entries held; a copy of those in bands."""
         return self.held.entries
 
     @property
@@ -237,9 +236,10 @@ class LayerState:
         return [row.append(count) for row, count in zip(progress.rows, new.sum(-1).tolist(), strict=True)]
 
     @property
-    def _limit(self) -> int | None:
-        """Most columns ever needed, the newest token's included; None without `max_tokens`."""
-        return None if self.settings.max_tokens is None else self.settings.max_tokens + 1
+    def _room(self) -> Room:
+        """Columns to allocate ahead; with `max_tokens` never more than these and the newest token's."""
+        most = self.settings.max_tokens
+        return Room(None if most is None else most + 1, self.fixed)
 
     @property
     def held(self) -> Storage | BandedStorage:
@@ -265,20 +265,8 @@ class LayerState:
         """
         if not finite(keys):
             raise ValueError(
-                f"layer {self._index}: NaN or infinity in the keys; the model has overflowed, try bfloat16 or "
+                f"layer {self.index}: NaN or infinity in the keys; the model has overflowed, try bfloat16 or "
                 "float32, and call cache.reset(): other layers may have read the tokens"
-            )
-
-    def check_range(self, entries: Entries) -> None:
-        """Refuse keys and values that cannot be quantised.
-
-        Raises:
-            ValueError: names the layer.
-        """
-        if not (fits_half(entries.keys) and fits_half(entries.values)):
-            raise ValueError(
-                f"layer {self._index}: keys or values beyond 65504, too large for bits={self.settings.bits}; "
-                "leave bits out for this model"
             )
 
     def span(self) -> None:

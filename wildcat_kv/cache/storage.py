@@ -12,70 +12,49 @@ import torch
 from torch import Tensor
 
 from wildcat_kv.cache.budget import Row
+from wildcat_kv.cache.entries import Entries
 from wildcat_kv.cache.value_range import ValueRange, exact_range
-from wildcat_kv.coreset.compresskv import Coreset
-from wildcat_kv.coreset.tensors import at_least_float32, ordinary_tensors, saturate_, take_columns
-from wildcat_kv.coreset.wtdattn import AttentionOptions, WeightSigns, coreset_attention, mass_of
+from wildcat_kv.coreset.tensors import ordinary_tensors
+from wildcat_kv.coreset.wtdattn import AttentionOptions, WeightSigns, coreset_attention
 
 # Free columns to allocate beside the needed ones: at least this many, or the needed ones over this divisor.
-_LEAST_ROOM = 32
+LEAST_ROOM = 32
 _ROOM_PART = 64
 # A fold may leave this many times as many free columns: new tokens fill them before the next fold.
 _MOST_ROOMS = 4
 
 
 @dataclass(frozen=True)
-class Entries:
-    """Stored entries: coreset slots and exact tokens alike.
+class Room:
+    """Columns to allocate ahead of those in use.
 
     Attributes:
-        keys: (rows, heads, n, d).
-        values: (rows, heads, n, d_v), the numerators U over the mass of the weights; an exact token's own value.
-        weights: float32 (rows, heads, n), 1 for exact tokens, 0 for padding.
-        valid: bool (rows, heads, n), False for padding.
-        carried_state: float32 (rows, heads, n, m), numbers that the method keeps of an entry from fold to fold; m is 0
-            for most methods, and a new token has zeros.
+        limit: number of columns that is always enough; None if unknown.
+        fixed: True to allocate `limit` columns at once.
+        least: least free columns to allocate.
     """
 
-    keys: Tensor
-    values: Tensor
-    weights: Tensor
-    valid: Tensor
-    carried_state: Tensor
+    limit: int | None = None
+    fixed: bool = False
+    least: int = LEAST_ROOM
 
-    @staticmethod
-    def of(coreset: Coreset, carried_state: Tensor | None, like: Entries) -> Entries:
-        """Turn the slots of a coreset into entries, in the dtypes of `like`."""
-        values = coreset.values.to(at_least_float32(coreset.values.dtype)) / mass_of(coreset.weights).unsqueeze(-1)
-        if carried_state is None:
-            carried_state = like.carried_state.new_zeros(*coreset.valid.shape, like.carried_state.shape[-1])
-        return Entries(
-            coreset.keys,
-            saturate_(values, like.values.dtype),
-            coreset.weights.masked_fill(~coreset.valid, 0.0),
-            coreset.valid,
-            carried_state,
-        )
+    def capacity(self, length: int) -> int:
+        """Compute the columns to allocate for `length` of them."""
+        capacity = length + max(self.least, length // _ROOM_PART)
+        if self.limit is None:
+            return capacity
+        if length > self.limit:  # an uneven method, or tokens that can be taken back: more may come
+            return length if self.fixed else capacity
+        return self.limit if self.fixed else min(capacity, self.limit)
 
-    def numerators(self) -> Tensor:
-        """Return U (rows, heads, n, d_v), in float32, or float64 if the values are."""
-        return self.values.to(at_least_float32(self.values.dtype)) * mass_of(self.weights).unsqueeze(-1)
+    def most_to_keep(self, length: int) -> int:
+        """Compute the most columns to keep allocated for `length` of them."""
+        if self.limit is not None and length <= self.limit:
+            return self.limit
+        return length + _MOST_ROOMS * max(self.least, length // _ROOM_PART)
 
-    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Return the tensors, in the order of the attributes."""
-        return self.keys, self.values, self.weights, self.valid, self.carried_state
 
-    def slice(self, start: int, stop: int) -> Entries:
-        """Return a view of the columns [start, stop)."""
-        return Entries(*(tensor[:, :, start:stop] for tensor in self.tensors()))
-
-    def columns(self, index: Tensor) -> Entries:
-        """Copy the columns at `index`, int64 (rows, k), of each row."""
-        return Entries(*(take_columns(tensor, index.unsqueeze(1)) for tensor in self.tensors()))
-
-    def rows(self, index: Tensor) -> Entries:
-        """Copy the rows at `index`, int64 (k,)."""
-        return Entries(*(tensor.index_select(0, index.to(tensor.device)) for tensor in self.tensors()))
+_ANY_NUMBER = Room()
 
 
 class Storage:
@@ -85,10 +64,9 @@ class Storage:
 
     Args:
         parts: entries to copy, one part after the other.
-        limit: number of columns that is always enough; None if unknown.
+        room: columns to allocate ahead. A fixed storage returns to its first memory whenever that is enough.
         weighting: signs of the weights; by default read from the weights.
         extra: columns that will be needed at once.
-        fixed: True to allocate `limit` columns now, and to return to this memory whenever they are enough.
 
     Attributes:
         allocated: all columns, the free ones behind those in use.
@@ -99,16 +77,15 @@ class Storage:
     def __init__(
         self,
         parts: Sequence[Entries],
-        limit: int | None = None,
+        room: Room = _ANY_NUMBER,
         weighting: WeightSigns | None = None,
         extra: int = 0,
-        fixed: bool = False,
     ) -> None:
-        self._limit, self._fixed = limit, fixed
+        self._room = room
         first, needed = parts[0], sum(part.keys.shape[2] for part in parts)
-        shape, device = (*first.keys.shape[:2], self._capacity(needed + extra)), first.keys.device
+        shape, device = (*first.keys.shape[:2], self._room.capacity(needed + extra)), first.keys.device
         # A traced step attends to free columns too, with weight 0, so they must hold finite numbers.
-        allocate = torch.zeros if fixed else torch.empty
+        allocate = torch.zeros if room.fixed else torch.empty
         with ordinary_tensors():
             self.allocated = Entries(
                 allocate(*shape, first.keys.shape[-1], dtype=first.keys.dtype, device=device),
@@ -119,13 +96,11 @@ class Storage:
             )
             self.length = self._write(0, parts)
         # A fixed storage leaves this memory only for more tokens at once than the limit, and returns to it.
-        self._home = self.allocated if fixed and shape[2] == limit else None
+        self._home = self.allocated if room.fixed and shape[2] == room.limit else None
         self.weighting = WeightSigns.of(self.entries.weights, self.entries.valid) if weighting is None else weighting
 
     @staticmethod
-    def empty(
-        keys: Tensor, values: Tensor, state_size: int = 0, limit: int | None = None, *, fixed: bool = False
-    ) -> Storage:
+    def empty(keys: Tensor, values: Tensor, state_size: int = 0, room: Room = _ANY_NUMBER) -> Storage:
         """Make an empty storage with free columns for these keys and values."""
         none = Entries(
             keys[:, :, :0],
@@ -134,37 +109,28 @@ class Storage:
             keys.new_ones(*keys.shape[:2], 0, dtype=torch.bool),
             keys.new_zeros(*keys.shape[:2], 0, state_size, dtype=torch.float32),
         )
-        return Storage([none], limit, WeightSigns.NONE, extra=keys.shape[2], fixed=fixed)
+        return Storage([none], room, WeightSigns.NONE, extra=keys.shape[2])
 
     @staticmethod
-    def adopt(allocated: Entries, length: int, limit: int | None = None) -> Storage:
+    def adopt(allocated: Entries, length: int, room: Room = _ANY_NUMBER) -> Storage:
         """Make a storage of existing tensors, without a copy.
 
         Args:
             allocated: all columns.
             length: number of columns in use, the first ones.
-            limit: number of columns that is always enough; None if unknown.
+            room: columns to allocate ahead, once these are used up.
         """
         if allocated.keys.is_inference():  # such tensors could not be written to later
             with ordinary_tensors():
                 allocated = Entries(*(tensor.clone() for tensor in allocated.tensors()))
-        storage = Storage([allocated.slice(0, 0)], 0, WeightSigns.NONE)
-        storage._limit, storage.allocated, storage.length = limit, allocated, length
+        storage = Storage([allocated.slice(0, 0)], Room(0), WeightSigns.NONE)
+        storage._room, storage.allocated, storage.length = room, allocated, length
         storage.weighting = WeightSigns.of(storage.entries.weights, storage.entries.valid)
         return storage
 
     def snapshot(self) -> Entries:
         """Copy the columns in use, with a few free ones behind them."""
-        with ordinary_tensors():
-            room = Entries(
-                *(
-                    tensor[:, :, :1].new_zeros(*tensor.shape[:2], _LEAST_ROOM, *tensor.shape[3:])
-                    for tensor in self.allocated.tensors()
-                )
-            )
-            return Entries(
-                *(torch.cat(pieces, dim=2) for pieces in zip(self.entries.tensors(), room.tensors(), strict=True))
-            )
+        return self.entries.with_room(self._room.least)
 
     def rewrite(self, start: int, parts: Sequence[Entries]) -> None:
         """Replace the columns from `start` on by `parts`.
@@ -182,7 +148,9 @@ class Storage:
             weighting = WeightSigns.of(
                 torch.cat([part.weights for part in whole], dim=2), torch.cat([part.valid for part in whole], dim=2)
             )
-            if needed <= held and (self.allocated is self._home if self._fixed else held <= self._most_to_keep(needed)):
+            if needed <= held and (
+                self.allocated is self._home if self._room.fixed else held <= self._room.most_to_keep(needed)
+            ):
                 # Joined first: the parts may be views of columns that are written here.
                 tensors = zip(*(part.tensors() for part in parts), strict=True)
                 end = self._write(start, [Entries(*(torch.cat(pieces, dim=2) for pieces in tensors))])
@@ -196,23 +164,8 @@ class Storage:
 
     def _reallocate(self, parts: Sequence[Entries], extra: int = 0) -> None:
         """Copy `parts` to new memory."""
-        new = Storage(parts, self._limit, self.weighting, extra, self._fixed)
+        new = Storage(parts, self._room, self.weighting, extra)
         self.allocated, self._home = new.allocated, self._home or new._home
-
-    def _capacity(self, length: int) -> int:
-        """Compute the columns to allocate for `length` of them."""
-        capacity = length + max(_LEAST_ROOM, length // _ROOM_PART)
-        if self._limit is None:
-            return capacity
-        if length > self._limit:  # an uneven method, or tokens that can be taken back: more may come
-            return length if self._fixed else capacity
-        return self._limit if self._fixed else min(capacity, self._limit)
-
-    def _most_to_keep(self, length: int) -> int:
-        """Compute the most columns to keep allocated for `length` of them."""
-        if self._limit is not None and length <= self._limit:
-            return self._limit
-        return length + _MOST_ROOMS * max(_LEAST_ROOM, length // _ROOM_PART)
 
     def _write(self, start: int, parts: Sequence[Entries]) -> int:
         """Copy `parts` to the columns from `start` on; return the column after them."""
@@ -247,16 +200,9 @@ class Storage:
         return held.keys[:, :, :length], held.values[:, :, :length]
 
     def attend(self, query: Tensor, keys: Tensor, values: Tensor, options: AttentionOptions) -> Tensor:
-        """Attend to all entries, by their weights.
+        """Attend by weights with queries (rows, query_heads, q, d), to the keys and values of `shown`.
 
-        Args:
-            query: (rows, query_heads, q, d).
-            keys: keys of `shown`.
-            values: values of `shown`.
-            options: arguments of the attention call, without `valid`.
-
-        Returns:
-            (rows, query_heads, q, d_v).
+        The `options` come without `valid`; the result is (rows, query_heads, q, d_v).
         """
         held, length = self.allocated, self.length
         weights, valid = held.weights[:, :, :length], held.valid[:, :, :length]
@@ -265,17 +211,10 @@ class Storage:
     def exact_box(self, rows: Sequence[Row], later: int, masked: bool) -> ValueRange:
         """Find the box around the values of exact tokens.
 
-        Args:
-            rows: contents of the rows without the `later` newest columns.
-            later: columns since the last fold.
-            masked: True if some of these may be padding.
+        `rows` are without the `later` newest columns, some of which may be padding if `masked`.
         """
-        cut = self.length - later
-        box = exact_range(self.allocated.values[:, :, :cut], rows)
-        if later:
-            new = self.newest(later)
-            box = box.join(ValueRange.of(new.values, new.valid if masked else None))
-        return box
+        box, new = exact_range(self.entries.slice(0, self.length - later).values, rows), self.newest(later)
+        return box.join(ValueRange.of(new.values, new.valid if masked else None)) if later else box
 
     def relabel(self, valid: Tensor) -> None:
         """Mark anew which of the newest tokens are valid, bool (rows, k)."""
@@ -325,21 +264,12 @@ class Storage:
 
     def to(self, device: torch.device) -> None:
         """Move everything to `device`, unless it is there already."""
-        if all(tensor.device == device for tensor in self.allocated.tensors()):
-            return
-        with ordinary_tensors():
-            moved = Entries(*(tensor.to(device, non_blocking=True) for tensor in self.allocated.tensors()))
-        self._hold(moved)
+        if any(tensor.device != device for tensor in self.allocated.tensors()):
+            self._hold(self.allocated.to(device))
 
     def offload(self) -> None:
-        """Move keys and values to the CPU.
-
-        The other tensors are small and stay on the device, where the host may read them.
-        """
-        held = self.allocated
-        with ordinary_tensors():
-            keys, values = (tensor.to("cpu", non_blocking=True) for tensor in (held.keys, held.values))
-        self.allocated = Entries(keys, values, held.weights, held.valid, held.carried_state)
+        """Move keys and values to the CPU; the rest stays where the host may read it."""
+        self.allocated = self.allocated.to(torch.device("cpu"), numbers_only=True)
 
     @torch.no_grad()
     def append(self, keys: Tensor, values: Tensor, valid: Tensor | None) -> None:

@@ -11,7 +11,7 @@ from wildcat_kv.compressors.query_wildcat.sharing import Share
 from wildcat_kv.contexts.profiling import RATIOS, essay_texts, measure_profile
 from wildcat_kv.data.downloads import progress
 from wildcat_kv.files import replacing
-from wildcat_kv.models.smollm import MODEL
+from wildcat_kv.models.shipped import SMOLLM2
 
 # Layers to name in the summary.
 _NAMED = 3
@@ -39,7 +39,7 @@ def write_profile(
         texts: number of texts.
         tokens: tokens of each.
     """
-    name = MODEL if source is None else Path(source).name
+    name = SMOLLM2.name if source is None else Path(source).name
     with progress(f"Reading {texts} texts of {tokens} tokens"):
         found = measure_profile(
             model,

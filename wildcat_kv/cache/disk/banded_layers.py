@@ -7,11 +7,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from wildcat_kv.cache.banding import ROOM
 from wildcat_kv.cache.bands import Band
 from wildcat_kv.cache.disk.format import ENTRIES, MEMORY, BandHeader, DamageError
+from wildcat_kv.cache.entries import Entries
 from wildcat_kv.cache.packed import Segment
 from wildcat_kv.cache.progress import Progress
-from wildcat_kv.cache.storage import Entries, Storage
+from wildcat_kv.cache.storage import Storage
 from wildcat_kv.coreset.quantised import Quantised
 
 # Tensors of quantised keys or values, behind their own name.
@@ -98,7 +100,7 @@ def read_bands(
         )
         if not fits:
             raise DamageError("the numbers of its bands do not fit its tensors")
-        held = Storage.adopt(entries, header.length)
+        held = Storage.adopt(entries, header.length, ROOM)
         bands.append(Band(list(header.places), held, segments, header.sink, header.waiting))
     rows, shapes = len(progress.rows), {_channels(band.open.allocated) for band in bands}
     places = sorted(place for band in bands for place in band.places)

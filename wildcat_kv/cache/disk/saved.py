@@ -11,10 +11,10 @@ from pydantic import JsonValue
 from torch import Tensor
 
 from wildcat_kv.cache.bands import Band, BandedStorage
+from wildcat_kv.cache.entries import Entries
 from wildcat_kv.cache.positions import RopeDeltas
 from wildcat_kv.cache.progress import Progress
 from wildcat_kv.cache.state import LayerState
-from wildcat_kv.cache.storage import Entries
 from wildcat_kv.cache.value_range import ValueRange
 from wildcat_kv.compressors import Compressor, Everything, resolve
 from wildcat_kv.compressors.describe import describe, rebuild

@@ -11,8 +11,8 @@ from wildcat_kv.cache.bands import BandedStorage
 from wildcat_kv.cache.disk.banded_layers import read_bands, read_entries
 from wildcat_kv.cache.disk.format import BOUNDS, QUERIES, DamageError, LayerHeader
 from wildcat_kv.cache.disk.saved import SavedLayer
+from wildcat_kv.cache.entries import Entries
 from wildcat_kv.cache.progress import Progress
-from wildcat_kv.cache.storage import Entries
 from wildcat_kv.cache.value_range import ValueRange
 
 
