@@ -154,7 +154,7 @@ class WildCatCache(CacheContract):
         return stored_entries(self.layers[self._pass_state.leading if layer_idx is None else layer_idx])
 
     def memory_bytes(self) -> int:
-        """Count the bytes of all tensors held, free room included."""
+        """Count the bytes of all tensors held."""
         return cache_bytes(self)
 
     def error_report(self) -> ErrorReport:
@@ -177,7 +177,7 @@ class WildCatCache(CacheContract):
         self._pass_state.rope = RopeDeltas(other.rope.carry(self.get_seq_length()))
 
     def clone(self) -> Self:
-        """Copy the cache, as `copy.deepcopy` does; the copy is independent."""
+        """Copy the cache, as `copy.deepcopy` does."""
         return copy.deepcopy(self)
 
     def fresh(self, settings: WildCatConfig | None = None) -> Self:
@@ -187,7 +187,7 @@ class WildCatCache(CacheContract):
             settings: new settings with the same exact layers; by default the cache's own.
 
         Raises:
-            ValueError: the settings leave other layers exact, or set a limit that the method cannot keep.
+            ValueError: settings that leave other layers exact, or set a limit that the method cannot keep.
         """
         if settings is not None:
             check_budget(settings, self.compressor)
@@ -197,7 +197,8 @@ class WildCatCache(CacheContract):
                     f"{sorted(self.exact_layers)} exact; give settings that do, too"
                 )
         twin = self.clone()
-        twin._pass_state.settings = settings or self.settings
+        if settings is not None:
+            twin._pass_state.take(settings)
         twin.reset()
         return twin
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -89,7 +89,7 @@ class PassState:
         self.compressed = self.padded = self.warned = self.begun = False
         self.rope = RopeDeltas()
         if self.byte_budget is not None:
-            self._take(self.byte_budget.settings)
+            self.settings = self.byte_budget.settings
 
     def settle_bytes(self, keys: Tensor, values: Tensor) -> None:
         """Turn a budget in bytes into entries, once the first keys and values (rows, kv_heads, n, channels) are here.
@@ -98,12 +98,23 @@ class PassState:
             ValueError: too few bytes for this batch.
         """
         if self.byte_budget is not None and self.settings.max_bytes is not None:
-            self._take(self.byte_budget.settle(Shape.of(keys, values)))
+            self.settings = self.byte_budget.settle(Shape.of(keys, values))
+            for state in self.states.values():
+                state.settings = self.settings
 
-    def _take(self, settings: WildCatConfig) -> None:
+    def take(self, settings: WildCatConfig) -> None:
+        """Take other settings before the first forward pass.
+
+        Raises:
+            ValueError: a budget in bytes, where the cache was made with another kind.
+        """
+        if settings.max_bytes is None:
+            self.byte_budget = None
+        elif self.byte_budget is None:
+            raise ValueError(f"max_bytes={settings.max_bytes}: this cache was made without; make a new one")
+        else:
+            self.byte_budget = replace(self.byte_budget, settings=settings)
         self.settings = settings
-        for state in self.states.values():
-            state.settings = settings
 
     def note_linear(self, index: int) -> None:
         """Note that a linear layer has read; its own state does not show it."""

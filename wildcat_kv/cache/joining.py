@@ -58,7 +58,7 @@ def join_caches(caches: Sequence[CompressedCache], settings: WildCatConfig | Non
             joined.layers[index] = copy.deepcopy(last.layers[index])
             continue
         states = [cache.layers[index].state for cache in caches]
-        row, log = _row(states, bounded=joined.settings.max_tokens is not None), states[-1].log
+        row, log = _row(states, bounded=joined.settings.ratio is None), states[-1].log
         progress = Progress(
             rows=[row] * len(states[-1].progress.rows),
             seen=row.seen,

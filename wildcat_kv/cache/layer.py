@@ -166,6 +166,7 @@ class WildCatLayer(LayerContract):
         bands: Sequence[Band] = (),
     ) -> None:
         """Fill this new layer with the contents of another; see `LayerState.restore`."""
+        self._pass_state.settle_bytes(allocated.keys, allocated.values)
         self._state.restore(progress, allocated, length, folded_range, carried, recent, bands)
         self.dtype, self.device, self.is_initialized = allocated.keys.dtype, allocated.keys.device, True
         self._pass_state.compressed = self._pass_state.compressed or folded_range is not None

@@ -86,19 +86,21 @@ def _rebuild(
     settings = state.settings
     if settings.bits is not None:
         _check_range(state, whole)
+    if state.compressor.reads_twice:  # the text that the second reading was about is compressed now
+        whole = replace(whole, carried_state=whole.carried_state[..., :0])
     state.storage = storage = sort_into_bands(whole, lines, state.held, settings.bits, settings.group)
     return [replace(row, spare=taken - row.slots) for row, taken in zip(after, storage.slots_of_rows, strict=True)]
 
 
 def _check_range(state: LayerState, entries: Entries) -> None:
-    """Refuse keys and values that cannot be quantised.
+    """Refuse keys that cannot be quantised.
 
     Raises:
         ValueError: names the layer.
     """
-    if not (fits_half(entries.keys) and fits_half(entries.values)):
+    if not fits_half(entries.keys):
         raise ValueError(
-            f"layer {state.index}: keys or values beyond 65504, too large for bits={state.settings.bits}; "
+            f"layer {state.index}: keys beyond 65504, too large for bits={state.settings.bits}; "
             "leave bits out for this model"
         )
 

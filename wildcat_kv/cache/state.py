@@ -222,9 +222,8 @@ class LayerState:
         """List all tensors held, free columns included."""
         if self.storage is None:
             return []
-        boxes = (self.folded_range, self.value_range)
         queries = [] if self.log is None else self.log.tensors()
-        bounds = [bound for box in boxes if box for bound in box.tensors()]
+        bounds = [bound for box in (self.folded_range, self.value_range) if box for bound in box.tensors()]
         return [*self.storage.tensors(), *bounds, *queries]
 
     def count_rows(self, column: int) -> list[Row]:

@@ -14,7 +14,7 @@ from wildcat_kv.cli.figures import MIB, short_text_note
 from wildcat_kv.cli.prompting import typed_lines
 from wildcat_kv.cli.streaming import TextStream, layers_seen, steps
 from wildcat_kv.cli.timing import TimedStreamer, Timing
-from wildcat_kv.config import DROPPED
+from wildcat_kv.config import BUDGETS
 from wildcat_kv.contexts.compressed_context import CompressedContext, compress_context
 from wildcat_kv.files import read_text
 
@@ -118,7 +118,7 @@ class Session:
             raise ValueError(f"ratio={argument!r} must be a number in (0, 1], for example /ratio 0.25") from None
         if self._text is None:
             raise ValueError("the document was loaded compressed, its text is not at hand; /load the text file first")
-        kept = {name: value for name, value in self._choice.items() if name not in ("max_tokens", DROPPED)}
+        kept = {name: value for name, value in self._choice.items() if name not in BUDGETS}
         choice = {**kept, "ratio": ratio}
         self._take(self._compress(self._text, choice), self._text)
         self._choice = choice

@@ -20,7 +20,7 @@ def short_text_note(cache: Any, tokens: int) -> str | None:
     """
     settings = cache.settings
     if settings.max_tokens is not None:
-        fits = tokens <= settings.max_tokens
+        fits = tokens <= settings.max_tokens and settings.bits is None
         return f"Nothing is compressed: all {tokens:,} tokens fit into {settings.max_tokens:,}." if fits else None
     if settings.ratio in ("auto", 1):
         return None

@@ -32,6 +32,10 @@ DropOption = Annotated[
     typer.Option("--compression-ratio", help="Share of the tokens to drop, in [0, 1), instead of a ratio."),
 ]
 MaxTokensOption = Annotated[int | None, typer.Option(help="Most tokens to store, instead of a ratio.")]
+MaxBytesOption = Annotated[
+    str | None, typer.Option(help="Most bytes of the whole cache, such as 2GiB, instead of a ratio.")
+]
+BitsOption = Annotated[int | None, typer.Option(help="Bits of a stored number of a slot: 8, 4, 3 or 2.")]
 DtypeOption = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
 DeviceOption = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps ... Default: cuda if there is one.")]
 SeedOption = Annotated[int | None, typer.Option(help="Seed of the pivots; 0 unless the preset says otherwise.")]

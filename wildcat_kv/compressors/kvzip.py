@@ -17,7 +17,7 @@ from wildcat_kv.coreset.tensors import full_precision
 # Queries whose probabilities are held at once, over one chunk.
 _QUERIES_AT_ONCE = 256
 # First tokens that are seen besides the chunk; 4 as in the paper.
-_SINK = 4
+SINK = 4
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class KVzip(SharingCompressor):
 
     @override
     def reread(self, queries: Tensor, keys: Tensor, *, start: int, stop: int, scale: float) -> Tensor:
-        scores = reconstruction_scores(queries, keys, sink=_SINK, start=start, stop=stop, scale=scale)
+        scores = reconstruction_scores(queries, keys, sink=SINK, start=start, stop=stop, scale=scale)
         return scores.unsqueeze(-1)
 
     def survey(self, block: KVBlock) -> Tensor:

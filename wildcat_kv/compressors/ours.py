@@ -15,6 +15,7 @@ from wildcat_kv.compressors.kvzip import KVzip as KVzip
 from wildcat_kv.compressors.lagkv import LagKV as LagKV
 from wildcat_kv.compressors.pyramidkv import PyramidKV as PyramidKV
 from wildcat_kv.compressors.query_wildcat import QueryWildCat as QueryWildCat
+from wildcat_kv.compressors.query_wildcat import RereadingWildCat as RereadingWildCat
 from wildcat_kv.compressors.snapkv import SnapKV as SnapKV
 from wildcat_kv.compressors.streaming_llm import StreamingLLM as StreamingLLM
 from wildcat_kv.compressors.tova import TOVA as TOVA
@@ -39,4 +40,5 @@ OURS: dict[str, type[Compressor]] = {
     "kvzip": KVzip,
     "attention_matching": AttentionMatching,
     "query_wildcat": QueryWildCat,
+    "rereading_wildcat": RereadingWildCat,
 }

@@ -83,6 +83,8 @@ def share_of(settings: WildCatConfig, parts: int) -> WildCatConfig:
     Raises:
         ValueError: the limit is too small for so many.
     """
+    if parts > 1 and settings.max_bytes is not None:
+        return settings.changed(max_bytes=settings.max_bytes // parts)
     if settings.max_tokens is None or parts == 1:
         return settings
     least = settings.sink + settings.window + settings.bin_rank

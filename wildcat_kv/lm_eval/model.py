@@ -43,6 +43,9 @@ class WildCatLM(HFLM):
         ratio: share of the tokens to keep.
         compression_ratio: share of the tokens to drop, instead of a ratio.
         max_tokens: most tokens to store, instead of a ratio.
+        max_bytes: most bytes of the whole cache, such as "2GiB", instead of a ratio.
+        bits: bits of a stored number of a slot.
+        group: field of `WildCatConfig`.
         sink: field of `WildCatConfig`.
         window: field of `WildCatConfig`.
         bin_rank: field of `WildCatConfig`.
@@ -69,6 +72,9 @@ class WildCatLM(HFLM):
         ratio: float | None = None,
         compression_ratio: float | None = None,
         max_tokens: int | None = None,
+        max_bytes: int | str | None = None,
+        bits: int | None = None,
+        group: int | None = None,
         sink: int | None = None,
         window: int | None = None,
         bin_rank: int | None = None,
@@ -83,6 +89,9 @@ class WildCatLM(HFLM):
             "ratio": ratio,
             DROPPED: compression_ratio,
             "max_tokens": max_tokens,
+            "max_bytes": max_bytes,
+            "bits": bits,
+            "group": group,
             "sink": sink,
             "window": window,
             "bin_rank": bin_rank,

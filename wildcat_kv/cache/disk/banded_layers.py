@@ -139,7 +139,8 @@ def _quantised(
     fits = scale.shape == lowest.shape and scale.dim() == 4 and scale.shape[:3] == sides
     if not fits or codes.shape[2] * 8 % bits or codes.shape[3] % max(1, scale.shape[3]):
         raise DamageError("its quantised slots do not fit their scales")
-    if {scale.dtype, lowest.dtype} != {torch.float16} or not torch.isfinite(scale.float().sum() + lowest.float().sum()):
+    dtype = torch.bfloat16 if by_slot else torch.float16
+    if {scale.dtype, lowest.dtype} != {dtype} or not torch.isfinite(scale.float().sum() + lowest.float().sum()):
         raise DamageError("its scales are no numbers")
     return found
 

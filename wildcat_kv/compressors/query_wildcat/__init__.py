@@ -5,10 +5,11 @@ sharing.py   layers share the slots by what they found
 profile.py   or by what was found once for the model
 slots.py     items kept as they are, and WildCat's slots beside them
 fit.py       weights and values fitted to queries; the error that is left
-method.py    QueryWildCat
+method.py    QueryWildCat; rereading.py the same after a second reading
 """
 
 from wildcat_kv.compressors.query_wildcat.method import QueryWildCat
 from wildcat_kv.compressors.query_wildcat.profile import Profile, load_profile, profile_names
+from wildcat_kv.compressors.query_wildcat.rereading import RereadingWildCat
 
-__all__ = ["Profile", "QueryWildCat", "load_profile", "profile_names"]
+__all__ = ["Profile", "QueryWildCat", "RereadingWildCat", "load_profile", "profile_names"]

@@ -91,7 +91,7 @@ class QueryWildCat(SharingCompressor):
     recalled: float = 0.375
     ahead: int = 64
     apart: int = 512
-    carried: int = 64
+    carried: int = 16
     ridge: float = 0.3
     tolerance: float | None = None
     share: Share = "heads"
@@ -150,7 +150,12 @@ class QueryWildCat(SharingCompressor):
 
     @override
     def survey(self, block: KVBlock) -> Survey:
-        return survey_block(block, Questions(self.queries, self.judges, self.ahead, self.apart))
+        return survey_block(block, self.questions)
+
+    @property
+    def questions(self) -> Questions:
+        """Questions of a survey."""
+        return Questions(self.queries, self.judges, self.ahead, self.apart)
 
     def deal(self, surveys: Sequence[Survey], rank: int) -> list[tuple[Tensor, Survey]]:
         """Choose the items of each layer that stay as they are.

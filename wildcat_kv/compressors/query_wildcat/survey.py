@@ -80,8 +80,14 @@ class Questions(NamedTuple):
     apart: int
 
 
-def survey_block(block: KVBlock, questions: Questions) -> Survey:
-    """Ask the layer's own queries what they attend to."""
+def survey_block(block: KVBlock, questions: Questions, recall: Tensor | None = None) -> Survey:
+    """Ask the layer's own queries what they attend to.
+
+    Args:
+        block: entries.
+        questions: queries to ask.
+        recall: float32 (rows, heads, n), attention to each entry as the text is repeated; estimated by default.
+    """
     with torch.no_grad(), full_precision(block.keys.device):
         parts = _places(block, questions)
         queries, mass = _moved(block, torch.cat(parts), questions.ahead), _mass(block)
@@ -92,7 +98,10 @@ def survey_block(block: KVBlock, questions: Questions) -> Survey:
             Asked(*(torch.stack(tensors, dim=1) for tensors in zip(*(each[place] for each in found), strict=True)))
             for place in (2, 3)
         )
-        recall, inside = _recall(block, mean, mass, questions.apart), block.slice_items(block.valid)
+        recall, inside = (
+            _recall(block, mean, mass, questions.apart) if recall is None else recall,
+            block.slice_items(block.valid),
+        )
         attention, recall = (
             block.slice_items(scores).masked_fill(~inside, -torch.inf) for scores in (attention, recall)
         )
