@@ -21,9 +21,7 @@ class AdaKV(Compressor):
 
     By the scores of another method, SnapKV's in the paper.
 
-    Needs what the other method needs. The heads of a row share `heads * budget` slots; heads with fewer than
-    others have padding slots, which take memory all the same: this says what unequal heads would give, not yet what
-    they would save.
+    Needs what the other method needs. The heads of a row share `heads * budget` slots.
 
     Attributes:
         scorer: gives the scores, which must be comparable between heads.

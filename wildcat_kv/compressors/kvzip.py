@@ -25,8 +25,8 @@ class KVzip(SharingCompressor):
     """Keep what the model attends to as it repeats the context.
 
     In any layer and head. Needs the model: a second pass over the context, which `wildcat_kv.compress_context`
-    makes. So it compresses a context once, and nothing that comes later. Layers and heads compete for all slots;
-    those with fewer than others have padding slots. The whole context is repeated, chat prefix included, and what is
+    makes. So it compresses a context once, and nothing that comes later. Layers and heads compete for all slots.
+    The whole context is repeated, chat prefix included, and what is
     always kept are the cache's sinks and window; the reference library leaves the prefix out and keeps four tokens.
 
     The score of each token is its carried state.
