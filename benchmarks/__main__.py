@@ -54,6 +54,7 @@ def _command(*names: str) -> Callable[..., None]:
         compression_ratio: DropOption = None,
         rows: Annotated[list[int] | None, typer.Option(help="Of decode: batch, repeatable. Default: 1 and 4.")] = None,
         steps: Annotated[int | None, typer.Option(help="Of decode: tokens a turn. Default: one fold.", min=1)] = None,
+        bits: Annotated[list[int] | None, typer.Option(help="Of decode: bits of slots, too; repeatable.")] = None,
         max_tokens: Annotated[int, typer.Option(help="Of generation: most tokens to store in a layer.")] = 1024,
         prompt_tokens: Annotated[int, typer.Option(help="Of generation: tokens to start from.", min=1)] = 1000,
     ) -> None:
@@ -70,6 +71,7 @@ def _command(*names: str) -> Callable[..., None]:
             prompt_tokens=prompt_tokens,
             rows=tuple(rows or Options.rows),
             steps=steps,
+            bits=tuple(bits or ()),
         )
         from benchmarks.run import run as measure  # matplotlib and pandas take seconds to load
 

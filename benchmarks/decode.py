@@ -81,6 +81,9 @@ def _caches(model: Any, context: Context, options: Options, rows: int, capacity:
     ours = context.compress(options.settings, compressor=WILDCAT)
     stored = ours.stored_length()
     ours.batch_repeat_interleave(rows)
+    quantised = {bits: context.compress(options.settings.changed(bits=bits)) for bits in options.bits}
+    for cache in quantised.values():
+        cache.batch_repeat_interleave(rows)
     source = context.exact
     makers = {name: _filled(make, source, rows) for name, make in theirs(model.config, capacity).items()}
     makers |= {
@@ -88,7 +91,8 @@ def _caches(model: Any, context: Context, options: Options, rows: int, capacity:
         SAME_LENGTH: lambda: fill(DynamicCache(config=model.config), source, rows, stored),
     }
     names = [*_MAIN, *(name for name in makers if name not in _MAIN and rows == min(options.rows))]
-    return {name: Contender(makers[name], step) for name in names}
+    makers |= {f"{WILDCAT}, {bits} bits": cache.clone for bits, cache in quantised.items()}
+    return {name: Contender(makers[name], step) for name in [*names, *(name for name in makers if " bits" in name)]}
 
 
 def _method(subject: Subject, context: Context, options: Options, name: str) -> Contender:

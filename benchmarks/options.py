@@ -36,6 +36,7 @@ class Options:
         prompt_tokens: tokens to start generation from.
         rows: batch sizes of decoding.
         steps: decoded tokens a turn; None for one fold's block.
+        bits: bits of slots to decode with, beside slots in the model's dtype.
     """
 
     dtypes: tuple[str, ...] = ("float32", "bfloat16")
@@ -50,6 +51,7 @@ class Options:
     prompt_tokens: int = 1000
     rows: tuple[int, ...] = (1, 4)
     steps: int | None = None
+    bits: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         for dtype in self.dtypes:
@@ -77,6 +79,8 @@ class Options:
             raise ValueError(f"device={self.device!r} cannot be used: {str(error).splitlines()[0]}") from None
         WildCatConfig(ratio=self.ratio)
         WildCatConfig(max_tokens=self.max_tokens)
+        for bits in self.bits:
+            self.settings.changed(bits=bits)
 
     @property
     def settings(self) -> WildCatConfig:
