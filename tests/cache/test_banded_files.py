@@ -8,6 +8,7 @@ import torch
 from tests.cache.test_disk import contents, header_change, rewrite
 from tests.tiny import random_ids, tiny_model
 from wildcat_kv import CompressedCache, WildCatCache
+from wildcat_kv.cache.disk.inspection import inspect_file
 from wildcat_kv.compressors import H2O, AdaKV
 from wildcat_kv.hook.keyword import CACHE
 
@@ -196,3 +197,13 @@ def test_a_file_of_the_version_before_bands_is_read(llama, tmp_path):
     loaded = WildCatCache.load(path, llama.config).clone()
     ids = random_ids(1, 9)
     assert torch.equal(llama(ids, **{CACHE: loaded}).logits, llama(ids, **{CACHE: cache}).logits)
+
+
+def test_a_look_into_the_file_tells_what_the_cache_holds(content, llama):
+    cache, found = CompressedCache.load(content, llama.config), inspect_file(content)
+    assert (found.rows, found.tokens, found.nbytes) == (2, 250, content.stat().st_size)
+    for index, layer in enumerate(found.layers):
+        assert (layer.kind, layer.heads, layer.channels, layer.dtype) == ("compressed", 2, 16, "F32")
+        assert layer.stored == cache.stored_length(index)
+        assert layer.slots == max(cache.layers[index].state.storage.slots_of_rows)
+    assert sum(layer.nbytes for layer in found.layers) < found.nbytes
