@@ -14,7 +14,7 @@ from eval.statistics import Difference, Scores, average_difference
 from eval.summary import AVERAGES, Budget, describe, measured_tasks, score_frame
 from eval.tables import BYTES, Table, TableCell, bytes_note, held_cell, unit_and_direction
 
-OURS = ("query_wildcat", "wildcat")  # compressors of this project
+OURS = ("rereading_wildcat", "query_wildcat", "wildcat")  # compressors of this project
 LEVELS = (0.2, 0.15, 0.1, 0.075, 0.05, 0.03)  # shares of the exact cache's bytes
 
 _LIKELIHOOD = "nll"  # the metric of lm-eval's tasks beside their own
@@ -280,7 +280,7 @@ def _best_table(manifest: dict[str, Any], points: Sequence[Point]) -> Table:
         None,
         Budget(),
         f"Best at each number of bytes, {manifest['protocol']}, {manifest['model']['name']}",
-        f"Ours: {' and '.join(OURS)} with fewer slots than tokens. Others: all other methods, and all tokens in fewer "
+        f"Ours: {', '.join(OURS)} with fewer slots than tokens. Others: all other methods, and all tokens in fewer "
         f"bits. first, tied, behind: ours, by the paired 95 % interval. {bytes_note(manifest)}",
         ("bytes at most", "task", "best of ours", "ours", "best of the others", "others", "ours - others", "ours is"),
         tuple(rows),

@@ -13,7 +13,7 @@ METHODS = {
     **{
         method.name: compressors.resolve(method.name, WildCatConfig(ratio=1.0, bin_rank=4))
         for method in compressors.available()
-        if method.decodes
+        if method.decodes and not method.reads_twice
     },
     "snapkv": compressors.SnapKV(window=5, kernel=3),
     "pyramidkv": compressors.PyramidKV(window=5, kernel=3, beta=4),

@@ -22,6 +22,7 @@ from wildcat_kv.compressors import (
     LagKV,
     PyramidKV,
     QueryWildCat,
+    RereadingWildCat,
     SnapKV,
     StreamingLLM,
     Uniform,
@@ -163,4 +164,5 @@ DEFINITIONS = {
     "kvzip": Definition(KVzip(), queries=True),
     "attention_matching": Definition(AttentionMatching(queries=4), queries=True),
     "query_wildcat": Definition(QueryWildCat(bin_rank=3, queries=6, ahead=5), queries=True),
+    "rereading_wildcat": Definition(RereadingWildCat(bin_rank=3, queries=6, ahead=5), queries=True),
 }

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from wildcat_kv import weighted_attention
 from wildcat_kv.coreset import reference, wtdattn
-from wildcat_kv.coreset.wtdattn import AttentionOptions, WeightSigns, coreset_attention, mass_of
+from wildcat_kv.coreset.quantised import Quantised
+from wildcat_kv.coreset.wtdattn import AttentionOptions, WeightSigns, coreset_attention, mass_of, parted_attention
 
 
 def definition(query, keys, values, weights, scale, valid=None, causal=False, softcap=None, sinks=None, box=None):
@@ -340,3 +341,88 @@ def test_what_is_known_of_weights(weights, valid, expected):
 def test_masses_are_weights_that_can_be_divided_by():
     weights = torch.tensor([1.0, 3.5, 2**-7, 2**-8, 0.0, -2.0, 1e30])
     assert torch.equal(mass_of(weights), torch.tensor([1.0, 3.5, 2**-7, 1.0, 1.0, 1.0, 1e30]))
+
+
+# Several parts, some of them quantised
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from([8, 4, 3, 2]), st.sampled_from([8, 16]), st.integers(1, 3)), max_size=3),
+    st.integers(1, 6),
+    st.integers(0, 20),
+    st.sampled_from([None, 5.0]),
+    st.booleans(),
+    st.booleans(),
+    st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
+    st.sampled_from([1, 11, 4096]),
+    st.integers(0, 999),
+)
+def test_parts_are_attended_to_as_if_they_were_one(
+    packed, own, more, softcap, with_sinks, clipped, dtype, at_once, seed
+):
+    """Quantised parts of several widths, padding, negative weights, and new tokens that see each other."""
+    batch, group, d, d_v, n = 3, 2, 8, 6, own + more
+    query, keys, values, _ = inputs(group, 1, own, n, d, d_v, seed, (batch,))
+    keys, values = keys.to(dtype), values.to(dtype)
+    generator = torch.Generator().manual_seed(seed)
+    key_parts, value_parts, total = [], [], n
+    for bits, size, groups in packed:
+        slots = torch.randn(batch, size * groups, d + d_v, generator=generator)
+        key_parts.append(Quantised.keys(slots[..., :d], bits, size))
+        value_parts.append(Quantised.values(slots[..., d:], bits, size, 3))
+        total += size * groups
+    weights = 1 + torch.rand(batch, 1, total, generator=generator) * 3
+    weights[..., : total - own : 4] *= -0.05
+    valid = torch.rand(batch, 1, total, generator=generator) < 0.7
+    valid[..., total - own :] = True
+    weights.masked_fill_(~valid, 0.0)
+    sinks = torch.randn(batch, group, generator=generator) if with_sinks else None
+    whole_keys = torch.cat([*(part.unpack().unsqueeze(1) for part in key_parts), keys.float()], dim=2)
+    whole_values = torch.cat([*(part.unpack().unsqueeze(1) for part in value_parts), values.float()], dim=2)
+    box = (whole_values.amin(2, keepdim=True) / 3, whole_values.amax(2, keepdim=True) / 3) if clipped else None
+    options = AttentionOptions(0.4, valid, True, box, softcap, sinks)
+    with patch.object(wtdattn, "_CONVERTED_AT_ONCE", at_once):
+        ours = parted_attention(query, [*key_parts, keys], [*value_parts, values], weights, options)
+    numerators = whole_values * mass_of(weights).unsqueeze(-1)
+    expected = [
+        weighted_attention(
+            query[b],
+            whole_keys[b],
+            numerators[b],
+            weights[b],
+            scale=0.4,
+            valid=valid[b],
+            causal=True,
+            value_range=None if box is None else (box[0][b], box[1][b]),
+            softcap=softcap,
+            sink_logits=None if sinks is None else sinks[b],
+        )
+        for b in range(batch)
+    ]
+    torch.testing.assert_close(ours, torch.stack(expected), rtol=1e-4, atol=1e-5)
+
+
+def test_a_quantised_part_is_unpacked_a_block_at_a_time():
+    """Of 40 groups no more than a block is ever whole, and a block is no longer than it should be."""
+    keys, values = (Quantised.keys(torch.randn(2, 320, 4), 4, 8), Quantised.values(torch.randn(2, 320, 4), 4, 8, 4))
+    seen, unpack = [], Quantised._unpack
+
+    def noted(self, start, stop):
+        block = unpack(self, start, stop)
+        seen.append(block.shape[1])
+        return block
+
+    with patch.object(wtdattn, "_CONVERTED_AT_ONCE", 24), patch.object(Quantised, "_unpack", noted):
+        parted_attention(torch.randn(2, 1, 1, 4), [keys], [values], torch.ones(2, 1, 320), AttentionOptions(0.5))
+    assert max(seen) == 24 and sum(seen) == 640
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_parts_under_autocast_are_computed_in_full(inference):
+    query = torch.randn(1, 2, 3, 8)
+    keys, values = (Quantised.keys(torch.randn(1, 16, 8), 4, 8), Quantised.values(torch.randn(1, 16, 8), 4, 8, 8))
+    own, weights, options = torch.randn(1, 1, 3, 8), torch.ones(1, 1, 19), AttentionOptions(0.4, causal=True)
+    expected = parted_attention(query, [keys, own], [values, own], weights, options)
+    with torch.enable_grad(), torch.inference_mode(inference), torch.autocast("cpu", torch.bfloat16):
+        found = parted_attention(query, [keys, own], [values, own], weights, options)
+    assert torch.equal(found, expected)

@@ -161,13 +161,14 @@ def plan_fold(row: Row, settings: WildCatConfig, *, prefill: bool, slot_cost: fl
         sink = row.sink
     # With `ratio` the budget grows with the row, so old slots never need to be compressed again.
     kept, spare = (row.slots, row.spare) if settings.share is not None else (0, 0)
-    window = min(window, budget - sink - kept - 1)  # something must be left to compress into
+    # Something must be left to compress into, and a slot is never an exact token again.
+    window = min(window, budget - sink - kept - 1, row.exact)
     rank = budget - sink - window - kept
     if settings.max_tokens is not None and rank > settings.bin_rank:
         # Slots are compressed again and again: a bin that is short of one loses it at every fold, always in
         # the same place. Whole bins only; the rest stays in the window.
         rest = rank % settings.bin_rank
-        rank, window = rank - rest, window + rest
+        rank, window = rank - rest, min(window + rest, row.exact)
     if window < 0 or row.counted - sink - window - kept <= rank:
         return None
     items = row.stored - sink - window - kept - spare
@@ -175,20 +176,30 @@ def plan_fold(row: Row, settings: WildCatConfig, *, prefill: bool, slot_cost: fl
 
 
 def _plan_packing(row: Row, settings: WildCatConfig, slot_cost: float, *, prefill: bool) -> FoldPlan | None:
-    """Plan to quantise the tokens behind the window where nothing is over budget; None without `bits`.
+    """Plan to quantise the tokens behind the window where nothing is over budget; None for none.
 
     A prompt is quantised at once, later tokens in whole groups.
     """
-    if settings.bits is None or _exact_room(row, settings, slot_cost) >= 0:
+    if not _packs(settings) or _exact_room(row, settings, slot_cost) >= 0:
         return None
-    sink = row.sink if row.slots else min(settings.sink, row.exact)
-    items = row.exact - settings.window - (0 if row.slots else sink)
+    sink, behind = _behind_window(row, settings)
+    items = behind
     if row.slots:  # a group that is not whole would wait in the dtype of the model
         items -= items % settings.group
     if items < (1 if prefill else settings.group):
         return None
-    window = row.exact - items - (0 if row.slots else sink)
-    return FoldPlan(sink, row.slots, items, items, window, row.spare, packs=True)
+    return FoldPlan(sink, row.slots, items, items, settings.window + behind - items, row.spare, packs=True)
+
+
+def _packs(settings: WildCatConfig) -> bool:
+    """Tell if tokens become slots as they are: with `bits`, but not where most of them are to be dropped."""
+    return settings.bits is not None and settings.share in (None, 1)
+
+
+def _behind_window(row: Row, settings: WildCatConfig) -> tuple[int, int]:
+    """Count the tokens of the sink, and the exact tokens between the slots and the window."""
+    sink = row.sink if row.slots else min(settings.sink, row.sink + row.exact)
+    return sink, row.counted - row.slots - sink - settings.window
 
 
 def _exact_room(row: Row, settings: WildCatConfig, slot_cost: float) -> int:
@@ -197,8 +208,7 @@ def _exact_room(row: Row, settings: WildCatConfig, slot_cost: float) -> int:
     With `max_tokens` a text stays exact as long as it takes no more bytes than the full budget in slots does.
     """
     if settings.max_tokens is None:
-        behind = row.exact - settings.window - (0 if row.slots else settings.sink)
-        return settings.group - behind - 1 if row.slots else -1
+        return settings.group - _behind_window(row, settings)[1] - 1 if row.slots else -1
     ends = settings.sink + settings.window
     full = ends + settings.group + slot_cost * (settings.max_tokens - ends)
     return int(full - row.sink - row.exact - slot_cost * row.slots)
@@ -210,9 +220,9 @@ def tokens_until_fold(row: Row, settings: WildCatConfig, slot_cost: float = 0.0)
     At least 1; None if `plan_fold` will never want a fold.
     """
     over = _tokens_until_over(row, settings)
-    if settings.bits is None or not row.seen:
-        return over if settings.bits is None else 1
-    behind = row.exact - settings.window - (0 if row.slots else settings.sink)
+    if not _packs(settings) or not row.seen:
+        return 1 if _packs(settings) else over
+    behind = row.counted - row.slots - settings.window - (row.sink if row.slots else settings.sink)
     packing = max(1, settings.group - behind, _exact_room(row, settings, slot_cost) + 1)
     return packing if over is None else min(packing, over)
 

@@ -70,7 +70,8 @@ def join_caches(caches: Sequence[CompressedCache], settings: WildCatConfig | Non
         entries = _entries(states, row.sink)
         carried = log.carried if log is not None and row.carried else None
         layer.restore(progress, entries, entries.keys.shape[2], _span(states), carried)
-        if any(isinstance(state.storage, BandedStorage) for state in states):
+        quantised = layer.state.settings.bits is not None
+        if quantised or any(isinstance(state.storage, BandedStorage) for state in states):
             hold_in_bands(layer.state)
     joined.go_on_from(last)
     return joined

@@ -11,6 +11,7 @@ from torch import Tensor
 from wildcat_kv.cache.entries import Entries
 from wildcat_kv.coreset.quantised import OCTET, Quantised
 from wildcat_kv.coreset.tensors import saturate_
+from wildcat_kv.coreset.wtdattn import mass_of
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Segment:
         return Segment(
             Quantised.keys(keys, bits, size),
             Quantised.values(values, bits, size, channels),
-            None if plain else saturate_(weights.clone(), torch.float16),
+            None if plain else _half(weights),
             None if plain else valid.clone(),
             state.clone(),
         )
@@ -133,5 +134,13 @@ def add_segments(held: Sequence[Segment], new: Sequence[Segment]) -> tuple[Segme
     return tuple(result)
 
 
+def _half(weights: Tensor) -> Tensor:
+    """Round weights to half precision; one that divides no numerator must not become one that does."""
+    half = saturate_(weights.clone(), torch.float16)
+    grown = (mass_of(half) != 1) & (mass_of(weights) == 1) & (weights < 1)
+    return torch.where(grown, half.nextafter(half.new_zeros(())), half)
+
+
 def _joined(first: Quantised, second: Quantised) -> Quantised:
-    return first.of(*(torch.cat(pair, dim=1) for pair in zip(first.tensors(), second.tensors(), strict=True)))
+    with torch.autocast(first.codes.device.type, enabled=False):  # it cannot join half precision while set to bfloat16
+        return first.of(*(torch.cat(pair, dim=1) for pair in zip(first.tensors(), second.tensors(), strict=True)))

@@ -188,7 +188,10 @@ class LayerState:
             index: rows to keep, on any device.
             on_host: the same numbers; None if the rows are `alike`, so that nothing waits for the device.
         """
+        before = self.held.length
         self.held.select_rows(index, on_host)
+        # What the budget counts stays alike in all layers, wherever bands lose the columns of a row that leaves.
+        self.progress.spare += self.held.length - before
         if self.log is not None:
             self.log.select_rows(index)
         rows = self.progress.rows

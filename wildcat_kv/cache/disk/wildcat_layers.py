@@ -96,7 +96,8 @@ def _fits_entries(progress: Progress, length: int, keys: Tensor, room: int) -> b
         0 <= length <= room
         and len(rows) == keys.shape[0] > 0
         and max(row.stored for row in rows) + progress.since_fold <= length
-        and abs(progress.spare) <= length + max(row.counted for row in rows)
+        and -progress.seen <= progress.spare + length + max(row.counted for row in rows)
+        and progress.spare <= length + max(row.counted for row in rows)
     )
 
 

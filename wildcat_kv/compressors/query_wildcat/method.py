@@ -91,7 +91,7 @@ class QueryWildCat(SharingCompressor):
     recalled: float = 0.375
     ahead: int = 64
     apart: int = 512
-    carried: int = 16
+    carried: int = 1
     ridge: float = 0.3
     tolerance: float | None = None
     share: Share = "heads"
