@@ -225,14 +225,15 @@ def wtdattn(Q: Tensor, K_S: Tensor, V_S: Tensor, w: Tensor, v_min: Tensor, v_max
     return torch.where(sound, numerator / denominator, 0.0).clamp(v_min, v_max)
 
 
-def quantise(x: Tensor, bits: int) -> tuple[Tensor, float, float]:
+def quantise(x: Tensor, bits: int, dtype: torch.dtype) -> tuple[Tensor, float, float]:
     """Quantise a group of numbers that share a scale: lowest + scale * code.
 
-    Lowest and scale are rounded outwards to half precision, so that the codes reach both ends.
+    Lowest and scale are rounded outwards to 16 bits, so that the codes reach both ends.
 
     Args:
-        x: numbers (n,), at most 65504 in magnitude.
+        x: numbers (n,), within the range of `dtype`.
         bits: bits of a code.
+        dtype: float16 for keys, bfloat16 for values.
 
     Returns:
         Codes (n,), float64, and the scale and the lowest number of the group.
@@ -240,23 +241,23 @@ def quantise(x: Tensor, bits: int) -> tuple[Tensor, float, float]:
     Source: Liu et al., "KIVI: A Tuning-Free Asymmetric 2bit Quantization for KV Cache", arXiv 2402.02750.
 
     Example:
-        >>> quantise(torch.tensor([-1.0, 0.0, 2.0, 0.4]), 2)
+        >>> quantise(torch.tensor([-1.0, 0.0, 2.0, 0.4]), 2, torch.float16)
         (tensor([0., 1., 3., 1.], dtype=torch.float64), 1.0, -1.0)
     """
     x, most = x.double(), 2**bits - 1
-    lowest = half(float(x.min()), up=False)
-    scale = half((float(x.max()) - lowest) / most, up=True)
+    lowest = round_to(dtype, float(x.min()), up=False)
+    scale = round_to(dtype, (float(x.max()) - lowest) / most, up=True)
     return ((x - lowest) / (scale or 1.0)).round(), scale, lowest
 
 
-def half(x: float, *, up: bool) -> float:
-    """Round to half precision, up or down.
+def round_to(dtype: torch.dtype, x: float, *, up: bool) -> float:
+    """Round to the next number of a dtype, up or down.
 
     Example:
-        >>> half(2049.0, up=True), half(2049.0, up=False)
+        >>> round_to(torch.float16, 2049.0, up=True), round_to(torch.float16, 2049.0, up=False)
         (2050.0, 2048.0)
     """
-    near = torch.tensor(x, dtype=torch.float64).half()
+    near = torch.tensor(x, dtype=torch.float64).to(dtype)
     if (near.double() < x) if up else (near.double() > x):
         near = near.nextafter(near.new_tensor(math.inf if up else -math.inf))
     return float(near)

@@ -102,11 +102,27 @@ def read_bands(
             raise DamageError("the numbers of its bands do not fit its tensors")
         held = Storage.adopt(entries, header.length, ROOM)
         bands.append(Band(list(header.places), held, segments, header.sink, header.waiting))
-    rows, shapes = len(progress.rows), {_channels(band.open.allocated) for band in bands}
+    rows, kinds = len(progress.rows), {_kind(band.open.allocated) for band in bands}
     places = sorted(place for band in bands for place in band.places)
-    if len(shapes) != 1 or places != list(range(len(places))) or not rows or len(places) % rows:
+    in_order = all(band.places == sorted(band.places) for band in bands)
+    if len(kinds) != 1 or not in_order or places != list(range(len(places))) or not rows or len(places) % rows:
         raise DamageError("its bands do not fit each other")
+    if not _fit_rows(bands, progress):
+        raise DamageError("its bands do not fit the numbers of its rows")
     return bands
+
+
+def _fit_rows(bands: Sequence[Band], progress: Progress) -> bool:
+    """Tell whether bands hold what the numbers of their rows say."""
+    rows = progress.rows
+    heads, most = sum(len(band.places) for band in bands) // len(rows), [0] * len(rows)
+    for band in bands:
+        exact = band.open.length - band.sink - band.waiting - progress.since_fold
+        for row in {place // heads for place in band.places}:
+            if (band.sink, exact) != (rows[row].sink, rows[row].exact):
+                return False
+            most[row] = max(most[row], band.slots)
+    return most == [row.slots + row.spare for row in rows]
 
 
 def _segment(own: dict[str, Tensor], prefix: str, bits: int | None, like: Entries) -> Segment:
@@ -118,7 +134,8 @@ def _segment(own: dict[str, Tensor], prefix: str, bits: int | None, like: Entrie
     state = own.pop(prefix + MEMORY, like.carried_state.new_zeros(batch, keys.slots, 0))
     given = [(side.shape, side.dtype) for side in (weights, valid) if side is not None]
     shape = (batch, keys.slots)
-    if keys.slots != values.slots or given not in ([], [(shape, torch.float16), (shape, torch.bool)]):
+    alike = keys.codes.shape[1:3] == values.codes.shape[1:3]
+    if not alike or given not in ([], [(shape, torch.float16), (shape, torch.bool)]):
         raise DamageError("its quantised slots do not fit each other")
     if state.shape != (*shape, like.carried_state.shape[3]) or state.dtype != torch.float32:
         raise DamageError("what its method remembers does not fit")
@@ -136,13 +153,19 @@ def _quantised(
         raise DamageError("its quantised slots do not fit")
     found = Quantised(codes, scale, lowest, bits, by_slot)
     sides = (*codes.shape[:2], found.size) if by_slot else (*codes.shape[:2], 1)
-    fits = scale.shape == lowest.shape and scale.dim() == 4 and scale.shape[:3] == sides
-    if not fits or codes.shape[2] * 8 % bits or codes.shape[3] % max(1, scale.shape[3]):
+    fits = scale.shape == lowest.shape and scale.dim() == 4 and scale.shape[:3] == sides and scale.shape[3] > 0
+    width = codes.shape[3] % scale.shape[3] if fits and by_slot else codes.shape[3] - scale.shape[-1]
+    if not fits or width or codes.shape[2] * 8 % bits:
         raise DamageError("its quantised slots do not fit their scales")
     dtype = torch.bfloat16 if by_slot else torch.float16
     if {scale.dtype, lowest.dtype} != {dtype} or not torch.isfinite(scale.float().sum() + lowest.float().sum()):
         raise DamageError("its scales are no numbers")
     return found
+
+
+def _kind(entries: Entries) -> tuple[int, int, int, torch.dtype]:
+    """Give the channels of keys and values, the numbers of a state, and the dtype."""
+    return *_channels(entries), entries.carried_state.shape[3], entries.keys.dtype
 
 
 def _channels(entries: Entries) -> tuple[int, int]:

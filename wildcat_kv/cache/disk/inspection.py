@@ -9,7 +9,7 @@ from pathlib import Path
 
 from pydantic import JsonValue
 
-from wildcat_kv.cache.disk.format import Header, prefix_of
+from wildcat_kv.cache.disk.format import Header, LayerHeader, prefix_of
 from wildcat_kv.cache.disk.read import opened, read_header
 from wildcat_kv.config import WildCatConfig
 from wildcat_kv.models.identity import ModelIdentity
@@ -122,7 +122,7 @@ def _look(path: str | os.PathLike[str]) -> tuple[Header, dict[str, _UnreadTensor
 def _layer(header: Header, tensors: dict[str, _UnreadTensor], index: int) -> LayerSummary:
     layer, prefix = header.layers[index], prefix_of(index)
     nbytes = sum(tensor.nbytes for name, tensor in tensors.items() if name.startswith(prefix))
-    keys = tensors.get(f"{prefix}keys")
+    keys = tensors.get(f"{prefix}bands.0.keys" if layer.bands else f"{prefix}keys")
     has_keys = keys is not None and len(keys.shape) == 4
     progress = layer.progress
     folded = progress is not None and progress.folded_at > 0
@@ -130,12 +130,30 @@ def _layer(header: Header, tensors: dict[str, _UnreadTensor], index: int) -> Lay
         kind=_KINDS.get(layer.kind, layer.kind) if progress is None else "compressed" if folded else "exact",
         nbytes=nbytes,
         seen=None if progress is None else progress.seen,
-        stored=layer.length,
+        stored=_stored(header, tensors, index) if layer.bands else layer.length,
         slots=None if progress is None else max((row.slots + row.spare for row in progress.rows), default=0),
-        heads=keys.shape[1] if keys is not None and has_keys else None,
+        heads=_heads(layer, keys.shape[1]) if keys is not None and has_keys else None,
         channels=keys.shape[3] if keys is not None and has_keys else None,
         dtype=keys.dtype if keys is not None and has_keys else None,
     )
+
+
+def _heads(layer: LayerHeader, heads: int) -> int:
+    """Count the key heads of a layer, whose tensors have `heads` of them."""
+    rows = 1 if layer.progress is None else len(layer.progress.rows)
+    return sum(len(band.places) for band in layer.bands) // max(1, rows) if layer.bands else heads
+
+
+def _stored(header: Header, tensors: dict[str, _UnreadTensor], index: int) -> int:
+    """Count the entries of a layer in bands, on average over the heads, rounded up."""
+    heads = total = 0
+    for number, band in enumerate(header.layers[index].bands):
+        columns, place, prefix = band.length, 0, f"{prefix_of(index)}bands.{number}."
+        while (codes := tensors.get(f"{prefix}{place}.keys.codes")) is not None:
+            columns += math.prod(codes.shape[1:3]) * 8 // (header.settings.bits or 8)
+            place += 1
+        heads, total = heads + len(band.places), total + len(band.places) * columns
+    return -(-total // max(1, heads))
 
 
 def _written(description: JsonValue) -> str:
