@@ -1,7 +1,7 @@
 """Time attention to unequal heads and to quantised slots: `python -m benchmarks.bands`, a minute.
 
-Layers of one shape are filled with random entries: all heads of a layer alike, or with the same sum and unequal; slots in
-the model's dtype, or in a few bits. A turn attends once in every layer, as one decoded token does, and appends one.
+Layers of one shape are filled with random entries: all heads of a layer alike, or with the same sum and unequal; slots
+in the model's dtype, or in a few bits. A turn attends once in every layer, as one decoded token does, and appends one.
 """
 
 from __future__ import annotations
