@@ -115,6 +115,33 @@ def test_memory_is_what_the_formula_says(bits):
     assert cache.memory_bytes() == pytest.approx(expected_bytes(cache, 2000 - 11, 11 + 8, bits=bits), rel=0.03)
 
 
+@pytest.mark.parametrize(("bits", "most"), [(8, 0.15), (4, 0.085), (3, 0.07), (2, 0.055)])
+def test_a_quarter_of_the_slots_takes_this_share_of_the_exact_cache(bits, most):
+    """Shapes of the default model, the published sink and window, 8,000 tokens in bfloat16."""
+    small = {**SMALL, "num_hidden_layers": 2, "num_attention_heads": 3, "num_key_value_heads": 3, "head_dim": 64}
+    cache = WildCatCache(tf.LlamaConfig(**{**small, "hidden_size": 192}), ratio=0.25, bits=bits)
+    keys, values = (side.to(torch.bfloat16) for side in tokens(1, 8000, heads=3, channels=64))
+    read_alone(cache, keys, values, 0, 8000)
+    assert cache.stored_length() == pytest.approx(2000, abs=8)
+    assert cache.memory_bytes() <= most * (keys.nbytes + values.nbytes)
+
+
+def test_the_default_dtype_of_the_program_does_not_matter():
+    caches = []
+    for dtype in (torch.float32, torch.bfloat16):
+        cache, (keys, values) = small_cache(ratio=0.3, bits=4, group=8), tokens(1, 150)
+        torch.set_default_dtype(dtype)
+        try:
+            read(cache, keys, values, 0, 100)
+            outputs = [read(cache, keys, values, step, 1) for step in range(100, 150)]
+        finally:
+            torch.set_default_dtype(torch.float32)
+        caches.append((state(cache), outputs))
+    assert_same(caches[0][0], caches[1][0])
+    for ours, theirs in zip(caches[0][1][-1], caches[1][1][-1], strict=True):
+        assert torch.equal(ours, theirs)
+
+
 @pytest.mark.parametrize("bits", [None, 4])
 @pytest.mark.parametrize("method", [Slanted(), AdaKV(KNorm()), AdaKV(H2O(recent=0.1))])
 @pytest.mark.parametrize("chunk", [4000, 500])

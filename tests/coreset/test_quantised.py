@@ -1,11 +1,13 @@
 """Quantised slots, bit for bit against the definition in `reference.py`."""
 
+import threading
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from wildcat_kv.coreset import reference
+from wildcat_kv.coreset import quantised, reference
 from wildcat_kv.coreset.quantised import Quantised, fits_half
 
 BITS = st.sampled_from([8, 4, 3, 2])
@@ -32,10 +34,10 @@ def numbers(batch, n, kinds, dtype, seed):
     return torch.stack(made).to(dtype)
 
 
-def codes_of(quantised):
+def codes_of(found):
     """The codes, from what `unpack` gives for a scale of 1 and a lowest number of 0."""
-    ones, zeros = torch.ones_like(quantised.scale), torch.zeros_like(quantised.lowest)
-    return quantised.of(quantised.codes, ones, zeros).unpack().double()
+    ones, zeros = torch.ones_like(found.scale), torch.zeros_like(found.lowest)
+    return found.of(found.codes, ones, zeros).unpack().double()
 
 
 def check(group, codes, scale, lowest, bits):
@@ -158,6 +160,22 @@ def test_it_works_under_autograd_autocast_and_inference_mode(inference):
     with torch.enable_grad(), torch.inference_mode(inference), torch.autocast("cpu", torch.bfloat16):
         again = Quantised.keys(x, 4, 8)
         assert torch.equal(again.unpack(), expected) and torch.equal(found.unpack(), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_default_dtype_of_the_program_does_not_matter(dtype, monkeypatch):
+    x = torch.randn(1, 16, 8)
+    found = Quantised.keys(x, 8, 8), Quantised.values(x, 8, 8, 8)
+    expected = [each.unpack() for each in found]
+    monkeypatch.setattr(quantised, "_scratch", threading.local())
+    torch.set_default_dtype(dtype)
+    try:
+        again = Quantised.keys(x, 8, 8), Quantised.values(x, 8, 8, 8)
+        blocks = [next(each.blocks(16)).clone() for each in again]
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for block, whole in zip(blocks, expected, strict=True):
+        assert block.dtype == torch.float32 and torch.equal(block, whole)
 
 
 def test_what_half_precision_cannot_hold_is_seen():

@@ -53,8 +53,10 @@ class Segment:
     def shown(self) -> tuple[Tensor, Tensor]:
         """Give weights, float32, and valid, both (batch, 1, n)."""
         if self.weights is None or self.valid is None:
-            shape, device = (self.keys.codes.shape[0], 1, self.slots), self.keys.codes.device
-            return torch.ones(shape, device=device), torch.ones(shape, dtype=torch.bool, device=device)
+            shape = (self.keys.codes.shape[0], 1, self.slots)
+            # Offloaded numbers are not where the host reads what is beside them.
+            whole = self.carried_state.new_ones(shape)
+            return whole, whole.to(torch.bool)
         return self.weights.to(torch.float32).unsqueeze(1), self.valid.unsqueeze(1)
 
     def entries(self, keys: torch.dtype, values: torch.dtype) -> Entries:

@@ -92,7 +92,7 @@ class Quantised:
     def unpack(self) -> Tensor:
         """Unpack all: float32 (batch, groups * size, channels)."""
         shape = (*self.codes.shape[:2], self.size, self.channels)
-        return self._unpack(0, shape[1], torch.empty(shape, device=self.codes.device))
+        return self._unpack(0, shape[1], torch.empty(shape, dtype=torch.float32, device=self.codes.device))
 
     def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
         """Give the three tensors."""
@@ -117,13 +117,13 @@ class Quantised:
 def _scratch_of(shape: tuple[int, ...], device: torch.device) -> Tensor:
     """Give float32 memory of this shape, the same for every call that does not record gradients."""
     if torch.is_grad_enabled():  # a graph would hold on to it
-        return torch.empty(shape, device=device)
+        return torch.empty(shape, dtype=torch.float32, device=device)
     buffers: dict[str, Tensor] = _scratch.__dict__
     needed, name = math.prod(shape), str(device)
     held = buffers.get(name)
     if held is None or held.numel() < needed:
         with ordinary_tensors():
-            held = buffers[name] = torch.empty(needed, device=device)
+            held = buffers[name] = torch.empty(needed, dtype=torch.float32, device=device)
     return held[:needed].view(shape)
 
 
