@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from wildcat_kv import weighted_attention
-from wildcat_kv.coreset import reference, wtdattn
+from wildcat_kv.coreset import fused, parts, reference, wtdattn
 from wildcat_kv.coreset.quantised import Quantised
 from wildcat_kv.coreset.wtdattn import AttentionOptions, WeightSigns, coreset_attention, mass_of, parted_attention
 
@@ -168,7 +168,8 @@ def test_accumulates_in_float32(dtype):
 def test_long_prompts_are_attended_in_blocks(monkeypatch):
     query, keys, values, weights = inputs(own=9)
     whole = weighted_attention(query, keys, values, weights, causal=True)
-    monkeypatch.setattr(wtdattn, "_SCORES_AT_ONCE", 200)
+    monkeypatch.setattr(wtdattn, "SCORES_AT_ONCE", 200)
+    monkeypatch.setattr(fused, "SCORES_AT_ONCE", 200)
     torch.testing.assert_close(weighted_attention(query, keys, values, weights, causal=True), whole)
 
 
@@ -246,7 +247,7 @@ def test_attention_to_stored_entries_matches_the_reference(
 ):
     query, keys, values, weights, valid = as_stored(kind, heads, own, n, seed, dtype)
     sinks = torch.randn(heads[0]) if with_sinks else None
-    with patch.object(wtdattn, "_SCORES_AT_ONCE", at_once):
+    with patch.object(wtdattn, "SCORES_AT_ONCE", at_once), patch.object(fused, "SCORES_AT_ONCE", at_once):
         ours = stored_attention(
             query, keys, values, weights, valid, kind, causal=causal, softcap=softcap, sink_logits=sinks
         )
@@ -381,8 +382,9 @@ def test_parts_are_attended_to_as_if_they_were_one(
     whole_values = torch.cat([*(part.unpack().unsqueeze(1) for part in value_parts), values.float()], dim=2)
     box = (whole_values.amin(2, keepdim=True) / 3, whole_values.amax(2, keepdim=True) / 3) if clipped else None
     options = AttentionOptions(0.4, valid, True, box, softcap, sinks)
-    with patch.object(wtdattn, "_CONVERTED_AT_ONCE", at_once):
-        ours = parted_attention(query, [*key_parts, keys], [*value_parts, values], weights, options)
+    with patch.object(parts, "_CONVERTED_AT_ONCE", at_once):
+        signs = WeightSigns.of(weights, valid)
+        ours = parted_attention(query, [*key_parts, keys], [*value_parts, values], weights, signs, options)
     numerators = whole_values * mass_of(weights).unsqueeze(-1)
     expected = [
         weighted_attention(
@@ -412,8 +414,10 @@ def test_a_quantised_part_is_unpacked_a_block_at_a_time():
         seen.append(block.shape[1])
         return block
 
-    with patch.object(wtdattn, "_CONVERTED_AT_ONCE", 24), patch.object(Quantised, "_unpack", noted):
-        parted_attention(torch.randn(2, 1, 1, 4), [keys], [values], torch.ones(2, 1, 320), AttentionOptions(0.5))
+    with patch.object(parts, "_CONVERTED_AT_ONCE", 24), patch.object(Quantised, "_unpack", noted):
+        parted_attention(
+            torch.randn(2, 1, 1, 4), [keys], [values], torch.ones(2, 1, 320), WeightSigns.NONE, AttentionOptions(0.5)
+        )
     assert max(seen) == 24 and sum(seen) == 640
 
 
@@ -422,7 +426,7 @@ def test_parts_under_autocast_are_computed_in_full(inference):
     query = torch.randn(1, 2, 3, 8)
     keys, values = (Quantised.keys(torch.randn(1, 16, 8), 4, 8), Quantised.values(torch.randn(1, 16, 8), 4, 8, 8))
     own, weights, options = torch.randn(1, 1, 3, 8), torch.ones(1, 1, 19), AttentionOptions(0.4, causal=True)
-    expected = parted_attention(query, [keys, own], [values, own], weights, options)
+    expected = parted_attention(query, [keys, own], [values, own], weights, WeightSigns.NONE, options)
     with torch.enable_grad(), torch.inference_mode(inference), torch.autocast("cpu", torch.bfloat16):
-        found = parted_attention(query, [keys, own], [values, own], weights, options)
+        found = parted_attention(query, [keys, own], [values, own], weights, WeightSigns.NONE, options)
     assert torch.equal(found, expected)

@@ -66,12 +66,15 @@ class Band:
         if not self.packed:
             options = options._replace(valid=valid)
             return coreset_attention(query, keys, values, weights, self.open.weighting, options)
-        shown = [segment.shown() for segment in self.packed]
+        signs, shown = self.open.weighting, [segment.shown() for segment in self.packed]
+        for segment in self.packed:
+            signs = signs.join(segment.signs)
         return parted_attention(
             query,
             [*(segment.keys for segment in self.packed), keys],
             [*(segment.values for segment in self.packed), values],
             torch.cat((*(side[0] for side in shown), weights), dim=-1),
+            signs,
             options._replace(valid=torch.cat((*(side[1] for side in shown), valid), dim=-1)),
         )
 
@@ -200,20 +203,21 @@ class BandedStorage:
         sinks = options.sink_logits
         if sinks is not None:
             sinks = sinks.view(heads, -1).repeat(rows, 1)
-        found = None
-        for band in self.bands:
-            at, box = band.select, options.value_range
-            if box is not None:
-                box = (box[0].flatten(0, 1)[at].unsqueeze(1), box[1].flatten(0, 1)[at].unsqueeze(1))
-            given = options._replace(value_range=box, sink_logits=None if sinks is None else sinks[at])
-            part = band.attend(flat[at], given)
-            if len(self.bands) == 1:
-                found = part
-                break
-            if found is None:
-                found = part.new_empty(rows * heads, *part.shape[1:])
-            found[at] = part
-        assert found is not None
+        box = options.value_range
+        options = options._replace(value_range=None)
+        if len(self.bands) == 1 and isinstance(self.bands[0].select, slice):
+            found = self.bands[0].attend(flat, options if sinks is None else options._replace(sink_logits=sinks))
+        else:
+            parts = []
+            for band in self.bands:
+                own = options if sinks is None else options._replace(sink_logits=sinks[band.select])
+                parts.append(band.attend(flat[band.select], own))
+            found = parts[0].new_empty(rows * heads, *parts[0].shape[1:])
+            for band, part in zip(self.bands, parts, strict=True):
+                found[band.select] = part
+        if box is not None:
+            lowest, highest = (side.flatten(0, 1).unsqueeze(1).to(found.dtype) for side in box)
+            found = found.clamp(lowest, highest)
         return found.reshape(rows, -1, *found.shape[2:])
 
     def append(self, keys: Tensor, values: Tensor, valid: Tensor | None) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from wildcat_kv.cache.entries import Entries
 from wildcat_kv.coreset.quantised import OCTET, Quantised
 from wildcat_kv.coreset.tensors import saturate_
-from wildcat_kv.coreset.wtdattn import mass_of
+from wildcat_kv.coreset.wtdattn import WeightSigns, mass_of
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,7 @@ class Segment:
         weights: float16 (batch, n), 0 for padding; None where all are valid and weigh 1.
         valid: bool (batch, n); None where all are valid and weigh 1.
         carried_state: float32 (batch, n, m), as in `Entries`.
+        signs: signs of the weights.
     """
 
     keys: Quantised
@@ -31,18 +32,22 @@ class Segment:
     weights: Tensor | None
     valid: Tensor | None
     carried_state: Tensor
+    signs: WeightSigns
 
     @staticmethod
     def of(entries: Entries, bits: int, size: int, channels: int) -> Segment:
         """Quantise entries (batch, 1, n, ...); n is a multiple of the group's `size`."""
         keys, values, weights, valid, state = (tensor.squeeze(1) for tensor in entries.tensors())
-        plain = bool((valid & (weights == 1)).all())
+        half = _half(weights)
+        signs = WeightSigns.of(half.to(torch.float32), valid)
+        plain = signs is WeightSigns.NONE
         return Segment(
             Quantised.keys(keys, bits, size),
             Quantised.values(values, bits, size, channels),
-            None if plain else _half(weights),
+            None if plain else half,
             None if plain else valid.clone(),
             state.clone(),
+            signs,
         )
 
     @property
@@ -78,6 +83,7 @@ class Segment:
             weights,
             valid,
             torch.cat((self.carried_state, other.carried_state), dim=1),
+            self.signs.join(other.signs),
         )
 
     def rows(self, index: Tensor) -> Segment:
@@ -108,6 +114,7 @@ class Segment:
             None if self.weights is None else sides(self.weights),
             None if self.valid is None else sides(self.valid),
             sides(self.carried_state),
+            self.signs,
         )
 
 

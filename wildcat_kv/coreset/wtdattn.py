@@ -1,7 +1,7 @@
 """WTDATTN: attention over weighted entries.
 
 Slots of a coreset and exact tokens, of weight 1, stand side by side. `reference.wtdattn` says what is computed. There
-are two ways. Where no weight is negative, its logarithm joins the scores and torch's fused kernel does the rest, on
+are two ways. Where no weight is negative, its logarithm joins the scores and one softmax does the rest (`fused`), on
 values divided by their weights beforehand (`mass_of`). Negative weights need numerator and denominator apart.
 
 Source: Schröder and Mackey, "WildCat: Near-Linear Attention in Theory and Practice", arXiv 2602.10056.
@@ -9,29 +9,20 @@ Source: Schröder and Mackey, "WildCat: Near-Linear Attention in Theory and Prac
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from enum import Enum
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 
-from wildcat_kv.coreset.quantised import Quantised
+from wildcat_kv.coreset.fused import fused, one_query
+from wildcat_kv.coreset.parts import SCORES_AT_ONCE, Parts, float32_blocks, unseen, weighted_sum
 from wildcat_kv.coreset.tensors import full_precision, has_full_precision
 
 # A denominator this small against the sum of its terms' magnitudes is cancellation, not information.
 _DENOMINATOR_FLOOR = 1e-6
 # A numerator is not divided by a weight smaller than this, which would leave the range of half precision.
 _LEAST_MASS = 2.0**-7
-# Entries in half precision, or in a few bits, converted to float32 at once.
-_CONVERTED_AT_ONCE = 4096
-# Scores held at once, in float32 numbers: 256 MiB.
-_SCORES_AT_ONCE = 2**26
-
-
-# Keys or values of entries side by side, (..., kv_heads, n_i, channels) each; quantised ones have no `...`.
-Parts: TypeAlias = "Sequence[Tensor | Quantised]"
 
 
 class WeightSigns(Enum):
@@ -50,6 +41,13 @@ class WeightSigns(Enum):
         none = ((weights == 1) & valid).all()
         positive = ((weights >= _LEAST_MASS) | ~valid).all()
         return (WeightSigns.SIGNED, WeightSigns.POSITIVE, WeightSigns.NONE)[int(none.int() + positive.int())]
+
+    def join(self, other: WeightSigns) -> WeightSigns:
+        """Tell the signs of these weights and others."""
+        for signs in (WeightSigns.SIGNED, WeightSigns.POSITIVE):
+            if signs in (self, other):
+                return signs
+        return WeightSigns.NONE
 
 
 class AttentionOptions(NamedTuple):
@@ -149,24 +147,20 @@ def coreset_attention(
     Returns:
         (rows, heads, q, d_v) in the query's dtype.
     """
-    fused = (
-        signs is not WeightSigns.SIGNED
-        and options.softcap is None
-        and options.sink_logits is None
-        and query.dtype == keys.dtype == values.dtype
-        and not torch.is_autocast_enabled(query.device.type)
-    )
-    if not fused:
+    if not (_is_plain(query, signs, options) and query.dtype == keys.dtype == values.dtype):
         masses = torch.where(weights >= _LEAST_MASS, weights, 1.0)  # `mass_of`, without the call
         return _in_blocks(query, (keys,), (values,), weights, masses, options)
-    output = _fused(query, keys, values, weights, signs, options.scale, options.causal)
+    weighted = signs is not WeightSigns.NONE
+    output = fused(query, keys, values, weights, options.scale, weighted=weighted, causal=options.causal)
     box = options.value_range
-    if box is None or signs is WeightSigns.NONE:  # an average of values that were seen is in their box
+    if box is None or not weighted:  # an average of values that were seen is in their box
         return output
     return output.view(*values.shape[:2], -1, values.shape[-1]).clamp(*box).view_as(output)
 
 
-def parted_attention(query: Tensor, keys: Parts, values: Parts, weights: Tensor, options: AttentionOptions) -> Tensor:
+def parted_attention(
+    query: Tensor, keys: Parts, values: Parts, weights: Tensor, signs: WeightSigns, options: AttentionOptions
+) -> Tensor:
     """Compute `coreset_attention` to entries in several parts, some of them quantised.
 
     Quantised parts are unpacked a block at a time, so no second copy of them is ever whole.
@@ -176,65 +170,28 @@ def parted_attention(query: Tensor, keys: Parts, values: Parts, weights: Tensor,
         keys: parts (batch, 1, n_i, d); quantised ones (batch, n_i, d).
         values: parts (batch, 1, n_i, d_v), numerators over their masses, `mass_of(weights)`.
         weights: float32 (batch, 1, n) over all parts, 0 where not valid.
+        signs: known signs of the weights.
         options: further arguments of the attention call, `valid` among them.
 
     Returns:
         (batch, heads, q, d_v) in the query's dtype.
     """
+    if query.shape[2] == 1 and _is_plain(query, signs, options) and has_full_precision(query.device):
+        weighted = signs is not WeightSigns.NONE
+        output = one_query(query, keys, values, weights, options.scale, weighted=weighted)
+        return output if options.value_range is None else output.clamp(*options.value_range)
     masses = torch.where(weights >= _LEAST_MASS, weights, 1.0)
     return _in_blocks(query, keys, values, weights, masses, options)
 
 
-def _fused(
-    query: Tensor, keys: Tensor, values: Tensor, weights: Tensor, signs: WeightSigns, scale: float, causal: bool
-) -> Tensor:
-    """Attend by torch's kernel, with log-weights as its bias."""
-    (rows, heads, total, d), (kv_heads, n) = query.shape, keys.shape[1:3]
-    groups = heads // kv_heads
-    if total == 1 and query.device.type == "cpu":  # shares out the work by query heads, of which there are more
-        bias = None
-        if signs is not WeightSigns.NONE:
-            bias = _log_weights(weights, query).repeat_interleave(groups, dim=1).unsqueeze(-2)
-        return scaled_dot_product_attention(query, keys, values, attn_mask=bias, scale=scale, enable_gqa=True)
-    if total == 1:  # elsewhere, no kernel takes a bias and shared key heads: the heads of a group as further queries
-        bias = None if signs is WeightSigns.NONE else _log_weights(weights, query).unsqueeze(-2)
-        grouped = query.reshape(rows, kv_heads, groups, d)
-        output = scaled_dot_product_attention(grouped, keys, values, attn_mask=bias, scale=scale)
-        return output.reshape(rows, heads, 1, -1)
-    bias = _log_weights(weights, query).unsqueeze(-2)
-    step = max(1, _SCORES_AT_ONCE // (rows * heads * n))
-    parts = []
-    for start in range(0, total, step):
-        part = query[:, :, start : start + step]
-        mask = bias
-        if causal:
-            hidden = _unseen(n, n - total + start, part)
-            mask = bias.masked_fill(hidden, torch.finfo(bias.dtype).min).repeat(1, 1, groups, 1)
-        grouped = part.reshape(rows, kv_heads, -1, d)
-        output = scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=scale)
-        parts.append(output.reshape(rows, heads, part.shape[2], -1))
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-2)
-
-
-def _log_weights(weights: Tensor, query: Tensor) -> Tensor:
-    """Compute the bias of the scores.
-
-    Finite where the weight is 0: a query that sees nothing gives no NaN.
-    """
-    bias = weights.log()
-    # Off the CPU, and for float64, the kernels want the dtype of the query.
-    if query.device.type != "cpu" or query.dtype == torch.float64:
-        bias = bias.to(query.dtype)
-    return bias.clamp_min_(torch.finfo(query.dtype).min)
-
-
-def _unseen(n: int, first_own: int, query: Tensor) -> Tensor:
-    """Mark the entries after each query's own, bool (q, n).
-
-    `first_own` is the entry of the first query's own token.
-    """
-    own = torch.arange(first_own, first_own + query.shape[-2], device=query.device)
-    return torch.arange(n, device=query.device) > own.unsqueeze(-1)
+def _is_plain(query: Tensor, signs: WeightSigns, options: AttentionOptions) -> bool:
+    """Tell if a softmax of scores and log-weights is all there is to do."""
+    return (
+        signs is not WeightSigns.SIGNED
+        and options.softcap is None
+        and options.sink_logits is None
+        and not torch.is_autocast_enabled(query.device.type)
+    )
 
 
 def _in_blocks(
@@ -263,7 +220,7 @@ def _in_blocks(
     else:  # the two sums of the denominator in one product
         summands = torch.stack((weights, weights.abs()), dim=-1)
     n = summands.shape[-2]
-    step = max(1, _SCORES_AT_ONCE // max(1, query.shape[:-2].numel() * n))
+    step = max(1, SCORES_AT_ONCE // max(1, query.shape[:-2].numel() * n))
     if step >= total and not torch.compiler.is_compiling() and has_full_precision(query.device):
         return _attend(query, keys, values, summands, masses, n - total, options)
     # The switches of backends cannot be traced; then what is set for the program holds.
@@ -329,7 +286,7 @@ def _attend(
     denominator, magnitude = torch.matmul(terms, summands).split(1, dim=-1)
     if masses is not None:
         terms.mul_(masses.unsqueeze(-2))
-    numerator = _weighted_sum(terms, values)
+    numerator = weighted_sum(terms, values)
     if sinks is not None:
         extra = (sinks - largest).exp()
         denominator, magnitude = denominator + extra, magnitude + extra
@@ -350,7 +307,7 @@ def _scores(query: Tensor, keys: Parts, kv_heads: int, first_own: int, options: 
     *batch, heads, _, d = query.shape
     # Query heads of a group become further queries of their key head: keys are never repeated.
     grouped = (query.to(torch.float32) * options.scale).reshape(*batch, kv_heads, -1, d)
-    products = [torch.matmul(grouped, block.mT) for block in _float32_blocks(keys)]
+    products = [torch.matmul(grouped, block.mT) for block in float32_blocks(keys)]
     scores = products[0] if len(products) == 1 else torch.cat(products, dim=-1)
     if options.softcap is not None:
         scores = (scores / options.softcap).tanh_().mul_(options.softcap)
@@ -358,32 +315,6 @@ def _scores(query: Tensor, keys: Parts, kv_heads: int, first_own: int, options: 
         scores = scores.masked_fill_(~options.valid.unsqueeze(-2), -torch.inf)
     n = scores.shape[-1]
     if options.causal and first_own < n - 1:  # the newest token sees all
-        hidden = _unseen(n, first_own, query)
+        hidden = unseen(n, first_own, query)
         scores = scores.masked_fill_(hidden.repeat(heads // kv_heads, 1), -torch.inf)
     return scores
-
-
-def _weighted_sum(terms: Tensor, values: Parts) -> Tensor:
-    """Multiply terms (..., q, n) by values (..., n, d_v) in float32."""
-    product, start = None, 0
-    for block in _float32_blocks(values):
-        stop = start + block.shape[-2]
-        # The whole of the terms goes as it is, not as a view of itself.
-        piece = torch.matmul(terms if stop == terms.shape[-1] and not start else terms[..., start:stop], block)
-        product, start = piece if product is None else product.add_(piece), stop
-    assert product is not None
-    return product
-
-
-def _float32_blocks(parts: Parts) -> Iterator[Tensor]:
-    """Cut parts (..., n_i, channels) into float32 pieces (..., k, channels).
-
-    Only a long part that is not in float32 is cut.
-    """
-    for part in parts:
-        if isinstance(part, Quantised):
-            yield from (block.unsqueeze(1) for block in part.blocks(_CONVERTED_AT_ONCE))
-        elif part.dtype == torch.float32:
-            yield part
-        else:
-            yield from (piece.to(torch.float32) for piece in part.split(_CONVERTED_AT_ONCE, dim=-2))

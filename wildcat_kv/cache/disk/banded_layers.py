@@ -15,6 +15,7 @@ from wildcat_kv.cache.packed import Segment
 from wildcat_kv.cache.progress import Progress
 from wildcat_kv.cache.storage import Storage
 from wildcat_kv.coreset.quantised import Quantised
+from wildcat_kv.coreset.wtdattn import WeightSigns
 
 # Tensors of quantised keys or values, behind their own name.
 _QUANTISED = ("codes", "scale", "lowest")
@@ -139,7 +140,10 @@ def _segment(own: dict[str, Tensor], prefix: str, bits: int | None, like: Entrie
         raise DamageError("its quantised slots do not fit each other")
     if state.shape != (*shape, like.carried_state.shape[3]) or state.dtype != torch.float32:
         raise DamageError("what its method remembers does not fit")
-    return Segment(keys, values, weights, valid, state)
+    signs = WeightSigns.NONE
+    if weights is not None and valid is not None:
+        signs = WeightSigns.of(weights.to(torch.float32), valid)
+    return Segment(keys, values, weights, valid, state, signs)
 
 
 def _quantised(
