@@ -99,6 +99,19 @@ def test_at_ratio_1_all_tokens_are_kept(bits, length):
     check_attention(cache, keys[0][:, :, -1:].repeat_interleave(2, 1))
 
 
+@pytest.mark.parametrize("ratio", [0.1, 0.5])
+@pytest.mark.parametrize("group", [8, 16, 64])
+def test_generated_text_keeps_to_its_ratio_whatever_the_group(ratio, group):
+    """Tokens become slots as they are only where nothing is to be dropped."""
+    caches, (keys, values) = [small_cache(ratio=ratio, bits=bits, group=group) for bits in (None, 4)], tokens(1, 300)
+    for cache in caches:
+        read(cache, keys, values, 0, 100)
+        for step in range(100, 300):
+            read(cache, keys, values, step, 1)
+    plain, quantised = (cache.layers[0].state.progress.rows[0] for cache in caches)
+    assert (quantised.sink, quantised.slots, quantised.exact) == (plain.sink, plain.slots, plain.exact)
+
+
 def expected_bytes(cache, slots, exact, *, d=16, bits=4, group=64):
     """What a layer of two heads takes, by hand: numbers, scales, weights and flags of all entries."""
     slot = 2 * d * bits / 8 + 2 * 2 * d / group + 2 * 2 * (d // group if d % group == 0 else 1) + 2 + 1

@@ -95,3 +95,28 @@ def test_even_split(total, parts):
 @pytest.mark.parametrize(("ratio", "block"), [(0.25, 48), (0.5, 24), (0.1, 120), (1.0, 12)])
 def test_a_block_is_worth_one_bin(ratio, block):
     assert block_size(WildCatConfig(ratio=ratio)) == block
+
+
+@given(
+    st.sampled_from([{"ratio": 0.2}, {"ratio": 1.0}, {"max_tokens": 16}, {"max_tokens": 33}, {"max_tokens": 60}]),
+    st.sampled_from([{}, *({"bits": 4, "group": group} for group in (8, 16, 64))]),
+    st.integers(0, 6),
+    st.integers(0, 6),
+    st.integers(1, 4),
+    st.sampled_from([0.0, 0.1, 0.3]),
+    st.lists(st.integers(1, 40), min_size=1, max_size=20),
+)
+def test_a_plan_takes_every_column_once_and_no_slot_back(budget, bits, sink, window, bin_rank, cost, chunks):
+    settings = WildCatConfig(sink=sink, window=window, bin_rank=bin_rank, **budget, **bits)
+    row = Row()
+    for number, count in enumerate(chunks):
+        row = row.append(count)
+        plan = plan_fold(row, settings, prefill=number == 0 and count > 1, slot_cost=cost)
+        if plan is None:
+            continue
+        assert plan.head + plan.items + plan.window == row.stored
+        assert 0 < plan.rank <= plan.items and min(plan.sink, plan.kept) >= 0
+        assert 0 <= plan.window <= row.exact  # a slot is no exact token again
+        assert plan.kept <= row.slots and (not row.slots or plan.sink == row.sink)
+        row = plan.apply(row)
+        assert settings.max_tokens is None or row.counted <= settings.max_tokens

@@ -188,19 +188,16 @@ class LayerState:
             index: rows to keep, on any device.
             on_host: the same numbers; None if the rows are `alike`, so that nothing waits for the device.
         """
-        before = self.held.length
+        before = self.stored
         self.held.select_rows(index, on_host)
-        # What the budget counts stays alike in all layers, wherever bands lose the columns of a row that leaves.
-        self.progress.spare += self.held.length - before
+        self.progress.spare += self.stored - before  # what the budget counts stays alike in all layers
         if self.log is not None:
             self.log.select_rows(index)
-        rows = self.progress.rows
-        self.progress.rows = rows[:1] * len(index) if on_host is None else [rows[row] for row in on_host]
+        self.progress.rows = [self.progress.rows[row] for row in on_host or [0] * len(index)]
         with ordinary_tensors():
             self.folded_range = self.folded_range and self.folded_range.rows(index)
             self.value_range = self.value_range and self.value_range.rows(index)
-            if self.error is not None:
-                self.error = self.error.index_select(0, index.to(self.error.device))
+            self.error = None if self.error is None else self.error.index_select(0, index.to(self.error.device))
 
     def move(self, device: torch.device) -> None:
         """Move everything to `device`."""
