@@ -253,8 +253,7 @@ class WildCatCache(CacheContract):
         Args:
             path: file.
             config: config of the model that goes on, `model.config`.
-            device: device of the tensors. Full-attention layers follow the model from there by themselves. Uncompressed
-                layers (sliding windows, linear attention) stay, so give their device.
+            device: device of the tensors. Full-attention layers follow the model from there; other layers stay.
             **options: further arguments of the class. Settings and method come from the file; a method that is not
                 built in must be given as `compressor`.
 
