@@ -163,9 +163,10 @@ class WildCatConfig(BaseModel):
         budgets = {"ratio": self.ratio, "max_tokens": self.max_tokens, "max_bytes": self.max_bytes}
         given = [f"{name}={budget}" for name, budget in budgets.items() if budget is not None]
         if len(given) != 1:
+            named, many = " and ".join(given) or "ratio=None and max_tokens=None", ("neither", "", "both", "all")
             raise ValueError(
-                f"{' and '.join(given) or 'ratio=None and max_tokens=None'}: {'several' if given else 'none'} given; "
-                "pass exactly one of ratio, max_tokens and max_bytes, for example ratio=0.25 or max_tokens=1024"
+                f"{named}: {many[len(given)]} of them given; pass exactly one, for example ratio=0.25 or "
+                "max_tokens=1024"
             )
         if (self.ratio == "auto") != (self.tolerance is not None):
             raise ValueError(

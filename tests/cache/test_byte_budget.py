@@ -102,7 +102,7 @@ def test_it_is_saved_and_joined(llama, tmp_path):
         ({"max_bytes": "x"}, "max_bytes='x': could not parse"),
         ({"max_bytes": -5}, "max_bytes=-5: "),
         ({"max_bytes": 0}, "max_bytes=0: "),
-        ({"max_bytes": "1GiB", "ratio": 0.5}, "ratio=0.5 and max_bytes=1073741824: several given"),
+        ({"max_bytes": "1GiB", "ratio": 0.5}, "ratio=0.5 and max_bytes=1073741824: both of them given"),
         ({"max_bytes": "1GiB", "exact_layers": [0]}, "exact_layers=.* with max_bytes=1073741824: a layer left exact"),
     ],
 )

@@ -50,7 +50,7 @@ class LayerContract(CacheLayerMixin):
         shared, settings, compressor = self._pass_state, self._pass_state.settings, self._pass_state.compressor
         if self._index in shared.exact_layers:
             settings = settings.model_copy(update={"ratio": 1.0, "bits": None})
-        if settings.share == 1 and not isinstance(compressor, Everything):
+        if self._index in shared.exact_layers or (settings.share == 1 and settings.bits is not None):
             compressor = Everything()
         self._state = LayerState(
             settings,

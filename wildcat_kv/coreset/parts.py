@@ -11,7 +11,7 @@ from torch import Tensor
 from wildcat_kv.coreset.quantised import Quantised
 
 # Entries in half precision, or in a few bits, converted to float32 at once.
-_CONVERTED_AT_ONCE = 4096
+_CONVERTED_AT_ONCE = 1024
 # Scores held at once, in float32 numbers: 256 MiB.
 SCORES_AT_ONCE = 2**26
 

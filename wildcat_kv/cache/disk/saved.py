@@ -185,6 +185,7 @@ class SavedCache:
             )
         exact = {index % len(self.layers) for index in self.settings.exact_layers}
         for index, layer in enumerate(self.layers):
-            method = Everything() if index in exact or self.settings.share == 1 else compressor
+            quantised = self.settings.share == 1 and self.settings.bits is not None
+            method = Everything() if index in exact or quantised else compressor
             if isinstance(layer, SavedLayer) and (fault := layer.unfit(method)):
                 raise ValueError(f"path={self.path!r} is damaged: layer {index}: {fault}; write it anew")
