@@ -153,7 +153,11 @@ def _check_static(settings: WildCatConfig, compressor: Compressor, offloading: b
     """Refuse fixed shapes if the cache grows, learns from queries or moves."""
     method = type(compressor).__name__
     if settings.max_tokens is None:
-        raise ValueError(f"static=True with ratio={settings.ratio}: what is stored grows; give max_tokens instead")
+        name = "ratio" if settings.max_bytes is None else "max_bytes"
+        raise ValueError(
+            f"static=True with {name}={getattr(settings, name)}: fixed shapes need a fixed number of columns; give "
+            "max_tokens instead"
+        )
     if settings.bits is not None:
         raise ValueError(
             f"static=True with bits={settings.bits}: a compiled step reads keys and values in the model's dtype; leave "
