@@ -22,7 +22,7 @@ class RereadingWildCat(QueryWildCat):
     needs the model, and reads a text twice: `wildcat_kv.compress_context` does so. What is generated later is
     compressed as by Query WildCat.
 
-    The score of each token is its carried state, until the text is compressed.
+    The score of each token is its carried state, which counts until something is compressed.
 
     Attributes:
         recalled: share of the budget for what is attended to as the text is repeated.
@@ -42,9 +42,9 @@ class RereadingWildCat(QueryWildCat):
     @override
     def survey(self, block: KVBlock) -> Survey:
         state = block.carried_state
-        if state is None or not state.shape[-1]:  # used up: this is text that came later
+        if block.seen > block.keys.shape[2]:  # something is compressed already: the text that was read twice
             return super().survey(block)
-        if not bool(state.any()):
+        if state is None or not bool(state.any()):
             raise ValueError(
                 "RereadingWildCat has no scores; call wildcat_kv.compress_context(model, tokenizer, text, "
                 "compressor='rereading_wildcat', ...)"
