@@ -24,7 +24,7 @@ Verdict = Literal["first", "tied", "behind", ""]
 
 @dataclass(frozen=True)
 class Measure:
-    """What a task is told by.
+    """Name the score of a task.
 
     Attributes:
         task: name of the task, or of an average of tasks.

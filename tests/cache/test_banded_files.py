@@ -69,7 +69,7 @@ CHANGES = {
 def test_a_damaged_tensor_is_found(kind, content, copy, llama):
     whole = content.read_bytes()
     names = of_bands(content)
-    # Of a band, and of a segment: all others have the same names.
+    # One band and one segment: all others have the same names.
     first = [name for name in names if name.startswith(("layers.1.bands.0.", "layers.1.bands.1."))]
     assert any(name.endswith("scale") for name in first) or not any("codes" in name for name in names)
     for name in first:

@@ -53,7 +53,7 @@ def check_attention(cache, queries, tolerance=1e-4):
         torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
 
 
-# What is stored
+# Storage
 
 
 @pytest.mark.parametrize(
@@ -113,7 +113,7 @@ def test_generated_text_keeps_to_its_ratio_whatever_the_group(ratio, group):
 
 
 def expected_bytes(cache, slots, exact, *, d=16, bits=4, group=64):
-    """What a layer of two heads takes, by hand: numbers, scales, weights and flags of all entries."""
+    """Count by hand the bytes of a layer of two heads: numbers, scales, weights and flags."""
     slot = 2 * d * bits / 8 + 2 * 2 * d / group + 2 * 2 * (d // group if d % group == 0 else 1) + 2 + 1
     entry = 2 * d * 4 + 4 + 1
     return sum(2 * (slots * slot + exact * entry) for _ in cache.layers)
@@ -260,7 +260,7 @@ def test_a_weight_that_divides_nothing_stays_one():
     assert close[:, :, :5].all() and close[:, :, 6:].all() and torch.isfinite(back.numerators()).all()
 
 
-# What happens to it
+# Operations
 
 
 def filled(method="adakv", rows=2, **settings):

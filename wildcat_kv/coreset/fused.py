@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from wildcat_kv.coreset.parts import SCORES_AT_ONCE, Parts, float32_blocks, unseen
+from wildcat_kv.coreset.parts import SCORES_AT_ONCE, Parts, float32_blocks, unseen, weighted_sum
 from wildcat_kv.coreset.tensors import has_full_precision
 
 
@@ -70,12 +70,7 @@ def one_query(query: Tensor, keys: Parts, values: Parts, weights: Tensor, scale:
     scores = (products[0] if len(products) == 1 else torch.cat(products, dim=1)).mT.contiguous()
     if weighted:
         scores += weights.log().clamp_min_(torch.finfo(torch.float32).min).view(len(scores), 1, -1)
-    terms, found, start = scores.softmax(-1), None, 0
-    for block in float32_blocks(values):
-        stop = start + block.shape[-2]
-        piece = torch.bmm(terms if block.shape[-2] == terms.shape[-1] else terms[..., start:stop], block.flatten(0, -3))
-        found, start = piece if found is None else found.add_(piece), stop
-    assert found is not None
+    found = weighted_sum(scores.softmax(-1), (block.flatten(0, -3) for block in float32_blocks(values)))
     return found.to(query.dtype).view(rows, heads, 1, -1)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TypeAlias
 
 import torch
@@ -19,10 +19,10 @@ SCORES_AT_ONCE = 2**26
 Parts: TypeAlias = "Sequence[Tensor | Quantised]"
 
 
-def weighted_sum(terms: Tensor, values: Parts) -> Tensor:
-    """Multiply terms (..., q, n) by values (..., n, d_v) in float32."""
+def weighted_sum(terms: Tensor, blocks: Iterable[Tensor]) -> Tensor:
+    """Multiply terms (..., q, n) by the values (..., n, d_v) in blocks, in float32."""
     product, start = None, 0
-    for block in float32_blocks(values):
+    for block in blocks:
         stop = start + block.shape[-2]
         # The whole of the terms goes as it is, not as a view of itself.
         piece = torch.matmul(terms if stop == terms.shape[-1] and not start else terms[..., start:stop], block)

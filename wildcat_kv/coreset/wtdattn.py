@@ -286,7 +286,7 @@ def _attend(
     denominator, magnitude = torch.matmul(terms, summands).split(1, dim=-1)
     if masses is not None:
         terms.mul_(masses.unsqueeze(-2))
-    numerator = weighted_sum(terms, values)
+    numerator = weighted_sum(terms, float32_blocks(values))
     if sinks is not None:
         extra = (sinks - largest).exp()
         denominator, magnitude = denominator + extra, magnitude + extra
