@@ -86,3 +86,13 @@ def assert_same(first, second, ignore=("record_past", "fold_from", "masked")):
         assert len(boxes) == len(boxes_2)
         for box, box_2 in zip(boxes, boxes_2, strict=True):
             assert torch.equal(box[0], box_2[0]) and torch.equal(box[1], box_2[1])
+
+
+def assert_row_is_alone(together, row, alone):
+    """Compare the entries of a row of a batch with those of the row read by itself."""
+    for head in range(together.valid.shape[1]):
+        mine, its = together.valid[row, head], alone.valid[0, head]
+        assert mine.sum() == its.sum()
+        for name in ("keys", "values", "weights"):
+            pair = getattr(together, name)[row, head][mine], getattr(alone, name)[0, head][its]
+            torch.testing.assert_close(*pair, rtol=1e-3, atol=1e-4)

@@ -450,7 +450,7 @@ def test_compressing_again_and_joining_keep_positions(models):
     joined = join_caches(parts)
     disturb(model, "qwen2_vl")
     one = join_caches(parts[:1])
-    # What is joined counts as folded, and is attended to by weights.
+    # A joined cache counts as folded: it attends by weights.
     torch.testing.assert_close(ask(model, one), ask(model, parts[1].clone()), rtol=1e-4, atol=1e-4)
     assert joined.rope.after(joined.get_seq_length(), model).tolist() == [[-12]]
 

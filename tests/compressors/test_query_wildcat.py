@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from eval.tasks.base import Setting
 from tests.compressors.blocks import HEADS, Head, Size, half, heads, make, rotation_matrix, sizes
 from tests.compressors.blocks import SCALE as BLOCK_SCALE
-from tests.driver import METHODS, SCALE, assert_same, read, small_cache, state, tokens
+from tests.driver import METHODS, SCALE, assert_row_is_alone, assert_same, read, small_cache, state, tokens
 from tests.tiny import SMALL, random_ids, tiny_model
 from wildcat_kv import CompressedCache, WildCatCache, WildCatConfig
 from wildcat_kv.cache.budget import block_size, kept_tokens
@@ -98,13 +98,7 @@ def test_a_padded_row_is_what_it_is_alone(budget):
         single = driven(**budget)
         read(single, keys[:, row : row + 1, :, padding:], values[:, row : row + 1, :, padding:], 0, 130 - padding)
         for ours, theirs in zip(together.layers, single.layers, strict=True):
-            first, second = ours.state.entries, theirs.state.entries
-            for head in range(2):
-                mine, its = first.valid[row, head], second.valid[0, head]
-                assert mine.sum() == its.sum()
-                for name in ("keys", "values", "weights"):
-                    pair = getattr(first, name)[row, head][mine], getattr(second, name)[0, head][its]
-                    torch.testing.assert_close(*pair, rtol=1e-3, atol=1e-4)
+            assert_row_is_alone(ours.state.entries, row, theirs.state.entries)
             torch.testing.assert_close(ours.state.error[row], theirs.state.error[0], rtol=1e-3, atol=1e-4)
 
 
@@ -187,7 +181,7 @@ def test_layers_share_slots_by_what_the_next_items_of_their_heads_are_worth(draw
 
 @given(drawn=surveyed())
 def test_heads_share_slots_by_what_their_items_are_worth(drawn):
-    """Of equal ones an earlier layer's is taken, and within it an earlier head's."""
+    """Equal items go to the earlier layer, and within it to the earlier head."""
     scores, slots = drawn
     unasked = Asked(*[torch.zeros(())] * 4)
     surveys = [Survey(torch.zeros_like(each), each, unasked, unasked, group=1) for each in scores]

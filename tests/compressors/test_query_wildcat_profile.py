@@ -9,7 +9,7 @@ import transformers as tf
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.driver import METHODS, SCALE, read, tokens
+from tests.driver import METHODS, SCALE, assert_row_is_alone, read, tokens
 from tests.tiny import SMALL, random_ids, tiny_config, tiny_model
 from wildcat_kv import CompressedCache, WildCatCache
 from wildcat_kv.cache.sizes import stored_tokens
@@ -59,7 +59,7 @@ def test_slots_are_dealt_out_to_the_last_and_never_beyond_the_room(parties, slot
     shares, rooms = map(list, zip(*parties, strict=True))
     counts = apportion(shares, slots, rooms)
     assert sum(counts) == min(slots * len(parties), sum(rooms))
-    # Of a sum that is rounded a party can get one more than its part.
+    # Rounding can give a party one more than its part of the sum.
     assert all(0 <= count <= room for count, room in zip(counts, rooms, strict=True))
 
 
@@ -168,13 +168,7 @@ def test_a_padded_row_is_what_it_is_alone(shares, budget):
         single = build(config, profile, **budget)
         read(single, keys[:, row : row + 1, :, padding:], values[:, row : row + 1, :, padding:], 0, 130 - padding)
         for ours, theirs in zip(together.layers, single.layers, strict=True):
-            first, second = ours.state.entries, theirs.state.entries
-            for head in range(2):
-                mine, its = first.valid[row, head], second.valid[0, head]
-                assert mine.sum() == its.sum()
-                for name in ("keys", "values", "weights"):
-                    pair = getattr(first, name)[row, head][mine], getattr(second, name)[0, head][its]
-                    torch.testing.assert_close(*pair, rtol=1e-3, atol=1e-4)
+            assert_row_is_alone(ours.state.entries, row, theirs.state.entries)
 
 
 def test_layers_left_exact_have_no_part_in_it(llama):
@@ -211,7 +205,7 @@ def test_offloading_is_served_with_a_profile_only(monkeypatch):
     assert seen == [{"offloading": True, "offload_only_non_sliding": False}]
 
 
-# What is refused, before any work
+# Refusals, before any work
 
 
 @pytest.mark.parametrize(

@@ -405,7 +405,7 @@ def test_parts_are_attended_to_as_if_they_were_one(
 
 
 def test_a_quantised_part_is_unpacked_a_block_at_a_time():
-    """Of 40 groups no more than a block is ever whole, and a block is no longer than it should be."""
+    """Unpack 40 groups: never more than a block at once, and no block too long."""
     keys, values = (Quantised.keys(torch.randn(2, 320, 4), 4, 8), Quantised.values(torch.randn(2, 320, 4), 4, 8, 4))
     seen, unpack = [], Quantised._unpack
 

@@ -94,6 +94,7 @@ class BandedStorage:
 
     Attributes:
         bands: bands.
+        allocated: entries without columns, which have the shapes and dtypes of those held.
         slots_of_rows: slots of each row's head with most.
         length: columns of the rectangle that `entries` makes.
     """
@@ -109,16 +110,13 @@ class BandedStorage:
     def _hold(self, shape: tuple[int, int], bands: Sequence[Band]) -> None:
         """Hold these bands from now on."""
         self._shape, self.bands = shape, list(bands)
+        with ordinary_tensors():
+            self.allocated = self._blank(0)  # asked for at every token
         self.slots_of_rows = [0] * shape[0]
         at = [(place // shape[1], band) for band in bands for place in band.places]
         for row, band in at:
             self.slots_of_rows[row] = max(self.slots_of_rows[row], band.slots)
         self.length = max(self.slots_of_rows[row] - band.waiting + band.open.length for row, band in at)
-
-    @property
-    def allocated(self) -> Entries:
-        """Entries without columns, which have the shapes and dtypes of those held."""
-        return self._blank(0)
 
     @property
     def device(self) -> torch.device:
@@ -293,6 +291,7 @@ class BandedStorage:
                 band.open.to(device)
                 band.packed = tuple(segment.to(device) for segment in band.packed)
                 band.__post_init__()
+            self.allocated = self._blank(0)
 
     def offload(self) -> None:
         """Move keys and values to the CPU, as `Storage.offload` does."""

@@ -1,4 +1,4 @@
-"""What a fold gives to the method: its entries and queries, in rectangles."""
+"""Give the method of a fold its entries and queries, in rectangles."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from wildcat_kv.cache.storage import LEAST_ROOM
 from wildcat_kv.compressors import Compressor
 from wildcat_kv.config import WildCatConfig
 
-# Bits of a slot where a budget in bytes does not say: they cost no accuracy where they were measured (docs/budget.md).
+# Bits of a slot where a budget in bytes does not say: they cost little accuracy where measured (docs/budget.md).
 _BITS = 4
 # Bytes of float32 and of the flag beside an entry in the dtype of the model, and of half precision and the flag of a
 # quantised one.
