@@ -1,5 +1,7 @@
 """Query WildCat after a second reading: its scores decide, and are gone once they are used up."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -22,8 +24,8 @@ def llama():
 SIZE = Size(sink=4, recent=56, window=6, queried=50)
 
 
-def block(state, **fields):
-    return make(SIZE, carried_state=state, **fields)
+def block(state, size=SIZE, **fields):
+    return make(size, carried_state=state, **fields)
 
 
 def test_the_scores_take_the_place_of_the_estimate():
@@ -36,8 +38,11 @@ def test_the_scores_take_the_place_of_the_estimate():
     assert torch.equal(found.attention, plain.attention) and not torch.equal(found.recall, plain.recall)
 
 
-def test_text_that_comes_later_is_compressed_by_the_estimate():
-    later = block(torch.rand(1, HEADS, SIZE.held, 1), seen=200)  # the window still has its scores
+@pytest.mark.parametrize("padding", [-90, 7])  # a head that keeps nearly all makes rows of more columns than tokens
+def test_text_that_comes_later_is_compressed_by_the_estimate(padding):
+    folded = replace(SIZE, slots=9)
+    state = torch.rand(1, HEADS, folded.held, 1)  # the window still has its scores
+    later = block(state, folded, seen=folded.held - padding)
     ours, plain = (kind(**PARAMETERS).survey(later) for kind in (RereadingWildCat, QueryWildCat))
     assert torch.equal(ours.recall, plain.recall)
 

@@ -42,7 +42,7 @@ class RereadingWildCat(QueryWildCat):
     @override
     def survey(self, block: KVBlock) -> Survey:
         state = block.carried_state
-        if block.seen > block.keys.shape[2]:  # something is compressed already: the text that was read twice
+        if block.exact < block.keys.shape[2]:  # something is compressed already: the text that was read twice
             return super().survey(block)
         if state is None or not bool(state.any()):
             raise ValueError(
