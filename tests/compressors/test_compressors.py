@@ -276,7 +276,7 @@ def test_a_name_gives_the_method_as_it_is_by_default(llama, name):
 def test_a_method_by_name_takes_the_settings(llama):
     ids = random_ids(1, 200)
     first = CompressedCache(llama.config, compressor="wildcat", ratio=0.25, weights="clipped")
-    second = WildCatCache(llama.config, compressor=WildCat(weights="clipped"), ratio=0.25)
+    second = WildCatCache(llama.config, compressor=compressors.WildCat(weights="clipped"), ratio=0.25)
     for cache in (first, second):
         llama(ids, **{CACHE: cache})
     assert_same(state(first), state(second))
