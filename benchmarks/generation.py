@@ -33,7 +33,7 @@ def measure(options: Options) -> Iterator[Record]:
 
 def _generate(subject: Subject, tokens: int, options: Options) -> Iterator[Record]:
     model, ids = subject.model, subject.prompt(options.prompt_tokens)
-    cache = WildCatCache(model.config, max_tokens=options.max_tokens)
+    cache = WildCatCache(model.config, compressor="wildcat", max_tokens=options.max_tokens, sink=32)
     generator = torch.Generator(subject.device).manual_seed(0)
     ids = _continue(model, cache, ids, generator, 1)
     piece = tokens // (PARTS * _PIECES)

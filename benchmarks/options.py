@@ -77,15 +77,15 @@ class Options:
             torch.empty(0, device=self.device)
         except (RuntimeError, AssertionError) as error:
             raise ValueError(f"device={self.device!r} cannot be used: {str(error).splitlines()[0]}") from None
-        WildCatConfig(ratio=self.ratio)
-        WildCatConfig(max_tokens=self.max_tokens)
+        WildCatConfig(ratio=self.ratio, sink=32)
+        WildCatConfig(max_tokens=self.max_tokens, sink=32)
         for bits in self.bits:
             self.settings.changed(bits=bits)
 
     @property
     def settings(self) -> WildCatConfig:
         """The published protocol at `ratio`."""
-        return WildCatConfig(ratio=self.ratio)
+        return WildCatConfig(ratio=self.ratio, sink=32)  # the published protocol
 
     @property
     def others(self) -> tuple[str, ...]:

@@ -60,7 +60,7 @@ def _contexts(model: Any, tokenizer: Any, text: str) -> Iterator[tuple[str, Comp
         yield name, compress_context(model, tokenizer, text, ratio=1.0, reserve=reserve)
         if parts > 1:
             ids = torch.cat((head, body.tensor_split(parts, dim=1)[-1]), dim=1)
-            cache = WildCatCache(model.config, ratio=1.0)
+            cache = WildCatCache(model.config, compressor="wildcat", ratio=1.0)
             read(model, cache, ids)
             yield f"the last of {parts} alone", CompressedContext(model, tokenizer, cache, ids, ids.shape[1])
 

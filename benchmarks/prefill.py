@@ -81,7 +81,7 @@ def _protocols(model: Any, ids: Tensor, options: Options) -> dict[str, Callable[
 
 
 def _ours(model: Any, ids: Tensor, settings: WildCatConfig) -> Callable[[], dict[str, float]]:
-    return lambda: _prefill(model, ids, WildCatCache(model.config, settings))
+    return lambda: _prefill(model, ids, WildCatCache(model.config, settings, compressor="wildcat"))
 
 
 def _method(subject: Subject, ids: Tensor, name: str, settings: WildCatConfig) -> Callable[[], dict[str, float]]:

@@ -217,7 +217,7 @@ def budget_short() -> Figure:
     figure = Figure(figsize=(8.2, 3.1))
     left, right = figure.subplots(1, 2)
     lengths = list(range(8, 641, 4))
-    parts = [_after_prompt(length, WildCatConfig(ratio=0.25)) for length in lengths]
+    parts = [_after_prompt(length, WildCatConfig(ratio=0.25, sink=32)) for length in lengths]
     left.stackplot(
         lengths,
         [row.sink for row in parts],
@@ -234,9 +234,9 @@ def budget_short() -> Figure:
     left.legend(loc="upper left", frameon=False, fontsize=8, reverse=True, bbox_to_anchor=(0, 0.72))
     lengths = list(range(16, 6001, 16))
     for settings, colour, line in (
-        (WildCatConfig(ratio=0.5), _SECOND, "--"),
-        (WildCatConfig(ratio=0.25), _SECOND, "-"),
-        (WildCatConfig(max_tokens=1024), _OURS, "-"),
+        (WildCatConfig(ratio=0.5, sink=32), _SECOND, "--"),
+        (WildCatConfig(ratio=0.25, sink=32), _SECOND, "-"),
+        (WildCatConfig(max_tokens=1024, sink=32), _OURS, "-"),
     ):
         stored = [_after_prompt(length, settings).stored for length in lengths]
         right.plot(lengths, stored, line, color=colour)

@@ -18,6 +18,9 @@ from wildcat_kv.validation import did_you_mean
 
 BASELINE = "wildcat"  # compared with every other method, unless a run names another
 
+# Tokens of the sink where a configuration says nothing: the published protocol's.
+PUBLISHED_SINK = 32
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -143,7 +146,7 @@ class Cell:
         return replace(method, **self.parameters)  # type: ignore[type-var]
 
     def _config(self) -> WildCatConfig:
-        return WildCatConfig(**{**self.settings, "ratio": self.ratio, "max_tokens": self.max_tokens})
+        return WildCatConfig(**{"sink": PUBLISHED_SINK, **self.settings, "ratio": self.ratio, "max_tokens": self.max_tokens})
 
 
 def make_cells(

@@ -330,7 +330,7 @@ def test_a_task_without_a_context_needs_the_other_protocol(make):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"method": "zip", "ratio": 0.5}, "method='zip': there are exact, wildcat, .*snapkv"),
+        ({"method": "zip", "ratio": 0.5}, "method='zip': there are exact, auto, wildcat, .*snapkv"),
         ({}, "pass exactly one, for example ratio=0.25"),
         ({"ratio": 0.5, "max_tokens": 100}, "both of them given"),
         ({"ratio": 0}, "ratio=0: "),

@@ -20,6 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 from typing_extensions import override
 
+from wildcat_kv.compressors.registry import AUTO
 from wildcat_kv.config import DROPPED
 from wildcat_kv.contexts.prompts import messages_for
 from wildcat_kv.lm_eval.options import check, check_rolling, reads_twice, settings_of
@@ -37,7 +38,7 @@ class WildCatLM(HFLM):
 
     Args:
         pretrained: model, as lm-eval's `hf` takes it; the default model if left out.
-        method: name of `wildcat-kv methods`, or "exact" for nothing compressed.
+        method: name of `wildcat-kv methods`, "auto" for the best one, or "exact" for nothing compressed.
         protocol: "context-only" compresses a document's context before the question is read, as published results
             do; "full-prompt" compresses after the whole prompt and takes every task.
         ratio: share of the tokens to keep.
@@ -67,7 +68,7 @@ class WildCatLM(HFLM):
         self,
         pretrained: Any = None,
         *,
-        method: str = "wildcat",
+        method: str = AUTO,
         protocol: Protocol = "context-only",
         ratio: float | None = None,
         compression_ratio: float | None = None,
@@ -112,7 +113,7 @@ class WildCatLM(HFLM):
     def get_model_info(self) -> dict[str, Any]:
         """Tell the record of results the method, its settings and the protocol, too."""
         settings = {} if self._settings is None else self._settings.model_dump(exclude_none=True)
-        return {**super().get_model_info(), "method": self._method, "protocol": self._protocol, "cache": settings}
+        return {**super().get_model_info(), "method": self._reader.method, "protocol": self._protocol, "cache": settings}
 
     @override
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from wildcat_kv.compressors import available
-from wildcat_kv.compressors.registry import Method
+from wildcat_kv.compressors.registry import AUTO, Method
 from wildcat_kv.config import WildCatConfig
 
 EXACT = "exact"
@@ -14,8 +14,8 @@ _REFUSED = ("think_end_token", "mixed_precision_dtype", "softmax_dtype", "trunca
 
 
 def reads_twice(compressor: str) -> bool:
-    """Tell whether the method of this name reads a text twice; "exact" does not."""
-    return compressor != EXACT and _method(compressor).reads_twice
+    """Tell whether the method of this name reads a text twice; "exact" and "auto" do not."""
+    return compressor not in (EXACT, AUTO) and _method(compressor).reads_twice
 
 
 def check_rolling(method: str) -> None:
@@ -29,7 +29,7 @@ def check_rolling(method: str) -> None:
     """
     if reads_twice(method):
         raise ValueError(f"method={method!r} reads a text twice: it has no likelihood of a text read once")
-    if method != EXACT and not _method(method).decodes:
+    if method not in (EXACT, AUTO) and not _method(method).decodes:
         raise ValueError(f"method={method!r} compresses nothing after a prompt: it has no likelihood of a whole text")
 
 
@@ -44,8 +44,8 @@ def settings_of(method: str, given: dict[str, Any]) -> WildCatConfig | None:
         ValueError: an unknown method, or a wrong field.
     """
     names = [known.name for known in available()]
-    if method not in (EXACT, *names):
-        raise ValueError(f"method={method!r}: there are {EXACT}, {', '.join(names)}")
+    if method not in (EXACT, AUTO, *names):
+        raise ValueError(f"method={method!r}: there are {EXACT}, {AUTO}, {', '.join(names)}")
     if method != EXACT:
         return WildCatConfig(**given)
     if given:

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache
 
 from wildcat_kv.cache.caches import CompressedCache
+from wildcat_kv.compressors.registry import AUTO
 from wildcat_kv.config import WildCatConfig
 from wildcat_kv.contexts.context import Context
 from wildcat_kv.contexts.reading import generate, join, loglikelihood, pad_left, read, token_losses
@@ -40,6 +41,13 @@ class Reader:
             CompressedCache(model.config, settings, compressor="uniform")  # any method checks the model alike
         else:
             self.empty()
+
+    @property
+    def method(self) -> str:
+        """Name of the method; with "auto" the class that was chosen, and its parameters."""
+        if self._method != AUTO:
+            return self._method
+        return repr(CompressedCache(self._model.config, self._settings).compressor)
 
     def empty(self) -> Cache:
         """Make an empty cache; not for a method that reads a text twice."""
