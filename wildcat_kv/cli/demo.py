@@ -132,7 +132,7 @@ def _name(choice: dict[str, Any]) -> str:
     """Name what was chosen, by preset, method and budget."""
     words = {"preset": "preset", "compressor": "method"}
     parts = [f"{word} {choice[name]}" for name, word in words.items() if choice[name] is not None]
-    budgets = ("ratio", "compression_ratio", "max_tokens", "max_bytes", "bits")
+    budgets = ("ratio", "compression_ratio", "max_tokens", "min_tokens", "max_bytes", "bits")
     return ", ".join([*parts, *(f"{name}={choice[name]}" for name in budgets if name in choice)])
 
 

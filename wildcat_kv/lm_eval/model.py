@@ -43,6 +43,7 @@ class WildCatLM(HFLM):
         ratio: share of the tokens to keep.
         compression_ratio: share of the tokens to drop, instead of a ratio.
         max_tokens: most tokens to store, instead of a ratio.
+        min_tokens: tokens that a ratio always keeps; shorter texts stay exact.
         max_bytes: most bytes of the whole cache, such as "2GiB", instead of a ratio.
         bits: bits of a stored number of a slot.
         group: field of `WildCatConfig`.
@@ -72,6 +73,7 @@ class WildCatLM(HFLM):
         ratio: float | None = None,
         compression_ratio: float | None = None,
         max_tokens: int | None = None,
+        min_tokens: int | None = None,
         max_bytes: int | str | None = None,
         bits: int | None = None,
         group: int | None = None,
@@ -89,6 +91,7 @@ class WildCatLM(HFLM):
             "ratio": ratio,
             DROPPED: compression_ratio,
             "max_tokens": max_tokens,
+            "min_tokens": min_tokens,
             "max_bytes": max_bytes,
             "bits": bits,
             "group": group,

@@ -97,7 +97,7 @@ class Recipe:
                 `patch_config` wrote; without one, the preset "published".
             compressor: method, or its name, to take instead of the preset's.
             **fields: fields of `WildCatConfig` to take instead of the preset's. A budget replaces the preset's;
-                `max_tokens` removes its `exact_layers` too.
+                `max_tokens` removes its `exact_layers` and `min_tokens` too.
 
         Raises:
             TypeError: config is no Transformers config.
