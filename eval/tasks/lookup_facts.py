@@ -1,0 +1,167 @@
+"""Facts of the task `lookup`: what is planted, and what is asked about it."""
+
+from __future__ import annotations
+
+import random
+import string
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from string import Template
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field
+
+from eval.tasks.lookup_texts import FormName, source_text
+from wildcat_kv.data.haystack import CITIES, Half
+
+Kind = Literal["words", "other", "joined", "absent"]
+
+_FILE = Path(__file__).with_suffix(".yaml")
+_FACTS = 3  # of one scene in one text
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
+
+
+class Numbers(_Model):
+    """A pool of numbers: whole ones, or with as many digits after the point as their ends."""
+
+    first: int | float = Field(alias="from")
+    last: int | float = Field(alias="to")
+
+    def draw(self, rng: random.Random, count: int) -> list[str]:
+        """Draw distinct numbers."""
+        digits = len(str(self.first).partition(".")[2])
+        scale = 10**digits
+        drawn = rng.sample(range(round(self.first * scale), round(self.last * scale) + 1), count)
+        return [f"{number / scale:.{digits}f}" for number in drawn]
+
+
+class Letters(_Model):
+    """A pool of capital letters in a row."""
+
+    letters: int
+
+    def draw(self, rng: random.Random, count: int) -> list[str]:
+        """Draw distinct words."""
+        drawn: dict[str, None] = {}
+        while len(drawn) < count:
+            drawn["".join(rng.choices(string.ascii_uppercase, k=self.letters))] = None
+        return list(drawn)
+
+
+class Scene(_Model):
+    """Templates of one fact and of the questions about it; see the file."""
+
+    fact: str
+    link: str
+    words: tuple[str, str]
+    other: tuple[str, str]
+    joined: tuple[str, str]
+    slots: dict[str, str]
+
+
+class Facts(_Model):
+    """The file: scenes by form, and the pools that their slots are filled from."""
+
+    pools: dict[str, Numbers | Letters | Annotated[list[str | int], Field(min_length=_FACTS + 1)]]
+    prose: list[Scene]
+    table: list[Scene]
+    json_: list[Scene] = Field(alias="json")
+    code: list[Scene]
+    dialogue: list[Scene]
+    legal: list[Scene]
+
+    def of(self, form: FormName) -> list[Scene]:
+        """List the scenes of a form."""
+        scenes: list[Scene] = getattr(self, "json_" if form == "json" else form)
+        return scenes
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question about a text.
+
+    Attributes:
+        kind: "words" in the text's words, "other" in other words, "joined" over two facts, "absent" about a fact that
+            the text does not have.
+        text: the question.
+        lead: beginning of its answer; empty where the model is to say all of it.
+        answer: rest of the answer; None where there is none.
+    """
+
+    kind: Kind
+    text: str
+    lead: str = ""
+    answer: str | None = None
+
+
+@dataclass(frozen=True)
+class Quiz:
+    """The blocks to plant in one text, and the questions about them."""
+
+    blocks: tuple[str, ...]
+    questions: tuple[Question, ...]
+
+
+@lru_cache(maxsize=1)
+def load_facts() -> Facts:
+    """Read the file of facts."""
+    return Facts.model_validate(yaml.safe_load(_FILE.read_text(encoding="utf-8")))
+
+
+def make_quiz(form: FormName, number: int, rng: random.Random, half: Half | None = None) -> Quiz:
+    """Make the facts of one text.
+
+    Three facts of one scene are about three keys, and a link leads to the first of them, which is asked for. The fact
+    that the text does not have is of the same scene, about a fourth key.
+
+    Args:
+        form: form of the text.
+        number: number of the scene; the scenes take turns.
+        rng: source of keys and values.
+        half: half of the texts; none of them names a key.
+    """
+    facts = load_facts()
+    scenes = facts.of(form)
+    scene = scenes[number % len(scenes)]
+    *keys, source, absent = rng.sample(_unnamed_cities(form, half), _FACTS + 2)
+    fills = list(_fill(facts, scene, rng))
+    filled = [{**_spellings("key", key), **fill} for key, fill in zip(keys, fills, strict=False)]
+    asked = filled[0]
+    own = {f"link_{slot}": value for slot, value in fills[_FACTS].items()}
+    link = {**asked, **own, **_spellings("source", source)}
+    blocks = [Template(scene.fact).substitute(fill) for fill in filled]
+    questions = [
+        Question(kind, *(Template(part).substitute(link) for part in getattr(scene, kind)), answer=asked["value"])
+        for kind in ("words", "other", "joined")
+    ]
+    missing = Template(scene.words[0]).substitute({**asked, **_spellings("key", absent)})
+    return Quiz((*blocks, Template(scene.link).substitute(link)), (*questions, Question("absent", missing)))
+
+
+def _fill(facts: Facts, scene: Scene, rng: random.Random) -> Iterator[dict[str, str]]:
+    """Fill the slots of a scene for each fact and for the link; no value of a pool comes twice."""
+    count, drawn = _FACTS + 1, dict[str, list[str]]()
+    for pool in sorted(set(scene.slots.values())):
+        wanted, source = count * list(scene.slots.values()).count(pool), facts.pools[pool]
+        drawn[pool] = [str(one) for one in rng.sample(source, wanted)] if isinstance(source, list) else source.draw(
+            rng, wanted
+        )
+    for _ in range(count):
+        yield {slot: drawn[pool].pop() for slot, pool in scene.slots.items()}
+
+
+def _spellings(name: str, key: str) -> dict[str, str]:
+    return {name: key, f"{name}_upper": key.upper(), f"{name}_lower": key.lower()}
+
+
+@lru_cache(maxsize=None)
+def _unnamed_cities(form: FormName, half: Half | None) -> list[Any]:
+    """List the cities that a form's texts do not name."""
+    text = source_text(form, half).casefold()
+    return [city for city in CITIES if city.casefold() not in text]
