@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,7 +17,6 @@ from eval.tasks.asking import Asked, Clock, Prompt
 from eval.tasks.base import Lengths, Measure, Metric, Outcome, Sample, Setting, Task
 from eval.tasks.lookup_facts import Kind, Question, make_quiz
 from eval.tasks.lookup_texts import FormName, compose
-from wildcat_kv import CompressedCache
 from wildcat_kv.contexts.prompts import Frame, encode_context, encode_follow_up, encode_parts
 
 # After every question, so that a model may say that the text does not have a fact.
@@ -126,7 +124,7 @@ class _LookupSample(Sample):
             clock = Clock()
             cache, held = asked["words"].compress(cell, clock)
             with clock("answer", model.device):
-                found = {kind: asked[kind].likelihoods(_copy(cache), [answers[kind]])[0] for kind in asked}
+                found = {kind: asked[kind].likelihoods(cache.clone(), [answers[kind]])[0] for kind in asked}
             losses = {kind: -likelihood.total / likelihood.tokens for kind, likelihood in found.items()}
             absent = losses.pop("absent")
             hits = {kind: float(found[kind].greedy) for kind in losses}
@@ -145,8 +143,3 @@ class _LookupSample(Sample):
             )
 
         return measure
-
-
-def _copy(cache: Any) -> Any:
-    """Copy a cache for one of several questions."""
-    return cache.clone() if isinstance(cache, CompressedCache) else copy.deepcopy(cache)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import string
-from collections.abc import Iterator
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -20,7 +20,6 @@ from wildcat_kv.data.haystack import CITIES, Half
 Kind = Literal["words", "other", "joined", "absent"]
 
 _FILE = Path(__file__).with_suffix(".yaml")
-_FACTS = 3  # of one scene in one text
 
 
 class _Model(BaseModel):
@@ -33,12 +32,11 @@ class Numbers(_Model):
     first: int | float = Field(alias="from")
     last: int | float = Field(alias="to")
 
-    def draw(self, rng: random.Random, count: int) -> list[str]:
-        """Draw distinct numbers."""
+    def draw(self, rng: random.Random) -> str:
+        """Draw a number."""
         digits = len(str(self.first).partition(".")[2])
         scale = 10**digits
-        drawn = rng.sample(range(round(self.first * scale), round(self.last * scale) + 1), count)
-        return [f"{number / scale:.{digits}f}" for number in drawn]
+        return f"{rng.randint(round(self.first * scale), round(self.last * scale)) / scale:.{digits}f}"
 
 
 class Letters(_Model):
@@ -46,12 +44,9 @@ class Letters(_Model):
 
     letters: int
 
-    def draw(self, rng: random.Random, count: int) -> list[str]:
-        """Draw distinct words."""
-        drawn: dict[str, None] = {}
-        while len(drawn) < count:
-            drawn["".join(rng.choices(string.ascii_uppercase, k=self.letters))] = None
-        return list(drawn)
+    def draw(self, rng: random.Random) -> str:
+        """Draw a word."""
+        return "".join(rng.choices(string.ascii_uppercase, k=self.letters))
 
 
 class Scene(_Model):
@@ -68,7 +63,7 @@ class Scene(_Model):
 class Facts(_Model):
     """The file: scenes by form, and the pools that their slots are filled from."""
 
-    pools: dict[str, Numbers | Letters | Annotated[list[str | int], Field(min_length=_FACTS + 1)]]
+    pools: dict[str, Numbers | Letters | Annotated[list[str | int], Field(min_length=2)]]
     prose: list[Scene]
     table: list[Scene]
     json_: list[Scene] = Field(alias="json")
@@ -115,27 +110,23 @@ def load_facts() -> Facts:
 
 
 def make_quiz(form: FormName, number: int, rng: random.Random, half: Half | None = None) -> Quiz:
-    """Make the facts of one text.
+    """Make the facts of one text: one of each scene, of which one is asked for, and a link to that one.
 
-    Three facts of one scene are about three keys, and a link leads to the first of them, which is asked for. The fact
-    that the text does not have is of the same scene, about a fourth key.
+    The fact that the text does not have is the one that is asked for, about another key.
 
     Args:
         form: form of the text.
-        number: number of the scene; the scenes take turns.
+        number: number of the scene that is asked for; the scenes take turns.
         rng: source of keys and values.
         half: half of the texts; none of them names a key.
     """
-    facts = load_facts()
-    scenes = facts.of(form)
-    scene = scenes[number % len(scenes)]
-    *keys, source, absent = rng.sample(_unnamed_cities(form, half), _FACTS + 2)
-    fills = list(_fill(facts, scene, rng))
-    filled = [{**_spellings("key", key), **fill} for key, fill in zip(keys, fills, strict=False)]
-    asked = filled[0]
-    own = {f"link_{slot}": value for slot, value in fills[_FACTS].items()}
+    scenes = load_facts().of(form)
+    *keys, source, absent = rng.sample(_unnamed_cities(form, half), len(scenes) + 2)
+    filled = [{**_spellings("key", key), **_fill(scene, rng)} for key, scene in zip(keys, scenes, strict=True)]
+    scene, asked = scenes[number % len(scenes)], filled[number % len(scenes)]
+    own = {f"link_{slot}": value for slot, value in _fill(scene, rng, without=asked).items()}
     link = {**asked, **own, **_spellings("source", source)}
-    blocks = [Template(scene.fact).substitute(fill) for fill in filled]
+    blocks = [Template(each.fact).substitute(slots) for each, slots in zip(scenes, filled, strict=True)]
     questions = [
         Question(kind, *(Template(part).substitute(link) for part in getattr(scene, kind)), answer=asked["value"])
         for kind in ("words", "other", "joined")
@@ -144,16 +135,14 @@ def make_quiz(form: FormName, number: int, rng: random.Random, half: Half | None
     return Quiz((*blocks, Template(scene.link).substitute(link)), (*questions, Question("absent", missing)))
 
 
-def _fill(facts: Facts, scene: Scene, rng: random.Random) -> Iterator[dict[str, str]]:
-    """Fill the slots of a scene for each fact and for the link; no value of a pool comes twice."""
-    count, drawn = _FACTS + 1, dict[str, list[str]]()
-    for pool in sorted(set(scene.slots.values())):
-        wanted, source = count * list(scene.slots.values()).count(pool), facts.pools[pool]
-        drawn[pool] = [str(one) for one in rng.sample(source, wanted)] if isinstance(source, list) else source.draw(
-            rng, wanted
-        )
-    for _ in range(count):
-        yield {slot: drawn[pool].pop() for slot, pool in scene.slots.items()}
+def _fill(scene: Scene, rng: random.Random, without: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Draw the slots of a scene, none of them as in `without`."""
+    slots: dict[str, str] = {}
+    for slot, name in scene.slots.items():
+        pool = load_facts().pools[name]
+        while slot not in slots or (without and slots[slot] == without[slot]):
+            slots[slot] = str(rng.choice(pool)) if isinstance(pool, list) else pool.draw(rng)
+    return slots
 
 
 def _spellings(name: str, key: str) -> dict[str, str]:
