@@ -79,8 +79,8 @@ def score_frame(manifest: dict[str, Any], records: Sequence[dict[str, Any]]) -> 
 
     Returns:
         One row a record and metric: task, metric, method, budget ("" for the exact cache), sample (what pairs are made
-        by), score (NaN where it is missing or null), the facets length, form and depth, kept (the share of the tokens seen),
-        stored_tokens, seen_tokens, memory_bytes (NaN where a record has none), held (memory_bytes over the exact
+        by), score (NaN where it is missing or null), the facets length, form and depth, kept (the share of the tokens
+        seen), stored_tokens, seen_tokens, memory_bytes (NaN where a record has none), held (memory_bytes over the exact
         cache's on the same sample; NaN without either), and `seconds_` and what they went by.
 
     Raises:
@@ -138,9 +138,9 @@ def held_shares(records: Sequence[dict[str, Any]]) -> list[float]:
 def summarise(manifest: dict[str, Any], records: Sequence[dict[str, Any]]) -> pd.DataFrame:
     """Summarise a run in tidy rows.
 
-    A task with samples of several lengths or forms has a group for each of them beside the group "all". LongBench and RULER,
-    where more than one of their tasks is there, are tasks of their own: the mean of the tasks' first metrics, times
-    100, without the methods that lack one of the tasks.
+    A task with samples of several lengths or forms has a group for each of them beside the group "all". LongBench and
+    RULER, where more than one of their tasks is there, are tasks of their own: the mean of the tasks' first metrics,
+    times 100, without the methods that lack one of the tasks.
 
     Args:
         manifest: description of the run.

@@ -6,7 +6,7 @@ import random
 import string
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from string import Template
 from typing import Annotated, Any, Literal
@@ -149,7 +149,7 @@ def _spellings(name: str, key: str) -> dict[str, str]:
     return {name: key, f"{name}_upper": key.upper(), f"{name}_lower": key.lower()}
 
 
-@lru_cache(maxsize=None)
+@cache
 def _unnamed_cities(form: FormName, half: Half | None) -> list[Any]:
     """List the cities that a form's texts do not name."""
     text = source_text(form, half).casefold()

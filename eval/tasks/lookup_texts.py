@@ -14,7 +14,7 @@ import re
 import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import cache, lru_cache, partial
 from typing import Any, Literal, get_args
 
 from wildcat_kv.data.downloads import Wheel, fetch_wheel
@@ -115,24 +115,24 @@ def _halved(pieces: Sequence[str], half: Half | None) -> tuple[str, ...]:
     return tuple(pieces if half is None else pieces[get_args(Half).index(half) :: 2])
 
 
-@lru_cache(maxsize=None)
+@cache
 def _sentences(half: Half | None) -> tuple[str, ...]:
     return tuple(" ".join(sentence.split()) for sentence in split_sentences(essays(half)))
 
 
-@lru_cache(maxsize=None)
+@cache
 def _airports(half: Half | None) -> tuple[str, ...]:
     rows = csv.DictReader(io.StringIO(_read(_DATA_WHEEL, "vega_datasets/_data/airports.csv")))
     cells = ({**row, **{name: f"{float(row[name]):.2f}" for name in _COLUMNS[4:]}} for row in rows)
     return _halved([f"| {' | '.join(row[name] for name in _COLUMNS)} |" for row in cells], half)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _cars(half: Half | None) -> tuple[str, ...]:
     return _halved([json.dumps(car) for car in json.loads(_read(_DATA_WHEEL, "vega_datasets/_data/cars.json"))], half)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _definitions(half: Half | None) -> tuple[str, ...]:
     """Split the code of the essays' package before its top-level statements."""
     files = sorted(name for name in _open(ESSAYS_WHEEL).namelist() if name.endswith(".py"))
@@ -141,7 +141,7 @@ def _definitions(half: Half | None) -> tuple[str, ...]:
     return tuple(piece for piece in itertools.chain.from_iterable(pieces) if piece)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _turns(half: Half | None) -> tuple[str, ...]:
     """Tell the essays as an interview: the host says one sentence and the guest the next few, without quotes."""
     sentences, step = _sentences(half), 1 + _GUEST_SENTENCES
@@ -149,7 +149,7 @@ def _turns(half: Half | None) -> tuple[str, ...]:
     return tuple(f"{first}\n{' '.join(rest)}" for first, *rest in parts if rest)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _clauses(half: Half | None) -> tuple[str, ...]:
     texts = [_read(wheel, member) for wheel, member in _LICENCES]
     chosen = texts if half is None else [texts[get_args(Half).index(half)]]
