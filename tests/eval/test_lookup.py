@@ -36,7 +36,8 @@ def words_of(text):
 
 
 def cities_of(text):
-    return {city for city in CITIES if city.lower() in text.lower()}
+    text = text.lower()
+    return {city for city in CITIES if city.lower() in text}
 
 
 # Facts
@@ -93,9 +94,10 @@ def test_what_is_not_there_is_asked_for_as_what_is(form, number):
 
 @each_form
 def test_no_key_is_in_the_texts(form):
+    named = cities_of(source_text(form, "develop"))
     for seed in range(20):
         quiz = make_quiz(form, seed, random.Random(seed), "develop")
-        assert not cities_of("".join(quiz.blocks)) & cities_of(source_text(form, "develop"))
+        assert not cities_of("".join(quiz.blocks)) & named
 
 
 # Texts
