@@ -18,6 +18,7 @@ from eval.tasks.base import Lengths, Measure, Metric, Outcome, Sample, Setting, 
 from eval.tasks.lookup_facts import Kind, Question, make_quiz
 from eval.tasks.lookup_texts import FormName, compose
 from wildcat_kv.contexts.prompts import Frame, encode_context, encode_follow_up, encode_parts
+from wildcat_kv.contexts.reading import Likelihood
 
 # After every question, so that a model may say that the text does not have a fact.
 INSTRUCTION = "If the text does not say it, answer that it does not."
@@ -125,17 +126,8 @@ class _LookupSample(Sample):
             cache, held = asked["words"].compress(cell, clock)
             with clock("answer", model.device):
                 found = {kind: asked[kind].likelihoods(cache.clone(), [answers[kind]])[0] for kind in asked}
-            losses = {kind: -likelihood.total / likelihood.tokens for kind, likelihood in found.items()}
-            absent = losses.pop("absent")
-            hits = {kind: float(found[kind].greedy) for kind in losses}
             return Outcome(
-                scores={
-                    "nll": mean(losses.values()),
-                    "exact_match": mean(hits.values()),
-                    **hits,
-                    "absent": absent,
-                    **{f"nll_{kind}": loss for kind, loss in losses.items()},
-                },
+                scores=_scores(found),
                 seen_tokens=asked["words"].seen_tokens,
                 **held,
                 reference=self.reference,
@@ -143,3 +135,17 @@ class _LookupSample(Sample):
             )
 
         return measure
+
+
+def _scores(found: Mapping[Kind, Likelihood]) -> dict[str, float]:
+    """Score the answers: each question's, and their means over the facts that are there."""
+    losses: dict[str, float] = {kind: -answer.total / answer.tokens for kind, answer in found.items()}
+    absent = losses.pop("absent")
+    hits: dict[str, float] = {kind: float(answer.greedy) for kind, answer in found.items() if kind in losses}
+    return {
+        "nll": mean(losses.values()),
+        "exact_match": mean(hits.values()),
+        **hits,
+        "absent": absent,
+        **{f"nll_{kind}": loss for kind, loss in losses.items()},
+    }

@@ -127,9 +127,10 @@ def make_quiz(form: FormName, number: int, rng: random.Random, half: Half | None
     own = {f"link_{slot}": value for slot, value in _fill(scene, rng, without=asked).items()}
     link = {**asked, **own, **_spellings("source", source)}
     blocks = [Template(each.fact).substitute(slots) for each, slots in zip(scenes, filled, strict=True)]
+    templates: dict[Kind, tuple[str, str]] = {"words": scene.words, "other": scene.other, "joined": scene.joined}
     questions = [
-        Question(kind, *(Template(part).substitute(link) for part in getattr(scene, kind)), answer=asked["value"])
-        for kind in ("words", "other", "joined")
+        Question(kind, Template(text).substitute(link), Template(lead).substitute(link), asked["value"])
+        for kind, (text, lead) in templates.items()
     ]
     missing = Template(scene.words[0]).substitute({**asked, **_spellings("key", absent)})
     return Quiz((*blocks, Template(scene.link).substitute(link)), (*questions, Question("absent", missing)))
