@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 import string
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from pathlib import Path
@@ -122,9 +121,10 @@ def make_quiz(form: FormName, number: int, rng: random.Random, half: Half | None
     """
     scenes = load_facts().of(form)
     *keys, source, absent = rng.sample(_unnamed_cities(form, half), len(scenes) + 2)
-    filled = [{**_spellings("key", key), **_fill(scene, rng)} for key, scene in zip(keys, scenes, strict=True)]
+    used = set[str]()
+    filled = [{**_spellings("key", key), **_fill(scene, rng, used)} for key, scene in zip(keys, scenes, strict=True)]
     scene, asked = scenes[number % len(scenes)], filled[number % len(scenes)]
-    own = {f"link_{slot}": value for slot, value in _fill(scene, rng, without=asked).items()}
+    own = {f"link_{slot}": value for slot, value in _fill(scene, rng, used).items()}
     link = {**asked, **own, **_spellings("source", source)}
     blocks = [Template(each.fact).substitute(slots) for each, slots in zip(scenes, filled, strict=True)]
     templates: dict[Kind, tuple[str, str]] = {"words": scene.words, "other": scene.other, "joined": scene.joined}
@@ -136,13 +136,17 @@ def make_quiz(form: FormName, number: int, rng: random.Random, half: Half | None
     return Quiz((*blocks, Template(scene.link).substitute(link)), (*questions, Question("absent", missing)))
 
 
-def _fill(scene: Scene, rng: random.Random, without: Mapping[str, str] | None = None) -> dict[str, str]:
-    """Draw the slots of a scene, none of them as in `without`."""
+def _fill(scene: Scene, rng: random.Random, used: set[str]) -> dict[str, str]:
+    """Draw the slots of a scene. No value comes twice in a text, so that nothing else answers a question."""
     slots: dict[str, str] = {}
     for slot, name in scene.slots.items():
         pool = load_facts().pools[name]
-        while slot not in slots or (without and slots[slot] == without[slot]):
-            slots[slot] = str(rng.choice(pool)) if isinstance(pool, list) else pool.draw(rng)
+        if isinstance(pool, list):
+            slots[slot] = rng.choice([value for value in map(str, pool) if value not in used])
+        else:
+            while slot not in slots or slots[slot] in used:
+                slots[slot] = pool.draw(rng)
+        used.add(slots[slot])
     return slots
 
 
