@@ -50,7 +50,7 @@ class Lookup(Task):
 
     @property
     def metrics(self) -> dict[str, Metric]:
-        """Likelihood and share found over the facts that are there, the share by question, and agreement elsewhere.
+        """Likelihood and share found of the facts that are there, likelihood by question, and agreement elsewhere.
 
         `absent` is the likelihood of what the exact cache answers about a fact that is not there: whether that is a
         refusal or not, a compressed cache should say the same.
@@ -58,9 +58,9 @@ class Lookup(Task):
         return {
             "nll": Metric(False, "nats a token"),
             "exact_match": Metric(True, "share"),
-            "words": Metric(True, "share"),
-            "other": Metric(True, "share"),
-            "joined": Metric(True, "share"),
+            "nll_words": Metric(False, "nats a token"),
+            "nll_other": Metric(False, "nats a token"),
+            "nll_joined": Metric(False, "nats a token"),
             "absent": Metric(False, "nats a token of the exact cache's answer"),
         }
 
@@ -145,7 +145,7 @@ def _scores(found: Mapping[Kind, Likelihood]) -> dict[str, float]:
     return {
         "nll": mean(losses.values()),
         "exact_match": mean(hits.values()),
-        **hits,
-        "absent": absent,
         **{f"nll_{kind}": loss for kind, loss in losses.items()},
+        **{f"exact_match_{kind}": hit for kind, hit in hits.items()},
+        "absent": absent,
     }

@@ -490,6 +490,9 @@ def test_the_conclusion_names_a_tie_once():
     records = [entry for entry in verdicts() if entry["method"] != "uniform"]
     found = concluded(records, config={"baseline": "exact"})
     assert found == "At ratio 0.25, wildcat and 1 more find 40 % of the needles; the exact cache 100 % (n = 10)."
+    facts = [{**entry, "task": "lookup"} for entry in records]
+    told = concluded(facts, config={"baseline": "exact"}, metrics={"lookup": METRICS["needle"]})
+    assert told == found.replace("needles", "facts")
 
 
 def test_where_nothing_was_found_the_first_metric_decides():
