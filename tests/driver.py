@@ -34,7 +34,7 @@ def small_cache(layers=2, method="wildcat", **settings):
     config = tf.LlamaConfig(**{**SMALL, "num_hidden_layers": layers})
     settings = {"sink": 3, "window": 8, "bin_rank": 4, **settings}
     if method == "wildcat":
-        return WildCatCache(config, **settings)
+        return WildCatCache(config, compressor="wildcat", **settings)
     return CompressedCache(config, compressor=METHODS[method], **settings)
 
 

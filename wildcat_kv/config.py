@@ -72,8 +72,9 @@ class WildCatConfig(BaseModel):
     The budget is for the compressed layers. `exact_layers` takes indices of the model's layers, -1 for the last, and
     only with a ratio: these layers have no limit. The same seed, model and text give the same cache.
 
-    The defaults are the published protocol (arXiv 2602.10056, KV cache experiments). There, the temperature
-    "released" is the constant of the authors' code, and "theory" is the paper's formula (Lambert W).
+    Bins, temperature and weights are those of the published protocol by default (arXiv 2602.10056, KV cache
+    experiments; its sink is 32, as in the preset "published"). The temperature "released" is the constant of the
+    authors' code, and "theory" is the paper's formula (Lambert W).
 
     Raises:
         ValueError: wrong fields. One line names the field, its value and what it takes.
@@ -110,10 +111,10 @@ class WildCatConfig(BaseModel):
         "shorter texts stay exact",
     )
     sink: int = Field(
-        32,
+        4,
         ge=0,
         strict=True,
-        description="sink is how many of the first tokens stay exact, an integer of at least 0, for example 32",
+        description="sink is how many of the first tokens stay exact, an integer of at least 0, for example 4",
     )
     window: int = Field(
         32,

@@ -181,7 +181,7 @@ def test_scales_that_are_no_numbers_are_found(part, number, copy, llama):
 
 def test_a_file_of_the_version_before_bands_is_read(llama, tmp_path):
     """It is what a plain cache writes, without the words that are new."""
-    cache, path = WildCatCache(llama.config, ratio=0.4), tmp_path / "context.safetensors"
+    cache, path = WildCatCache(llama.config, compressor="wildcat", ratio=0.4), tmp_path / "context.safetensors"
     llama(random_ids(1, 150), **{CACHE: cache})
     cache.save(path)
 

@@ -132,7 +132,7 @@ def test_memory_is_what_the_formula_says(bits):
 def test_a_quarter_of_the_slots_takes_this_share_of_the_exact_cache(bits, most):
     """Shapes of the default model, the published sink and window, 8,000 tokens in bfloat16."""
     small = {**SMALL, "num_hidden_layers": 2, "num_attention_heads": 3, "num_key_value_heads": 3, "head_dim": 64}
-    cache = WildCatCache(tf.LlamaConfig(**{**small, "hidden_size": 192}), ratio=0.25, bits=bits)
+    cache = WildCatCache(tf.LlamaConfig(**{**small, "hidden_size": 192}), compressor="wildcat", ratio=0.25, bits=bits)
     keys, values = (side.to(torch.bfloat16) for side in tokens(1, 8000, heads=3, channels=64))
     read_alone(cache, keys, values, 0, 8000)
     assert cache.stored_length() == pytest.approx(2000, abs=8)
@@ -210,7 +210,7 @@ def test_models_of_any_dtype_and_modes_of_torch(dtype, inference):
     for autocast in (nullcontext(), torch.autocast("cpu", torch.bfloat16)):
         if not isinstance(autocast, nullcontext) and (dtype != torch.float32 or inference):
             continue
-        cache = WildCatCache(model.config, ratio=1.0, bits=8, sink=4, window=4, group=8)
+        cache = WildCatCache(model.config, compressor="wildcat", ratio=1.0, bits=8, sink=4, window=4, group=8)
         with torch.enable_grad(), torch.inference_mode(inference), autocast:
             found = [model(ids, **{CACHE: cache}).logits for ids in texts]
         for ours, theirs in zip(found, expected, strict=True):
@@ -244,7 +244,7 @@ def test_one_key_head_values_of_other_widths_and_many_rows(shape):
     heads, rows, d_v = shape
     small = {**SMALL, "num_hidden_layers": 2, "num_attention_heads": heads, "num_key_value_heads": heads}
     config = tf.LlamaConfig(**small)
-    cache = WildCatCache(config, ratio=0.5, sink=3, window=8, bin_rank=4, bits=4, group=8)
+    cache = WildCatCache(config, compressor="wildcat", ratio=0.5, sink=3, window=8, bin_rank=4, bits=4, group=8)
     keys, values = tokens(rows, 120, heads=heads)[0], tokens(rows, 120, seed=1, heads=heads, channels=d_v)[1]
     for start, count in ((0, 60), (60, 50), *((at, 1) for at in range(110, 120))):
         read_alone(cache, keys, values, start, count)
@@ -368,10 +368,10 @@ def test_joined_caches_keep_all_tokens(lengths):
 def test_settings_that_do_not_fit_are_refused(settings, message):
     config = tf.LlamaConfig(**SMALL)
     if message is None:
-        assert WildCatCache(config, **{"ratio": 0.5, **settings}).settings.bits == 4
+        assert WildCatCache(config, compressor="wildcat", **{"ratio": 0.5, **settings}).settings.bits == 4
         return
     with pytest.raises(ValueError, match=message) as error:
-        WildCatCache(config, **{"ratio": 0.5, **settings})
+        WildCatCache(config, compressor="wildcat", **{"ratio": 0.5, **settings})
     assert "\n" not in str(error.value)
 
 

@@ -43,7 +43,7 @@ def test_it_is_a_text_or_a_number():
 
 
 def test_a_text_stays_exact_while_it_fits(llama):
-    cache = WildCatCache(llama.config, max_bytes="600KB", **ENDS)
+    cache = WildCatCache(llama.config, compressor="wildcat", max_bytes="600KB", **ENDS)
     ids = random_ids(1, 150)
     with torch.no_grad():
         found = llama(ids, **{CACHE: cache}).logits
@@ -56,7 +56,7 @@ def test_a_text_stays_exact_while_it_fits(llama):
 
 @pytest.mark.parametrize("bits", [8, 3, 2])
 def test_the_user_may_choose_the_bits(llama, bits):
-    cache = WildCatCache(llama.config, max_bytes=400_000, bits=bits, **ENDS)
+    cache = WildCatCache(llama.config, compressor="wildcat", max_bytes=400_000, bits=bits, **ENDS)
     assert read_on(llama, cache, 1, 300, 200) <= 400_000
     assert cache.settings.bits == bits
 
@@ -64,14 +64,14 @@ def test_the_user_may_choose_the_bits(llama, bits):
 def test_more_bytes_or_fewer_bits_hold_more_slots(llama):
     held = []
     for fields in ({"max_bytes": 400_000, "bits": 8}, {"max_bytes": 400_000}, {"max_bytes": 800_000}):
-        cache = WildCatCache(llama.config, **fields, **ENDS)
+        cache = WildCatCache(llama.config, compressor="wildcat", **fields, **ENDS)
         read_on(llama, cache, 1, 20, 1)
         held.append(cache.settings.max_tokens)
     assert held == sorted(held) and held[0] < held[1] < held[2]
 
 
 def test_a_cache_that_is_reset_settles_anew(llama):
-    cache = WildCatCache(llama.config, max_bytes=800_000, **ENDS)
+    cache = WildCatCache(llama.config, compressor="wildcat", max_bytes=800_000, **ENDS)
     read_on(llama, cache, 1, 20, 1)
     alone = cache.settings.max_tokens
     cache.reset()
@@ -83,7 +83,7 @@ def test_a_cache_that_is_reset_settles_anew(llama):
 
 
 def test_it_is_saved_and_joined(llama, tmp_path):
-    parts = [WildCatCache(llama.config, max_bytes=300_000, **ENDS) for _ in range(2)]
+    parts = [WildCatCache(llama.config, compressor="wildcat", max_bytes=300_000, **ENDS) for _ in range(2)]
     for part in parts:
         read_on(llama, part, 1, 300, 1)
     parts[0].save(tmp_path / "part.safetensors")
@@ -114,8 +114,8 @@ def test_wrong_budgets_are_refused(fields, message):
 
 def test_too_few_bytes_are_refused(llama):
     with pytest.raises(ValueError, match=r"max_bytes=5000 is too small: sink=32, window=32 and one bin of 1 rows"):
-        WildCatCache(llama.config, max_bytes=5000)
-    cache = WildCatCache(llama.config, max_bytes=300_000, **ENDS)
+        WildCatCache(llama.config, compressor="wildcat", max_bytes=5000)
+    cache = WildCatCache(llama.config, compressor="wildcat", max_bytes=300_000, **ENDS)
     with pytest.raises(ValueError, match=r"max_bytes=300000 is too small: .* one bin of 16 rows and \d layers take"):
         llama(random_ids(16, 20), **{CACHE: cache})
     cache.reset()
@@ -124,8 +124,8 @@ def test_too_few_bytes_are_refused(llama):
 
 def test_windows_are_counted_and_states_are_refused():
     windowed = tiny_model("gemma3")
-    cache = WildCatCache(windowed.config, max_bytes=600_000, **ENDS)
+    cache = WildCatCache(windowed.config, compressor="wildcat", max_bytes=600_000, **ENDS)
     assert read_on(windowed, cache, 1, 300, 100) <= 600_000
     hybrid = tiny_model("qwen3_next")
     with pytest.raises(ValueError, match=r"max_bytes=1000000: layer \d+ \(\w+\) holds states that are not counted"):
-        WildCatCache(hybrid.config, max_bytes=1_000_000)
+        WildCatCache(hybrid.config, compressor="wildcat", max_bytes=1_000_000)

@@ -54,7 +54,7 @@ def full_layers(cache):
 def test_the_switch_changes_nothing_for_other_caches(family):
     model, ids = tiny_model(family), random_ids(1, 50)
     plain, expected = model(ids).logits, decode(model, DynamicCache(config=model.config), ids, 5)
-    WildCatCache(model.config, ratio=0.5)
+    WildCatCache(model.config, compressor="wildcat", ratio=0.5)
     assert torch.equal(model(ids).logits, plain)
     assert torch.equal(decode(model, DynamicCache(config=model.config), ids, 5), expected)
 
@@ -64,7 +64,7 @@ def test_the_switch_changes_nothing_for_other_caches(family):
 def test_the_prompt_itself_is_read_exactly(family, attention):
     model, ids = tiny_model(family, attention), random_ids(1, 200)
     expected = model(ids, **{CACHE: DynamicCache(config=model.config)}).logits
-    cache = WildCatCache(model.config, ratio=0.25)
+    cache = WildCatCache(model.config, compressor="wildcat", ratio=0.25)
     assert torch.equal(model(ids, **{CACHE: cache}).logits, expected)
     assert all(cache.stored_length(index) == 50 for index in full_layers(cache))
 
@@ -82,7 +82,7 @@ def test_up_to_its_floor_a_text_is_answered_as_by_the_exact_cache(llama, bits):
 def test_sinks_window_and_pivots_are_the_models_own_keys(llama):
     ids = random_ids(1, 400)
     exact = DynamicCache(config=llama.config)
-    cache = WildCatCache(llama.config, ratio=0.25)
+    cache = WildCatCache(llama.config, compressor="wildcat", ratio=0.25)
     for kind in (exact, cache):
         llama(ids, **{CACHE: kind})
     for ours, theirs in zip(cache.layers, exact.layers, strict=True):
@@ -105,7 +105,7 @@ def test_a_compressed_cache_stays_near_the_exact_one(family):
         return model(later, **{CACHE: cache}).logits
 
     expected = logits(DynamicCache(config=model.config))
-    ours = logits(WildCatCache(model.config, ratio=0.5))
+    ours = logits(WildCatCache(model.config, compressor="wildcat", ratio=0.5))
     random = logits(CompressedCache(model.config, compressor=Uniform(), ratio=0.5))
     error, floor = (ours - expected).norm() / expected.norm(), (random - expected).norm() / expected.norm()
     assert error < 0.2 and error < floor / 2
@@ -114,7 +114,7 @@ def test_a_compressed_cache_stays_near_the_exact_one(family):
 def test_slots_compressed_again_and_again_keep_all_mass():
     """Equal keys lose nothing, however often they are folded: the answer is the mean of all values."""
     config = tf.LlamaConfig(**SMALL)
-    cache = WildCatCache(config, max_tokens=80, sink=4, window=4)
+    cache = WildCatCache(config, compressor="wildcat", max_tokens=80, sink=4, window=4)
     layer, values = cache.layers[0], torch.randn(1, 2, 600, 16)
     for token in range(600):
         layer.announce(1, 1, None)
@@ -132,7 +132,7 @@ def test_slots_compressed_again_and_again_keep_all_mass():
 @given(st.integers(2, 300), st.sampled_from([0.1, 0.25, 0.33, 0.5, 0.9]), st.integers(0, 130))
 def test_ratio_is_exact_after_the_prompt_and_within_a_block_later(prompt, ratio, steps):
     model = tiny_model("llama", num_hidden_layers=1)
-    cache = WildCatCache(model.config, ratio=ratio)
+    cache = WildCatCache(model.config, compressor="wildcat", ratio=ratio)
     model(random_ids(1, prompt), **{CACHE: cache})
     assert cache.stored_length(0) == kept_tokens(prompt, ratio)
     token, seen_exact = random_ids(1, 1), 0
@@ -147,7 +147,7 @@ def test_ratio_is_exact_after_the_prompt_and_within_a_block_later(prompt, ratio,
 
 @pytest.mark.parametrize("prompt", [1, 40, 300])
 def test_max_tokens_is_never_exceeded(llama, prompt):
-    cache = WildCatCache(llama.config, max_tokens=100)
+    cache = WildCatCache(llama.config, compressor="wildcat", max_tokens=100)
     ids, held = random_ids(1, prompt), set()
     for _ in range(250):
         ids = llama(ids, **{CACHE: cache}).logits[:, -1:].argmax(-1)
@@ -160,7 +160,10 @@ def test_max_tokens_is_never_exceeded(llama, prompt):
 
 def test_memory_is_counted_and_falls(llama):
     ids = random_ids(1, 1000)
-    exact, cache = WildCatCache(llama.config, ratio=1.0), WildCatCache(llama.config, ratio=0.25)
+    exact, cache = (
+        WildCatCache(llama.config, compressor="wildcat", ratio=1.0),
+        WildCatCache(llama.config, compressor="wildcat", ratio=0.25),
+    )
     for kind in (exact, cache):
         llama(ids, **{CACHE: kind})
     tokens = 3 * 2 * 2 * 16 * 4  # bytes of one token's keys and values in all layers
@@ -170,7 +173,7 @@ def test_memory_is_counted_and_falls(llama):
 
 
 def test_memory_comes_back_without_the_garbage_collector(llama):
-    cache = WildCatCache(llama.config, ratio=0.25)
+    cache = WildCatCache(llama.config, compressor="wildcat", ratio=0.25)
     decode(llama, cache, random_ids(1, 100), 3)
     held = weakref.ref(cache.layers[0].state.storage)
     gc.collect()
@@ -184,14 +187,17 @@ def test_memory_comes_back_without_the_garbage_collector(llama):
 
 @pytest.mark.parametrize("ratio", [1e-9, 0.01, 1.0])
 def test_free_room_is_small_whatever_the_ratio(llama, ratio):
-    cache = WildCatCache(llama.config, ratio=ratio)
+    cache = WildCatCache(llama.config, compressor="wildcat", ratio=ratio)
     llama(random_ids(1, 300), **{CACHE: cache})
     columns = cache.layers[0].state.storage.allocated.keys.shape[2]
     assert columns <= kept_tokens(300, ratio) + 64
 
 
 def test_padding_does_not_add_up_past_max_tokens(llama):
-    cache, mask = WildCatCache(llama.config, max_tokens=100), torch.zeros(2, 400, dtype=torch.int64)
+    cache, mask = (
+        WildCatCache(llama.config, compressor="wildcat", max_tokens=100),
+        torch.zeros(2, 400, dtype=torch.int64),
+    )
     mask[:, -60:] = 1
     llama(random_ids(2, 400), **{CACHE: cache}, attention_mask=mask)
     for _ in range(5):
@@ -215,7 +221,7 @@ def test_a_padded_row_answers_as_it_does_alone(llama, budget):
     forced = random_ids(3, steps, seed=9)
 
     def logits(ids, mask):
-        cache, collected = WildCatCache(model.config, **budget), []
+        cache, collected = WildCatCache(model.config, compressor="wildcat", **budget), []
         for step in range(steps):
             positions = (mask.cumsum(-1) - 1).clamp_min(0)[:, -ids.shape[1] :]
             out = model(ids, **{CACHE: cache}, attention_mask=mask, position_ids=positions)
@@ -234,7 +240,7 @@ def test_a_padded_row_answers_as_it_does_alone(llama, budget):
 
 def test_equal_rows_stay_equal(llama):
     ids = random_ids(1, 200).expand(3, -1)
-    logits = decode(llama, WildCatCache(llama.config, ratio=0.25), ids, 60)
+    logits = decode(llama, WildCatCache(llama.config, compressor="wildcat", ratio=0.25), ids, 60)
     torch.testing.assert_close(logits[1:], logits[:1].expand(2, -1, -1), rtol=1e-4, atol=1e-4)
 
 
@@ -242,7 +248,7 @@ def test_heads_layers_and_seeds_draw_apart():
     """Equal keys and values in all heads and layers: what differs is the draw."""
 
     def slots(seed):
-        cache = WildCatCache(tf.LlamaConfig(**SMALL), ratio=0.25, seed=seed)
+        cache = WildCatCache(tf.LlamaConfig(**SMALL), compressor="wildcat", ratio=0.25, seed=seed)
         keys = torch.randn(1, 1, 400, 16, generator=torch.Generator().manual_seed(1)).expand(1, 2, -1, -1)
         cache.layers[0].announce(1, 400, None)
         for layer in range(3):
@@ -259,7 +265,10 @@ def test_heads_layers_and_seeds_draw_apart():
 def test_a_row_of_padding_alone_harms_no_other(llama):
     ids, mask = random_ids(2, 100), torch.ones(2, 105, dtype=torch.int64)
     mask[0, :100] = 0
-    cache, alone = WildCatCache(llama.config, ratio=0.25), WildCatCache(llama.config, ratio=0.25)
+    cache, alone = (
+        WildCatCache(llama.config, compressor="wildcat", ratio=0.25),
+        WildCatCache(llama.config, compressor="wildcat", ratio=0.25),
+    )
     llama(ids, **{CACHE: cache}, attention_mask=mask[:, :100])
     llama(ids[1:], **{CACHE: alone})
     logits = llama(ids[:, :5], **{CACHE: cache}, attention_mask=mask).logits
@@ -269,7 +278,7 @@ def test_a_row_of_padding_alone_harms_no_other(llama):
 def test_a_mask_that_contradicts_what_is_folded_is_refused(llama):
     mask = torch.ones(1, 65, dtype=torch.int64)
     mask[:, :20] = 0
-    cache = WildCatCache(llama.config, ratio=0.25)
+    cache = WildCatCache(llama.config, compressor="wildcat", ratio=0.25)
     llama(random_ids(1, 60), **{CACHE: cache})
     with pytest.raises(ValueError, match=r"shows \[40\] of the first 60 tokens.*\[60\] were"):
         llama(random_ids(1, 5), **{CACHE: cache}, attention_mask=mask)
@@ -280,7 +289,7 @@ def test_padding_without_its_mask_is_refused_while_attention_is_exact(llama):
     mask = torch.ones(1, 60, dtype=torch.int64)
     mask[:, :20] = 0
     for chunk in (60, 1):  # a column at a time, too
-        cache = WildCatCache(llama.config, max_tokens=200)
+        cache = WildCatCache(llama.config, compressor="wildcat", max_tokens=200)
         for at in range(0, 60, chunk):
             part = random_ids(1, 60)[:, at : at + chunk]
             llama(part, **{CACHE: cache}, attention_mask=mask[:, : at + chunk])
@@ -295,7 +304,7 @@ def test_exact_tokens_may_be_masked_later(llama, budget):
     first, second = torch.ones(2, 60, dtype=torch.int64), torch.ones(2, 75, dtype=torch.int64)
     second[0, 40:60] = 0
     logits = []
-    for cache in (DynamicCache(config=llama.config), WildCatCache(llama.config, **budget)):
+    for cache in (DynamicCache(config=llama.config), WildCatCache(llama.config, compressor="wildcat", **budget)):
         llama(random_ids(2, 60), attention_mask=first, **{CACHE: cache})
         llama(random_ids(2, 15, seed=2), attention_mask=second, **{CACHE: cache})
         mask = torch.cat((second, second[:, :1]), dim=1)
@@ -308,11 +317,11 @@ def test_rows_without_padding_need_no_mask(llama):
     """Once the padded rows are gone, or the padding is taken back, generate() may drop a mask of ones."""
     mask = torch.ones(2, 60, dtype=torch.int64)
     mask[0, :20] = 0
-    cache = WildCatCache(llama.config, max_tokens=200)
+    cache = WildCatCache(llama.config, compressor="wildcat", max_tokens=200)
     llama(random_ids(2, 60), **{CACHE: cache}, attention_mask=mask)
     cache.batch_select_indices([1])
     assert llama.generate(random_ids(1, 65), **{CACHE: cache}, max_new_tokens=3, do_sample=False).shape == (1, 68)
-    cache = WildCatCache(llama.config, max_tokens=200)
+    cache = WildCatCache(llama.config, compressor="wildcat", max_tokens=200)
     llama(random_ids(1, 40), **{CACHE: cache})
     late = torch.ones(1, 50, dtype=torch.int64)
     late[:, 45:] = 0
@@ -336,7 +345,7 @@ def test_rows_without_padding_need_no_mask(llama):
 def test_a_refused_batch_size_changes_nothing(family):
     """Layers of Transformers' come first in some models, and would have read the tokens."""
     model = tiny_model(family)
-    cache, other = (WildCatCache(model.config, ratio=0.25) for _ in range(2))
+    cache, other = (WildCatCache(model.config, compressor="wildcat", ratio=0.25) for _ in range(2))
     for kind in (cache, other):
         model(random_ids(1, 100), **{CACHE: kind})
     with pytest.raises(ValueError, match=r"the batch has 2 rows and the cache holds 1.*batch_repeat_interleave\(n\)"):
@@ -348,7 +357,7 @@ def test_a_refused_batch_size_changes_nothing(family):
 @pytest.mark.parametrize("family", ["llama", "gemma3", "qwen3_next", "lfm2"])
 def test_a_forward_pass_that_failed_before_it_read_anything_is_forgotten(family):
     model = tiny_model(family)
-    cache = WildCatCache(model.config, ratio=0.25)
+    cache = WildCatCache(model.config, compressor="wildcat", ratio=0.25)
 
     def fail(*args):
         raise KeyboardInterrupt
@@ -363,7 +372,7 @@ def test_a_forward_pass_that_failed_before_it_read_anything_is_forgotten(family)
 
 
 def test_a_mask_with_other_rows_than_the_batch_is_refused(llama):
-    cache = WildCatCache(llama.config, ratio=0.25)
+    cache = WildCatCache(llama.config, compressor="wildcat", ratio=0.25)
     with pytest.raises(ValueError, match="attention_mask has 1 rows and the batch 2"):
         llama(random_ids(2, 40), attention_mask=torch.ones(1, 40), **{CACHE: cache})
     assert cache.get_seq_length() == 0
@@ -371,7 +380,7 @@ def test_a_mask_with_other_rows_than_the_batch_is_refused(llama):
 
 def test_what_is_held_is_tied_to_no_graph(llama):
     for budget in ({"max_tokens": 500}, {"ratio": 0.25}):
-        cache = WildCatCache(llama.config, **budget)
+        cache = WildCatCache(llama.config, compressor="wildcat", **budget)
         with torch.enable_grad():
             llama(random_ids(1, 60), **{CACHE: cache})
             llama(random_ids(1, 3), **{CACHE: cache})
@@ -384,7 +393,7 @@ def test_what_is_held_is_tied_to_no_graph(llama):
 def test_a_forward_pass_that_failed_is_noticed(family, broken, tmp_path):
     """Wherever it failed: in a layer of Transformers', or in one of ours."""
     model = tiny_model(family)
-    cache = WildCatCache(model.config, ratio=0.25)
+    cache = WildCatCache(model.config, compressor="wildcat", ratio=0.25)
     model(random_ids(1, 100), **{CACHE: cache})
 
     def fail(*args):
@@ -410,8 +419,10 @@ def test_a_forward_pass_that_failed_is_noticed(family, broken, tmp_path):
 
 def test_generate_is_the_step_by_step_loop(llama):
     ids = random_ids(1, 150)
-    logits = decode(llama, WildCatCache(llama.config, ratio=0.25), ids, 60)
-    out = llama.generate(ids, **{CACHE: WildCatCache(llama.config, ratio=0.25)}, max_new_tokens=60, do_sample=False)
+    logits = decode(llama, WildCatCache(llama.config, compressor="wildcat", ratio=0.25), ids, 60)
+    out = llama.generate(
+        ids, **{CACHE: WildCatCache(llama.config, compressor="wildcat", ratio=0.25)}, max_new_tokens=60, do_sample=False
+    )
     assert torch.equal(out[:, 150:], logits.argmax(-1))
 
 
@@ -421,17 +432,19 @@ def test_generate_is_the_step_by_step_loop(llama):
 def test_generation_modes_agree_with_the_exact_cache_within_budget(llama, options):
     ids = random_ids(2, 40)
     outputs = []
-    for cache in (DynamicCache(config=llama.config), WildCatCache(llama.config, ratio=1.0)):
+    for cache in (DynamicCache(config=llama.config), WildCatCache(llama.config, compressor="wildcat", ratio=1.0)):
         torch.manual_seed(5)
         outputs.append(llama.generate(ids, **{CACHE: cache}, max_new_tokens=30, **options))
     assert torch.equal(*outputs)
-    compressed = llama.generate(ids, **{CACHE: WildCatCache(llama.config, max_tokens=80)}, max_new_tokens=60, **options)
+    compressed = llama.generate(
+        ids, **{CACHE: WildCatCache(llama.config, compressor="wildcat", max_tokens=80)}, max_new_tokens=60, **options
+    )
     assert compressed.shape[1] == 100
 
 
 @pytest.mark.parametrize("chunk", [7, 64])
 def test_a_prompt_in_chunks_stays_within_its_budget(llama, chunk):
-    cache = WildCatCache(llama.config, ratio=0.25)
+    cache = WildCatCache(llama.config, compressor="wildcat", ratio=0.25)
     llama.generate(random_ids(1, 300), **{CACHE: cache}, max_new_tokens=2, prefill_chunk_size=chunk, do_sample=False)
     assert cache.get_seq_length() == 301
     assert 0 <= cache.stored_length() - 75 < 48
@@ -440,7 +453,7 @@ def test_a_prompt_in_chunks_stays_within_its_budget(llama, chunk):
 def test_a_context_first_and_questions_later(llama):
     """Positions continue, the context is not read again, and copies do not disturb each other."""
     ids, question = random_ids(1, 200), random_ids(1, 12, seed=3)
-    cache = WildCatCache(llama.config, ratio=0.25)
+    cache = WildCatCache(llama.config, compressor="wildcat", ratio=0.25)
     llama(ids, **{CACHE: cache})
     assert cache.get_seq_length() == 200 and cache.stored_length() == 50
     fork = copy.deepcopy(cache)
@@ -454,17 +467,19 @@ def test_a_context_first_and_questions_later(llama):
 
 
 def _prefilled(model, ids):
-    cache = WildCatCache(model.config, ratio=0.25)
+    cache = WildCatCache(model.config, compressor="wildcat", ratio=0.25)
     model(ids, **{CACHE: cache})
     return cache
 
 
 def test_gradients_and_inference_mode_do_not_get_in_the_way(llama):
     ids, later = random_ids(1, 200), random_ids(1, 60, seed=2)
-    expected = decode(llama, WildCatCache(llama.config, ratio=0.25), ids, 60)
+    expected = decode(llama, WildCatCache(llama.config, compressor="wildcat", ratio=0.25), ids, 60)
     with torch.enable_grad():
-        torch.testing.assert_close(decode(llama, WildCatCache(llama.config, ratio=0.25), ids, 60), expected)
-    cache = WildCatCache(llama.config, ratio=0.25)
+        torch.testing.assert_close(
+            decode(llama, WildCatCache(llama.config, compressor="wildcat", ratio=0.25), ids, 60), expected
+        )
+    cache = WildCatCache(llama.config, compressor="wildcat", ratio=0.25)
     with torch.inference_mode():
         llama(ids, **{CACHE: cache})
     assert torch.isfinite(llama(later, **{CACHE: cache}).logits).all()
@@ -498,7 +513,7 @@ def test_one_token_needs_no_host_synchronisation(llama, method, budget, masked):
 def test_one_token_copies_no_layer(dtype):
     """No operation of a decoding step makes a tensor as large as the keys of a layer."""
     model = tiny_model("llama", intermediate_size=64).to(dtype)
-    cache = WildCatCache(model.config, ratio=1.0)
+    cache = WildCatCache(model.config, compressor="wildcat", ratio=1.0)
     model(random_ids(1, 2000), **{CACHE: cache})
     cache._pass_state.compressed = True
     largest = cache.layers[0].keys.numel()
@@ -520,7 +535,7 @@ def test_one_token_copies_no_layer(dtype):
 
 
 def test_a_copied_config_never_answers_wrongly(llama):
-    cache = WildCatCache(copy.deepcopy(tiny_model("llama").config), ratio=0.25)
+    cache = WildCatCache(copy.deepcopy(tiny_model("llama").config), compressor="wildcat", ratio=0.25)
     model = tiny_model("llama")
     with pytest.raises(RuntimeError, match=r"WildCatCache\(model.config"):
         model(random_ids(1, 50), **{CACHE: cache})
@@ -529,7 +544,7 @@ def test_a_copied_config_never_answers_wrongly(llama):
 
 def test_another_attention_function_is_refused():
     model = tiny_model("llama")
-    cache = WildCatCache(model.config, ratio=0.25)
+    cache = WildCatCache(model.config, compressor="wildcat", ratio=0.25)
     model(random_ids(1, 50), **{CACHE: cache})
     model.set_attn_implementation("sdpa")
     with pytest.raises(RuntimeError, match="'wildcat' attention"):
@@ -538,7 +553,7 @@ def test_another_attention_function_is_refused():
 
 
 def test_a_4d_mask_is_refused(llama):
-    cache = WildCatCache(llama.config, ratio=0.25)
+    cache = WildCatCache(llama.config, compressor="wildcat", ratio=0.25)
     with pytest.raises(RuntimeError, match="2D attention mask"):
         llama(random_ids(1, 5), **{CACHE: cache}, attention_mask=torch.ones(1, 1, 5, 5, dtype=torch.bool))
     assert cache.get_seq_length() == 0
@@ -546,14 +561,14 @@ def test_a_4d_mask_is_refused(llama):
 
 @pytest.mark.parametrize("width", [4, 6])
 def test_a_mask_of_the_wrong_width_is_refused(llama, width):
-    cache = WildCatCache(llama.config, ratio=0.25)
+    cache = WildCatCache(llama.config, compressor="wildcat", ratio=0.25)
     with pytest.raises(ValueError, match=f"attention_mask has width {width}.*must have width 5"):
         llama(random_ids(1, 5), **{CACHE: cache}, attention_mask=torch.ones(1, width))
     assert cache.get_seq_length() == 0
 
 
 def test_another_batch_size_is_refused(llama):
-    cache = WildCatCache(llama.config, ratio=0.25)
+    cache = WildCatCache(llama.config, compressor="wildcat", ratio=0.25)
     llama(random_ids(1, 60), **{CACHE: cache})
     with pytest.raises(ValueError, match=r"batch_repeat_interleave\(n\)"):
         llama(random_ids(2, 1), **{CACHE: cache})
@@ -563,7 +578,7 @@ def test_another_batch_size_is_refused(llama):
 def test_nan_in_keys_names_the_layer():
     model = tiny_model("llama")
     model.model.layers[1].self_attn.k_proj.weight[0, 0] = float("nan")
-    cache = WildCatCache(model.config, ratio=0.25)
+    cache = WildCatCache(model.config, compressor="wildcat", ratio=0.25)
     with pytest.raises(ValueError, match="layer 1: NaN or infinity in the keys"):
         model(random_ids(1, 60), **{CACHE: cache})
     assert cache.layers[1].get_seq_length() == 0
@@ -576,7 +591,7 @@ def test_nan_in_keys_names_the_layer():
 
 def test_nan_in_a_decoded_key_is_found_at_the_fold():
     model = tiny_model("llama")
-    cache = WildCatCache(model.config, ratio=0.5)
+    cache = WildCatCache(model.config, compressor="wildcat", ratio=0.5)
     model(random_ids(1, 60), **{CACHE: cache})
     model.model.layers[2].self_attn.k_proj.weight[0, 0] = float("nan")
     assert model(random_ids(1, 1), **{CACHE: cache}).logits.isnan().any()  # not hidden until then
@@ -586,7 +601,7 @@ def test_nan_in_a_decoded_key_is_found_at_the_fold():
 
 
 def test_mismatched_keys_and_values_are_refused(llama):
-    cache = WildCatCache(llama.config, ratio=1.0)
+    cache = WildCatCache(llama.config, compressor="wildcat", ratio=1.0)
     cache.layers[0].announce(1, 3, None)
     with pytest.raises(ValueError, match=r"layer 0: key_states \(1, 2, 3, 16\) and value_states \(1, 2, 4, 16\)"):
         cache.update(torch.zeros(1, 2, 3, 16), torch.zeros(1, 2, 4, 16), 0)
@@ -620,7 +635,7 @@ def test_queries_are_not_the_models_memory_once_it_goes_on(method, most):
 
 def test_a_model_in_place_of_its_config_is_refused():
     with pytest.raises(TypeError, match=r"pass model\.config"):
-        WildCatCache(tiny_model("llama"), ratio=0.25)
+        WildCatCache(tiny_model("llama"), compressor="wildcat", ratio=0.25)
 
 
 @pytest.mark.parametrize(
@@ -637,13 +652,13 @@ def test_a_model_in_place_of_its_config_is_refused():
 def test_wrong_settings_leave_the_config_alone(arguments, message):
     config = tiny_model("llama").config
     with pytest.raises(ValueError, match=message):
-        WildCatCache(config, **arguments)
+        WildCatCache(config, compressor="wildcat", **arguments)
     assert config._attn_implementation == "sdpa"
 
 
 def test_a_prompt_past_the_positions_warns_once():
     model = tiny_model("llama", max_position_embeddings=64)
-    cache = WildCatCache(model.config, ratio=0.25)
+    cache = WildCatCache(model.config, compressor="wildcat", ratio=0.25)
     with pytest.warns(UserWarning, match="70 tokens long and the model has 64 positions"):
         model(random_ids(1, 70), **{CACHE: cache})
     with warnings.catch_warnings():
@@ -653,7 +668,7 @@ def test_a_prompt_past_the_positions_warns_once():
 
 def test_attention_that_changes_the_values_is_refused(llama):
     """As DiffLlama's does, which is refused by name; others may come."""
-    cache = WildCatCache(llama.config, ratio=0.25)
+    cache = WildCatCache(llama.config, compressor="wildcat", ratio=0.25)
     llama(random_ids(1, 60), **{CACHE: cache})
     cache.layers[0].announce(1, 1, None)
     keys, values = cache.update(torch.zeros(1, 2, 1, 16), torch.zeros(1, 2, 1, 16), 0)
@@ -663,7 +678,7 @@ def test_attention_that_changes_the_values_is_refused(llama):
 
 
 def test_keys_that_never_reach_the_attention_are_noticed(llama):
-    cache = WildCatCache(llama.config, ratio=0.25)
+    cache = WildCatCache(llama.config, compressor="wildcat", ratio=0.25)
     keys = torch.zeros(1, 2, 5, 16)
     cache.layers[0].announce(1, 5, None)
     cache.update(keys, keys, 0)
@@ -673,7 +688,7 @@ def test_keys_that_never_reach_the_attention_are_noticed(llama):
 
 
 def test_tokens_that_see_those_of_a_later_pass_are_refused(llama):
-    cache = WildCatCache(llama.config, ratio=0.5)
+    cache = WildCatCache(llama.config, compressor="wildcat", ratio=0.5)
     llama(random_ids(1, 4), **{CACHE: cache})
     with pytest.raises(ValueError, match="mask_function shows new tokens to some that the cache has read"):
         create_causal_mask(
@@ -686,17 +701,17 @@ def test_tokens_that_see_those_of_a_later_pass_are_refused(llama):
 
 def test_the_switch_survives_a_copy_and_is_not_saved(tmp_path):
     model = tiny_model("llama", "eager")
-    WildCatCache(model.config, ratio=0.25)
+    WildCatCache(model.config, compressor="wildcat", ratio=0.25)
     assert model.config._attn_implementation == "wildcat"
     assert copy.deepcopy(model.config)._attn_implementation.fallback == "eager"
-    WildCatCache(model.config, ratio=0.5)
+    WildCatCache(model.config, compressor="wildcat", ratio=0.5)
     assert model.config._attn_implementation.fallback == "eager"
     model.save_pretrained(tmp_path)
     assert tf.AutoConfig.from_pretrained(tmp_path)._attn_implementation != "wildcat"
 
 
 def test_repr_says_what_is_held(llama):
-    cache = WildCatCache(llama.config, ratio=0.25)
+    cache = WildCatCache(llama.config, compressor="wildcat", ratio=0.25)
     llama(random_ids(1, 200), **{CACHE: cache})
     text = repr(cache)
     assert "WildCatCache(ratio=0.25" in text and "200 tokens seen, 50 stored" in text and "MiB" in text

@@ -43,7 +43,10 @@ def test_methods_that_share_between_layers_keep_to_the_budget_of_the_others(meth
 
 def test_their_keys_and_values_are_those_of_an_exact_cache(llama):
     ids = random_ids(2, 120)
-    cache, exact = WildCatCache(llama.config, exact_layers=[0], **SETTINGS), tf.DynamicCache(config=llama.config)
+    cache, exact = (
+        WildCatCache(llama.config, compressor="wildcat", exact_layers=[0], **SETTINGS),
+        tf.DynamicCache(config=llama.config),
+    )
     for part in ids.split(60, dim=1):
         llama(part, **{CACHE: cache})
         llama(part, **{CACHE: exact})
@@ -54,7 +57,9 @@ def test_their_keys_and_values_are_those_of_an_exact_cache(llama):
 def test_the_other_layers_are_as_without(llama):
     """After one pass: the first fold sees what was read exactly."""
     ids = random_ids(1, 120)
-    some, all_ = (WildCatCache(llama.config, exact_layers=exact, **SETTINGS) for exact in ([0], []))
+    some, all_ = (
+        WildCatCache(llama.config, compressor="wildcat", exact_layers=exact, **SETTINGS) for exact in ([0], [])
+    )
     llama(ids, **{CACHE: some})
     llama(ids, **{CACHE: all_})
     for index in (1, 2):
@@ -66,7 +71,7 @@ def test_a_padded_row_is_as_alone(llama):
     padded = torch.nn.functional.pad(ids, (length - 100, 0))
     mask = (torch.arange(length) >= length - 100).long()[None]
     options = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False}
-    caches = [WildCatCache(llama.config, exact_layers=[0], **SETTINGS) for _ in range(2)]
+    caches = [WildCatCache(llama.config, compressor="wildcat", exact_layers=[0], **SETTINGS) for _ in range(2)]
     alone = llama.generate(ids, **{CACHE: caches[0]}, **options)
     beside = llama.generate(padded, attention_mask=mask, **{CACHE: caches[1]}, **options)
     assert torch.equal(alone[:, 100:], beside[:, length:])
@@ -75,7 +80,7 @@ def test_a_padded_row_is_as_alone(llama):
 def test_tokens_can_be_taken_back(llama):
     """After a crop the cache is as if they had never been read."""
     ids = random_ids(1, 160)
-    caches = [WildCatCache(llama.config, exact_layers=[0], **SETTINGS) for _ in range(2)]
+    caches = [WildCatCache(llama.config, compressor="wildcat", exact_layers=[0], **SETTINGS) for _ in range(2)]
     for cache in caches:
         cache.activate_past_recording()
         llama(ids[:, :120], **{CACHE: cache})
@@ -111,13 +116,13 @@ def test_they_are_saved_and_loaded(llama, tmp_path, method):
 )
 def test_what_cannot_be_is_refused(llama, fields, message):
     with pytest.raises(ValueError, match=message) as error:
-        WildCatCache(llama.config, **fields)
+        WildCatCache(llama.config, compressor="wildcat", **fields)
     assert "\n" not in str(error.value)
 
 
 def test_a_window_layer_cannot_be_named():
     with pytest.raises(ValueError, match="none of those that can be compressed"):
-        WildCatCache(tiny_model("gemma3").config, ratio=0.25, exact_layers=[0])
+        WildCatCache(tiny_model("gemma3").config, compressor="wildcat", ratio=0.25, exact_layers=[0])
 
 
 def test_the_settings_say_so():

@@ -145,7 +145,10 @@ def test_an_offloaded_cache_answers_as_any_other(monkeypatch):
     monkeypatch.setattr(torch.cuda, "default_stream", lambda device: Stream())
     monkeypatch.setattr(torch, "Stream", lambda *args, **kwargs: Stream())
     model = tiny_model("gemma3")
-    caches = [WildCatCache(model.config, ratio=0.25, offloading=offloading) for offloading in (False, True)]
+    caches = [
+        WildCatCache(model.config, compressor="wildcat", ratio=0.25, offloading=offloading)
+        for offloading in (False, True)
+    ]
     assert caches[1].offloading
     out = [model.generate(random_ids(2, 100), **{CACHE: cache}, max_new_tokens=60, num_beams=2) for cache in caches]
     assert torch.equal(*out)
@@ -158,7 +161,7 @@ def test_offloading_without_cuda_is_refused():
         pytest.skip("there is CUDA here")
     model = tiny_model("llama")
     with pytest.raises(ValueError, match="offloading=True needs a CUDA device"):
-        WildCatCache(model.config, ratio=0.25, offloading=True)
+        WildCatCache(model.config, compressor="wildcat", ratio=0.25, offloading=True)
     assert model.config._attn_implementation == "sdpa"
 
 
@@ -168,13 +171,13 @@ def test_dispatched_models_are_followed(tmp_path):
 
     model, ids = tiny_model("llama"), random_ids(1, 150)
     expected = model.generate(
-        ids, **{CACHE: WildCatCache(model.config, ratio=0.25)}, max_new_tokens=40, do_sample=False
+        ids, **{CACHE: WildCatCache(model.config, compressor="wildcat", ratio=0.25)}, max_new_tokens=40, do_sample=False
     )
     model.save_pretrained(tmp_path)
     places = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
     places |= {f"model.layers.{index}": "disk" if index == 1 else "cpu" for index in range(3)}
     dispatched = dispatch_model(model, places, main_device="cpu", offload_dir=str(tmp_path / "offloaded"))
-    cache = WildCatCache(dispatched.config, ratio=0.25)
+    cache = WildCatCache(dispatched.config, compressor="wildcat", ratio=0.25)
     out = dispatched.generate(ids, **{CACHE: cache}, max_new_tokens=40, do_sample=False)
     assert torch.equal(out, expected)
 

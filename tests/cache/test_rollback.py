@@ -181,7 +181,7 @@ def test_cropping_nothing_is_nothing():
 
 
 def test_all_of_an_unfolded_text_can_be_taken_back(llama):
-    cache = WildCatCache(llama.config, max_tokens=200)
+    cache = WildCatCache(llama.config, compressor="wildcat", max_tokens=200)
     first = llama(random_ids(1, 60), **{CACHE: cache}).logits
     cache.crop(-60)
     assert cache.get_seq_length() == cache.stored_length() == 0
@@ -203,7 +203,7 @@ def test_the_value_clip_is_rolled_back():
 
 
 def test_the_cache_says_that_it_can_be_rolled_back(llama):
-    cache = WildCatCache(llama.config, ratio=0.25)
+    cache = WildCatCache(llama.config, compressor="wildcat", ratio=0.25)
     assert cache.is_croppable and not cache.layers[0].record_past
     cache.activate_past_recording()
     assert cache.layers[0].record_past
@@ -213,7 +213,7 @@ def test_the_cache_says_that_it_can_be_rolled_back(llama):
 
 def test_a_text_that_is_taken_back_whole_leaves_a_hybrid_as_new():
     model = tiny_model("lfm2")
-    cache = WildCatCache(model.config, max_tokens=200)
+    cache = WildCatCache(model.config, compressor="wildcat", max_tokens=200)
     cache.activate_past_recording()
     model(random_ids(1, 40), **{CACHE: cache})
     cache.crop(-40)
@@ -231,7 +231,9 @@ def test_prompt_lookup_within_budget_is_the_exact_caches(family, budget):
     ids = random_ids(1, 20).repeat(1, 4)
     options = {"max_new_tokens": 50, "do_sample": False, "prompt_lookup_num_tokens": 6}
     expected = model.generate(ids, **{CACHE: DynamicCache(config=model.config)}, **options)
-    assert torch.equal(model.generate(ids, **{CACHE: WildCatCache(model.config, **budget)}, **options), expected)
+    assert torch.equal(
+        model.generate(ids, **{CACHE: WildCatCache(model.config, compressor="wildcat", **budget)}, **options), expected
+    )
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
@@ -239,7 +241,7 @@ def test_prompt_lookup_within_budget_is_the_exact_caches(family, budget):
 def test_prompt_lookup_compresses(family, budget):
     model = tiny_model(family)
     ids = random_ids(1, 50).repeat(1, 4)
-    cache = WildCatCache(model.config, **budget)
+    cache = WildCatCache(model.config, compressor="wildcat", **budget)
     out = model.generate(
         ids, **{CACHE: cache}, max_new_tokens=120, do_sample=False, prompt_lookup_num_tokens=6, eos_token_id=None
     )
@@ -256,7 +258,7 @@ def test_assisted_decoding(llama, budget):
     assistant = tiny_model("llama", num_hidden_layers=1)
     ids = random_ids(1, 120)
     options = {"max_new_tokens": 60, "do_sample": False, "assistant_model": assistant}
-    cache = WildCatCache(llama.config, **budget)
+    cache = WildCatCache(llama.config, compressor="wildcat", **budget)
     out = llama.generate(ids, **{CACHE: cache}, **options)
     if budget == {"ratio": 1.0}:
         assert torch.equal(out, llama.generate(ids, **{CACHE: DynamicCache(config=llama.config)}, **options))
@@ -272,7 +274,7 @@ def test_prompt_lookup_is_greedy_decoding_until_a_fold_comes_at_another_time(bud
     text = "The code word of the day is swordfish. The sun rises in the east. Paris is the capital of France. " * 12
     ids = tokenizer(text, return_tensors="pt").input_ids
     options = {"max_new_tokens": 64, "min_new_tokens": 64, "do_sample": False}
-    caches = [WildCatCache(model.config, **budget) for _ in range(2)]
+    caches = [WildCatCache(model.config, compressor="wildcat", **budget) for _ in range(2)]
     greedy, lookup = (
         model.generate(ids, **{CACHE: cache}, **options, **more, output_logits=True, return_dict_in_generate=True)
         for cache, more in zip(caches, ({}, {"prompt_lookup_num_tokens": 6}), strict=True)
@@ -289,7 +291,7 @@ def test_prompt_lookup_over_a_filled_cache_is_refused_where_a_mask_shows_it(llam
     """It passes the whole prompt again, to be read twice. generate() drops a mask of ones, so padding must be there."""
     ids, mask = random_ids(1, 100), torch.ones(1, 100, dtype=torch.int64)
     mask[:, :3] = 0
-    cache = WildCatCache(llama.config, ratio=0.25)
+    cache = WildCatCache(llama.config, compressor="wildcat", ratio=0.25)
     llama(ids[:, :80], attention_mask=mask[:, :80], **{CACHE: cache})
     with pytest.raises(ValueError, match="attention_mask has width 100"):
         llama.generate(ids, attention_mask=mask, **{CACHE: cache}, max_new_tokens=5, prompt_lookup_num_tokens=4)
@@ -298,7 +300,7 @@ def test_prompt_lookup_over_a_filled_cache_is_refused_where_a_mask_shows_it(llam
 
 def test_a_step_too_many_is_undone_as_a_deferred_stop_does_it(llama):
     """Recording from the prompt on, a crop(0) after every token, one token taken back at the end."""
-    cache, other = (WildCatCache(llama.config, ratio=0.25) for _ in range(2))
+    cache, other = (WildCatCache(llama.config, compressor="wildcat", ratio=0.25) for _ in range(2))
     later = random_ids(1, 61, seed=3)
     for kind in (cache, other):
         llama(random_ids(1, 150), **{CACHE: kind})
@@ -319,7 +321,7 @@ def test_a_step_too_many_is_undone_as_a_deferred_stop_does_it(llama):
 
 def test_layers_that_cannot_go_back_are_named_before_anything_changes():
     model = tiny_model("gemma3")
-    cache = WildCatCache(model.config, max_tokens=200)
+    cache = WildCatCache(model.config, compressor="wildcat", max_tokens=200)
     model(random_ids(1, 60), **{CACHE: cache})
     with pytest.raises(ValueError, match=r"DynamicSlidingWindowLayer.*activate_past_recording"):
         cache.crop(-5)
@@ -329,7 +331,7 @@ def test_layers_that_cannot_go_back_are_named_before_anything_changes():
 
 def test_hybrid_caches_roll_back_together():
     model = tiny_model("gemma3")
-    cache, other = (WildCatCache(model.config, ratio=0.25) for _ in range(2))
+    cache, other = (WildCatCache(model.config, compressor="wildcat", ratio=0.25) for _ in range(2))
     for kind in (cache, other):
         kind.activate_past_recording()
         model(random_ids(1, 80), **{CACHE: kind})

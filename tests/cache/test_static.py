@@ -60,12 +60,12 @@ def compiled(model, cache, backend="eager"):
 
 def ordinary(model, ids, count, budget=BUDGET):
     """What a cache that is not static gives."""
-    cache = WildCatCache(model.config, **budget)
+    cache = WildCatCache(model.config, compressor="wildcat", **budget)
     return decode(eagerly(model, cache), read(model, cache, ids), count), cache
 
 
 def static_cache(model, **changes):
-    return WildCatCache(model.config, static=True, **{**BUDGET, **changes})
+    return WildCatCache(model.config, compressor="wildcat", static=True, **{**BUDGET, **changes})
 
 
 def addresses(cache):
@@ -131,7 +131,7 @@ def test_every_text_and_every_cache_use_the_same_graph(model):
 
 def test_several_turns(model):
     """A further chunk, several tokens at once, between compiled steps; short ones and one longer than the budget."""
-    cache, other = static_cache(model), WildCatCache(model.config, **BUDGET)
+    cache, other = static_cache(model), WildCatCache(model.config, compressor="wildcat", **BUDGET)
     step, at = None, None
     for turn, length in enumerate((20, 9, 50, 2, 7)):
         ids = random_ids(2, length, seed=turn)
@@ -207,7 +207,7 @@ def test_steps_after_a_prompt_with_a_padded_row(model, length):
     ids = random_ids(2, length)
     mask = torch.ones_like(ids)
     mask[1, :6] = 0
-    other, cache = WildCatCache(model.config, **BUDGET), static_cache(model)
+    other, cache = WildCatCache(model.config, compressor="wildcat", **BUDGET), static_cache(model)
     token = read(model, other, ids, mask)
     assert torch.equal(read(model, cache, ids, mask), token)
     found, step = [], compiled(model, cache)
@@ -244,7 +244,7 @@ def test_generate_with_a_row_that_is_padded(model, compile_steps, length):
     ids = random_ids(2, length)
     mask = torch.ones_like(ids)
     mask[1, :6] = 0
-    expected = generate(model, WildCatCache(model.config, **BUDGET), ids, mask)
+    expected = generate(model, WildCatCache(model.config, compressor="wildcat", **BUDGET), ids, mask)
     cache = static_cache(model)
     found = generate(model, cache, ids, mask, compile_steps)
     assert torch.equal(found.sequences, expected.sequences)
@@ -255,7 +255,7 @@ def test_generate_with_a_row_that_is_padded(model, compile_steps, length):
 @pytest.mark.parametrize("compile_steps", [False, True])
 def test_beams(model, compile_steps):
     ids = random_ids(2, 33)
-    expected = generate(model, WildCatCache(model.config, **BUDGET), ids, num_beams=3)
+    expected = generate(model, WildCatCache(model.config, compressor="wildcat", **BUDGET), ids, num_beams=3)
     found = generate(model, static_cache(model), ids, None, compile_steps, num_beams=3)
     assert torch.equal(found.sequences, expected.sequences)
 
@@ -337,20 +337,20 @@ def test_what_has_no_fixed_shapes_is_refused(options, message):
     config = tiny_config("llama")
     before = config._attn_implementation
     with pytest.raises(ValueError, match=message):
-        CompressedCache(config, **{"compressor": "uniform", **options}, static=True)
+        CompressedCache(config, compressor="wildcat", **{"compressor": "uniform", **options}, static=True)
     assert config._attn_implementation == before and type(config._attn_implementation) is type(before)
 
 
 @pytest.mark.parametrize("family", ["gemma3", "phi3_wide"])
 def test_a_model_with_windows_is_refused(family):
     with pytest.raises(ValueError, match="static=True: the model has layers with windows"):
-        WildCatCache(tiny_config(family), static=True, **BUDGET)
+        WildCatCache(tiny_config(family), compressor="wildcat", static=True, **BUDGET)
 
 
 def test_offloading_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     with pytest.raises(ValueError, match="static=True with offloading=True"):
-        WildCatCache(tiny_config("llama"), static=True, offloading=True, **BUDGET)
+        WildCatCache(tiny_config("llama"), compressor="wildcat", static=True, offloading=True, **BUDGET)
 
 
 def test_a_method_that_deals_out_unequally_is_refused_before_the_first_step(model):
@@ -376,7 +376,7 @@ def test_tokens_cannot_be_taken_back(model):
 
 def test_caches_without_compiled_steps_are_named(model):
     with pytest.raises(ValueError, match=r"WildCatCache.*has no fixed shapes; build it with max_tokens"):
-        compile_decoding(model, WildCatCache(model.config, **BUDGET))
+        compile_decoding(model, WildCatCache(model.config, compressor="wildcat", **BUDGET))
     with pytest.raises(ValueError, match=r"WildCatCache.* is empty: read a prompt"):
         compile_decoding(model, static_cache(model))
 
@@ -408,11 +408,16 @@ class Pairs(RuleBasedStateMachine):
         config, self.masked = tiny_config("llama", num_hidden_layers=2), masked
         if method == "wildcat":
             self.load = WildCatCache.load
-            self.caches = [WildCatCache(config, settings, static=static) for static in (True, False)]
+            self.caches = [
+                WildCatCache(config, settings, compressor="wildcat", static=static) for static in (True, False)
+            ]
         else:
             options = {"compressor": METHODS[method]}
             self.load = lambda *args, **more: CompressedCache.load(*args, **options, **more)
-            self.caches = [CompressedCache(config, settings, **options, static=static) for static in (True, False)]
+            self.caches = [
+                CompressedCache(config, settings, compressor="wildcat", **options, static=static)
+                for static in (True, False)
+            ]
         self.config, self.mask = config, torch.zeros(rows, 0, dtype=torch.bool)
         self.seed = 0
 

@@ -273,10 +273,10 @@ def test_a_name_gives_the_method_as_it_is_by_default(llama, name):
     assert getattr(cache.compressor, "seed", 5) == 5
 
 
-def test_wildcat_by_name_is_the_wildcat_cache(llama):
+def test_a_method_by_name_takes_the_settings(llama):
     ids = random_ids(1, 200)
     first = CompressedCache(llama.config, compressor="wildcat", ratio=0.25, weights="clipped")
-    second = WildCatCache(llama.config, ratio=0.25, weights="clipped")
+    second = WildCatCache(llama.config, compressor=WildCat(weights="clipped"), ratio=0.25)
     for cache in (first, second):
         llama(ids, **{CACHE: cache})
     assert_same(state(first), state(second))
@@ -286,7 +286,11 @@ def test_wildcat_by_name_is_the_wildcat_cache(llama):
     ("arguments", "error", "message"),
     [
         ({"compressor": "snap", "ratio": 0.25}, ValueError, "compressor='snap': no such method; did you mean 'snapkv'"),
-        ({"compressor": "nosuch", "ratio": 0.25}, ValueError, "compressor='nosuch': no such method; there are wildcat"),
+        (
+            {"compressor": "nosuch", "ratio": 0.25},
+            ValueError,
+            "compressor='nosuch': no such method; there are auto, wildcat",
+        ),
         ({"compressor": SnapKV, "ratio": 0.25}, TypeError, "is no method; pass an instance"),
         ({"compressor": 3, "ratio": 0.25}, TypeError, "compressor=3 is no method"),
         ({"compressor": "kvzip", "ratio": 0.25}, ValueError, r"compress_context\(model, tokenizer, text"),

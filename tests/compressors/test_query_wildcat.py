@@ -387,7 +387,7 @@ def test_there_is_no_report_without_an_estimate(llama, tmp_path):
     with pytest.raises(ValueError, match="nothing was compressed in this process yet"):
         cache.error_report()
     with pytest.raises(ValueError, match="WildCat does not estimate its error; take compressor='query_wildcat'"):
-        WildCatCache(llama.config, ratio=0.25).error_report()
+        WildCatCache(llama.config, compressor="wildcat", ratio=0.25).error_report()
     llama(random_ids(1, 100), **{CACHE: cache})
     cache.save(tmp_path / "context.safetensors")
     with pytest.raises(ValueError, match="nothing was compressed in this process"):

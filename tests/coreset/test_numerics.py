@@ -108,7 +108,7 @@ def test_half_precision_is_as_near_as_its_rounding_allows(dtype):
 @pytest.mark.parametrize("budget", [{"ratio": 0.25}, {"max_tokens": 100}])
 def test_models_in_half_precision_generate(dtype, budget):
     model = tiny_model("llama", initializer_range=0.1).to(dtype)
-    cache = WildCatCache(model.config, **budget)
+    cache = WildCatCache(model.config, compressor="wildcat", **budget)
     out = model.generate(
         random_ids(2, 150),
         **{CACHE: cache},

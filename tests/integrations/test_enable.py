@@ -15,6 +15,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from tests.families import REGISTRY
 from tests.tiny import FAMILIES, random_ids, tiny_config, tiny_model
 from wildcat_kv import CompressedCache, WildCatCache, WildCatConfig, disable, enable, patch_config
+from wildcat_kv.cache.sizes import stored_tokens
 from wildcat_kv.hook.keyword import CACHE, returned_cache
 
 SETTINGS = {"ratio": 0.25, "sink": 4, "window": 4, "bin_rank": 4}
@@ -291,11 +292,11 @@ def test_settings_may_be_an_object(llama):
         assert torch.equal(exact(llama), expected)
 
 
-def test_without_settings_the_published_ones_are_used(llama):
+def test_without_settings_those_of_the_default_preset_are_used(llama):
     with enable(llama) as handle:
         cache = returned_cache(exact(llama, random_ids(1, 400), return_dict_in_generate=True))
-    assert handle.recipe.settings == cache.settings == WildCatConfig(ratio=0.25, sink=32, window=32, bin_rank=12)
-    assert cache.stored_length() < 160
+    assert handle.recipe.settings == cache.settings == WildCatConfig(ratio=0.5, bits=4, sink=4, window=32)
+    assert stored_tokens(cache) < 260
 
 
 def test_fields_are_laid_over_what_the_config_says(llama):

@@ -109,9 +109,10 @@ def test_every_way_to_choose_settings_is_obeyed(llama, way):
         return cache.settings, type(cache.compressor).__name__
 
     theory = WildCatConfig(temperature="theory", **SETTINGS)
-    assert chosen() == chosen(preset="published") == (WildCatConfig(ratio=0.25), "WildCat")
+    assert chosen() == (WildCatConfig(ratio=0.5, bits=4), "QueryWildCat")
+    assert chosen(preset="published") == (WildCatConfig(ratio=0.25, sink=32), "WildCat")
     assert chosen(compressor="snapkv", ratio=0.5) == (WildCatConfig(ratio=0.5), "SnapKV")
-    assert chosen(settings=theory) == (theory, "WildCat")
+    assert chosen(settings=theory) == (theory, "QueryWildCat")
     others = {"weights": "clipped", "exact_layers": [0], "seed": 3}
     assert chosen(**SETTINGS, **others)[0] == WildCatConfig(**SETTINGS, **others)
     assert chosen(max_tokens=90)[0] == WildCatConfig(max_tokens=90)

@@ -45,7 +45,7 @@ def fields_of(folder):
 def test_the_section_is_written_and_the_rest_stays(folder):
     before, original = fields_of(folder), (folder / "config.json").read_bytes()
     recipe = patch_folder(folder, compressor="uniform", **SETTINGS)
-    assert recipe == Recipe(WildCatConfig(**SETTINGS), "uniform", "published")
+    assert recipe == Recipe(WildCatConfig(**SETTINGS), "uniform")
     after = fields_of(folder)
     assert after.pop(SECTION) == recipe.section() and after == before
     assert (folder / BACKUP).read_bytes() == original
@@ -78,7 +78,7 @@ def test_a_second_patch_keeps_the_first_backup(folder):
     before = contents(folder)
     patch_folder(folder, compressor="uniform", **SETTINGS)
     recipe = patch_folder(folder, max_tokens=300)
-    assert recipe == Recipe(WildCatConfig(max_tokens=300, sink=4, window=4, bin_rank=4), "uniform", "published")
+    assert recipe == Recipe(WildCatConfig(max_tokens=300, sink=4, window=4, bin_rank=4), "uniform")
     assert (folder / BACKUP).read_bytes() == before["config.json"][0]
     unpatch_folder(folder)
     assert contents(folder) == before

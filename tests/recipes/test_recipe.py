@@ -90,7 +90,7 @@ def test_the_section_goes_through_save_and_load(config, tmp_path):
         warnings.simplefilter("error")
         again = tf.AutoConfig.from_pretrained(tmp_path)
     assert read_section(again) == read_section(config)
-    assert Recipe.choose(again) == Recipe(WildCatConfig(max_tokens=300, seed=7), "keydiff", "published")
+    assert Recipe.choose(again) == Recipe(WildCatConfig(max_tokens=300, seed=7), "keydiff")
 
 
 def test_a_generation_config_does_not_hold_it(config, tmp_path):
@@ -134,11 +134,11 @@ def test_the_config_of_a_vision_model_holds_it(tmp_path):
 
 def test_arguments_go_over_the_section(config):
     patch_config(config, compressor="uniform", **SETTINGS)
-    assert Recipe.choose(config) == Recipe(WildCatConfig(**SETTINGS), "uniform", "published")
+    assert Recipe.choose(config) == Recipe(WildCatConfig(**SETTINGS), "uniform")
     assert Recipe.choose(config, window=9).settings == WildCatConfig(**{**SETTINGS, "window": 9})
     assert Recipe.choose(config, max_tokens=90).settings == WildCatConfig(max_tokens=90, sink=4, window=4, bin_rank=4)
     assert Recipe.choose(config, compressor="snapkv").settings == WildCatConfig(**SETTINGS)
-    assert Recipe.choose(config, WildCatConfig(ratio=0.5)) == Recipe(WildCatConfig(ratio=0.5), "wildcat")
+    assert Recipe.choose(config, WildCatConfig(ratio=0.5)) == Recipe(WildCatConfig(ratio=0.5), "auto")
 
 
 def test_a_preset_replaces_the_section(config):
@@ -158,11 +158,11 @@ def test_max_tokens_replaces_layers_left_exact(config):
 def test_a_second_patch_changes_the_first(config):
     patch_config(config, compressor="uniform", **SETTINGS)
     patch_config(config, ratio=0.5)
-    assert Recipe.choose(config) == Recipe(WildCatConfig(**{**SETTINGS, "ratio": 0.5}), "uniform", "published")
+    assert Recipe.choose(config) == Recipe(WildCatConfig(**{**SETTINGS, "ratio": 0.5}), "uniform")
     patch_config(config, preset="published")
-    assert Recipe.choose(config) == Recipe(WildCatConfig(ratio=0.25), "wildcat", "published")
+    assert Recipe.choose(config) == Recipe(WildCatConfig(ratio=0.25, sink=32), "wildcat", "published")
     patch_config(config, WildCatConfig(max_tokens=200))
-    assert Recipe.choose(config) == Recipe(WildCatConfig(max_tokens=200), "wildcat", None)
+    assert Recipe.choose(config) == Recipe(WildCatConfig(max_tokens=200), "auto", None)
 
 
 def test_every_cache_is_a_new_one(config):
@@ -199,7 +199,8 @@ def test_a_cache_takes_what_every_other_way_takes(config, choice, patched):
         config = tiny_model("llama").config if choice else config
     recipe = Recipe.choose(config, **choice)
     assert cache.settings == recipe.settings
-    assert cache.compressor == resolve(recipe.compressor, recipe.settings)
+    chosen = "query_wildcat" if recipe.compressor == "auto" else recipe.compressor
+    assert cache.compressor == resolve(chosen, recipe.settings)
 
 
 # What is refused.
@@ -243,7 +244,7 @@ def test_a_section_that_does_not_fit_is_named_by_its_path(config, section, messa
         assert "\n" not in str(error.value)
     assert as_it_is(config) == before
     patch_config(config, preset="published")  # the way out
-    assert read_section(config).settings == WildCatConfig(ratio=0.25)
+    assert read_section(config).settings == WildCatConfig(ratio=0.25, sink=32)
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from typing_extensions import Self
 
+from wildcat_kv.cache.automatic import best_method
 from wildcat_kv.cache.byte_budget import ByteBudget
 from wildcat_kv.compressors import Compressor, resolve
+from wildcat_kv.compressors.registry import AUTO
 from wildcat_kv.compressors.rotation import Rotation
 from wildcat_kv.config import WildCatConfig
 from wildcat_kv.models.rope import check_images, rotation_limit, rotations_of
@@ -58,7 +60,7 @@ class Blueprint:
         Args:
             config: config of the model; left as it is.
             settings: budget and exact ends.
-            compressor: method, or its name.
+            compressor: method, its name, or "auto".
             static: True for fixed shapes.
             offloading: True to keep keys and values on the CPU.
 
@@ -66,18 +68,23 @@ class Blueprint:
             TypeError: config is no Transformers config, or compressor no method.
             ValueError: settings, method and model do not fit together; the message names the argument.
         """
-        compressor = resolve(compressor, settings)
+        if compressor != AUTO:  # a wrong name is told before a wrong model
+            compressor = resolve(compressor, settings)
+        decoder = decoder_config(config)
+        layers, full = cache_layers(decoder)
+        rotations: dict[int, Rotation] = {}
+        if not isinstance(compressor, Compressor):
+            compressor, rotations = best_method(config, decoder, full, settings, static=static, offloading=offloading)
         check_budget(settings, compressor)
         if offloading:
             _check_offloading(compressor)
-        decoder = decoder_config(config)
-        layers, full = cache_layers(decoder)
         compressor.check_model(decoder, len(full))
         if static:
             window = getattr(decoder, "sliding_window", None) if getattr(decoder, "use_sliding_window", True) else None
             _check_static(settings, compressor, offloading, len(full) < len(layers) or window is not None)
         exact = exact_layers(settings, len(layers), full)
-        rotations = rotations_of(decoder, full) if compressor.needs_rotation else {}
+        if compressor.needs_rotation and not rotations:
+            rotations = rotations_of(decoder, full)
         check_images(config, decoder, rotations)
         limit = rotation_limit(decoder, rotations)
         in_bytes = None

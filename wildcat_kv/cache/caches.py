@@ -22,7 +22,7 @@ from wildcat_kv.cache.layer import WildCatLayer
 from wildcat_kv.cache.positions import RopeDeltas
 from wildcat_kv.cache.sizes import cache_bytes, stored_entries, stored_tokens
 from wildcat_kv.cache.static import StaticPassState, StaticWildCatLayer
-from wildcat_kv.compressors import Compressor, WildCat
+from wildcat_kv.compressors import Compressor
 from wildcat_kv.config import BUDGETS, WildCatConfig
 from wildcat_kv.hook.keyword import CACHE
 from wildcat_kv.hook.marks import NAME, AttentionName
@@ -35,8 +35,8 @@ from wildcat_kv.recipes.recipe import Recipe
 class WildCatCache(CacheContract):
     """A Transformers cache that keeps its full-attention layers within a budget.
 
-    The method is WildCat, or any other one. Pass the cache to `generate(cache=...)` or to the model; before
-    Transformers 5.24 that argument is `past_key_values=...`.
+    The method is the best one for the model, the published WildCat, or any other. Pass the cache to
+    `generate(cache=...)` or to the model; before Transformers 5.24 that argument is `past_key_values=...`.
 
     The constructor switches the config's attention implementation to "wildcat". With other caches, and as long as
     nothing is compressed, this one calls the previous implementation, so the switch can stay. The cache is for
@@ -47,8 +47,9 @@ class WildCatCache(CacheContract):
         settings: budget and exact ends; or give its fields by name.
         preset: preset to begin with, by name, file or object. Without one, a budget goes with the defaults of
             `WildCatConfig`; without a budget too, begin with the section of the config that `patch_config` wrote, or
-            with the preset "published".
-        compressor: method, WildCat by default: a name from `wildcat_kv.compressors.available()`, or a `Compressor`.
+            with the preset "default".
+        compressor: method: a name from `wildcat_kv.compressors.available()`, or a `Compressor`. By default "auto", the
+            best one that the model and the settings support; `cache.compressor` tells which.
         offloading: True to keep keys and values on the CPU while other layers work, as Transformers' own offloaded
             cache does; needs CUDA.
         offload_only_non_sliding: True to leave sliding-window layers on their device.
@@ -297,8 +298,9 @@ def _fill(layers: list[Any], saved: SavedCache) -> None:
 def _describe(settings: WildCatConfig, compressor: Compressor) -> str:
     """Describe the method, and the settings that are not the default ones."""
     given = [f"{name}={value!r}" for name, value in settings.model_dump(exclude_defaults=True).items()]
-    # WildCat is made from the settings: they tell all of it.
-    return ", ".join(given if isinstance(compressor, WildCat) else [repr(compressor), *given])
+    method = type(compressor)
+    own = [f"{name}={value!r}" for name, value in vars(compressor).items() if value != getattr(method, name, None)]
+    return ", ".join([f"{method.__name__}({', '.join(own)})", *given])
 
 
 # The same class, by a name that promises no method.

@@ -21,7 +21,7 @@ def demo(
     preset: Annotated[
         str | None,
         typer.Option(
-            help="Settings by name or a YAML file. Default: balanced with the default model, adaptive with another.",
+            help="Settings by name or a YAML file.",
             autocompletion=options.preset_names,
         ),
     ] = None,
@@ -33,24 +33,22 @@ def demo(
     max_bytes: options.MaxBytesOption = None,
     bits: options.BitsOption = None,
     tokens: Annotated[int, typer.Option(help="Tokens of essays to read.", min=500)] = 1200,
-    max_new_tokens: Annotated[int, typer.Option(help="Most tokens of an answer.", min=1)] = 48,
+    max_new_tokens: Annotated[int, typer.Option(help="Most tokens of an answer.", min=1)] = 24,
     model: options.ModelOption = None,
     dtype: options.DtypeOption = "float32",
     device: options.DeviceOption = None,
     seed: Annotated[int, typer.Option(help="Seed of the essays, the needle and the pivots.")] = 0,
 ) -> None:
-    """Ask about a text: with the exact cache, and with a compressed one.
+    """Ask for facts of a text: with the exact cache, and with smaller ones side by side.
 
     The text is read and compressed before the questions are known.
     """
-    if preset is None and method is None:
-        preset = "balanced" if model is None else "adaptive"
     fields = _fields(ratio, compression_ratio, max_tokens, min_tokens, max_bytes, bits, seed)
     choice = options.chosen(preset, method, of_text=True, **fields)
     loaded, tokenizer = options.load(model, dtype, device)
     from wildcat_kv.cli.demo import run_demo
 
-    run_demo(loaded, tokenizer, choice, tokens, max_new_tokens, seed, note=_note(model, preset))
+    run_demo(loaded, tokenizer, choice, tokens, max_new_tokens, seed, note=_note(model))
 
 
 def generate(
@@ -272,9 +270,6 @@ def _fields(
     }
 
 
-def _note(model: str | None, preset: str | None) -> str:
+def _note(model: str | None) -> str:
     """Say what a reader of the demo's figures must know of the default model."""
-    if model is not None:
-        return ""
-    tuned = " The layers that the preset leaves exact were found on this very model." if preset == "balanced" else ""
-    return f"The default model's weights are 4-bit (Q4_1), dequantised.{tuned}"
+    return "" if model is not None else "The default model's weights are 4-bit (Q4_1), dequantised."

@@ -1,10 +1,10 @@
-"""The demo: one text, asked with the exact cache and with a compressed one."""
+"""The demo: facts in a text, asked for with the exact cache and with smaller ones."""
 
 from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,12 +18,14 @@ from wildcat_kv.cache.sizes import cache_bytes
 from wildcat_kv.cli.figures import MIB
 from wildcat_kv.cli.generate import decode
 from wildcat_kv.cli.streaming import layers_seen, steps
+from wildcat_kv.config import BUDGETS
 from wildcat_kv.contexts.compressed_context import compress_context
 from wildcat_kv.contexts.prompts import encode_question
 from wildcat_kv.contexts.reading import read
 from wildcat_kv.data.haystack import Needle, build_context, make_needles
 
-_OVERVIEW = "What is this text about?"
+_EXACT = "exact cache"
+_FACTS = 4
 
 
 @dataclass(frozen=True)
@@ -42,13 +44,18 @@ class _Run:
     read_seconds: float
     tokens_per_second: float
 
+    def found(self, needles: Sequence[Needle]) -> int:
+        """Count the facts that were found."""
+        return sum(needle.value in answer for needle, answer in zip(needles, self.answers, strict=True))
+
 
 def run_demo(
     model: Any, tokenizer: Any, choice: dict[str, Any], tokens: int, max_new_tokens: int, seed: int, *, note: str
 ) -> None:
-    """Plant a fact in essays, and ask both caches for it.
+    """Plant facts in essays, and ask every cache for them.
 
-    It prints what they answered.
+    It prints what they answered. The caches are the exact one, all tokens in 4 bits, the chosen one, and the published
+    method in the same budget.
 
     Args:
         model: a Transformers decoder.
@@ -56,32 +63,45 @@ def run_demo(
         choice: keyword arguments of `compress_context`.
         tokens: length of the text, in tokens.
         max_new_tokens: most tokens of an answer.
-        seed: seed of the essays and the fact.
+        seed: seed of the essays and the facts.
         note: a remark on the figures; may be empty.
     """
-    (needle,) = make_needles(1, seed)
-    text = build_context(tokenizer, tokens, [needle], seed=seed)
-    questions = [needle.question, _OVERVIEW]
+    needles = make_needles(_FACTS, seed)
+    text = build_context(tokenizer, tokens, needles, seed=seed)
+    with steps() as progress:
+        runs = {
+            name: _run(model, tokenizer, make, text, needles, max_new_tokens, progress, name.splitlines()[0])
+            for name, make in _caches(model, tokenizer, text, choice).items()
+        }
+    console = Console(highlight=False)
+    console.print(
+        f"\n{tokens:,} tokens of essays hold {len(needles)} sentences such as: [bold]{needles[0].sentence}[/bold]\n"
+        "Each cache has read and compressed them before it is asked.\n"
+    )
+    console.print(_table(needles, runs))
+    console.print(_verdict(needles, runs), soft_wrap=True)
+    if note:
+        console.print(note, style="dim", soft_wrap=True)
+
+
+def _caches(model: Any, tokenizer: Any, text: str, choice: dict[str, Any]) -> dict[str, Callable[[], Cache]]:
+    """Name the caches to compare, each with a function that reads the text into it."""
 
     def exact() -> Cache:
         cache = DynamicCache(config=model.config)
         read(model, cache, encode_question(tokenizer, text, "")[0].to(model.device))
         return cache
 
-    def compressed() -> Cache:
-        return compress_context(model, tokenizer, text, **choice).cache
+    def compressed(**chosen: Any) -> Callable[[], Cache]:
+        return lambda: compress_context(model, tokenizer, text, **chosen).cache
 
-    with steps() as progress:
-        runs = [
-            _run(model, tokenizer, make, text, questions, max_new_tokens, progress, name)
-            for name, make in (("exact", exact), ("compressed", compressed))
-        ]
-    console = Console(highlight=False)
-    console.print(f"\n{tokens:,} tokens of essays hold this sentence: [bold]{needle.sentence}[/bold]\n")
-    console.print(_table(questions, dict(zip(("exact cache", _name(choice)), runs, strict=True))))
-    console.print(_verdict(needle, *runs), soft_wrap=True)
-    if note:
-        console.print(note, style="dim", soft_wrap=True)
+    budget = {name: choice[name] for name in (*BUDGETS, "bits") if name in choice}
+    return {
+        _EXACT: exact,
+        "all tokens\nin 4 bits": compressed(ratio=1.0, bits=4),
+        _name(choice): compressed(**choice),
+        "published\nmethod": compressed(preset="published", **budget),
+    }
 
 
 @torch.no_grad()
@@ -90,7 +110,7 @@ def _run(
     tokenizer: Any,
     make: Callable[[], Cache],
     text: str,
-    questions: list[str],
+    needles: Sequence[Needle],
     max_new_tokens: int,
     progress: Progress,
     name: str,
@@ -102,24 +122,27 @@ def _run(
         cache = make()
     seconds = time.perf_counter() - start
     answers, speeds = [], []
-    for question in questions:
-        ids = torch.cat(encode_question(tokenizer, text, question), dim=-1).to(model.device)
-        writing = progress.add_task(f"{name}: {question}", total=None)
+    asking = progress.add_task(f"{name}: asking", total=len(needles))
+    for needle in needles:
+        ids = torch.cat(encode_question(tokenizer, text, needle.question), dim=-1).to(model.device)
         pieces: list[str] = []
         timing = decode(model, tokenizer, copy.deepcopy(cache), ids, max_new_tokens, pieces.append, ["\n"])
-        progress.update(writing, total=1, completed=1)
+        progress.advance(asking)
         answers.append("".join(pieces).strip())
         speeds.append(timing.tokens_per_second)
     return _Run(answers, cache_bytes(cache), seconds, sum(speeds) / len(speeds))
 
 
-def _table(questions: list[str], runs: dict[str, _Run]) -> Table:
+def _table(needles: Sequence[Needle], runs: dict[str, _Run]) -> Table:
     """Make a table with a column a cache: answers, then figures."""
-    exact = next(iter(runs.values()))
+    exact = runs[_EXACT]
     table = Table("", *runs, show_lines=True)
-    for index, question in enumerate(questions):
-        table.add_row(question, *(run.answers[index] for run in runs.values()))
+    for index, needle in enumerate(needles):
+        table.add_row(
+            f"{needle.question} ({needle.value})", *(_marked(needle, run.answers[index]) for run in runs.values())
+        )
     for name, figure in (
+        ("facts found", lambda run: f"{run.found(needles)} of {len(needles)}"),
         ("cache, MiB", lambda run: f"{run.nbytes / MIB:.1f} ({run.nbytes / exact.nbytes:.0%})"),
         ("reading, seconds", lambda run: f"{run.read_seconds:.1f}"),
         ("tokens a second", lambda run: f"{run.tokens_per_second:.1f}"),
@@ -128,25 +151,25 @@ def _table(questions: list[str], runs: dict[str, _Run]) -> Table:
     return table
 
 
+def _marked(needle: Needle, answer: str) -> str:
+    """Show an answer, in green where it has the fact."""
+    answer = answer.replace("[", r"\[")
+    return f"[green]{answer}[/green]" if needle.value in answer else answer
+
+
 def _name(choice: dict[str, Any]) -> str:
     """Name what was chosen, by preset, method and budget."""
     words = {"preset": "preset", "compressor": "method"}
     parts = [f"{word} {choice[name]}" for name, word in words.items() if choice[name] is not None]
-    budgets = ("ratio", "compression_ratio", "max_tokens", "min_tokens", "max_bytes", "bits")
-    return ", ".join([*parts, *(f"{name}={choice[name]}" for name in budgets if name in choice)])
+    parts += [f"{name}={choice[name]}" for name in (*sorted(BUDGETS), "min_tokens", "bits") if name in choice]
+    return "\n".join(parts) or "default"
 
 
-def _verdict(needle: Needle, exact: _Run, compressed: _Run) -> str:
-    """Say which cache gave the fact, and what the compressed one holds.
-
-    It is one line.
-    """
-    found = [needle.value in run.answers[0] for run in (exact, compressed)]
-    told = {
-        (True, True): f"Both find {needle.value}",
-        (True, False): f"The exact cache finds {needle.value}, the compressed one does not",
-        (False, True): f"The compressed cache finds {needle.value}, the exact one does not",
-        (False, False): f"Neither finds {needle.value}",
-    }
-    share = compressed.nbytes / exact.nbytes
-    return f"\n{told[found[0], found[1]]}; the compressed cache holds {share:.0%} of the exact one's bytes."
+def _verdict(needles: Sequence[Needle], runs: dict[str, _Run]) -> str:
+    """Say in one line how many facts each cache gave, and in how many bytes."""
+    exact = runs[_EXACT]
+    told = [
+        f"{' '.join(name.split())} {run.found(needles)} in {run.nbytes / exact.nbytes:.0%} of the bytes"
+        for name, run in runs.items()
+    ]
+    return f"\nOf {len(needles)} facts: {'; '.join(told)}."

@@ -16,6 +16,8 @@ from wildcat_kv.validation import did_you_mean
 
 # An entry point in this group names a subclass of `Compressor`.
 GROUP = "wildcat_kv.compressors"
+# The name that stands for the best method a model and its settings support; `cache.automatic` chooses it.
+AUTO = "auto"
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,11 @@ def resolve(compressor: str | Compressor, settings: WildCatConfig) -> Compressor
             f"compressor={compressor!r} is no method; pass an instance of a subclass of wildcat_kv.compressors."
             "Compressor, or a name such as 'snapkv'"
         )
+    if compressor == AUTO:
+        raise ValueError(
+            f"compressor={AUTO!r} is chosen for a model; build a cache, WildCatCache(model.config, ...), and take its "
+            "compressor"
+        )
     kind = find(compressor)
     if kind is not None and kind.reads_twice:
         raise ValueError(
@@ -87,8 +94,18 @@ def resolve(compressor: str | Compressor, settings: WildCatConfig) -> Compressor
     if kind is not None:
         return kind.of(settings)
     names = [*OURS, *sorted(_theirs())]
-    hint = did_you_mean(compressor, names)
-    raise ValueError(f"compressor={compressor!r}: no such method; {hint}there are {', '.join(names)}")
+    hint = did_you_mean(compressor, [AUTO, *names])
+    raise ValueError(f"compressor={compressor!r}: no such method; {hint}there are {AUTO}, {', '.join(names)}")
+
+
+def check_name(compressor: str) -> None:
+    """Refuse a name that is neither a method's nor "auto".
+
+    Raises:
+        ValueError: as `resolve` does.
+    """
+    if compressor != AUTO:
+        resolve(compressor, WildCatConfig(ratio=1.0))
 
 
 def find(name: str) -> type[Compressor] | None:

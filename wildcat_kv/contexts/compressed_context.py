@@ -205,7 +205,7 @@ def compress_context(
         tokenizer: tokenizer of the model, or its processor of images and text.
         text_or_file: the text; or the path of a UTF-8 file, as a `Path`.
         settings: settings of the cache; or:
-        preset: a preset's name, file or object; by default the model's own section, or "published".
+        preset: a preset's name, file or object; by default the model's own section, or "default".
         compressor: the method, by name or as an object, instead of the preset's.
         chunk_tokens: tokens to read at once, each chunk with those before it compressed; by default all, and half as
             many where memory runs out, as often as needed.

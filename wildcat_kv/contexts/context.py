@@ -14,7 +14,7 @@ from torch import Tensor
 from wildcat_kv.cache.caches import CompressedCache
 from wildcat_kv.cache.layer import WildCatLayer
 from wildcat_kv.compressors import Compressor, Everything
-from wildcat_kv.compressors.registry import find
+from wildcat_kv.compressors.registry import AUTO, find
 from wildcat_kv.config import WildCatConfig
 from wildcat_kv.contexts.prompts import repeat_request
 from wildcat_kv.contexts.reading import read
@@ -70,15 +70,13 @@ class Context:
         self,
         settings: WildCatConfig | None = None,
         *,
-        compressor: str | Compressor = "wildcat",
+        compressor: str | Compressor = AUTO,
         tokenizer: Any = None,
         **fields: Any,
     ) -> CompressedCache:
         """Compress a copy of the context; this one stays as it is.
 
         The cache is the same, bit for bit, as a new one that the model reads the context into.
-
-        The same, bit for bit, as a new cache that the model reads the context into.
 
         Args:
             settings: budget and exact ends; or give its fields by name.

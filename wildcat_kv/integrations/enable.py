@@ -156,7 +156,7 @@ def enable(
         model: a Transformers decoder; or one wrapped by PEFT or for data parallelism.
         settings: the caches' settings; or:
         preset: a preset's name, file or object; by default the section that `patch_config` wrote into the model's
-            config, or "published" where there is none.
+            config, or "default" where there is none.
         compressor: the method, by name or as an object, instead of the preset's.
         **fields: fields of `WildCatConfig`, such as ratio=0.25, instead of the preset's.
 

@@ -54,7 +54,7 @@ class Preset(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     description: str = Field("", description="description is the use of the preset, in one or two sentences")
-    compressor: str = Field("wildcat", description="compressor is the method, a name of `wildcat-kv methods`")
+    compressor: str = Field("auto", description="compressor is the method, a name of `wildcat-kv methods`, or 'auto'")
     settings: WildCatConfig = Field(description="settings are a mapping of fields of WildCatConfig")
     families: tuple[Family, ...] = Field(
         (), description="families are families of models with changes of their own; the first that matches counts"
@@ -63,9 +63,9 @@ class Preset(BaseModel):
     @field_validator("compressor")
     @classmethod
     def _check_method(cls, compressor: str) -> str:
-        from wildcat_kv.compressors import resolve  # imports torch; presets can be listed without
+        from wildcat_kv.compressors.registry import check_name  # imports torch; presets can be listed without
 
-        resolve(compressor, WildCatConfig(ratio=1.0))
+        check_name(compressor)
         return compressor
 
     @model_validator(mode="after")

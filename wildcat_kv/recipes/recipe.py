@@ -10,7 +10,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from wildcat_kv.compressors import Compressor, QueryWildCat, resolve
 from wildcat_kv.compressors.query_wildcat import Profile, load_profile, profile_names
-from wildcat_kv.config import WildCatConfig
+from wildcat_kv.compressors.registry import AUTO, check_name
+from wildcat_kv.config import BUDGETS, WildCatConfig
 from wildcat_kv.hook.keyword import given_argument, given_cache
 from wildcat_kv.models.support import decoder_config
 from wildcat_kv.recipes.presets import Preset, load_preset
@@ -19,7 +20,7 @@ from wildcat_kv.validation import one_line
 # The attribute of a Transformers config, and the key in config.json.
 SECTION = "wildcat_kv"
 VERSION: Literal[1] = 1
-DEFAULT_PRESET = "published"
+DEFAULT_PRESET = "default"
 
 
 class Section(BaseModel):
@@ -29,7 +30,7 @@ class Section(BaseModel):
 
     version: Literal[1] = Field(description="version is 1")
     preset: str | None = Field(None, description="preset is the name of the preset that the settings came from")
-    compressor: str = Field("wildcat", description="compressor is the method, a name of `wildcat-kv methods`")
+    compressor: str = Field(AUTO, description="compressor is the method, a name of `wildcat-kv methods`, or 'auto'")
     profile: str | dict[str, Any] | None = Field(
         None, description="profile is that of query_wildcat: the name of one that the package has, or all of it"
     )
@@ -38,7 +39,7 @@ class Section(BaseModel):
     @field_validator("compressor")
     @classmethod
     def _check_method(cls, compressor: str) -> str:
-        resolve(compressor, WildCatConfig(ratio=1.0))
+        check_name(compressor)
         return compressor
 
     @model_validator(mode="after")
@@ -57,6 +58,8 @@ class Section(BaseModel):
         """
         if self.profile is None:
             return self.compressor
+        if self.compressor == AUTO:
+            raise ValueError("profile with compressor='auto', which finds one by itself; name query_wildcat")
         method = resolve(self.compressor, settings)
         if not isinstance(method, QueryWildCat):
             raise ValueError(
@@ -94,7 +97,8 @@ class Recipe:
             config: config of the model.
             settings: complete settings; without a preset or fields.
             preset: preset to begin with, by name, file or object. By default the section of `config` that
-                `patch_config` wrote; without one, the preset "published".
+                `patch_config` wrote; without one, the defaults of `WildCatConfig`, or the preset "default" where no
+                budget is given.
             compressor: method, or its name, to take instead of the preset's.
             **fields: fields of `WildCatConfig` to take instead of the preset's. A budget replaces the preset's;
                 `max_tokens` removes its `exact_layers` and `min_tokens` too.
@@ -112,9 +116,11 @@ class Recipe:
                 )
             if beside := [*(["preset"] if preset is not None else []), *fields]:
                 raise ValueError(f"{', '.join(beside)} given beside settings; use settings.changed(...) instead")
-            return Recipe(settings, "wildcat" if compressor is None else compressor)
+            return Recipe(settings, AUTO if compressor is None else compressor)
         if preset is None and (section := read_section(config)) is not None:
             base, method = Recipe(section.settings, section.compressor, section.preset), section.method
+        elif preset is None and any(fields.get(name) is not None for name in BUDGETS):
+            base, fields = Recipe(WildCatConfig(**fields), AUTO), {}
         else:
             name = DEFAULT_PRESET if preset is None else preset
             loaded = name if isinstance(name, Preset) else load_preset(name)

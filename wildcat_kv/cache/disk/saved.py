@@ -18,7 +18,7 @@ from wildcat_kv.cache.state import LayerState
 from wildcat_kv.cache.value_range import ValueRange
 from wildcat_kv.compressors import Compressor, Everything, resolve
 from wildcat_kv.compressors.describe import describe, rebuild
-from wildcat_kv.compressors.registry import OURS
+from wildcat_kv.compressors.registry import AUTO, OURS
 from wildcat_kv.config import WildCatConfig
 from wildcat_kv.models.identity import ModelIdentity
 
@@ -166,10 +166,10 @@ class SavedCache:
         try:
             found = rebuild(self.compressor)
         except ValueError as error:
-            if name is None:
+            if name in (None, AUTO):
                 raise ValueError(f"path={self.path!r} was compressed by {error}") from None
             return resolve(name, self.settings)
-        return found if name is None or OURS.get(name) is type(found) else resolve(name, self.settings)
+        return found if name in (None, AUTO) or OURS.get(name) is type(found) else resolve(name, self.settings)
 
     def check_method(self, compressor: Compressor) -> None:
         """Refuse a method that cannot go on with the cache.
