@@ -297,7 +297,7 @@ def test_max_tokens_holds_for_all_parts_together():
 def test_a_floor_holds_for_all_parts_together(ratio, floor, kept):
     model = tiny_model("llama", max_position_embeddings=128)
     settings = {"ratio": ratio, "min_tokens": floor, "sink": 4, "window": 4, "bin_rank": 4}
-    context = compress_context(model, tokenizer(None), words(300), reserve=40, **settings)
+    context = compress_context(model, tokenizer(None), words(300), reserve=40, compressor="wildcat", **settings)
     assert context.cache.stored_length() == pytest.approx(kept, abs=2)  # half an entry a part
     assert context.cache.settings.min_tokens == 0 and context.cache.settings.ratio == max(ratio, min(1, floor / 300))
 
