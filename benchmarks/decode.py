@@ -81,7 +81,9 @@ def _caches(model: Any, context: Context, options: Options, rows: int, capacity:
     ours = context.compress(options.settings, compressor=WILDCAT)
     stored = ours.stored_length()
     ours.batch_repeat_interleave(rows)
-    quantised = {bits: context.compress(options.settings.changed(bits=bits), compressor=WILDCAT) for bits in options.bits}
+    quantised = {
+        bits: context.compress(options.settings.changed(bits=bits), compressor=WILDCAT) for bits in options.bits
+    }
     for cache in quantised.values():
         cache.batch_repeat_interleave(rows)
     source = context.exact

@@ -91,6 +91,18 @@ def archive(
 
 
 @app.command()
+def leaderboard(
+    folder: Annotated[Path, typer.Argument(help="Folder of a run with tasks of RULER, finished or not.")],
+    output: Annotated[Path, typer.Option(help="Folder of the results.")] = Path("runs/results_lb"),
+) -> None:
+    """Write RULER's results as the reference library (kvpress) does, for its leaderboard."""
+    from eval.leaderboard import write_leaderboard
+
+    for place in write_leaderboard(folder, output):
+        print(place)
+
+
+@app.command()
 def compare(
     method: Annotated[str, typer.Argument(help="The one to compare with all others.")],
     folders: Annotated[list[Path], typer.Argument(help="Folders of runs of one model, on the same samples.")],

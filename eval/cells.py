@@ -146,7 +146,9 @@ class Cell:
         return replace(method, **self.parameters)  # type: ignore[type-var]
 
     def _config(self) -> WildCatConfig:
-        return WildCatConfig(**{"sink": PUBLISHED_SINK, **self.settings, "ratio": self.ratio, "max_tokens": self.max_tokens})
+        return WildCatConfig(
+            **{"sink": PUBLISHED_SINK, **self.settings, "ratio": self.ratio, "max_tokens": self.max_tokens}
+        )
 
 
 def make_cells(

@@ -10,6 +10,9 @@ import pandas as pd
 from eval.cells import EXACT
 from eval.summary import AVERAGES, EVERY, baseline_of, describe
 
+# Tasks where hits are things found, by how their names start.
+_FOUND = {"needle": "needles", "lookup": "facts"}
+
 
 def conclude(manifest: dict[str, Any], summary: pd.DataFrame) -> str:
     """Say which method did best in the first task at the largest budget.
@@ -61,8 +64,9 @@ def _counts_hits(about: dict[str, Any]) -> bool:
 
 
 def _said(task: str, metric: str, about: dict[str, Any], value: str, *, several: bool) -> str:
-    if _counts_hits(about) and task.startswith("needle"):
-        return f"{'find' if several else 'finds'} {value} of the needles"
+    what = next((what for start, what in _FOUND.items() if task.startswith(start)), None)
+    if _counts_hits(about) and what is not None:
+        return f"{'find' if several else 'finds'} {value} of the {what}"
     unit = f" {about['unit']}" if about.get("unit") and not _counts_hits(about) else ""
     return f"{'have' if several else 'has'} {metric} {value}{unit} in {task}"
 

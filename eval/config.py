@@ -15,6 +15,7 @@ from eval.tasks.attention_error import AttentionError
 from eval.tasks.base import Protocol, Task
 from eval.tasks.drift import Drift
 from eval.tasks.harness import HarnessTask
+from eval.tasks.lookup import Lookup
 from eval.tasks.needle import Needle
 from eval.tasks.perplexity import Perplexity
 from wildcat_kv.compressors import available
@@ -25,6 +26,7 @@ from wildcat_kv.validation import did_you_mean
 ALL = "all"
 OURS: dict[str, type[Task]] = {
     "needle": Needle,
+    "lookup": Lookup,
     "drift": Drift,
     "perplexity": Perplexity,
     "decoding": Perplexity,

@@ -14,12 +14,13 @@ from eval.cells import BASELINE, EXACT
 from eval.statistics import average_difference
 
 EVERY = "all"  # the group of all samples of a task
+FACETS = ("length", "form")  # other groups: the samples alike in one of these, such as "length 1000"
 
 # Benchmarks that are reported as the mean of their tasks, by how the names of the tasks start.
 AVERAGES = {"longbench average": ("longbench_",), "ruler average": ("niah_", "ruler_")}
 _AVERAGE = {"average": {"higher_is_better": True, "digits": 1, "unit": "points of 100"}}
 
-_MOST_LENGTHS = 12  # more are lengths that samples happen to have, not lengths that were asked for
+_MOST_VALUES = 12  # more are lengths that samples happen to have, not lengths that were asked for
 
 
 @dataclass(frozen=True)
@@ -78,8 +79,8 @@ def score_frame(manifest: dict[str, Any], records: Sequence[dict[str, Any]]) -> 
 
     Returns:
         One row a record and metric: task, metric, method, budget ("" for the exact cache), sample (what pairs are made
-        by), score (NaN where it is missing or null), the facets length and depth, kept (the share of the tokens seen),
-        stored_tokens, seen_tokens, memory_bytes (NaN where a record has none), held (memory_bytes over the exact
+        by), score (NaN where it is missing or null), the facets length, form and depth, kept (the share of the tokens
+        seen), stored_tokens, seen_tokens, memory_bytes (NaN where a record has none), held (memory_bytes over the exact
         cache's on the same sample; NaN without either), and `seconds_` and what they went by.
 
     Raises:
@@ -108,6 +109,7 @@ def score_frame(manifest: dict[str, Any], records: Sequence[dict[str, Any]]) -> 
                 "sample": sample,
                 "score": math.nan if score is None else float(score),
                 "length": facets.get("length"),
+                "form": facets.get("form"),
                 "depth": facets.get("depth"),
                 "kept": stored / seen if seen else math.nan,
                 "stored_tokens": stored,
@@ -136,9 +138,9 @@ def held_shares(records: Sequence[dict[str, Any]]) -> list[float]:
 def summarise(manifest: dict[str, Any], records: Sequence[dict[str, Any]]) -> pd.DataFrame:
     """Summarise a run in tidy rows.
 
-    A task with samples of several lengths has a group for each of them beside the group "all". LongBench and RULER,
-    where more than one of their tasks is there, are tasks of their own: the mean of the tasks' first metrics, times
-    100, without the methods that lack one of the tasks.
+    A task with samples of several lengths or forms has a group for each of them beside the group "all". LongBench and
+    RULER, where more than one of their tasks is there, are tasks of their own: the mean of the tasks' first metrics,
+    times 100, without the methods that lack one of the tasks.
 
     Args:
         manifest: description of the run.
@@ -214,18 +216,18 @@ def _measures(
     manifest: dict[str, Any], task: str, members: list[str], frame: pd.DataFrame
 ) -> Iterator[tuple[str, list[str], str]]:
     """List a task's metrics, by name in it and in its members, for each group."""
-    groups = [f"length {length}" for length in _lengths(frame, members)]
+    groups = [f"{facet} {value}" for facet in FACETS for value in _values(frame, members, facet)]
     for metric in describe(manifest, task):
         own = [metric] if task not in AVERAGES else [next(iter(manifest["metrics"][member])) for member in members]
         yield from ((metric, own, group) for group in [EVERY, *groups])
 
 
-def _lengths(frame: pd.DataFrame, tasks: list[str]) -> list[Any]:
-    """List the lengths that all of the tasks have, if there are several, the shortest first."""
-    shared = set.intersection(*(set(frame.loc[frame["task"] == task, "length"].dropna()) for task in tasks))
-    if not 1 < len(shared) <= _MOST_LENGTHS:
+def _values(frame: pd.DataFrame, tasks: list[str], facet: str) -> list[Any]:
+    """List the values of a facet that all of the tasks have, if there are several, the smallest first."""
+    shared = set.intersection(*(set(frame.loc[frame["task"] == task, facet].dropna()) for task in tasks))
+    if not 1 < len(shared) <= _MOST_VALUES:
         return []
-    return sorted(shared, key=lambda length: (isinstance(length, str), length))
+    return sorted(shared, key=lambda value: (isinstance(value, str), value))
 
 
 def _strata(
@@ -236,7 +238,8 @@ def _strata(
     for task, metric in zip(tasks, metrics, strict=True):
         cell = cells.get((task, metric, budget, method))
         if cell is not None and group != EVERY:
-            cell = cell[[f"length {length}" == group for length in cell["length"]]]
+            facet, _, _ = group.partition(" ")
+            cell = cell[[f"{facet} {value}" == group for value in cell[facet]]]
         if cell is None or cell.empty:
             return []
         strata.append(cell)

@@ -11,7 +11,7 @@ import pandas as pd
 
 from eval.cells import EXACT
 from eval.markdown import escape_markdown, markdown_table
-from eval.summary import AVERAGES, EVERY, Budget, baseline_of, describe
+from eval.summary import AVERAGES, EVERY, FACETS, Budget, baseline_of, describe
 
 _SYMBOLS = {"better": "▲", "worse": "▼", "tie": "=", "": ""}
 _NOTHING = "–"
@@ -65,7 +65,7 @@ def unit_and_direction(metric: dict[str, Any]) -> str:
 
 
 def make_tables(manifest: dict[str, Any], summary: pd.DataFrame) -> list[Table]:
-    """Make an overview of each budget, a table of each task and budget, and one by length.
+    """Make an overview of each budget, a table of each task and budget, and one by length or form.
 
     Args:
         manifest: description of the run.
@@ -83,11 +83,12 @@ def make_tables(manifest: dict[str, Any], summary: pd.DataFrame) -> list[Table]:
             if rows.empty:
                 continue
             tables.append(_task_table(manifest, task, budget, rows[rows["group"] == EVERY]))
-            if rows["group"].nunique() > 1:
-                tables += [
-                    _length_table(manifest, task, metric, budget, rows[rows["metric"] == metric])
-                    for metric in rows["metric"].unique()
-                ]
+            tables += [
+                _facet_table(manifest, task, metric, budget, rows[rows["metric"] == metric], facet)
+                for facet in FACETS
+                if rows["group"].str.startswith(f"{facet} ").any()
+                for metric in rows["metric"].unique()
+            ]
     return tables
 
 
@@ -228,24 +229,26 @@ def bytes_note(manifest: dict[str, Any], column: str = BYTES) -> str:
     )
 
 
-def _length_table(manifest: dict[str, Any], task: str, name: str, budget: Budget, part: pd.DataFrame) -> Table:
-    """Make a table of one metric at every length."""
+def _facet_table(
+    manifest: dict[str, Any], task: str, name: str, budget: Budget, part: pd.DataFrame, facet: str
+) -> Table:
+    """Make a table of one metric at every value of a facet, such as each length."""
     metric = describe(manifest, task)[name]
-    groups = [group for group in part["group"].unique() if group != EVERY]
+    groups = [group for group in part["group"].unique() if group.startswith(f"{facet} ")]
     columns = [(group, part[part["group"] == group], metric) for group in groups]
     header, rows = _compared(manifest, part, columns)
     counts = [_samples(entries) for _, entries, _ in columns]
     same = len(set(counts)) == 1
-    samples = f"{counts[0]} at each length" if same else f"{', '.join(counts)} at the lengths in order"
+    samples = f"{counts[0]} at each {facet}" if same else f"{', '.join(counts)} at the {facet}s in order"
     sized = part["held"].notna().any()
     if sized:
-        own = part[part["group"] != EVERY]
+        own = part[part["group"].isin(groups)]
         rows = tuple((*row, held_cell(list(own.loc[own["method"] == row[0].text, "held"]))) for row in rows)
         header = (*header, BYTES)
     return Table(
         task,
         budget,
-        f"{task} by length: {name}, {_setting(manifest, budget)}, n = {samples}",
+        f"{task} by {facet}: {name}, {_setting(manifest, budget)}, n = {samples}",
         " ".join([f"{name}: {unit_and_direction(metric)}.", *([bytes_note(manifest)] if sized else [])]),
         header,
         rows,

@@ -17,6 +17,12 @@ from wildcat_kv import WildCatConfig
         ({"max_tokens": 0}, "max_tokens=0"),
         ({"max_tokens": 100.5}, "max_tokens=100.5"),
         ({"max_tokens": 75}, "max_tokens=75 is too small for sink=32 \\+ window=32 \\+ bin_rank=12; .*76"),
+        ({"ratio": 0.25, "min_tokens": -1}, "min_tokens=-1: .*at least 0"),
+        ({"ratio": 0.25, "min_tokens": 64.5}, "min_tokens=64.5"),
+        ({"ratio": 0.25, "min_tokens": True}, "min_tokens=True"),
+        ({"max_tokens": 100, "min_tokens": 50}, "min_tokens=50 with max_tokens=100: .*leave min_tokens out"),
+        ({"max_bytes": "1GiB", "min_tokens": 50}, "min_tokens=50 with max_bytes=1073741824"),
+        ({"ratio": "auto", "tolerance": 0.1, "min_tokens": 50}, "min_tokens=50 with ratio=auto"),
         ({}, "neither of them given"),
         ({"ratio": 0.25, "max_tokens": 100}, "both of them given"),
         ({"ratio": 0.25, "sink": -1}, "sink=-1"),
@@ -44,6 +50,10 @@ def test_a_new_budget_replaces_the_old():
     config = WildCatConfig(ratio=0.25, window=64).changed(max_tokens=1024)
     assert (config.ratio, config.max_tokens, config.window) == (None, 1024, 64)
     assert config.changed(sink=1).max_tokens == 1024 and config.changed() == config
+    floored = WildCatConfig(ratio=0.25, min_tokens=256)
+    assert floored.changed(ratio=0.5).min_tokens == 256
+    for budget in ({"max_tokens": 1024}, {"max_bytes": "1GiB"}, {"ratio": "auto", "tolerance": 0.1}):
+        assert floored.changed(**budget).min_tokens == 0
 
 
 @pytest.mark.parametrize(

@@ -65,6 +65,10 @@ class WildCatConfig(BaseModel):
     - `max_bytes`: the whole cache takes no more bytes between two forward passes, such as "2GiB". A text stays exact
       while it fits, then its slots are quantised (`bits`, 4 by default), then compressed.
 
+    `min_tokens` is a floor under a ratio. A text of at most as many tokens is kept as it is, nothing dropped, merged or
+    quantised; a longer one keeps the share, but never less than `min_tokens` entries. The other budgets need none: they
+    leave a text exact while it fits.
+
     The budget is for the compressed layers. `exact_layers` takes indices of the model's layers, -1 for the last, and
     only with a ratio: these layers have no limit. The same seed, model and text give the same cache.
 
@@ -98,6 +102,13 @@ class WildCatConfig(BaseModel):
     )
     tolerance: Annotated[float, Field(gt=0, strict=True, allow_inf_nan=False)] | None = Field(
         None, description="tolerance is the error to allow with ratio='auto', a number above 0, for example 0.1"
+    )
+    min_tokens: int = Field(
+        0,
+        ge=0,
+        strict=True,
+        description="min_tokens is how many tokens a ratio always keeps, an integer of at least 0, for example 512; "
+        "shorter texts stay exact",
     )
     sink: int = Field(
         4,
@@ -174,6 +185,11 @@ class WildCatConfig(BaseModel):
                 f"tolerance={self.tolerance} with ratio={self.ratio!r}: one needs the other; give ratio='auto' and, "
                 "for example, tolerance=0.1"
             )
+        if self.min_tokens and not isinstance(self.ratio, float):
+            raise ValueError(
+                f"min_tokens={self.min_tokens} with {given[0]}: a floor goes with a ratio that is a number; leave "
+                "min_tokens out, or give for example ratio=0.25"
+            )
         if self.ratio is None and self.exact_layers:
             raise ValueError(
                 f"exact_layers={list(self.exact_layers)} with {given[0]}: a layer left exact has no "
@@ -195,7 +211,8 @@ class WildCatConfig(BaseModel):
     def changed(self, **fields: Any) -> WildCatConfig:
         """Copy these settings with some fields changed.
 
-        A new budget replaces the old one. `max_tokens` and `max_bytes` remove the `exact_layers` of a ratio.
+        A new budget replaces the old one. `max_tokens` and `max_bytes` remove the `exact_layers` of a ratio, and these
+        and `ratio="auto"` its `min_tokens`.
 
         Args:
             **fields: new values, by the name of their field.
@@ -211,6 +228,9 @@ class WildCatConfig(BaseModel):
         kept = self.model_dump()
         if fields.keys() & BUDGETS:
             del kept["ratio"], kept["max_tokens"], kept["max_bytes"], kept["tolerance"]
-        if fields.get("max_tokens") is not None or fields.get("max_bytes") is not None:
+        limited = fields.get("max_tokens") is not None or fields.get("max_bytes") is not None
+        if limited:
             del kept["exact_layers"]
+        if limited or fields.get("ratio") == "auto":
+            del kept["min_tokens"]
         return type(self)(**{**kept, **fields})

@@ -17,7 +17,7 @@ from eval.cells import Cell
 from eval.tasks.base import Protocol
 from wildcat_kv import CompressedCache, Context
 from wildcat_kv.cache.sizes import cache_bytes, layer_tensors, stored_tokens
-from wildcat_kv.contexts.reading import Likelihood, generate, loglikelihood
+from wildcat_kv.contexts.reading import Likelihood, generate, generate_tokens, loglikelihood
 
 
 @dataclass(frozen=True)
@@ -86,10 +86,18 @@ class Clock(dict[str, float]):
 class Asked:
     """A context that has been read, and the question about it."""
 
-    def __init__(self, model: Any, tokenizer: Any, prompt: Prompt) -> None:
+    def __init__(self, model: Any, tokenizer: Any, prompt: Prompt, context: Context | None = None) -> None:
+        """Read the context, unless another question has it already.
+
+        Args:
+            model: a Transformers decoder.
+            tokenizer: tokenizer of the model.
+            prompt: context and question.
+            context: reading of the same context.
+        """
         self._model, self._tokenizer = model, tokenizer
         self._ids = torch.cat((prompt.context, prompt.question))[None].to(model.device)
-        self.context = Context(model, self._ids[:, : len(prompt.context)])
+        self.context = context or Context(model, self._ids[:, : len(prompt.context)])
         self._next = None if len(prompt.question) else self.context.next_logits
 
     @property
@@ -102,6 +110,12 @@ class Asked:
         with clock("compress", self._model.device):
             cache = cell.compress(self.context, self._tokenizer)
         return cache, held_by(cache, cell)
+
+    def write(self, cache: CompressedCache, max_new_tokens: int) -> list[int]:
+        """Write the tokens of the answer, without an end token; uses the cache up."""
+        return generate_tokens(
+            self._model, self._tokenizer, cache, self._ids, max_new_tokens=max_new_tokens, next_logits=self._next
+        )[0]
 
     def generate(self, cache: CompressedCache, max_new_tokens: int, until: Sequence[str]) -> str:
         """Write the answer; uses the cache up."""

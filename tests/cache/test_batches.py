@@ -10,7 +10,7 @@ from tests.tiny import random_ids, tiny_model
 from wildcat_kv import WildCatCache
 from wildcat_kv.hook.keyword import CACHE
 
-BUDGETS = [{"ratio": 0.25}, {"ratio": 0.6}, {"max_tokens": 30}, {"max_tokens": 64}]
+BUDGETS = [{"ratio": 0.25}, {"ratio": 0.6}, {"ratio": 0.1, "min_tokens": 40}, {"max_tokens": 30}, {"max_tokens": 64}]
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -69,6 +69,16 @@ def test_the_prompt_itself_is_read_exactly(family, attention):
     assert all(cache.stored_length(index) == 50 for index in full_layers(cache))
 
 
+@pytest.mark.parametrize("bits", [None, 4])
+def test_up_to_its_floor_a_text_is_answered_as_by_the_exact_cache(llama, bits):
+    ids = random_ids(1, 60)
+    cache = WildCatCache(llama.config, ratio=0.25, min_tokens=80, bits=bits)
+    expected = decode(llama, DynamicCache(config=llama.config), ids, 30)
+    found = decode(llama, cache, ids, 30)
+    torch.testing.assert_close(found[:, :21], expected[:, :21], rtol=1e-4, atol=1e-4)  # 80 tokens read
+    assert cache.layers[0].state.progress.folded_at == 81
+
+
 def test_sinks_window_and_pivots_are_the_models_own_keys(llama):
     ids = random_ids(1, 400)
     exact = DynamicCache(config=llama.config)

@@ -40,7 +40,9 @@ def ask(model, cache, seed=3, steps=70):
     return torch.cat(logits, dim=1)
 
 
-@pytest.mark.parametrize("settings", [{"ratio": 0.25}, {"max_tokens": 90}, {"ratio": 1.0}])
+@pytest.mark.parametrize(
+    "settings", [{"ratio": 0.25}, {"ratio": 0.1, "min_tokens": 90}, {"max_tokens": 90}, {"ratio": 1.0}]
+)
 @pytest.mark.parametrize("family", ["llama", "gemma3", "qwen3", "qwen3_next", "lfm2"])
 def test_a_loaded_context_answers_as_the_saved_one(family, settings, tmp_path):
     model = tiny_model(family)

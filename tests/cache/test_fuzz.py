@@ -14,7 +14,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from tests.driver import EVEN, METHODS, SCALE
 from tests.tiny import SMALL
 from wildcat_kv import CompressedCache, WildCatCache, WildCatConfig, weighted_attention
-from wildcat_kv.cache.budget import block_size, kept_tokens
+from wildcat_kv.cache.budget import block_size, share_budget
 
 LAYERS = {"full": ["full_attention"] * 2, "hybrid": ["full_attention", "sliding_attention", "full_attention"]}
 BUDGETS = [
@@ -22,6 +22,8 @@ BUDGETS = [
     {"ratio": 0.5, "bin_rank": 2},
     {"ratio": 0.8, "sink": 1, "window": 0, "bin_rank": 1},
     {"ratio": 0.9},
+    {"ratio": 0.2, "min_tokens": 30},
+    {"ratio": 1.0, "min_tokens": 20},
     {"ratio": 1.0},
     {"max_tokens": 15},
     {"max_tokens": 40, "window": 0},
@@ -210,7 +212,7 @@ class Caches(RuleBasedStateMachine):
                 continue
             block = block_size(self.settings)
             for row in layer.state.count_rows(layer.state.progress.seen):
-                assert row.counted <= kept_tokens(row.seen, self.settings.ratio) + block + slack
+                assert row.counted <= share_budget(row.seen, self.settings) + block + slack
 
     @invariant()
     def heads_and_layers_share_what_the_budget_counts(self):

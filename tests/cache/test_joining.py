@@ -158,6 +158,15 @@ def test_settings_that_break_a_promise_are_refused(llama):
     assert same.exact_layers == {0} and same.settings.ratio == 0.5
 
 
+def test_a_floor_is_not_joined(llama):
+    caches = parts(llama, (40, 90), ratio=0.25, min_tokens=50)
+    with pytest.raises(ValueError, match=r"settings.min_tokens=50: .* pass settings=.*changed\(min_tokens=0\)"):
+        join_caches(caches)
+    joined = join_caches(caches, caches[-1].settings.changed(min_tokens=0))
+    assert joined.stored_length() == 40 + 50
+    assert join_caches(caches[:1]).settings.min_tokens == 50  # a cache by itself goes on as it is
+
+
 def test_what_is_no_cache_is_said(llama):
     caches = parts(llama, (40, 41), ratio=0.25)
     assert join_caches(iter(caches)).get_seq_length() == 41

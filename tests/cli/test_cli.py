@@ -252,6 +252,12 @@ def test_a_log_holds_no_blank_lines(monkeypatch, capsys, folder, prompt):
             "4 and 4 do. Raise the ratio to keep more.",
         ),
         (39, ["--ratio", "0.25", "--preset", "small.yaml"], None),
+        (
+            39,
+            ["--ratio", "0.25", "--min-tokens", "64"],
+            "Nothing is compressed: min_tokens=64, and the text has 39 tokens.",
+        ),
+        (119, ["--ratio", "0.25", "--min-tokens", "76"], None),
         (39, ["--max-tokens", "100"], "Nothing is compressed: all 39 tokens fit into 100."),
         (119, ["--max-tokens", "100"], None),
         (39, ["--ratio", "1"], None),

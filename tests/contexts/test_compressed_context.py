@@ -293,6 +293,15 @@ def test_max_tokens_holds_for_all_parts_together():
         compress_context(model, tokenizer(), words(300), reserve=40, **{**limits, "max_tokens": 40})
 
 
+@pytest.mark.parametrize(("ratio", "floor", "kept"), [(0.1, 150, 150), (0.1, 20, 30), (0.1, 900, 300)])
+def test_a_floor_holds_for_all_parts_together(ratio, floor, kept):
+    model = tiny_model("llama", max_position_embeddings=128)
+    settings = {"ratio": ratio, "min_tokens": floor, "sink": 4, "window": 4, "bin_rank": 4}
+    context = compress_context(model, tokenizer(None), words(300), reserve=40, compressor="wildcat", **settings)
+    assert context.cache.stored_length() == pytest.approx(kept, abs=2)  # half an entry a part
+    assert context.cache.settings.min_tokens == 0 and context.cache.settings.ratio == max(ratio, min(1, floor / 300))
+
+
 # Files
 
 

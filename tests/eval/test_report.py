@@ -284,6 +284,22 @@ def test_lengths_are_groups_where_there_are_several():
     assert list(summarise(run(), one)["group"].unique()) == ["all"]
 
 
+def test_forms_are_groups_beside_lengths():
+    facets = [{"length": length, "form": form} for length in (500, 1000) for form in ("table", "prose")]
+    records = [
+        record(sample=at, method=method, scores={"nll": 1.0 + (facet["form"] == "table")}, facets=facet)
+        for method in ("wildcat", "snapkv")
+        for at, facet in enumerate(3 * facets)
+    ]
+    summary = summarise(run(), records)
+    assert list(summary["group"].unique()) == ["all", "length 500", "length 1000", "form prose", "form table"]
+    assert row(summary, method="snapkv", group="form prose")["mean"] == 1
+    assert row(summary, method="snapkv", group="form table")["mean"] == 2
+    titles = [table.title for table in make_tables(run(), summary)]
+    by_length, by_form = (next(title for title in titles if f" by {facet}" in title) for facet in ("length", "form"))
+    assert by_length.endswith("n = 6 at each length") and by_form.endswith("n = 6 at each form")
+
+
 def test_benchmarks_are_averaged_over_tasks_of_the_same_weight():
     records = []
     for method, first, second in (("wildcat", 0.5, 0.1), ("snapkv", 0.8, 0.2)):
@@ -474,6 +490,9 @@ def test_the_conclusion_names_a_tie_once():
     records = [entry for entry in verdicts() if entry["method"] != "uniform"]
     found = concluded(records, config={"baseline": "exact"})
     assert found == "At ratio 0.25, wildcat and 1 more find 40 % of the needles; the exact cache 100 % (n = 10)."
+    facts = [{**entry, "task": "lookup"} for entry in records]
+    told = concluded(facts, config={"baseline": "exact"}, metrics={"lookup": METRICS["needle"]})
+    assert told == found.replace("needles", "facts")
 
 
 def test_where_nothing_was_found_the_first_metric_decides():

@@ -105,6 +105,8 @@ def test_it_is_made_from_an_argument_string(folder):
     info = made.get_model_info()
     assert (made.batch_size, info["method"], info["protocol"]) == (2, "snapkv", "full-prompt")
     assert (info["cache"]["max_tokens"], info["cache"]["window"]) == (64, 16)
+    floored = WildCatLM.create_from_arg_string(f"pretrained={folder},ratio=0.25,min_tokens=64", {"device": "cpu"})
+    assert floored.get_model_info()["cache"]["min_tokens"] == 64
     assert info["model_num_parameters"] == made.model.num_parameters()
 
 

@@ -112,6 +112,23 @@ def kept_tokens(tokens: int, ratio: float) -> int:
     return max(1, int(Fraction(str(ratio)) * tokens + Fraction(1, 2)))
 
 
+def share_budget(tokens: int, settings: WildCatConfig) -> int:
+    """Count the entries that a row of `tokens` tokens keeps by its share: all of them up to the floor.
+
+    Example:
+        >>> settings = WildCatConfig(ratio=0.25, min_tokens=100)
+        >>> [share_budget(tokens, settings) for tokens in (80, 200, 1000)]
+        [80, 100, 250]
+    """
+    assert settings.share is not None
+    return max(kept_tokens(tokens, settings.share), min(tokens, settings.min_tokens))
+
+
+def _grows(tokens: int, settings: WildCatConfig) -> bool:
+    """Tell if the budget of a row of `tokens` tokens grows with it: by a share, once that is above the floor."""
+    return settings.share is not None and kept_tokens(tokens, settings.share) >= settings.min_tokens
+
+
 def exact_ends(budget: int, settings: WildCatConfig) -> tuple[int, int]:
     """Choose sink and window within `budget`.
 
@@ -148,7 +165,7 @@ def plan_fold(row: Row, settings: WildCatConfig, *, prefill: bool, slot_cost: fl
     """
     if settings.share is not None:
         due = prefill or row.seen - row.seen_at_fold >= block_size(settings)
-        budget = kept_tokens(row.seen, settings.share)
+        budget = share_budget(row.seen, settings)
     else:
         assert settings.max_tokens is not None
         due = row.counted > settings.max_tokens
@@ -159,12 +176,12 @@ def plan_fold(row: Row, settings: WildCatConfig, *, prefill: bool, slot_cost: fl
     sink, window = exact_ends(settings.max_tokens or budget, settings)
     if row.slots:  # the tokens behind a larger sink are folded already
         sink = row.sink
-    # With `ratio` the budget grows with the row, so old slots never need to be compressed again.
-    kept, spare = (row.slots, row.spare) if settings.share is not None else (0, 0)
+    # Where the budget has grown with the row since its slots were made, they need not be compressed again.
+    kept, spare = (row.slots, row.spare) if _grows(row.seen_at_fold, settings) else (0, 0)
     # Something must be left to compress into, and a slot is never an exact token again.
     window = min(window, budget - sink - kept - 1, row.exact)
     rank = budget - sink - window - kept
-    if settings.max_tokens is not None and rank > settings.bin_rank:
+    if not _grows(row.seen, settings) and rank > settings.bin_rank:
         # Slots are compressed again and again: a bin that is short of one loses it at every fold, always in
         # the same place. Whole bins only; the rest stays in the window.
         rest = rank % settings.bin_rank
@@ -180,7 +197,7 @@ def _plan_packing(row: Row, settings: WildCatConfig, slot_cost: float, *, prefil
 
     A prompt is quantised at once, later tokens in whole groups.
     """
-    if not _packs(settings) or _exact_room(row, settings, slot_cost) >= 0:
+    if not _packs(settings) or row.seen <= settings.min_tokens or _exact_room(row, settings, slot_cost) >= 0:
         return None
     sink, behind = _behind_window(row, settings)
     items = behind
@@ -223,7 +240,8 @@ def tokens_until_fold(row: Row, settings: WildCatConfig, slot_cost: float = 0.0)
     if not _packs(settings) or not row.seen:
         return 1 if _packs(settings) else over
     behind = row.counted - row.slots - settings.window - (row.sink if row.slots else settings.sink)
-    packing = max(1, settings.group - behind, _exact_room(row, settings, slot_cost) + 1)
+    room = _exact_room(row, settings, slot_cost)
+    packing = max(1, settings.group - behind, room + 1, settings.min_tokens + 1 - row.seen)
     return packing if over is None else min(packing, over)
 
 
@@ -237,6 +255,7 @@ def _tokens_until_over(row: Row, settings: WildCatConfig) -> int | None:
         # Each token fills the row by one and its budget by `ratio`.
         ratio, gap = Fraction(str(settings.share)), kept_tokens(row.seen, settings.share) - row.counted
         until_full = (gap - 1) // (1 - ratio) + 1 if gap > 0 else 1
-        return max(1, block_size(settings) - (row.seen - row.seen_at_fold), int(until_full))
+        until_block = block_size(settings) - (row.seen - row.seen_at_fold)
+        return max(1, until_block, int(until_full), settings.min_tokens + 1 - row.counted)
     assert settings.max_tokens is not None
     return max(1, settings.max_tokens + 1 - row.counted)

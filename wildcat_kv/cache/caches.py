@@ -46,8 +46,7 @@ class WildCatCache(CacheContract):
         config: the model's own config, `model.config`; a copy of it never reaches the model.
         settings: budget and exact ends; or give its fields by name.
         preset: preset to begin with, by name, file or object. Without one, a budget goes with the defaults of
-            `WildCatConfig`; without a budget too, begin with the section of the config that `patch_config` wrote, or
-            with the preset "default".
+            `WildCatConfig`. Without a budget too, take the section that `patch_config` wrote, or the preset "default".
         compressor: method: a name from `wildcat_kv.compressors.available()`, or a `Compressor`. By default "auto", the
             best one that the model and the settings support; `cache.compressor` tells which.
         offloading: True to keep keys and values on the CPU while other layers work, as Transformers' own offloaded

@@ -35,7 +35,7 @@ def join_caches(caches: Sequence[CompressedCache], settings: WildCatConfig | Non
     Args:
         caches: caches of one model, method and batch size, without padding, none of them static. Each has read
             something; they stay as they are.
-        settings: settings of the joined cache; the last one's by default.
+        settings: settings of the joined cache, without `min_tokens`; the last one's by default.
 
     Returns:
         A cache that has seen as many tokens as the last part. Nothing that was read can be taken back.
@@ -121,6 +121,11 @@ def _check(caches: Sequence[CompressedCache], settings: WildCatConfig | None) ->
     if not caches:
         raise ValueError("caches=[]: there is nothing to join; give at least one")
     last = caches[-1]
+    if len(caches) > 1 and (floor := (settings or last.settings).min_tokens):
+        raise ValueError(
+            f"settings.min_tokens={floor}: joined caches count as one text, and what follows them keeps a share; pass "
+            "settings=caches[-1].settings.changed(min_tokens=0)"
+        )
     for number, cache in enumerate(caches):
         cache.check_in_step()
         if fault := _fault(cache, last) or (unjoinable(cache) if len(caches) > 1 else None):

@@ -29,6 +29,7 @@ def demo(
     ratio: options.RatioOption = None,
     compression_ratio: options.DropOption = None,
     max_tokens: options.MaxTokensOption = None,
+    min_tokens: options.MinTokensOption = None,
     max_bytes: options.MaxBytesOption = None,
     bits: options.BitsOption = None,
     tokens: Annotated[int, typer.Option(help="Tokens of essays to read.", min=500)] = 1200,
@@ -42,7 +43,7 @@ def demo(
 
     The text is read and compressed before the questions are known.
     """
-    fields = _fields(ratio, compression_ratio, max_tokens, max_bytes, bits, seed)
+    fields = _fields(ratio, compression_ratio, max_tokens, min_tokens, max_bytes, bits, seed)
     choice = options.chosen(preset, method, of_text=True, **fields)
     loaded, tokenizer = options.load(model, dtype, device)
     from wildcat_kv.cli.demo import run_demo
@@ -58,6 +59,7 @@ def generate(
     ratio: options.RatioOption = None,
     compression_ratio: options.DropOption = None,
     max_tokens: options.MaxTokensOption = None,
+    min_tokens: options.MinTokensOption = None,
     max_bytes: options.MaxBytesOption = None,
     bits: options.BitsOption = None,
     max_new_tokens: Annotated[int, typer.Option(help="Most tokens of the answer.", min=1)] = 128,
@@ -70,7 +72,7 @@ def generate(
 
     The answer goes to stdout, the figures to stderr.
     """
-    fields = _fields(ratio, compression_ratio, max_tokens, max_bytes, bits, seed)
+    fields = _fields(ratio, compression_ratio, max_tokens, min_tokens, max_bytes, bits, seed)
     choice = options.chosen(preset, method, **fields)
     prompt = read_text(prompt_file, "prompt_file", stdin=True)
     loaded, tokenizer = options.load(model, dtype, device)
@@ -89,6 +91,7 @@ def chat(
     ratio: options.RatioOption = None,
     compression_ratio: options.DropOption = None,
     max_tokens: options.MaxTokensOption = None,
+    min_tokens: options.MinTokensOption = None,
     max_bytes: options.MaxBytesOption = None,
     bits: options.BitsOption = None,
     chunk_tokens: _ChunkOption = None,
@@ -100,7 +103,7 @@ def chat(
     """Talk about a document that was read once and compressed."""
     if context is None:
         raise ValueError("context is missing; give the document to talk about, such as --context report.txt")
-    fields = _fields(ratio, compression_ratio, max_tokens, max_bytes, bits, seed)
+    fields = _fields(ratio, compression_ratio, max_tokens, min_tokens, max_bytes, bits, seed)
     choice = options.chosen(preset, method, of_text=True, **fields)
     if context.suffix != ".safetensors":
         read_text(context, "context", stdin=True)  # before a model is loaded
@@ -166,13 +169,14 @@ def patch(
     ratio: options.RatioOption = None,
     compression_ratio: options.DropOption = None,
     max_tokens: options.MaxTokensOption = None,
+    min_tokens: options.MinTokensOption = None,
     max_bytes: options.MaxBytesOption = None,
     bits: options.BitsOption = None,
     seed: options.SeedOption = None,
     undo: Annotated[bool, typer.Option("--undo", help="Take back what an earlier patch did.")] = False,
 ) -> None:
     """Write into a model's config.json how wildcat_kv.enable(model) is to compress its cache."""
-    fields = _fields(ratio, compression_ratio, max_tokens, max_bytes, bits, seed)
+    fields = _fields(ratio, compression_ratio, max_tokens, min_tokens, max_bytes, bits, seed)
     given = {"preset": preset, "method": method, **fields}
     named = next((name for name, value in given.items() if value is not None), None)
     if undo and named:
@@ -250,6 +254,7 @@ def _fields(
     ratio: float | None,
     compression_ratio: float | None,
     max_tokens: int | None,
+    min_tokens: int | None,
     max_bytes: str | None,
     bits: int | None,
     seed: int | None,
@@ -258,6 +263,7 @@ def _fields(
         "ratio": ratio,
         "compression_ratio": compression_ratio,
         "max_tokens": max_tokens,
+        "min_tokens": min_tokens,
         "max_bytes": max_bytes,
         "bits": bits,
         "seed": seed,

@@ -161,7 +161,7 @@ def _name(choice: dict[str, Any]) -> str:
     """Name what was chosen, by preset, method and budget."""
     words = {"preset": "preset", "compressor": "method"}
     parts = [f"{word} {choice[name]}" for name, word in words.items() if choice[name] is not None]
-    parts += [f"{name}={choice[name]}" for name in (*sorted(BUDGETS), "bits") if name in choice]
+    parts += [f"{name}={choice[name]}" for name in (*sorted(BUDGETS), "min_tokens", "bits") if name in choice]
     return "\n".join(parts) or "default"
 
 

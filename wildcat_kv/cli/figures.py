@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from wildcat_kv.cache.budget import exact_ends, kept_tokens
+from wildcat_kv.cache.budget import exact_ends, share_budget
 
 MIB = 2**20
 
@@ -24,7 +24,9 @@ def short_text_note(cache: Any, tokens: int) -> str | None:
         return f"Nothing is compressed: all {tokens:,} tokens fit into {settings.max_tokens:,}." if fits else None
     if settings.ratio in ("auto", 1):
         return None
-    budget = kept_tokens(tokens, settings.ratio)
+    if tokens <= settings.min_tokens:
+        return f"Nothing is compressed: min_tokens={settings.min_tokens:,}, and the text has {tokens:,} tokens."
+    budget = share_budget(tokens, settings)
     sink, window = exact_ends(budget, settings)
     if (sink, window) == (settings.sink, settings.window):
         return None

@@ -32,6 +32,9 @@ DropOption = Annotated[
     typer.Option("--compression-ratio", help="Share of the tokens to drop, in [0, 1), instead of a ratio."),
 ]
 MaxTokensOption = Annotated[int | None, typer.Option(help="Most tokens to store, instead of a ratio.")]
+MinTokensOption = Annotated[
+    int | None, typer.Option(help="Tokens that a ratio always keeps; shorter texts stay exact.")
+]
 MaxBytesOption = Annotated[
     str | None, typer.Option(help="Most bytes of the whole cache, such as 2GiB, instead of a ratio.")
 ]

@@ -25,7 +25,7 @@ from wildcat_kv.contexts.conversation import Conversation
 from wildcat_kv.contexts.held_text import HeldText, checked
 from wildcat_kv.contexts.prompts import encode_context, encode_follow_up, text_tokenizer
 from wildcat_kv.contexts.reading import generate, join, pad_left
-from wildcat_kv.contexts.texts import parts_of, read_part, room_for, share_of, text_from, warn_of_parts
+from wildcat_kv.contexts.texts import parts_of, read_part, room_for, share_of, text_from, warn_of_parts, without_floor
 from wildcat_kv.models.identity import differing_weight
 from wildcat_kv.models.support import check_prompt
 from wildcat_kv.recipes.presets import Preset
@@ -254,7 +254,8 @@ def _compress(
             )
         cache = Context(model, parts[0]).compress(recipe.settings, compressor=twice, tokenizer=tokenizer)
         return CompressedContext(model, tokenizer, cache, parts[0], tokens)
-    share = Recipe(share_of(recipe.settings, len(parts)), recipe.compressor)
+    settings = recipe.settings if len(parts) == 1 else without_floor(recipe.settings, tokens)
+    share = Recipe(share_of(settings, len(parts)), recipe.compressor)
     if len(parts) > 1:
         if fault := unjoinable(WildCatCache(model.config, share.settings, compressor=share.compressor)):
             raise ValueError(
@@ -265,7 +266,7 @@ def _compress(
     caches = []
     for part in parts:
         caches.append(read_part(model, share, part, chunk_tokens))
-    cache = join_caches(caches, recipe.settings) if len(parts) > 1 else caches[0]
+    cache = join_caches(caches, settings) if len(parts) > 1 else caches[0]
     return CompressedContext(model, tokenizer, cache, parts[-1], tokens)
 
 

@@ -77,6 +77,19 @@ def warn_of_parts(tokens: int, room: int | None, parts: int) -> None:
     )
 
 
+def without_floor(settings: WildCatConfig, tokens: int) -> WildCatConfig:
+    """Turn a floor into a share, for a text that is read in parts.
+
+    Args:
+        settings: settings of the whole text.
+        tokens: tokens of all parts. Together they keep the floor, to within half an entry a part.
+    """
+    if not settings.min_tokens:
+        return settings
+    assert isinstance(settings.ratio, float)
+    return settings.changed(ratio=max(settings.ratio, min(1.0, settings.min_tokens / tokens)), min_tokens=0)
+
+
 def share_of(settings: WildCatConfig, parts: int) -> WildCatConfig:
     """Return the settings of each part, with its share of a limit.
 

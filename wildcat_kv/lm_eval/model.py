@@ -44,6 +44,7 @@ class WildCatLM(HFLM):
         ratio: share of the tokens to keep.
         compression_ratio: share of the tokens to drop, instead of a ratio.
         max_tokens: most tokens to store, instead of a ratio.
+        min_tokens: tokens that a ratio always keeps; shorter texts stay exact.
         max_bytes: most bytes of the whole cache, such as "2GiB", instead of a ratio.
         bits: bits of a stored number of a slot.
         group: field of `WildCatConfig`.
@@ -73,6 +74,7 @@ class WildCatLM(HFLM):
         ratio: float | None = None,
         compression_ratio: float | None = None,
         max_tokens: int | None = None,
+        min_tokens: int | None = None,
         max_bytes: int | str | None = None,
         bits: int | None = None,
         group: int | None = None,
@@ -90,6 +92,7 @@ class WildCatLM(HFLM):
             "ratio": ratio,
             DROPPED: compression_ratio,
             "max_tokens": max_tokens,
+            "min_tokens": min_tokens,
             "max_bytes": max_bytes,
             "bits": bits,
             "group": group,
@@ -113,7 +116,12 @@ class WildCatLM(HFLM):
     def get_model_info(self) -> dict[str, Any]:
         """Tell the record of results the method, its settings and the protocol, too."""
         settings = {} if self._settings is None else self._settings.model_dump(exclude_none=True)
-        return {**super().get_model_info(), "method": self._reader.method, "protocol": self._protocol, "cache": settings}
+        return {
+            **super().get_model_info(),
+            "method": self._reader.method,
+            "protocol": self._protocol,
+            "cache": settings,
+        }
 
     @override
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:

@@ -99,7 +99,7 @@ class Preset(BaseModel):
                 f"preset={name!r} leaves layers exact that were found by measuring {known}; for this model "
                 f"({getattr(decoder, 'model_type', None)}) none are known and all are compressed. Give exact_layers, "
                 "or take preset='adaptive', which needs none",
-                stacklevel=3,
+                stacklevel=4,
             )
 
 

@@ -101,7 +101,7 @@ class Recipe:
                 budget is given.
             compressor: method, or its name, to take instead of the preset's.
             **fields: fields of `WildCatConfig` to take instead of the preset's. A budget replaces the preset's;
-                `max_tokens` removes its `exact_layers` too.
+                `max_tokens` removes its `exact_layers` and `min_tokens` too.
 
         Raises:
             TypeError: config is no Transformers config.
@@ -122,19 +122,20 @@ class Recipe:
         elif preset is None and any(fields.get(name) is not None for name in BUDGETS):
             base, fields = Recipe(WildCatConfig(**fields), AUTO), {}
         else:
-            name = DEFAULT_PRESET if preset is None else preset
-            loaded = name if isinstance(name, Preset) else load_preset(name)
-            if not {"exact_layers", "max_tokens"} & fields.keys():
-                loaded.warn_if_unmeasured(decoder, "object" if isinstance(name, Preset) else str(name))
-            base = Recipe(
-                loaded.settings_for(decoder),
-                loaded.compressor,
-                None if isinstance(name, Preset) else Path(name).stem,
-            )
+            warn = not {"exact_layers", "max_tokens"} & fields.keys()
+            base = Recipe._of_preset(decoder, DEFAULT_PRESET if preset is None else preset, warn=warn)
         changed = base.settings.changed(**fields) if fields else base.settings
         if compressor is None:
             compressor = base.compressor if method is None else method(changed)
         return Recipe(changed, compressor, base.preset)
+
+    @staticmethod
+    def _of_preset(decoder: Any, preset: str | Path | Preset, *, warn: bool) -> Recipe:
+        """Take a preset as it is for a model; `warn` if its exact layers were measured for others."""
+        loaded, name = (preset, None) if isinstance(preset, Preset) else (load_preset(preset), Path(preset).stem)
+        if warn:
+            loaded.warn_if_unmeasured(decoder, "object" if isinstance(preset, Preset) else str(preset))
+        return Recipe(loaded.settings_for(decoder), loaded.compressor, name)
 
     def section(self) -> dict[str, Any]:
         """Turn the recipe into plain data, for a model's config.
