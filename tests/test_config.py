@@ -16,7 +16,7 @@ from wildcat_kv import WildCatConfig
         ({"ratio": True}, "ratio=True"),
         ({"max_tokens": 0}, "max_tokens=0"),
         ({"max_tokens": 100.5}, "max_tokens=100.5"),
-        ({"max_tokens": 75}, "max_tokens=75 is too small for sink=32 \\+ window=32 \\+ bin_rank=12; .*76"),
+        ({"max_tokens": 47}, "max_tokens=47 is too small for sink=4 \\+ window=32 \\+ bin_rank=12; .*48"),
         ({"ratio": 0.25, "min_tokens": -1}, "min_tokens=-1: .*at least 0"),
         ({"ratio": 0.25, "min_tokens": 64.5}, "min_tokens=64.5"),
         ({"ratio": 0.25, "min_tokens": True}, "min_tokens=True"),
@@ -60,7 +60,7 @@ def test_a_new_budget_replaces_the_old():
     ("fields", "message"),
     [
         ({"rato": 0.5}, "rato=0.5: no such setting; did you mean 'ratio'"),
-        ({"max_tokens": 50}, "max_tokens=50 is too small"),
+        ({"max_tokens": 40}, "max_tokens=40 is too small"),
         ({"ratio": 0.5, "max_tokens": 100}, "both of them given"),
     ],
 )

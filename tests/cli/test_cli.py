@@ -54,7 +54,7 @@ def damaged_gguf(tmp_path):
     [
         (["--ratio", "1.5"], "ratio=1.5"),
         (["--ratio", "0.5", "--max-tokens", "100"], "both of them given"),
-        (["--max-tokens", "20"], "max_tokens=20 is too small for sink=32"),
+        (["--max-tokens", "20"], "max_tokens=20 is too small for sink=4"),
         (["--preset", "nowhere.yaml"], "nowhere.yaml"),
         (["--preset", "publishd"], "did you mean 'published'?"),
         (["--dtype", "int8"], "dtype='int8'"),
