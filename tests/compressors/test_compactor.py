@@ -37,7 +37,7 @@ def given_in_chunks(head):
 def standard(scores, counted):
     """Standard scores of all heads of a row together; `counted` are (head, entry) pairs."""
     numbers = torch.tensor([scores[h][entry] for h, entry in counted]).double()
-    deviation = float(numbers.std()) if len(counted) > 1 else 0.0
+    deviation = float(numbers.std(correction=0))
     return [[(score - float(numbers.mean())) / max(deviation, 1e-6) for score in head] for head in scores]
 
 

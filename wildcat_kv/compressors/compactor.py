@@ -13,7 +13,7 @@ from typing_extensions import override
 from wildcat_kv.compressors.base import KVBlock
 from wildcat_kv.compressors.leverage import Leverage, keep_first, positions_of
 from wildcat_kv.compressors.observation import Observation
-from wildcat_kv.compressors.scorer import Scorer
+from wildcat_kv.compressors.scorer import Scorer, standardise
 
 # Neighbours whose attention is averaged; 3 as in the reference library.
 _KERNEL = 3
@@ -78,7 +78,8 @@ class Compactor(Scorer):
         if attention.shape[-1]:
             attention = F.avg_pool1d(attention.masked_fill(~valid, 0.0), _KERNEL, stride=1, padding=_KERNEL // 2)
         leverage = self._leverage.middle(block)
-        scores = standard(attention, valid) + self.blending * standard(leverage, valid)
+        # Over all heads of a row: a head whose tokens stand out more may keep more of them, under `AdaKV`.
+        scores = standardise(attention, valid, (1, 2)) + self.blending * standardise(leverage, valid, (1, 2))
         return keep_first(scores, block.valid.shape[-1])
 
     def _attention(self, block: KVBlock) -> Tensor:
@@ -95,15 +96,3 @@ class Compactor(Scorer):
             probabilities = torch.matmul(grouped.flatten(2, 3), keys.mT).softmax(-1)
             gathered[:, :, start:stop] = probabilities.sum(-2) / grouped.shape[2]
         return gathered
-
-
-def standard(scores: Tensor, valid: Tensor) -> Tensor:
-    """Bring the valid scores of each row to mean 0 and deviation 1, over all its heads.
-
-    Scores and `valid` are (rows, heads, n).
-    """
-    counts = valid.sum((1, 2), keepdim=True)
-    mean = scores.masked_fill(~valid, 0.0).sum((1, 2), keepdim=True) / counts.clamp_min(1)
-    centred = (scores - mean).masked_fill(~valid, 0.0)
-    variance = centred.square().sum((1, 2), keepdim=True) / (counts - 1).clamp_min(1)
-    return centred / variance.sqrt().clamp_min(1e-6)

@@ -11,7 +11,7 @@ from typing_extensions import override
 
 from wildcat_kv.compressors.base import KVBlock
 from wildcat_kv.compressors.observation import Observation
-from wildcat_kv.compressors.scorer import Scorer
+from wildcat_kv.compressors.scorer import Scorer, standardise
 
 
 @dataclass(frozen=True)
@@ -65,12 +65,4 @@ class TriAttention(Scorer):
         strayed = rotation.radii(queries).mean(2) - rotation.radii(rotation.average(centre, now)).squeeze(2)
         scores = torch.einsum("bhgd,bhnd->bhgn", to_come.squeeze(2).unflatten(1, (heads, -1)), keys)
         scores += torch.einsum("bhgd,bhnd->bhgn", strayed.unflatten(1, (heads, -1)), rotation.radii(keys))
-        return _standard(scores, block.valid.unsqueeze(2)).amax(2)
-
-
-def _standard(scores: Tensor, valid: Tensor) -> Tensor:
-    """Bring the valid scores (..., n) to mean 0 and deviation 1."""
-    counts = valid.sum(-1, keepdim=True).clamp_min(1)
-    mean = scores.masked_fill(~valid, 0.0).sum(-1, keepdim=True) / counts
-    centred = (scores - mean).masked_fill(~valid, 0.0)
-    return centred / (centred.square().sum(-1, keepdim=True) / counts).sqrt().clamp_min(1e-6)
+        return standardise(scores, block.valid.unsqueeze(2), -1).amax(2)
