@@ -8,9 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.compressors.blocks import HEADS, ROTATION, D, Size, assert_best, half, heads, make, sizes
+from tests.compressors.blocks import HEADS, ROTATION, D, Size, assert_best, half, heads, kept_entries, make, sizes
 from tests.compressors.definitions import by_volume
-from wildcat_kv.compressors import Compactor, Leverage
+from wildcat_kv.compressors import AdaKV, Compactor, Leverage
 from wildcat_kv.compressors.leverage import leverage_scores
 
 SINK, CHUNK, BLENDING = 1, 4, 0.7
@@ -71,6 +71,18 @@ def test_compactor_adds_the_standard_scores_of_leverage_and_attention_in_chunks(
     for b, row in row_of.items():
         for h, scores in enumerate(by_compactor(row)):
             assert_best(block, found, b, h, scores, half(block))
+
+
+def test_heads_compete_by_compactors_scores_as_in_the_authors_code():
+    block, method = make(Size(slots=3, recent=20, queried=20), 4, state=2, padding=False), AdaKV(METHOD, safeguard=0.0)
+    found = method.compress(replace(block, carried_state=method.remember(block)), 7)
+    row = [head for _, _, head in heads(block)]
+    scores = by_compactor(row)
+    pairs = [(scores[h][entry], h, entry) for h, head in enumerate(row) for entry in head.items]
+    best = sorted(pairs, reverse=True)[: 7 * HEADS]
+    for h in range(HEADS):
+        assert kept_entries(block, found, 0, h) == sorted(entry for _, head, entry in best if head == h)
+    assert not torch.equal(*found.coreset.valid[0].sum(-1))
 
 
 def test_a_token_keeps_its_position_and_what_its_own_chunk_gave_it():

@@ -25,7 +25,8 @@ class Compactor(Scorer):
 
     The sum of two standard scores: the leverage of a key, see `Leverage`, and the attention within chunks of the
     text, times the norm of the value. In a chunk every query sees every key, later ones too, and dot products are
-    taken as they are, without the model's scale, both as in the authors' code.
+    taken as they are, without the model's scale, both as in the authors' code. There the heads of a layer also compete
+    for its slots, which is `AdaKV(Compactor(), safeguard=0)`; the reference library gives all the same.
 
     Needs all queries, and the model's rotary positions. Costs O(n (chunk d + sketch^2)). The position of each token,
     and the attention that it got, are its carried state: a token keeps what its own chunk gave it.
