@@ -107,7 +107,7 @@ def leverage_scores(keys: Tensor, valid: Tensor, sketch: int, seed: int) -> Tens
     centred = keys - keys.masked_fill(absent, 0.0).sum(2, keepdim=True) / counts
     if sketch < channels:
         centred = torch.matmul(centred, projection(channels, sketch, seed, keys.device))
-    ridge = _RIDGE**0.5 * torch.eye(centred.shape[-1], device=keys.device)
+    ridge = _RIDGE**0.5 * torch.eye(centred.shape[-1], dtype=keys.dtype, device=keys.device)
     ridge = ridge.expand(*keys.shape[:2], -1, -1)
     orthogonal = torch.linalg.qr(torch.cat((centred.masked_fill(absent, 0.0), ridge), dim=2)).Q
     return orthogonal[:, :, : keys.shape[2]].square().sum(-1)

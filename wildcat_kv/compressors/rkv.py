@@ -64,8 +64,8 @@ class RKV(Scorer):
         n = block.keys.shape[2]
         assert block.queries is not None
         window = min(self.window, block.queries.shape[2], n)
-        own = 2.0 + torch.arange(window, device=block.keys.device)  # above any other score, the newest first
-        own = own.expand(*block.valid.shape[:2], window)
+        own = torch.arange(window, dtype=torch.float32, device=block.keys.device)
+        own = (own + 2).expand(*block.valid.shape[:2], window)  # above any other score, the newest first
         past = n - window
         if not past:
             return own
