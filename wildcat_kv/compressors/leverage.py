@@ -10,6 +10,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from wildcat_kv.compressors.base import KVBlock
+from wildcat_kv.compressors.fitting import solve_ridge
 from wildcat_kv.compressors.scorer import Scorer
 from wildcat_kv.coreset.noise import uniform_noise
 
@@ -84,14 +85,13 @@ def unrotated_keys(block: KVBlock) -> Tensor:
     assert block.rotation is not None
     keys = block.keys.to(torch.float32).flatten(0, 1).unsqueeze(1)
     positions = positions_of(block).round().to(torch.int64).flatten(0, 1)
-    return block.rotation.back(keys, positions).view(block.keys.shape)
+    return block.rotation.back(keys, positions).squeeze(1).unflatten(0, block.valid.shape[:2])
 
 
 def leverage_scores(keys: Tensor, valid: Tensor, sketch: int, seed: int) -> Tensor:
     """Compute the leverage scores of centred, projected keys.
 
-    They are diag(X (X^T X + r I)^-1 X^T). X = QR with the rows sqrt(r) I below, so that they are the squared norms of
-    the rows of Q: the squares of X are never formed.
+    They are diag(X (X^T X + r I)^-1 X^T), with a ridge r.
 
     Args:
         keys: float32 (rows, heads, n, d).
@@ -107,10 +107,11 @@ def leverage_scores(keys: Tensor, valid: Tensor, sketch: int, seed: int) -> Tens
     centred = keys - keys.masked_fill(absent, 0.0).sum(2, keepdim=True) / counts
     if sketch < channels:
         centred = torch.matmul(centred, projection(channels, sketch, seed, keys.device))
-    ridge = _RIDGE**0.5 * torch.eye(centred.shape[-1], dtype=keys.dtype, device=keys.device)
-    ridge = ridge.expand(*keys.shape[:2], -1, -1)
-    orthogonal = torch.linalg.qr(torch.cat((centred.masked_fill(absent, 0.0), ridge), dim=2)).Q
-    return orthogonal[:, :, : keys.shape[2]].square().sum(-1)
+    # The squares of the keys have the square of their condition number: double precision where the device has it.
+    precision = torch.float32 if keys.device.type == "mps" else torch.float64
+    centred = centred.masked_fill(absent, 0.0).to(precision)
+    solved = solve_ridge(centred.mT @ centred, centred.mT, _RIDGE)
+    return (centred * solved.mT).sum(-1).to(torch.float32)
 
 
 def projection(channels: int, sketch: int, seed: int, device: torch.device) -> Tensor:
