@@ -133,6 +133,14 @@ def test_a_projection_to_many_channels_changes_little():
     assert not torch.equal(sums[16], leverage_scores(keys, valid, 16, 4))
 
 
+@pytest.mark.parametrize("method", [Compactor(), Leverage(), Compactor(sink=0, chunk=1)])
+def test_a_text_no_longer_than_the_sinks_is_compressed(method):
+    block = make(Size(sink=2, recent=5, window=1), state=method.state_size)
+    block = replace(block, carried_state=method.remember(block))
+    coreset = method.compress(block, 2).coreset
+    assert coreset.valid.all() and torch.isfinite(coreset.values).all()
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
