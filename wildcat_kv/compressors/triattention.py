@@ -29,7 +29,7 @@ class TriAttention(Scorer):
 
     Attributes:
         future: farthest position to come; the distances are 1, 2, 4 and so on up to it. 65,536 in the paper.
-        carried: queries kept from one fold to the next.
+        carried: queries kept from one fold to the next; a few, as they lie close to their centre.
 
     Source: Mao et al., arXiv 2604.04921.
     """
@@ -38,7 +38,7 @@ class TriAttention(Scorer):
     needs_rotation: ClassVar[bool] = True
 
     future: int = 65536
-    carried: int = 256
+    carried: int = 32
 
     def __post_init__(self) -> None:
         for name in ("future", "carried"):
