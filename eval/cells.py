@@ -143,7 +143,12 @@ class Cell:
                     f"methods={self.method!r}: parameters={name!r}={value!r}: {type(method).__name__} has no such "
                     f"parameter; it has {', '.join(known) or 'none'}"
                 )
-        return replace(method, **self.parameters)  # type: ignore[type-var]
+        # A method among the parameters, such as the scorer of AdaKV, goes by its name.
+        changed = {
+            name: resolve(value, settings) if isinstance(getattr(method, name), Compressor) else value
+            for name, value in self.parameters.items()
+        }
+        return replace(method, **changed)  # type: ignore[type-var]
 
     def _config(self) -> WildCatConfig:
         return WildCatConfig(

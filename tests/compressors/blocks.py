@@ -106,6 +106,7 @@ class Head:
         self.n, self.exact, self.seen, self.scale = block.keys.shape[2], block.exact, block.seen, block.scale
         self.k, self.v = block.keys[b, h].double(), block.values[b, h].double()
         self.valid = block.valid[b, h].tolist()
+        self.state = block.carried_state[b, h].double()
         group = block.queries.shape[1] // HEADS
         self.queries = block.queries[b, h * group : (h + 1) * group].double()
         self.m = block.queries.shape[2]

@@ -6,28 +6,33 @@ from typing import NamedTuple
 
 import torch
 
-from tests.compressors.blocks import Head, rotation_matrix
+from tests.compressors.blocks import D, Head, rotation_matrix
 from wildcat_kv.compressors import (
     CUR,
     H2O,
+    RKV,
     TOVA,
     AdaKV,
     AttentionMatching,
     BalanceKV,
+    Compactor,
     Compressor,
     ExpectedAttention,
     KeyDiff,
     KNorm,
     KVzip,
     LagKV,
+    Leverage,
     PyramidKV,
     QueryWildCat,
     RereadingWildCat,
     SnapKV,
     StreamingLLM,
+    TriAttention,
     Uniform,
     WildCat,
 )
+from wildcat_kv.compressors.leverage import projection
 
 
 def by_place(head, sink):
@@ -124,6 +129,96 @@ def by_queries_to_come(head, future, sink):
     return [math.inf] * sink_entries + scores[sink_entries:]
 
 
+def flat_keys(head):
+    """The keys before they were rotated; a slot remembers where it stood."""
+    flat = []
+    for entry in range(head.n):
+        age = head.n - entry
+        position = head.seen - age if age <= head.exact else round(float(head.state[entry, 0]))
+        flat.append(torch.linalg.solve(rotation_matrix(position), head.k[entry]))
+    return flat
+
+
+def by_volume(head, sink, basis):
+    """Leverage scores of the keys times `basis`, with the ridge of the reference library."""
+    counted = [entry for entry in range(sink, head.n) if head.valid[entry]]
+    scores = [math.inf if entry < sink else 0.0 for entry in range(head.n)]
+    if counted:
+        flat = flat_keys(head)
+        mean = sum(flat[entry] for entry in counted) / len(counted)
+        rows = {entry: (flat[entry] - mean) @ basis for entry in counted}
+        gram = sum(torch.outer(row, row) for row in rows.values()) + 0.01 * torch.eye(basis.shape[1]).double()
+        for entry, row in rows.items():
+            scores[entry] = float(row @ torch.linalg.solve(gram, row))
+    return scores
+
+
+def by_redundancy(head, window, kernel, importance, alike):
+    window, there = min(window, head.m, head.n), [entry for entry in range(head.n) if head.valid[entry]]
+    past = head.n - window
+    given = [0.0] * past
+    for back in range(1, window + 1):
+        scores = {
+            entry: max(head.scale * float(queries[head.m - back] @ head.k[entry]) for queries in head.queries)
+            for entry in there
+            if entry < past
+        }
+        terms = {entry: math.exp(score - max(scores.values())) for entry, score in scores.items()}
+        for entry, term in terms.items():
+            given[entry] += term / sum(terms.values()) / window
+    cosines = dict.fromkeys(there, 0.0)
+    for entry in there:
+        likeness = {
+            other: float(head.k[entry] @ head.k[other] / head.k[entry].norm() / head.k[other].norm())
+            for other in there
+            if other != entry
+        }
+        similar = [other for other, cosine in likeness.items() if cosine > alike]
+        for other, cosine in likeness.items():
+            if not similar or other != max(similar):
+                cosines[other] += cosine / len(there)
+    total = sum(math.exp(cosine) for cosine in cosines.values())
+    scores = []
+    for entry in range(past):
+        near = given[max(0, entry - kernel // 2) : entry + kernel // 2 + 1]
+        redundancy = math.exp(cosines.get(entry, -math.inf)) / total
+        scores.append(importance * max(near) - (1 - importance) * redundancy)
+    return scores + [1.0 + entry for entry in range(past, head.n)]
+
+
+def by_distances(head, future):
+    """A trigonometric series in each plane of the rotation, as complex numbers."""
+    planes = D // 2
+    distances = [2**power for power in range(64) if 2**power <= future]
+
+    def complex_of(vector):
+        return [complex(float(vector[plane]), float(vector[plane + planes])) for plane in range(planes)]
+
+    def turn(plane, steps):  # with the stretch of the rotation
+        return complex(*(float(number) for number in rotation_matrix(steps)[[plane, plane + planes], plane]))
+
+    keys, best = [complex_of(key) for key in head.k], [-math.inf] * head.n
+    there = [entry for entry in range(head.n) if head.valid[entry]]
+    for queries in head.queries:
+        flat = [complex_of(query) for query in queries]
+        for place, query in enumerate(flat):
+            for plane in range(planes):
+                query[plane] /= turn(plane, head.seen - head.m + place)
+        scores = [0.0] * head.n
+        for plane in range(planes):
+            centre = sum(query[plane] for query in flat) / head.m
+            strayed = sum(abs(query[plane]) for query in flat) / head.m - abs(centre)
+            for entry in there:
+                products = [centre * turn(plane, head.seen + far) * keys[entry][plane].conjugate() for far in distances]
+                scores[entry] += sum(product.real for product in products) / len(distances)
+                scores[entry] += 1.1 * strayed * abs(keys[entry][plane])
+        mean = sum(scores[entry] for entry in there) / len(there)
+        deviation = math.sqrt(sum((scores[entry] - mean) ** 2 for entry in there) / len(there))
+        for entry in there:
+            best[entry] = max(best[entry], (scores[entry] - mean) / max(deviation, 1e-6))
+    return best
+
+
 class Definition(NamedTuple):
     """A method as tests hold it against what its paper says.
 
@@ -160,6 +255,19 @@ DEFINITIONS = {
     ),
     "lagkv": Definition(LagKV(sink=1, lag=3), lambda head: by_range_of_the_next(head, 1, 3)),
     "cur": Definition(CUR(sink=1, window=4), lambda head: by_leverage(head, 1, 4)),
+    "leverage": Definition(Leverage(sink=1), lambda head: by_volume(head, 1, torch.eye(D).double())),
+    "leverage, projected": Definition(
+        Leverage(sketch=3, sink=0, seed=5),
+        lambda head: by_volume(head, 0, projection(D, 3, 5, torch.device("cpu")).double()),
+    ),
+    "compactor": Definition(Compactor(chunk=4, sink=1), queries=True),
+    "rkv": Definition(RKV(window=3, kernel=3), lambda head: by_redundancy(head, 3, 3, 0.1, 0.5), queries=True),
+    "rkv, importance": Definition(
+        RKV(window=2, kernel=1, importance=0.8, alike=0.1),
+        lambda head: by_redundancy(head, 2, 1, 0.8, 0.1),
+        queries=True,
+    ),
+    "triattention": Definition(TriAttention(future=5), lambda head: by_distances(head, 5), queries=True),
     "adakv": Definition(AdaKV(SnapKV(window=3, kernel=3)), queries=True),
     "kvzip": Definition(KVzip(), queries=True),
     "attention_matching": Definition(AttentionMatching(queries=4), queries=True),

@@ -22,7 +22,19 @@ from tests.tiny import FAMILIES, SMALL, random_ids, tiny_model
 from wildcat_kv import CompressedCache, WildCatCache, WildCatConfig, compressors
 from wildcat_kv.cache.budget import block_size, kept_tokens
 from wildcat_kv.cache.sizes import stored_tokens
-from wildcat_kv.compressors import H2O, AdaKV, Compressor, KVBlock, Scorer, SnapKV, available, registry, resolve
+from wildcat_kv.compressors import (
+    H2O,
+    RKV,
+    AdaKV,
+    Compressor,
+    KVBlock,
+    Scorer,
+    SnapKV,
+    TriAttention,
+    available,
+    registry,
+    resolve,
+)
 from wildcat_kv.compressors.ours import OURS
 from wildcat_kv.hook.keyword import CACHE
 
@@ -310,6 +322,12 @@ def test_wrong_methods_are_named_and_change_nothing(llama, arguments, error, mes
         (lambda: SnapKV(window=0), "window=0"),
         (lambda: SnapKV(kernel=4), "kernel=4 must be odd"),
         (lambda: H2O(recent=1.0), "recent=1.0"),
+        (lambda: RKV(window=0), "window=0"),
+        (lambda: RKV(kernel=4), "kernel=4 must be odd"),
+        (lambda: RKV(importance=1.5), "importance=1.5"),
+        (lambda: RKV(alike=2), "alike=2"),
+        (lambda: TriAttention(future=0), "future=0"),
+        (lambda: TriAttention(carried=0), "carried=0"),
         (lambda: AdaKV("snapkv"), "scorer='snapkv' gives no scores"),
         (lambda: AdaKV(safeguard=1.5), "safeguard=1.5"),
     ],

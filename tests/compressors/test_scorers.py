@@ -27,8 +27,21 @@ from tests.compressors.blocks import (
     sizes,
 )
 from tests.compressors.definitions import DEFINITIONS, by_last_query
-from wildcat_kv.compressors import H2O, TOVA, ExpectedAttention, KVBlock, LagKV, PyramidKV, Scorer, SnapKV, Uniform
+from wildcat_kv.compressors import (
+    H2O,
+    RKV,
+    TOVA,
+    ExpectedAttention,
+    KVBlock,
+    LagKV,
+    PyramidKV,
+    Scorer,
+    SnapKV,
+    TriAttention,
+    Uniform,
+)
 from wildcat_kv.compressors.pyramidkv import pyramid
+from wildcat_kv.compressors.rotation import Rotation
 
 ROWS = st.integers(1, 3)
 
@@ -39,7 +52,7 @@ ROWS = st.integers(1, 3)
 def test_the_best_items_by_definition_are_kept_as_they_are(name, size, rows, seed):
     method, definition, _ = DEFINITIONS[name]
     # A padding slot inside a partition of LagKV has no value to be compared with.
-    block = make(size, seed, rows=rows, padding=name != "lagkv")
+    block = make(size, seed, rows=rows, padding=name != "lagkv", state=method.state_size)
     found = method.compress(block, half(block))
     for b, h, head in heads(block):
         assert_best(block, found, b, h, definition(head), half(block))
@@ -86,6 +99,62 @@ def test_a_rotation_taken_back_is_undone_though_it_stretches():
         for i in range(4):
             rotated[b, :, i] = vectors[b, :, i] @ rotation_matrix(int(positions[b, i])).float().T
     torch.testing.assert_close(ROTATION.back(rotated, positions), vectors)
+
+
+@pytest.mark.parametrize("turning", [D, D - 2])
+def test_radii_are_the_lengths_in_the_planes_of_a_rotation(turning):
+    """Of channels that do not turn, their sizes; no position changes any."""
+
+    def angles(positions):
+        cos, sin = (part[..., :turning] for part in ROTATION._angles(positions))
+        return cos, sin
+
+    rotation = Rotation(angles, ROTATION._turn)
+    vectors = torch.randn(2, 3, 4, D)
+    planes = vectors[..., :turning].unflatten(-1, (2, turning // 2)).norm(dim=-2) / 2**0.5
+    expected = torch.cat((planes, planes, vectors[..., turning:].abs()), -1)
+    torch.testing.assert_close(rotation.radii(vectors), expected)
+    if turning == D:
+        far = rotation.forward(vectors, torch.tensor([[900], [31]]))
+        torch.testing.assert_close(rotation.radii(far), expected)
+    assert torch.equal(Rotation(None, None).radii(vectors), vectors.abs())
+
+
+# TriAttention and R-KV
+
+
+def test_triattention_is_what_the_centre_gives_a_key_where_all_queries_are_alike():
+    """Queries that differ by their rotation alone do not stray: the series is the attention to come."""
+    block = make(Size(recent=20, queried=20))
+    one = block.queries[:, :, :1]
+    steps = torch.stack([torch.tensor([step]) for step in range(20)])
+    turned = torch.cat([ROTATION.forward(one, step.unsqueeze(0)) for step in steps], dim=2)
+    scores = TriAttention(future=1).score(replace(block, queries=turned))
+    next_but_one = ROTATION.forward(one, torch.tensor([[21]])).unflatten(1, (HEADS, GROUP))
+    given = (next_but_one @ block.keys.unsqueeze(2).mT).squeeze(3)
+    given = (given - given.mean(-1, keepdim=True)) / given.std(-1, correction=0, keepdim=True)
+    torch.testing.assert_close(scores, given.amax(2), rtol=1e-3, atol=1e-3)
+
+
+def test_rkv_drops_all_copies_of_a_key_but_the_newest():
+    block = make(Size(sink=0, recent=24, window=8))
+    keys, copies = block.keys.clone(), [1, 5, 9, 13]
+    others = [entry for entry in range(24) if entry not in copies]
+    keys[:, :, others[::2]] = -keys[:, :, others[1::2]]  # they cancel, so that on average none is like the others
+    keys[..., 0] = 0
+    keys[:, :, copies] = torch.eye(D)[0]
+    block = replace(block, keys=keys)
+    found = RKV(importance=0.0).compress(block, 13)
+    for b, h, _ in heads(block):
+        left = found.coreset.values[b, h]
+        assert [entry for entry in copies if (left == block.values[b, h, entry]).all(-1).any()] == [13]
+
+
+def test_rkv_counts_in_steps_what_it_counts_at_once(monkeypatch):
+    block = make(Size(slots=5, recent=20), rows=2)
+    whole = RKV().score(block)
+    monkeypatch.setattr("wildcat_kv.compressors.rkv._COSINES_AT_ONCE", 300)
+    torch.testing.assert_close(RKV().score(block), whole)
 
 
 def test_a_scorer_of_ones_own_takes_ten_lines():

@@ -18,7 +18,7 @@ from eval.tasks.needle import Needle
 from eval.tasks.perplexity import Perplexity
 from tests.driver import assert_same, state
 from wildcat_kv import CompressedCache
-from wildcat_kv.compressors import available
+from wildcat_kv.compressors import AdaKV, Compactor, available
 from wildcat_kv.contexts.prompts import encode_question
 from wildcat_kv.data.haystack import make_needles
 from wildcat_kv.hook.keyword import CACHE
@@ -428,9 +428,17 @@ def test_a_variant_may_have_parameters_of_its_method(model):
     assert wider.compressor == replace(plain.compressor, kernel=9) != plain.compressor and wider.settings.sink == 4
 
 
+def test_a_method_among_the_parameters_goes_by_its_name(model):
+    variant = {"name": "ada", "compressor": "adakv", "parameters": {"scorer": "compactor", "safeguard": 0.0}}
+    (_, cell) = (cell.empty(model.config) for cell in make_cells([variant], [0.5], [], {"seed": 3}))
+    assert cell.compressor == AdaKV(Compactor(seed=3), safeguard=0.0)
+
+
 @pytest.mark.parametrize(
     ("methods", "message"),
     [
+        ([{"compressor": "adakv", "parameters": {"scorer": "snapvk"}}], "no such method; did you mean 'snapkv'"),
+        ([{"compressor": "adakv", "parameters": {"scorer": "balancekv"}}], "gives no scores; pass a Scorer"),
         (["snapkv", "snapkv"], "methods: 'snapkv' is there twice"),
         (["wildcat", {"compressor": "wildcat", "sink": 4}], "methods: 'wildcat' is there twice"),
         ([{"name": "exact", "compressor": "wildcat"}], "methods: 'exact' is there twice"),

@@ -99,6 +99,9 @@ def test_what_is_moved_is_what_it_would_be_there(family, changes, alike):
             torch.testing.assert_close(
                 rotation.back(moved, at + by), rotation.back(layer.keys, at), rtol=1e-3, atol=1e-4
             )
+            radii = rotation.radii(layer.keys)
+            torch.testing.assert_close(rotation.radii(moved), radii, rtol=1e-3, atol=1e-4)
+            torch.testing.assert_close(radii.norm(dim=-1), layer.keys.norm(dim=-1), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("family", LEARNED)

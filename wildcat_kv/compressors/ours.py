@@ -6,6 +6,7 @@ from wildcat_kv.compressors.adakv import AdaKV as AdaKV
 from wildcat_kv.compressors.attention_matching import AttentionMatching as AttentionMatching
 from wildcat_kv.compressors.balancekv import BalanceKV as BalanceKV
 from wildcat_kv.compressors.base import Compressor
+from wildcat_kv.compressors.compactor import Compactor as Compactor
 from wildcat_kv.compressors.cur import CUR as CUR
 from wildcat_kv.compressors.expected_attention import ExpectedAttention as ExpectedAttention
 from wildcat_kv.compressors.h2o import H2O as H2O
@@ -13,12 +14,15 @@ from wildcat_kv.compressors.keydiff import KeyDiff as KeyDiff
 from wildcat_kv.compressors.knorm import KNorm as KNorm
 from wildcat_kv.compressors.kvzip import KVzip as KVzip
 from wildcat_kv.compressors.lagkv import LagKV as LagKV
+from wildcat_kv.compressors.leverage import Leverage as Leverage
 from wildcat_kv.compressors.pyramidkv import PyramidKV as PyramidKV
 from wildcat_kv.compressors.query_wildcat import QueryWildCat as QueryWildCat
 from wildcat_kv.compressors.query_wildcat import RereadingWildCat as RereadingWildCat
+from wildcat_kv.compressors.rkv import RKV as RKV
 from wildcat_kv.compressors.snapkv import SnapKV as SnapKV
 from wildcat_kv.compressors.streaming_llm import StreamingLLM as StreamingLLM
 from wildcat_kv.compressors.tova import TOVA as TOVA
+from wildcat_kv.compressors.triattention import TriAttention as TriAttention
 from wildcat_kv.compressors.uniform import Uniform as Uniform
 from wildcat_kv.compressors.wildcat import WildCat as WildCat
 
@@ -36,6 +40,10 @@ OURS: dict[str, type[Compressor]] = {
     "expected_attention": ExpectedAttention,
     "lagkv": LagKV,
     "cur": CUR,
+    "leverage": Leverage,
+    "compactor": Compactor,
+    "rkv": RKV,
+    "triattention": TriAttention,
     "adakv": AdaKV,
     "kvzip": KVzip,
     "attention_matching": AttentionMatching,

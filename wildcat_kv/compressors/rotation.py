@@ -66,6 +66,24 @@ class Rotation:
         cos, sin = (angle.mean(1, keepdim=True).expand(-1, vectors.shape[2], -1) for angle in self._angles(positions))
         return self._part(vectors, cos, sin)
 
+    def radii(self, vectors: Tensor) -> Tensor:
+        """Measure vectors (rows, heads, n, d) in the planes that rotations turn.
+
+        Rotations do not change it. Each channel has the length in its plane over the square root of 2, so that the
+        product of two such results is the sum over planes of the products of lengths. A channel that does not
+        turn has its size.
+        """
+        if self._angles is None:
+            return vectors.abs()
+        assert self._turn is not None
+        cos, _ = self._angles(torch.zeros(vectors.shape[0], 1, dtype=torch.int64, device=vectors.device))
+        cos = cos.expand(-1, vectors.shape[2], -1)
+        channels = cos.shape[-1]
+        rotated = vectors[..., :channels]
+        quarter = self._turn(rotated, torch.zeros_like(cos), torch.ones_like(cos))
+        lengths = ((rotated.square() + quarter.square()) / 2).sqrt()
+        return lengths if channels == vectors.shape[-1] else torch.cat((lengths, vectors[..., channels:].abs()), -1)
+
     def _part(self, vectors: Tensor, cos: Tensor, sin: Tensor, stretch: Tensor | None = None) -> Tensor:
         """Turn the channels that are rotated, and leave the others."""
         assert self._turn is not None

@@ -111,6 +111,21 @@ def rank_descending(scores: Tensor) -> Tensor:
     return torch.empty_like(order).scatter_(-1, order, places)
 
 
+def standardise(scores: Tensor, valid: Tensor, dim: int | tuple[int, ...]) -> Tensor:
+    """Bring the valid scores to mean 0 and deviation 1 along some dimensions.
+
+    Args:
+        scores: float32, any shape.
+        valid: bool, broadcasts to the scores; others become 0.
+        dim: dimensions that a mean is over.
+    """
+    counts = valid.expand(scores.shape).sum(dim, keepdim=True).clamp_min(1)
+    mean = scores.masked_fill(~valid, 0.0).sum(dim, keepdim=True) / counts
+    centred = (scores - mean).masked_fill(~valid, 0.0)
+    deviation = (centred.square().sum(dim, keepdim=True) / counts).sqrt()
+    return centred / deviation.clamp_min(1e-6)
+
+
 def take_items(block: KVBlock, index: Tensor, valid: Tensor) -> Compressed:
     """Keep the items at `index`, int64 (rows, heads, c), unchanged.
 
