@@ -12,19 +12,23 @@ from wildcat_kv.coreset.tensors import take_columns
 _DENOMINATOR_FLOOR = 1e-6
 
 
-def softmax_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-    """Attend exactly.
+def softmax_attention(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, log_weights: Tensor | None = None
+) -> Tensor:
+    """Attend exactly, or to keys that count as often as their weights say.
 
     Args:
         query: (rows, kv_heads, groups, q, d).
         key: (rows, kv_heads, n, d).
         value: (rows, kv_heads, n, d_v).
         scale: b, the factor of the scores.
+        log_weights: (n,), logarithms of positive weights, in the dtype of the queries; 0 by default.
 
     Returns:
         (rows, kv_heads, groups * q, d_v).
     """
-    return F.scaled_dot_product_attention(query.flatten(2, 3), key, value, scale=scale)
+    bias = None if log_weights is None else log_weights.view(1, 1, 1, -1)
+    return F.scaled_dot_product_attention(query.flatten(2, 3), key, value, attn_mask=bias, scale=scale)
 
 
 def weighted_softmax_attention(query: Tensor, key: Tensor, sums: Tensor, weights: Tensor, scale: float) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from wildcat_kv.attention.base import Attention, at_least, function_form, wide
-from wildcat_kv.attention.kernels import softmax_attention, take, weighted_softmax_attention
+from wildcat_kv.attention.kernels import softmax_attention, take
 from wildcat_kv.attention.order import cells, check_grid, tile_order
 from wildcat_kv.coreset.noise import uniform_rows
 
@@ -48,10 +48,8 @@ class Stratified(Attention):
         if self.rank + self.prefix >= n:
             return softmax_attention(query, key, value, scale)
         chosen, sizes = self.draw(heads, n, key.device)
-        keys, values = take(key, chosen), wide(take(value, chosen))
-        weights = sizes.to(values.dtype).expand(values.shape[:-1])
-        sums = values * weights.unsqueeze(-1)
-        return weighted_softmax_attention(wide(query).flatten(2, 3), keys, sums, weights, scale)
+        query, keys, values = wide(query), wide(take(key, chosen)), wide(take(value, chosen))
+        return softmax_attention(query, keys, values, scale, sizes.to(query.dtype).log())
 
     def draw(self, heads: int, n: int, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
         """Draw the keys of every head, int64 (1, heads, prefix + r), and what they weigh, (prefix + r,)."""
@@ -69,7 +67,7 @@ class Stratified(Attention):
     @override
     def operations(self, q: int, n: int, d: int, d_v: int) -> int:
         kept = self.rank + self.prefix
-        return q * n * (d + d_v + 1) if kept >= n else q * kept * (d + d_v + 3)
+        return q * n * (d + d_v + 1) if kept >= n else q * kept * (d + d_v + 1)
 
 
 stratified_attention = function_form(Stratified, "stratified_attention")
