@@ -16,7 +16,7 @@ def structure():
 
 def test_every_module_is_in_a_wing_or_known(structure):
     outside = {name for name in structure.sources if wing_of(name) is None}
-    assert outside == {"", "config", "custom_generate", "files", "lm_eval_model", "validation"}
+    assert outside == {"", "config", "custom_generate", "files", "lm_eval_model", "plugins", "validation"}
     modules = [path for path in (ROOT / PACKAGE).rglob("*.py") if (path.parent / "__init__.py").exists()]
     assert len(structure.sources) == len(modules)
 
@@ -34,6 +34,12 @@ def test_the_mathematics_stands_on_torch_alone(structure):
     assert foreign(structure, "coreset") == {"torch"}
     own = {other for name, others in structure.edges.items() if wing_of(name) == "coreset" for other in others}
     assert {wing_of(other) for other in own} == {"coreset"}
+
+
+def test_attention_without_a_cache_stands_on_the_mathematics_alone(structure):
+    """It knows of no cache, and no cache knows of it."""
+    assert structure.wings["attention"] == {"coreset"}
+    assert [wing for wing, others in structure.wings.items() if "attention" in others] == []
 
 
 @pytest.mark.parametrize("wing", WINGS)
