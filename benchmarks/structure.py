@@ -20,7 +20,7 @@ PACKAGE = "wildcat_kv"
 # The wings from the ground up: a wing imports lower ones, and others of its own row that do not import it.
 ROWS: tuple[tuple[str, ...], ...] = (
     ("coreset", "hook"),
-    ("compressors",),
+    ("compressors", "attention"),
     ("data", "models"),
     ("recipes",),
     ("cache",),

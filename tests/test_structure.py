@@ -36,6 +36,12 @@ def test_the_mathematics_stands_on_torch_alone(structure):
     assert {wing_of(other) for other in own} == {"coreset"}
 
 
+def test_attention_without_a_cache_stands_on_the_mathematics_alone(structure):
+    """It knows of no cache, and no cache knows of it."""
+    assert structure.wings["attention"] == {"coreset"}
+    assert [wing for wing, others in structure.wings.items() if "attention" in others] == []
+
+
 @pytest.mark.parametrize("wing", WINGS)
 def test_nothing_is_too_long(structure, wing):
     assert [one for one in structure.too_long() if wing_of(one.name) == wing] == []
