@@ -374,7 +374,7 @@ def test_a_method_of_an_installed_package_is_found_by_its_name(tmp_path):
 @pytest.mark.parametrize("value", ["json:loads", "json:nothing", "no.such.package:Method"])
 def test_a_broken_package_is_named_and_breaks_no_other(monkeypatch, llama, value):
     point = importlib.metadata.EntryPoint("odd", value, registry.GROUP)
-    monkeypatch.setattr(registry, "entry_points", lambda group: [point])
+    monkeypatch.setattr(registry.plugins, "entry_points", lambda group: [point])
     with pytest.warns(UserWarning, match=f"compressor='odd': the entry point {value}"):
         assert [method.name for method in available()] == NAMES
     with pytest.raises(ValueError, match=f"compressor='odd': the entry point {value}"):

@@ -1,28 +1,63 @@
-"""Attention of all tokens to all, approximated: for encoders and generators, which have no cache. Stands on coreset.
+"""Attention of all to all without a cache, approximated: for encoders and generators. Read reference.py first.
 
-base.py        Attention: what a method implements, and what all of them do alike
-kernels.py     softmax attention, and attention to weighted keys, in one call of torch's kernel
-wildcat.py     the paper's WILDCAT
-encoders.py    any method inside a Transformers model: use, enable, disable
+base.py, inputs.py, kernels.py   what a method implements, checks of a call, one call of torch's kernel
+wildcat.py                       the paper's WILDCAT; fixed_pivots.py its gradients
+near_wildcat.py                  ours: metric.py, order.py (tiles), bin_slots.py (samples), near.py (exact bins)
+uniform.py, stratified.py, thinformer.py, balancekv.py     methods that keep some keys
+performer.py, scatterbrain.py    random features: features.py
+reformer.py, kdeformer.py, hyperattention.py               sorted blocks: hashing.py
+registry.py                      the methods by name, also those of installed packages
+encoders.py                      a method inside a Transformers model: use, enable, disable
 
-A method is one file, and takes (query, key, value) as torch's scaled_dot_product_attention does.
+A method is one file. All take (query, key, value) as torch's scaled_dot_product_attention does.
 """
 
+from wildcat_kv.attention.balancekv import BalanceKV, balance_attention
 from wildcat_kv.attention.base import Attention
 from wildcat_kv.attention.encoders import attention_layers, disable, enable, use
 from wildcat_kv.attention.exact import Exact, exact_attention
+from wildcat_kv.attention.hyperattention import HyperAttention, hyper_attention
+from wildcat_kv.attention.kdeformer import KDEformer, kdeformer_attention
+from wildcat_kv.attention.near_wildcat import NearWildCat, near_wildcat_attention
+from wildcat_kv.attention.performer import Performer, performer_attention
+from wildcat_kv.attention.reformer import Reformer, reformer_attention
+from wildcat_kv.attention.registry import AttentionMethod, attention_method, available
+from wildcat_kv.attention.scatterbrain import ScatterBrain, scatterbrain_attention
+from wildcat_kv.attention.stratified import Stratified, stratified_attention
+from wildcat_kv.attention.thinformer import Thinformer, thinformer_attention
 from wildcat_kv.attention.uniform import Uniform, uniform_attention
 from wildcat_kv.attention.wildcat import WildCatAttention, wildcat_attention
 
 __all__ = [
     "Attention",
+    "AttentionMethod",
+    "BalanceKV",
     "Exact",
+    "HyperAttention",
+    "KDEformer",
+    "NearWildCat",
+    "Performer",
+    "Reformer",
+    "ScatterBrain",
+    "Stratified",
+    "Thinformer",
     "Uniform",
     "WildCatAttention",
     "attention_layers",
+    "attention_method",
+    "available",
+    "balance_attention",
     "disable",
     "enable",
     "exact_attention",
+    "hyper_attention",
+    "kdeformer_attention",
+    "near_wildcat_attention",
+    "performer_attention",
+    "reformer_attention",
+    "scatterbrain_attention",
+    "stratified_attention",
+    "thinformer_attention",
     "uniform_attention",
     "use",
     "wildcat_attention",

@@ -22,12 +22,14 @@ class FixedPivots(NamedTuple):
         places: int64 (rows, heads, bins, r), places of the pivots within their bins; arbitrary where not `found`.
         found: bool (rows, heads, bins, r), False for empty slots.
         root: float64 (rows, heads, bins, 1, 1), sqrt(b) / tau.
+        kept: bool (bins,), True for bins that keep every key as a slot.
     """
 
     layout: BinLayout
     places: Tensor
     found: Tensor
     root: Tensor
+    kept: Tensor
 
     @staticmethod
     @torch.no_grad()
@@ -49,23 +51,24 @@ class FixedPivots(NamedTuple):
         query_norm = None if options.query_norm is None else options.query_norm.unsqueeze(-1)
         counts = layout.used.sum(-1).expand(norms.shape[:-1])
         tau2 = squared_temperature(norms.amax(-1), query_norm, counts, options.scale, options.temperature)
-        return FixedPivots(layout, places, found, (options.scale / tau2.double()).sqrt()[..., None, None])
+        root = (options.scale / tau2.double()).sqrt()[..., None, None]
+        return FixedPivots(layout, places, found, root, counts[0, 0] <= layout.rank)
 
-    def combine(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    def combine(self, key: Tensor, value: Tensor, mass: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Compute U = W V and w = W 1 in float64.
 
         Args:
             key: (rows, heads, n, d).
             value: (rows, heads, n, d_v).
+            mass: (rows, heads, n), factors of the keys, in place of 1.
 
         Returns:
-            (rows, heads, rank, d_v) and (rows, heads, rank), in the dtype of the values.
+            (rows, heads, bins, r, d_v) and (rows, heads, bins, r), in the dtype of the values.
         """
-        weights = self.weights(key)
-        used = self.layout.used.to(weights.dtype).unsqueeze(-1)
-        values = torch.cat((self._binned(value.double()), used.expand(*weights.shape[:3], -1, -1)), dim=-1)
-        both = self.layout.collect(weights @ values).to(value.dtype)
-        return both[..., :-1], both[..., -1]
+        mass = torch.ones_like(value[..., 0]) if mass is None else mass
+        both = torch.cat((value, torch.ones_like(value[..., :1])), dim=-1) * mass.unsqueeze(-1)
+        sums = (self.weights(key) @ self._binned(both.double())).to(value.dtype)
+        return sums[..., :-1], sums[..., -1]
 
     def weights(self, key: Tensor) -> Tensor:
         """Solve H_SS W = H_S, float64 (rows, heads, bins, r, t)."""
@@ -75,7 +78,7 @@ class FixedPivots(NamedTuple):
         gaussian = (pivots @ points.mT - of_pivots.unsqueeze(-1) - half_square.unsqueeze(-2)).exp()
         between = gaussian.take_along_dim(self.places.unsqueeze(-2), dim=-1)
         # A bin that holds no more keys than slots keeps them; equal ones would make its kernel singular.
-        kept = (self.layout.used.sum(-1) <= self.layout.rank)[:, None, None]
+        kept = self.kept[:, None, None]
         alone = torch.eye(self.places.shape[-1], dtype=points.dtype, device=points.device)
         present = self.found.unsqueeze(-1) & self.found.unsqueeze(-2) & ~kept
         solved = torch.linalg.solve(torch.where(present, between, alone), gaussian)

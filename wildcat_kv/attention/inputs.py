@@ -21,8 +21,8 @@ def check_call(
         raise ValueError("is_causal=True: every query sees every key here; for causal models use the cache instead")
     if attn_mask is not None:
         raise ValueError(
-            f"attn_mask has shape {tuple(attn_mask.shape)}: a mask of single scores cannot be followed; mark padding by "
-            "key_padding_mask, and for causal models use the cache"
+            f"attn_mask has shape {tuple(attn_mask.shape)}: a mask of single scores cannot be followed; mark padding "
+            "by key_padding_mask, and for causal models use the cache"
         )
     if dropout_p:
         raise ValueError(f"dropout_p={dropout_p} in training: no probabilities exist to be dropped; set it to 0")

@@ -72,7 +72,8 @@ class WildCatAttention(Attention):
         sums, weights = coreset.values, coreset.weights
         needs_gradient = torch.is_grad_enabled() and (key.requires_grad or value.requires_grad)
         if needs_gradient or values.dtype == torch.float64:  # coreset computes in float32, without a graph
-            sums, weights = FixedPivots.of(key, layout, source, coreset.valid, options).combine(key, values)
+            pivots = FixedPivots.of(key, layout, source, coreset.valid, options)
+            sums, weights = (layout.collect(part) for part in pivots.combine(key, values))
         output = weighted_softmax_attention(wanted, take(key, source), sums, weights.to(sums.dtype), scale)
         return output.clamp(values.amin(2, keepdim=True), values.amax(2, keepdim=True))
 

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import EntryPoint
 
+from wildcat_kv import plugins
 from wildcat_kv.compressors.base import Compressor
 from wildcat_kv.compressors.ours import OURS
 from wildcat_kv.config import WildCatConfig
@@ -105,18 +106,11 @@ def find(name: str) -> type[Compressor] | None:
 
 def _theirs() -> dict[str, EntryPoint]:
     """Methods of installed packages; one that takes a name of ours is left out."""
-    return {point.name: point for point in entry_points(group=GROUP) if point.name not in OURS}
+    return plugins.installed(GROUP, OURS)
 
 
 def _load(point: EntryPoint) -> type[Compressor]:
-    where = f"compressor={point.name!r}: the entry point {point.value} of an installed package"
-    try:
-        kind = point.load()
-    except Exception as error:  # whatever importing somebody else's package may raise
-        raise ValueError(f"{where} cannot be loaded ({type(error).__name__}: {error}); mend or remove it") from error
-    if not (isinstance(kind, type) and issubclass(kind, Compressor)):
-        raise ValueError(f"{where} is no subclass of wildcat_kv.compressors.Compressor")
-    return kind
+    return plugins.load(point, Compressor, "compressor")
 
 
 def _about(name: str, kind: type[Compressor]) -> Method:

@@ -1,0 +1,74 @@
+"""Stratified sampling: plain attention to one random key of each cell."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from wildcat_kv.attention.base import Attention, at_least, function_form, wide
+from wildcat_kv.attention.kernels import softmax_attention, take, weighted_softmax_attention
+from wildcat_kv.attention.order import cells, check_grid, tile_order
+from wildcat_kv.coreset.noise import uniform_rows
+
+
+@dataclass(frozen=True, eq=False)
+class Stratified(Attention):
+    """Attend to one random key of each cell, which weighs as much as the cell has keys.
+
+    Cells are consecutive keys, or tiles of a grid: what is sampled covers all of an image.
+
+    Attributes:
+        rank: r, the number of cells; all keys where there are no more.
+        grid: height and width of the patches of an image, to cut into tiles; None for keys in a line.
+        prefix: tokens before the grid, such as a class token, which are kept besides.
+        seed: seed of the draw.
+    """
+
+    name: ClassVar[str] = "stratified"
+    complexity: ClassVar[str] = "O(n r d)"
+
+    rank: int = 512
+    grid: tuple[int, int] | None = None
+    prefix: int = 0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least(1, rank=self.rank)
+        at_least(0, prefix=self.prefix)
+
+    @override
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        heads, n = key.shape[1:3]
+        check_grid(self.grid, self.prefix, n)
+        if self.rank + self.prefix >= n:
+            return softmax_attention(query, key, value, scale)
+        chosen, sizes = self.draw(heads, n, key.device)
+        keys, values = take(key, chosen), wide(take(value, chosen))
+        weights = sizes.to(values.dtype).expand(values.shape[:-1])
+        sums = values * weights.unsqueeze(-1)
+        return weighted_softmax_attention(wide(query).flatten(2, 3), keys, sums, weights, scale)
+
+    def draw(self, heads: int, n: int, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
+        """Draw the keys of every head, int64 (1, heads, prefix + r), and what they weigh, (prefix + r,)."""
+        places, used, _ = cells(n - self.prefix, self.rank, device)
+        sizes = used.sum(-1)
+        noise = uniform_rows(self.seed, torch.arange(heads, device=device).view(1, -1), columns=self.rank)
+        # Rounding may reach the size itself, and no more.
+        chosen = places[:, 0] + torch.minimum((noise * sizes).long(), sizes - 1)
+        if self.grid is not None:
+            chosen = tile_order(*self.grid, device)[chosen]
+        first = torch.arange(self.prefix, device=device)
+        chosen = torch.cat((first.expand(1, heads, -1), chosen + self.prefix), dim=-1)
+        return chosen, torch.cat((torch.ones_like(first), sizes))
+
+    @override
+    def operations(self, q: int, n: int, d: int, d_v: int) -> int:
+        return q * min(self.rank + self.prefix, n) * (d + d_v + 3)
+
+
+stratified_attention = function_form(Stratified, "stratified_attention")
