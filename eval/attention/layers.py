@@ -13,12 +13,14 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 from torch.nn import functional as F
 
-from eval.attention.dinov2 import PATCH, Dinov2, dinov2_small
+from eval.attention.dinov2 import PATCH, dinov2_small
 from eval.attention.methods import Recorded
 from eval.attention.pictures import PICTURES, picture
 from eval.attention.scores import output_errors
 from eval.attention.tasks import Case, Measured, Metric, Task, Wanted
-from wildcat_kv.attention import Attention, Exact, use
+from wildcat_kv import compress_kv, weighted_attention
+from wildcat_kv.attention import Attention, Exact, WildCatAttention, use
+from wildcat_kv.coreset.guarantee import attention_error, error_bound
 
 
 class Layer(NamedTuple):
@@ -118,10 +120,6 @@ class Captured(Source):
     inputs: int = Field(default=1, ge=1, le=len(PICTURES))
     shape: Literal["whole", "biggan", "t2t"] = "whole"
 
-    @cached_property
-    def _model(self) -> Dinov2:
-        return dinov2_small()
-
     def cases(self) -> list[Case]:
         """List every layer of every picture."""
         found = []
@@ -138,9 +136,9 @@ class Captured(Source):
         """Record a layer of the exact model."""
         number = int(case.group.rpartition(" ")[2])
         tokens = case.n * (4 if self.shape == "biggan" else 1) - (self.shape == "whole")
-        recorder = Recorded(Exact())
-        with use(self._model.backbone, {number: recorder}):
-            self._model(picture(case.input, math.isqrt(tokens) * PATCH))
+        recorder, model = Recorded(Exact()), dinov2_small()
+        with use(model.backbone, {number: recorder}):
+            model(picture(case.input, math.isqrt(tokens) * PATCH))
         query, key, value, scale = recorder.calls[0]
         layer = Layer(query, key, value, query.shape[-1] ** -0.5 if scale is None else scale)
         return {"whole": lambda whole: whole, "biggan": _like_biggan, "t2t": _like_t2t}[self.shape](layer)
@@ -211,6 +209,55 @@ class Layers(Task):
                 output = method(*layer[:3], scale=layer.scale)
                 least = min(least, time.process_time() - start)
         return output, least
+
+
+class Guarantee(Layers):
+    """Compare the error of a coreset with its bound and with an estimate, over ranks.
+
+    The methods are "wildcat" with a rank and bins each. Coresets are drawn anew, so that bound and error are of the
+    same one.
+
+    Args:
+        task: "guarantee".
+        sources: where the layers come from.
+        rows: exact rows of the estimate.
+        queries: number of queries to bound, evenly spread.
+    """
+
+    title: ClassVar[str] = "Guarantee"
+    metrics: ClassVar[dict[str, Metric]] = {
+        "error": Metric("largest error", False),
+        "estimate": Metric("largest of a few rows", False),
+        "bound": Metric("bound", False),
+    }
+
+    task: Literal["guarantee"] = "guarantee"  # type: ignore[assignment]
+    rows: int = Field(default=32, ge=1)
+    queries: int = Field(default=512, ge=1)
+
+    def measure(self, case: Case, wanted: Sequence[Wanted]) -> Iterator[Measured]:
+        """Compare errors over the largest magnitude of a value, the largest of all heads."""
+        query, key, value, scale = self._sources[case.group].layer(case)
+        query = query[:, :, :: -(-query.shape[2] // self.queries)]
+        exact = Exact()(query.double(), key.double(), value.double(), scale=scale)
+        least, most = value.amin(2, keepdim=True), value.amax(2, keepdim=True)
+        reach, norm = float(value.abs().max()), query.norm(dim=-1).amax(-1)
+        for one in wanted:
+            method = one.build(case.n, case.grid)
+            if not isinstance(method, WildCatAttention) or method.rank is None:
+                raise ValueError(f"methods: {one.method!r} has no guarantee; take wildcat with a rank")
+            with torch.random.fork_rng(devices=[]), torch.no_grad():
+                torch.manual_seed(one.seed)
+                setting = {"scale": scale, "query_norm": norm, "bins": method.bins}
+                coreset = compress_kv(key, value, rank=min(method.rank, case.n), **setting)
+                output = weighted_attention(
+                    query, coreset.keys, coreset.values, coreset.weights, scale=scale, value_range=(least, most)
+                )
+            estimate = attention_error(query, key, value, output, rows=self.rows, scale=scale, seed=one.seed)
+            bound = error_bound(query, key, coreset, **setting).amax(-1) * (most - least).squeeze(2).amax(-1)
+            scores = {"error": (output - exact).abs().max(), "estimate": estimate.largest.max(), "bound": bound.max()}
+            shares = {name: float(score) / reach for name, score in scores.items()}
+            yield Measured(one.method, one.seed, shares, {}, {"slots": method.rank / case.n})
 
 
 def _work(method: Attention, layer: Layer) -> int:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 from typing_extensions import override
 
@@ -30,6 +30,17 @@ class Choice(BaseModel):
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_settings(cls, entry: Any) -> Any:
+        """Take a name alone, and settings that stand beside the name."""
+        if isinstance(entry, str):
+            return {"method": entry}
+        if not isinstance(entry, dict) or "settings" in entry:
+            return entry
+        own = {name: entry[name] for name in ("method", "label") if name in entry}
+        return {**own, "settings": {name: value for name, value in entry.items() if name not in own}}
 
     method: str
     label: str = ""

@@ -10,12 +10,12 @@ from typing import Any, ClassVar, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from eval.attention.dinov2 import PATCH, Dinov2, Features, dinov2_small
+from eval.attention.dinov2 import PATCH, Features, dinov2_small
 from eval.attention.methods import Clocked, Grid
 from eval.attention.pictures import PICTURES, picture
 from eval.attention.scores import correlation, cosine, same_neighbours
 from eval.attention.speech import Clip, clips
-from eval.attention.whisper import Whisper, whisper_tiny, word_errors
+from eval.attention.whisper import whisper_tiny, word_errors
 from wildcat_kv.attention import Attention, Exact, use
 
 Build = Callable[[int, Grid | None], Attention]
@@ -142,10 +142,6 @@ class Pictures(Task):
     pixels: list[int] = Field(default=[518], min_length=1)
     inputs: int = Field(default=len(PICTURES), ge=1, le=len(PICTURES))
 
-    @cached_property
-    def _model(self) -> Dinov2:
-        return dinov2_small()
-
     def cases(self) -> list[Case]:
         """List every picture at every size, the smallest first."""
         for side in self.pixels:
@@ -161,10 +157,10 @@ class Pictures(Task):
     def measure(self, case: Case, wanted: Sequence[Wanted]) -> Iterator[Measured]:
         """Compare the features with those of exact attention."""
         assert case.grid is not None
-        pixels = picture(case.input, case.grid[0] * PATCH)
+        pixels, model = picture(case.input, case.grid[0] * PATCH), dinov2_small()
 
         def run(method: Attention) -> Run:
-            return Run.of(self._model.backbone, method, lambda: self._model(pixels))
+            return Run.of(model.backbone, method, lambda: model(pixels))
 
         exact = run(Exact())
         for one in wanted:
@@ -200,10 +196,6 @@ class Speech(Task):
     inputs: int = Field(default=13, ge=1, le=60)
 
     @cached_property
-    def _model(self) -> Whisper:
-        return whisper_tiny()
-
-    @cached_property
     def _clips(self) -> dict[str, Clip]:
         return {clip.name: clip for clip in clips(self.inputs)}
 
@@ -213,7 +205,7 @@ class Speech(Task):
 
     def measure(self, case: Case, wanted: Sequence[Wanted]) -> Iterator[Measured]:
         """Compare the texts with the truth, and with that of exact attention."""
-        clip, model = self._clips[case.input], self._model
+        clip, model = self._clips[case.input], whisper_tiny()
 
         def run(method: Attention) -> Run:
             return Run.of(model.model.model.encoder, method, lambda: model.hear(clip.sound))

