@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
-from typing_extensions import override
+from typing_extensions import Self, override
 
 from wildcat_kv.attention import Attention, attention_method
 
@@ -45,6 +45,13 @@ class Choice(BaseModel):
     method: str
     label: str = ""
     settings: dict[str, Value | dict[str, float]] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _growths_are_whole(self) -> Self:
+        for name, value in self.settings.items():
+            if isinstance(value, Mapping) and set(value) != {"times", "power"}:
+                raise ValueError(f"{name}={value}: a setting that grows has times and power, and no more")
+        return self
 
     @property
     def name(self) -> str:
@@ -84,8 +91,6 @@ def _grown(growth: Mapping[str, float], n: int) -> int:
         >>> _grown({"times": 4, "power": 0.5}, 1024)
         128
     """
-    if set(growth) != {"times", "power"}:
-        raise ValueError(f"a setting that grows has times and power, not {sorted(growth)}")
     return max(1, round(growth["times"] * n ** growth["power"]))
 
 

@@ -56,6 +56,8 @@ def _fields(message: memoryview) -> Iterator[tuple[int, Any]]:
             yield key >> 3, value
             continue
         size, at = _varint(message, at) if key & 7 == 2 else ({1: 8, 5: 4}[key & 7], at)
+        if at + size > len(message):
+            raise IndexError("it ends too early")
         yield key >> 3, message[at : at + size]
         at += size
 
