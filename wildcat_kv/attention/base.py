@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, TypeVar
 
@@ -42,6 +43,7 @@ class Attention(nn.Module):
 
     def __post_init__(self) -> None:
         super().__init__()
+        at_least(0, seed=getattr(self, "seed", None))
 
     @classmethod
     def preset(cls, name: str, **settings: Any) -> Self:
@@ -107,24 +109,26 @@ class Attention(nn.Module):
         scale = query.shape[-1] ** -0.5 if scale is None else scale
         *batch, heads, length, d = query.shape
         kv_heads, n = key.shape[-3:-1]
-        query = query.reshape(-1, kv_heads, heads // kv_heads, length, d)
-        key = key.reshape(-1, kv_heads, n, d)
-        value = value.reshape(-1, kv_heads, n, value.shape[-1])
+        rows = math.prod(batch)
+        query = query.reshape(rows, kv_heads, heads // kv_heads, length, d)
+        key = key.reshape(rows, kv_heads, n, d)
+        value = value.reshape(rows, kv_heads, n, value.shape[-1])
         if key_padding_mask is None:
             output = self._attend(query, key, value, scale)
         else:  # a row without its padding is a plain one: no method need know of masks
             output = query.new_zeros(*query.shape[:-1], value.shape[-1])
-            for rows, real in rows_by_padding(key_padding_mask.reshape(-1, n)):
-                part = self._attend(query[rows], key[rows][:, :, real], value[rows][:, :, real], scale)
-                output = output.index_copy(0, rows, part)
-        return output.reshape(*batch, heads, length, -1)
+            for alike, real in rows_by_padding(key_padding_mask.reshape(rows, n)):
+                part = self._attend(query[alike], key[alike][:, :, real], value[alike][:, :, real], scale)
+                output = output.index_copy(0, alike, part)
+        return output.reshape(*batch, heads, length, value.shape[-1])
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        """Call `attend`; no key or no query gives 0."""
+        """Call `attend`, without autocast; no key or no query gives 0."""
         shape = (*query.shape[:-1], value.shape[-1])
         if 0 in (*query.shape, *key.shape):
             return query.new_zeros(shape)
-        return self.attend(query, key, value, scale).reshape(shape).to(query.dtype)
+        with torch.autocast(query.device.type, enabled=False):
+            return self.attend(query, key, value, scale).reshape(shape).to(query.dtype)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         """Attend in rows of equal length without padding.

@@ -20,8 +20,8 @@ def balanced_metric(query: Tensor, key: Tensor, scale: float, dims: int | None =
 
     A pivot stands for keys that are near in z. With a number tau in place of M all directions count alike. With this
     one those count less in which queries do not vary, and z and u have the same diagonal second moments, up to tau^2.
-    With S_q = L L^T and L^T S_k L = Q diag(l) Q^T it is L Q diag(l)^(-1/4) sqrt(b / tau^2), S_k of recentred keys and S_q
-    of queries as they are.
+    With S_q = L L^T and L^T S_k L = Q diag(l) Q^T it is L Q diag(l)^(-1/4) sqrt(b / tau^2), S_k of recentred keys and
+    S_q of queries as they are.
 
     Args:
         query: (rows, heads, m, d).

@@ -72,7 +72,8 @@ class NearWildCat(Attention):
     def __post_init__(self) -> None:
         super().__post_init__()
         at_least(1, rank=self.rank, bins=self.bins, dims=self.dims)
-        at_least(0, near=self.near, prefix=self.prefix)
+        at_least(0, near=self.near)
+        check_grid(self.grid, self.prefix)
         if not 0 <= self.residual < 1:
             raise ValueError(f"residual={self.residual} must be in [0, 1), the share of the slots that are samples")
 

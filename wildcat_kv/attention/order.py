@@ -31,13 +31,17 @@ def tile_order(height: int, width: int, device: torch.device | str = "cpu") -> T
     return code.flatten().argsort()
 
 
-def check_grid(grid: tuple[int, int] | None, prefix: int, n: int) -> None:
-    """Refuse a grid that does not hold the tokens after the prefix.
+def check_grid(grid: tuple[int, int] | None, prefix: int, n: int | None = None) -> None:
+    """Refuse a grid without cells, and one that does not hold the n tokens after the prefix.
 
     Raises:
         ValueError: names the grid and the number of tokens.
     """
-    if grid is not None and grid[0] * grid[1] + prefix != n:
+    if prefix < 0:
+        raise ValueError(f"prefix={prefix} must be at least 0, the number of tokens before the grid")
+    if grid is not None and (len(grid) != 2 or min(grid) < 1):
+        raise ValueError(f"grid={grid} must be a height and a width, each at least 1")
+    if n is not None and grid is not None and grid[0] * grid[1] + prefix != n:
         raise ValueError(
             f"grid={grid} with prefix={prefix} holds {grid[0] * grid[1] + prefix} keys, and there are {n} without "
             "padding; give the grid of the tokens, or None for keys in a line"

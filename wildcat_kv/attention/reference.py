@@ -1,8 +1,9 @@
 """All attention methods for one head, written as in their papers: read this first.
 
 Plain float64, nothing batched. What a method draws is an argument, so that the fast version and this one can be
-compared number by number. WILDCAT itself is `coreset.reference.wildcat`. Sizes: m queries Q (m, d), n keys K (n, d) and values
-V (n, d_v); b is the factor of the scores.
+compared number by number. WILDCAT itself is `coreset.reference.wildcat`.
+
+Sizes: m queries Q (m, d), n keys K (n, d) and values V (n, d_v); b is the factor of the scores.
 """
 
 from __future__ import annotations

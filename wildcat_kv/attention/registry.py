@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from dataclasses import dataclass
 from typing import Any
@@ -95,7 +96,7 @@ def attention_method(name: str, **settings: Any) -> Attention:
         Uniform(rank=256, seed=0)
     """
     kind = _find(name)
-    known = list(getattr(kind, "__dataclass_fields__", {}))
+    known = [field.name for field in dataclasses.fields(kind)]
     for setting in settings:
         if setting not in known:
             hint = did_you_mean(setting, known)

@@ -39,7 +39,7 @@ class Stratified(Attention):
     def __post_init__(self) -> None:
         super().__post_init__()
         at_least(1, rank=self.rank)
-        at_least(0, prefix=self.prefix)
+        check_grid(self.grid, self.prefix)
 
     @override
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
@@ -68,7 +68,8 @@ class Stratified(Attention):
 
     @override
     def operations(self, q: int, n: int, d: int, d_v: int) -> int:
-        return q * min(self.rank + self.prefix, n) * (d + d_v + 3)
+        kept = self.rank + self.prefix
+        return q * n * (d + d_v + 1) if kept >= n else q * kept * (d + d_v + 3)
 
 
 stratified_attention = function_form(Stratified, "stratified_attention")

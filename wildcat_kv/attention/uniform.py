@@ -50,7 +50,7 @@ class Uniform(Attention):
 
     @override
     def operations(self, q: int, n: int, d: int, d_v: int) -> int:
-        return q * min(self.rank, n) * (d + d_v + 1) + n
+        return q * min(self.rank, n) * (d + d_v + 1)
 
 
 uniform_attention = function_form(Uniform, "uniform_attention")

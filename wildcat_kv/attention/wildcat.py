@@ -55,7 +55,8 @@ class WildCatAttention(Attention):
         super().__post_init__()
         at_least(1, rank=self.rank, bins=self.bins)
         if self.temperature not in get_args(Temperature):
-            raise ValueError(f"temperature={self.temperature!r} must be one of {', '.join(get_args(Temperature))}")
+            rules = ", ".join(map(repr, get_args(Temperature)))
+            raise ValueError(f"temperature={self.temperature!r} must be one of {rules}")
 
     @override
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
