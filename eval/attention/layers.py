@@ -55,10 +55,12 @@ class Gaussian(Source):
         d: channels.
         heads: number of heads.
         inputs: number of draws.
+        dtype: floating type to compute in, "float32" or "float64".
     """
 
     source: Literal["gaussian"]
     n: list[int] = Field(min_length=1)
+    dtype: Literal["float32", "float64"] = "float32"
     d: int = Field(default=64, ge=1)
     heads: int = Field(default=2, ge=1)
     inputs: int = Field(default=1, ge=1)
@@ -73,11 +75,13 @@ class Gaussian(Source):
 
     def layer(self, case: Case) -> Layer:
         """Draw a layer, the same for the same case."""
-        return Layer(*self._normal(case), self.d**-0.5)
+        query, key, value = self._normal(case)
+        return Layer(query, key, value, self.d**-0.5)
 
     def _normal(self, case: Case) -> list[Tensor]:
         generator = torch.Generator().manual_seed(int(case.input.split()[1]) * 100_003 + case.n)
-        return [torch.randn(1, self.heads, case.n, self.d, generator=generator) for _ in range(3)]
+        shape, dtype = (1, self.heads, case.n, self.d), getattr(torch, self.dtype)
+        return [torch.randn(shape, generator=generator, dtype=dtype) for _ in range(3)]
 
 
 class Bounded(Gaussian):
@@ -99,7 +103,8 @@ class Bounded(Gaussian):
 
     def layer(self, case: Case) -> Layer:
         """Draw a layer: directions at random, norms of 1."""
-        return Layer(*(F.normalize(part, dim=-1) for part in self._normal(case)), self.product)
+        query, key, value = (F.normalize(part, dim=-1) for part in self._normal(case))
+        return Layer(query, key, value, self.product)
 
 
 class Captured(Source):
@@ -146,7 +151,8 @@ class Captured(Source):
 
 def _like_t2t(layer: Layer) -> Layer:
     """Take the first head without its class token."""
-    return Layer(*(part[:, :1, 1:] for part in layer[:3]), layer.scale)
+    query, key, value = (part[:, :1, 1:] for part in (layer.query, layer.key, layer.value))
+    return Layer(query, key, value, layer.scale)
 
 
 def _like_biggan(layer: Layer) -> Layer:

@@ -51,27 +51,22 @@ def _figures(task: str, about: dict[str, Any], rows: pd.DataFrame, methods: list
     if task == "guarantee":
         yield task, _guarantee(about, rows)
         return
-    metric = next(iter(about["metrics"]))
-    rising, title = about["metrics"][metric]["rising"], about["metrics"][metric]["title"]
-    shown = pd.DataFrame(
-        {
-            "group": rows["group"],
-            "kind": rows["group"].map(_kind),
-            "n": rows["n"],
-            "method": rows["method"],
-            "time": rows["shares"].map(lambda shares: shares["attention"]),
-            "error": rows["scores"].map(lambda scores: max(_LEAST, 1 - scores[metric] if rising else scores[metric])),
-        }
+    shown = rows[["group", "n", "method"]].assign(
+        kind=rows["group"].map(_kind), time=rows["shares"].map(lambda shares: shares["attention"])
     )
-    label = f"1 - {title}" if rising else title
+    errors = {}
+    for name, metric in about["metrics"].items():
+        rising, title = metric["rising"], metric["title"]
+        errors[f"1 - {title}" if rising else title] = rows["scores"].map(
+            lambda scores, name=name, rising=rising: max(_LEAST, 1 - scores[name] if rising else scores[name])
+        )
+    shown = shown.assign(**errors)
     looks = {name: (COLOURS[i % len(COLOURS)], _MARKERS[i % len(_MARKERS)]) for i, name in enumerate(methods)}
-    yield task, _tradeoff(shown, looks, label)
+    yield task, _tradeoff(shown, looks, next(iter(errors)))
     for kind, part in shown.groupby("kind", sort=False):
         if part["n"].nunique() >= 3:
-            yield (
-                f"{task}-growth-{re.sub(r'[^a-z0-9]+', '-', str(kind).lower()).strip('-')}",
-                _growth(part, looks, label),
-            )
+            name = re.sub(r"[^a-z0-9]+", "-", str(kind).lower()).strip("-")
+            yield f"{task}-growth-{name}", _growth(part, looks, list(errors))
 
 
 def _kind(group: str) -> str:
@@ -91,17 +86,18 @@ def _tradeoff(rows: pd.DataFrame, looks: dict[str, tuple[str, str]], label: str)
     for axes, group in zip(panels, groups, strict=False):
         for method, own in rows[rows["group"] == group].groupby("method", sort=False):
             colour, marker = looks[str(method)]
-            axes.plot(own["time"].mean(), own["error"].mean(), marker, color=colour, label=str(method))
+            axes.plot(own["time"].mean(), own[label].mean(), marker, color=colour, label=str(method))
         axes.axvline(1.0, color=GREY, linewidth=0.8, linestyle=":")
         _dress(axes, group, "attention's time, exact = 1", label)
     _legend(figure, panels[0])
     return figure
 
 
-def _growth(rows: pd.DataFrame, looks: dict[str, tuple[str, str]], label: str) -> Figure:
-    """Draw error and time over the number of keys."""
-    figure, panels = _panels(2)
-    for axes, field, title in zip(panels, ("error", "time"), (label, "attention's time, exact = 1"), strict=False):
+def _growth(rows: pd.DataFrame, looks: dict[str, tuple[str, str]], labels: list[str]) -> Figure:
+    """Draw errors and time over the number of keys."""
+    figure, panels = _panels(len(labels) + 1)
+    titles = {**dict(zip(labels, labels, strict=True)), "time": "attention's time, exact = 1"}
+    for axes, (field, title) in zip(panels, titles.items(), strict=False):
         for method, own in rows.groupby("method", sort=False):
             mean = own.groupby("n")[field].mean()
             colour, marker = looks[str(method)]

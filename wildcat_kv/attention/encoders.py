@@ -50,7 +50,7 @@ class MethodName(str):
         name.method, name.layer, name.config = method, layer, config
         return name
 
-    def __getnewargs__(self) -> tuple[Attention, str, Any]:
+    def __getnewargs__(self) -> tuple[Attention, str, Any]:  # type: ignore[override]
         """Return the arguments that copy and pickle make it anew from."""
         return self.method, self.layer, self.config
 
