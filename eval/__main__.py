@@ -89,6 +89,11 @@ def report(
 
     found = Folder(folder)
     manifest, records = found.manifest, found.records()
+    if "tasks" in manifest:  # of methods of attention, which have no baseline
+        from eval.attention.report import write_report as write_tables
+
+        print(write_tables(manifest, records, folder))
+        return
     if baseline is not None:
         check_baseline(baseline, [record["method"] for record in records])
         manifest = {**manifest, "config": {**(manifest.get("config") or {}), "baseline": baseline}}
