@@ -14,6 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
+from eval.attention.views import view_figures
 from eval.style import COLOURS, GREY, GRID, house_style, save
 
 _MARKERS = "os^vDP<>Xph8dH*"
@@ -25,6 +26,7 @@ def save_plots(manifest: dict[str, Any], frame: pd.DataFrame, folder: Path) -> l
 
     `TASK.png`: error over time, a panel for each group. `TASK-growth-KIND.png`: error and time over the number of keys,
     where there are three or more. `guarantee.png`: bound, estimate and error over the slots.
+    `views-GROUP-INPUT.png`: what the model saw by every method.
 
     Args:
         manifest: description of the run.
@@ -39,7 +41,9 @@ def save_plots(manifest: dict[str, Any], frame: pd.DataFrame, folder: Path) -> l
     with house_style():
         for task, about in manifest["tasks"].items():
             rows = frame[frame["task"] == task]
-            for name, figure in _figures(task, about, rows, manifest["methods"]):
+            figures = _figures(task, about, rows, manifest["methods"])
+            views = view_figures(folder, rows["group"].unique(), rows["input"].unique(), manifest["methods"])
+            for name, figure in (*figures, *views):
                 paths.append(folder / f"{name}.png")
                 save(figure, paths[-1])
     return paths

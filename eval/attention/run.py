@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
@@ -13,6 +14,7 @@ from rich.console import Console
 from eval.attention.config import RunConfig
 from eval.attention.report import write_report
 from eval.attention.tasks import Build, Case, Measured, Task, Wanted
+from eval.attention.views import save_view
 from eval.machine import commit, machine, versions
 from eval.progress import progress
 from eval.records import Folder
@@ -46,9 +48,10 @@ def run(config: RunConfig, output: Path, *, command: str, resume: bool) -> None:
         with progress(len(planned) * len(config.plan()), show=True) as shown:
             shown.skip(len(done))
             for task, case in planned:
-                for record in _measure(config, task, case, done):
-                    folder.append(record)
-                    shown.advance(f"{record['task']}: {case.group}", record["method"])
+                for measured in _measure(config, task, case, done):
+                    save_view(output, case, measured)
+                    folder.append(_record(task, case, measured))
+                    shown.advance(f"{task.task}: {case.group}", measured.method)
     finally:
         torch.set_num_threads(threads)
     write_report(folder.finish(_now()), folder.records(), output)
@@ -60,15 +63,14 @@ def key_of(record: dict[str, Any]) -> Key:
     return record["task"], record["group"], record["input"], record["method"], record["seed"]
 
 
-def _measure(config: RunConfig, task: Any, case: Case, done: set[Key]) -> Any:
+def _measure(config: RunConfig, task: Any, case: Case, done: set[Key]) -> Iterator[Measured]:
     wanted = [
         Wanted(choice.name, seed, _builder(choice, seed))
         for choice, seed in config.plan()
         if (task.task, case.group, case.input, choice.name, seed) not in done
     ]
     if wanted:
-        for measured in task.measure(case, wanted):
-            yield _record(task, case, measured)
+        yield from task.measure(case, wanted)
 
 
 def _builder(choice: Any, seed: int) -> Build:
@@ -76,7 +78,8 @@ def _builder(choice: Any, seed: int) -> Build:
 
 
 def _record(task: Any, case: Case, measured: Measured) -> dict[str, Any]:
-    return {"task": task.task, "group": case.group, "input": case.input, "n": case.n, **asdict(measured)}
+    fields = {name: value for name, value in asdict(measured).items() if name != "view"}
+    return {"task": task.task, "group": case.group, "input": case.input, "n": case.n, **fields}
 
 
 def _manifest(config: RunConfig, command: str) -> dict[str, Any]:

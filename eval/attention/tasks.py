@@ -8,7 +8,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar, Literal, NamedTuple
 
+import numpy as np
+import torch
 from pydantic import BaseModel, ConfigDict, Field
+from torch.nn import functional as F
 
 from eval.attention.dinov2 import PATCH, Features, dinov2_small
 from eval.attention.methods import Clocked, Grid
@@ -67,6 +70,7 @@ class Measured:
         scores: scores by metric.
         seconds: attention's and the whole model's seconds of processor time.
         shares: times, or operations, over those of exact attention.
+        view: uint8 (height, width, 3), a picture of what the model saw; None for none.
     """
 
     method: str
@@ -74,6 +78,7 @@ class Measured:
     scores: dict[str, float]
     seconds: dict[str, float]
     shares: dict[str, float]
+    view: np.ndarray | None = None
 
 
 class Task(BaseModel):
@@ -128,6 +133,7 @@ class Pictures(Task):
         task: "pictures".
         pixels: sides of the squares, multiples of 14: 518 makes 1,370 tokens, 896 4,097, 1,344 9,217, 1,792 16,385.
         inputs: number of pictures, the first ones of `PICTURES`.
+        shown: number of pictures, the first ones, of which a figure shows the saliency map and the patches' features.
     """
 
     title: ClassVar[str] = "DINOv2-S"
@@ -141,6 +147,7 @@ class Pictures(Task):
     task: Literal["pictures"] = "pictures"
     pixels: list[int] = Field(default=[518], min_length=1)
     inputs: int = Field(default=len(PICTURES), ge=1, le=len(PICTURES))
+    shown: int = Field(default=2, ge=0)
 
     def cases(self) -> list[Case]:
         """List every picture at every size, the smallest first."""
@@ -163,9 +170,11 @@ class Pictures(Task):
             return Run.of(model.backbone, method, lambda: model(pixels))
 
         exact = run(Exact())
+        shown = set(PICTURES[: self.shown])
         for one in wanted:
             found = run(one.build(case.n, case.grid))
-            yield Measured(one.method, one.seed, self._scores(found.result, exact.result), *found.over(exact))
+            seen = view(found.result, exact.result) if case.input in shown else None
+            yield Measured(one.method, one.seed, self._scores(found.result, exact.result), *found.over(exact), seen)
 
     @staticmethod
     def _scores(found: Features, exact: Features) -> dict[str, float]:
@@ -175,6 +184,26 @@ class Pictures(Task):
             "saliency": correlation(found.saliency, exact.saliency),
             "neighbours": same_neighbours(found.patches.flatten(0, 1), exact.patches.flatten(0, 1)),
         }
+
+
+def view(found: Features, exact: Features) -> np.ndarray:
+    """Draw a saliency map and, beside it, the features of the patches.
+
+    Three principal components of the exact features are red, green and blue, in both runs with the same range.
+
+    Returns:
+        uint8 (rows, 2 * columns, 3), a dot a patch.
+    """
+    rows, columns, channels = exact.patches.shape
+    flat = exact.patches.reshape(-1, channels).double()
+    mean = flat.mean(0)
+    directions = torch.linalg.svd(flat - mean, full_matrices=False).Vh[:3].T
+    directions = directions * directions.sum(0).sign()  # a singular vector's sign is anyone's choice
+    low, high = ((flat - mean) @ directions).quantile(torch.tensor([0.01, 0.99], dtype=torch.float64), dim=0)
+    colours = ((found.patches.double() - mean) @ directions - low) / (high - low)
+    saliency = F.adaptive_avg_pool2d(found.saliency[None, None], (rows, columns))[0, 0]
+    both = torch.cat((saliency.double().unsqueeze(-1).expand(-1, -1, 3), colours), dim=1)
+    return both.clamp(0, 1).mul(255).round().to(torch.uint8).numpy()
 
 
 class Speech(Task):

@@ -14,7 +14,7 @@ import eval.attention.run
 from eval.__main__ import main
 from eval.attention import layers, tasks
 from eval.attention.config import RunConfig, read_config
-from eval.attention.dinov2 import WHEEL, Dinov2, SaliencyHead, dinov2_small
+from eval.attention.dinov2 import WHEEL, Dinov2, Features, SaliencyHead, dinov2_small
 from eval.attention.layers import Captured, Gaussian, Layers
 from eval.attention.methods import Choice, Clocked, Recorded
 from eval.attention.onnx_file import read_onnx
@@ -260,6 +260,29 @@ def test_pictures_are_compared_with_what_exact_attention_sees(tiny_dinov2):
     assert all(share > 0 for share in few.shares.values())
     with pytest.raises(ValueError, match="pixels=60 must be a multiple of 14"):
         tasks.Pictures(pixels=[60]).cases()
+
+
+def test_what_the_model_saw_is_drawn_side_by_side(tiny_dinov2, tmp_path):
+    config = RunConfig(
+        tasks=[{"task": "pictures", "pixels": [56], "inputs": 2, "shown": 1}], methods=["exact", "uniform"]
+    )
+    eval.attention.run.run(config, tmp_path / "run", command="x", resume=False)
+    views = sorted(path.name for path in (tmp_path / "run" / "views").iterdir())
+    assert views == ["56-px-17-tokens-china-exact.png", "56-px-17-tokens-china-uniform.png"]
+    assert (
+        "![views-56-px-17-tokens-china](views-56-px-17-tokens-china.png)" in (tmp_path / "run/summary.md").read_text()
+    )
+
+
+def test_a_view_is_that_of_the_exact_features_where_nothing_is_lost():
+    seen = Features(torch.zeros(4), torch.randn(6, 5, 4), torch.rand(84, 70))
+    other = Features(torch.zeros(4), torch.randn(6, 5, 4), torch.zeros(84, 70))
+    exact, poor = tasks.view(seen, seen), tasks.view(other, seen)
+    assert exact.shape == poor.shape == (6, 10, 3) and exact.dtype == np.uint8
+    assert exact[:, 5:].min() == 0 and exact[:, 5:].max() == 255
+    mean = seen.saliency.view(6, 14, 5, 14).mean((1, 3))
+    np.testing.assert_allclose(exact[:, :5, 0] / 255, mean, atol=0.003)
+    assert (poor[:, :5] == 0).all() and not np.array_equal(exact[:, 5:], poor[:, 5:])
 
 
 def test_a_captured_layer_is_the_models(tiny_dinov2):
