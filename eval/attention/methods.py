@@ -25,7 +25,8 @@ class Choice(BaseModel):
     Args:
         method: name that `wildcat_kv.attention.available` lists.
         label: name in tables; method and settings by default.
-        settings: fields of the method. A mapping of `times` and `power` is times * n ** power, rounded. The word
+        settings: fields of the method. A mapping of `times` and `power` is times * n ** power, rounded to a
+            `multiple`, 1 if there is none. The word
             "picture" for `grid` and `prefix` means the patches of a picture and its class token.
     """
 
@@ -49,8 +50,8 @@ class Choice(BaseModel):
     @model_validator(mode="after")
     def _growths_are_whole(self) -> Self:
         for name, value in self.settings.items():
-            if isinstance(value, Mapping) and set(value) != {"times", "power"}:
-                raise ValueError(f"{name}={value}: a setting that grows has times and power, and no more")
+            if isinstance(value, Mapping) and not {"times", "power"} <= set(value) <= {"times", "power", "multiple"}:
+                raise ValueError(f"{name}={value}: a setting that grows has times and power, and perhaps a multiple")
         return self
 
     @property
@@ -85,13 +86,14 @@ class Choice(BaseModel):
 
 
 def _grown(growth: Mapping[str, float], n: int) -> int:
-    """Compute a setting that grows with the number of keys, at least 1.
+    """Compute a setting that grows with the number of keys, at least 1 and a multiple of `multiple`.
 
     Example:
-        >>> _grown({"times": 4, "power": 0.5}, 1024)
-        128
+        >>> _grown({"times": 4, "power": 0.5}, 1024), _grown({"times": 1.1, "power": 0.5, "multiple": 2}, 100)
+        (128, 12)
     """
-    return max(1, round(growth["times"] * n ** growth["power"]))
+    multiple = round(growth.get("multiple", 1))
+    return multiple * max(1, round(growth["times"] * n ** growth["power"] / multiple))
 
 
 def _shown(value: Any) -> str:

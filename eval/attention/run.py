@@ -38,6 +38,9 @@ def run(config: RunConfig, output: Path, *, command: str, resume: bool) -> None:
     folder = Folder(output)
     folder.check(resume=resume)
     planned = [(task, case) for task in config.tasks for case in task.cases()]
+    for _, case in planned:  # settings may fit some lengths and not others
+        for choice in config.methods:
+            choice.build(case.n, grid=case.grid)
     manifest = _manifest(config, command)
     folder.compare(manifest)
     folder.begin(manifest)

@@ -4,8 +4,10 @@ import pytest
 import torch
 import transformers
 
-from tests.attention.encoders import FAMILIES, SIZES, Family, text
+from tests.attention.encoders import FAMILIES, IMAGE, SIZES, Family, text
+from wildcat_kv import WildCatCache
 from wildcat_kv.attention import Exact, Uniform, use
+from wildcat_kv.hook.keyword import CACHE
 
 IMPLEMENTATIONS = ["sdpa", "eager"]
 
@@ -128,3 +130,26 @@ def test_a_causal_text_tower_is_refused_in_the_call_and_its_vision_tower_works()
     assert torch.equal(model(**inputs).logits_per_image, before)
     with use(model.vision_model, Exact()):
         torch.testing.assert_close(model(**inputs).logits_per_image, before, rtol=1e-4, atol=1e-4)
+
+
+def test_a_vision_tower_attends_by_a_method_while_the_decoder_has_its_own_cache():
+    text_config = {**SIZES, "model_type": "llama", "vocab_size": 100, "pad_token_id": 0}
+    vision_config = {**IMAGE, "model_type": "clip_vision_model"}
+    config = transformers.LlavaConfig(vision_config=vision_config, text_config=text_config, image_token_id=99)
+    torch.manual_seed(0)
+    model = transformers.LlavaForConditionalGeneration(config).eval()
+    ids = torch.cat((torch.full((1, 64), 99), torch.arange(3, 23).unsqueeze(0)), dim=1)
+    inputs = {"input_ids": ids, **{name: pixels[:1] for name, pixels in FAMILIES["clip_vision"].inputs(False).items()}}
+
+    def written():
+        cache = WildCatCache(model.config, max_tokens=32, bin_rank=4, sink=2, window=8)
+        options = {"max_new_tokens": 6, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+        return torch.stack(model.generate(**inputs, **options, **{CACHE: cache}).logits)
+
+    before = written()
+    with use(model, Exact()) as layers:
+        assert len(layers) == 2 and all("vision_tower" in layer for layer in layers)
+        torch.testing.assert_close(written(), before, rtol=1e-3, atol=1e-3)
+    with use(model, Uniform(rank=2)):
+        assert not torch.equal(written(), before)
+    assert torch.equal(written(), before)

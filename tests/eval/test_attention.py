@@ -130,7 +130,10 @@ def test_a_limit_wins_over_the_file(config_file):
     [
         ({"methods": ["unifrom"]}, "unifrom.*did you mean 'uniform'"),
         ({"methods": [{"method": "uniform", "ranks": 3}]}, "ranks=3: no such setting"),
-        ({"methods": [{"method": "uniform", "rank": {"power": 1}}]}, "rank=.*power.*has times and power, and no more"),
+        (
+            {"methods": [{"method": "uniform", "rank": {"power": 1}}]},
+            "rank=.*power.*has times and power, and",
+        ),
         ({"methods": ["uniform", "uniform"]}, "methods: 'uniform' is there twice"),
         ({"methods": []}, "methods"),
         ({"seeds": [-1]}, "seeds.0=-1"),
