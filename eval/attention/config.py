@@ -11,9 +11,9 @@ from typing_extensions import Self
 
 from eval.attention.layers import Guarantee, Layers
 from eval.attention.methods import Choice
-from eval.attention.tasks import Pictures, Speech
+from eval.attention.tasks import Pictures, Speech, Texts
 
-AnyTask = Annotated[Pictures | Speech | Layers | Guarantee, Field(discriminator="task")]
+AnyTask = Annotated[Pictures | Speech | Texts | Layers | Guarantee, Field(discriminator="task")]
 
 
 class RunConfig(BaseModel):
@@ -21,7 +21,7 @@ class RunConfig(BaseModel):
 
     Args:
         name: name of the run; the file's, by default.
-        tasks: what to measure: mappings of a task, "pictures", "speech", "layers" or "guarantee", and its options.
+        tasks: what to measure: mappings of a task ("pictures", "speech", "texts", "layers", "guarantee") and its options.
         methods: methods to measure, each a name or a mapping of the name and its settings.
         seeds: seeds of every method that draws.
         threads: threads of the processor.

@@ -52,20 +52,25 @@ def clips(count: int) -> list[Clip]:
         DownloadError: the recording could not be fetched, or there is no `flite` to read texts.
     """
     found = [Clip("jfk", _JFK, _recording())]
-    for number, text in enumerate(_passages(count - 1)):
+    for number, text in enumerate(passages(count - 1, _WORDS)):
         found.append(Clip(f"passage {number + 1}", text, _spoken(text, _VOICES[number % len(_VOICES)])))
     return found
 
 
-def _passages(count: int) -> list[str]:
-    """Take passages of whole sentences without figures, evenly spread over the essays."""
+def passages(count: int, words: int) -> list[str]:
+    """Take passages of whole sentences without figures, evenly spread over the essays of the needle tests.
+
+    Args:
+        count: number of passages.
+        words: words of a passage, at least.
+    """
     sentences = [" ".join(text.split()) for text in re.split(r"(?<=[.!?])\s", essays())]
     plain = [text for text in sentences if re.fullmatch(r"[A-Z][A-Za-z',;\- ]+[.!?]", text) and len(text.split()) > 5]
     found = []
     for number in range(count):
         chosen, start = "", number * (len(plain) // max(1, count))
-        while len(chosen.split()) < _WORDS:
-            chosen, start = f"{chosen} {plain[start]}".strip(), start + 1
+        while len(chosen.split()) < words:
+            chosen, start = f"{chosen} {plain[start % len(plain)]}".strip(), start + 1
         found.append(chosen)
     return found
 

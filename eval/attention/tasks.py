@@ -11,13 +11,15 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
 from torch.nn import functional as F
 
 from eval.attention.dinov2 import PATCH, Features, dinov2_small
 from eval.attention.methods import Clocked, Grid
+from eval.attention.minilm import LONGEST, minilm
 from eval.attention.pictures import PICTURES, picture
 from eval.attention.scores import correlation, cosine, same_neighbours
-from eval.attention.speech import Clip, clips
+from eval.attention.speech import Clip, clips, passages
 from eval.attention.whisper import whisper_tiny, word_errors
 from wildcat_kv.attention import Attention, Exact, use
 
@@ -250,6 +252,59 @@ class Speech(Task):
             ]
             scores = {"to_exact": rates[0], "to_truth": rates[1], "states": cosine(found.result, exact.result)}
             yield Measured(one.method, one.seed, scores, *found.over(exact))
+
+
+class Texts(Task):
+    """Rank passages for questions with all-MiniLM-L6-v2: all layers attend by the method.
+
+    A batch has passages of 60 to 400 words, padded to the longest. The question for a passage is the sentence before it.
+
+    Args:
+        task: "texts".
+        inputs: number of batches.
+        passages: passages of a batch.
+    """
+
+    title: ClassVar[str] = "all-MiniLM-L6-v2"
+    metrics: ClassVar[dict[str, Metric]] = {
+        "embeddings": Metric("embeddings", True),
+        "ranking": Metric("rank correlation", True),
+        "first": Metric("same first passage", True),
+    }
+
+    task: Literal["texts"] = "texts"
+    inputs: int = Field(default=9, ge=1, le=50)
+    passages: int = Field(default=12, ge=2, le=40)
+
+    def cases(self) -> list[Case]:
+        """List the batches."""
+        return [Case(f"batch {number + 1}", f"up to {LONGEST} tokens", LONGEST) for number in range(self.inputs)]
+
+    def measure(self, case: Case, wanted: Sequence[Wanted]) -> Iterator[Measured]:
+        """Compare the embeddings, and how they rank the passages, with those of exact attention."""
+        model, number = minilm(), int(case.input.split()[1]) - 1
+        lengths = torch.linspace(60, 400, self.passages).int().tolist()
+        whole = passages(self.inputs * self.passages, 440)[number :: self.inputs]
+        questions = [text.split(". ")[0] for text in whole]
+        texts = [" ".join(text.split(". ", 1)[1].split()[:words]) for text, words in zip(whole, lengths, strict=True)]
+
+        def run(method: Attention) -> Run:
+            return Run.of(model.model, method, lambda: (model.embed(texts), model.embed(questions)))
+
+        exact = run(Exact())
+        for one in wanted:
+            found = run(one.build(case.n, None))
+            yield Measured(one.method, one.seed, self._scores(found.result, exact.result), *found.over(exact))
+
+    @staticmethod
+    def _scores(found: tuple[Tensor, Tensor], exact: tuple[Tensor, Tensor]) -> dict[str, float]:
+        near, wanted = (questions @ texts.T for texts, questions in (found, exact))
+        ranks = [scores.argsort(-1).argsort(-1).double() for scores in (near, wanted)]
+        return {
+            "embeddings": cosine(found[0], exact[0]),
+            "ranking": sum(correlation(*pair) for pair in zip(*ranks, strict=True)) / len(near),
+            "first": float((near.argmax(-1) == wanted.argmax(-1)).double().mean()),
+        }
 
 
 def _error_rate(said: str, written: str) -> float:

@@ -17,11 +17,13 @@ from eval.attention.config import RunConfig, read_config
 from eval.attention.dinov2 import WHEEL, Dinov2, Features, SaliencyHead, dinov2_small
 from eval.attention.layers import Captured, Gaussian, Layers
 from eval.attention.methods import Choice, Clocked, Recorded
+from eval.attention.minilm import WHEEL as TEXT_WHEEL
+from eval.attention.minilm import minilm
 from eval.attention.onnx_file import read_onnx
 from eval.attention.pictures import PICTURES, picture
 from eval.attention.report import write_report
 from eval.attention.scores import correlation, cosine, output_errors, same_neighbours
-from eval.attention.speech import clips
+from eval.attention.speech import clips, passages
 from eval.attention.whisper import WHEEL as SPEECH_WHEEL
 from eval.attention.whisper import _read_ctranslate2, whisper_tiny, word_errors
 from eval.records import Folder
@@ -386,6 +388,34 @@ def test_whisper_writes_down_a_known_speech():
     assert len(names) == 4 and word_errors(clip.text, written) == (0, 22)
     with use(model.model.model.encoder, WildCatAttention(rank=16, bins=4)):
         assert model.write(model.hear(clip.sound)) != written
+
+
+@here(TEXT_WHEEL)
+def test_minilm_embeds_a_text_as_it_does_alone():
+    texts = [
+        "The cat sat on the mat.",
+        "A kitten was lying on a rug near the door of the house.",
+        "Interest rates rose.",
+    ]
+    model = minilm()
+    exact = model.embed(texts)
+    assert exact[0] @ exact[1] > 0.4 > 0.2 > exact[0] @ exact[2]
+    with use(model.model, Exact()):  # with masks of padding
+        torch.testing.assert_close(model.embed(texts), exact, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(model.embed(texts[:1]), exact[:1], rtol=1e-4, atol=1e-5)
+
+
+def test_rankings_are_compared():
+    texts, questions = torch.eye(5), torch.rand(5, 5)
+    same = tasks.Texts._scores((texts, questions), (texts, questions))
+    assert same == pytest.approx({"embeddings": 1, "ranking": 1, "first": 1})
+    assert tasks.Texts._scores((texts, -questions), (texts, questions))["ranking"] == pytest.approx(-1)
+
+
+def test_passages_are_whole_sentences_of_at_least_so_many_words():
+    found = passages(3, 50)
+    assert len(set(found)) == 3 and found == passages(3, 50)
+    assert all(len(text.split()) >= 50 and text[0].isupper() and text[-1] in ".!?" for text in found)
 
 
 def test_the_committed_files_are_read():
