@@ -21,7 +21,7 @@ class RunConfig(BaseModel):
 
     Args:
         name: name of the run; the file's, by default.
-        tasks: what to measure: mappings of a task ("pictures", "speech", "texts", "layers", "guarantee") and its options.
+        tasks: mappings of a task, "pictures", "speech", "texts", "layers" or "guarantee", and its options.
         methods: methods to measure, each a name or a mapping of the name and its settings.
         seeds: seeds of every method that draws.
         threads: threads of the processor.

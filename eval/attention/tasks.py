@@ -257,7 +257,7 @@ class Speech(Task):
 class Texts(Task):
     """Rank passages for questions with all-MiniLM-L6-v2: all layers attend by the method.
 
-    A batch has passages of 60 to 400 words, padded to the longest. The question for a passage is the sentence before it.
+    A batch has passages of 60 to 400 words, padded to the longest. A passage's question is the sentence before it.
 
     Args:
         task: "texts".
