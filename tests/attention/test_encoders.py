@@ -95,6 +95,14 @@ def tiny(model, config, **fields):
     return Family(model, config, {**SIZES, "vocab_size": 60, **fields}, text).build("eager")
 
 
+def test_a_layer_that_does_not_say_whether_it_is_causal_is_taken_for_causal():
+    """Transformers' own attention functions do the same where no mask is given."""
+    model = FAMILIES["vit"].build()
+    del model.layers[0].attention.is_causal
+    with use(model, Exact()) as layers:
+        assert layers == ("layers.1.attention",)
+
+
 T5 = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
 
 

@@ -2,6 +2,8 @@
 
 import copy
 import pickle
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -254,5 +256,14 @@ def test_masks_that_are_more_than_padding_are_refused():
         key_padding((), 1, 4)
 
 
-def test_the_wing_names_them():
-    assert {"use", "enable", "disable"} <= set(wildcat_kv.attention.__all__)
+def test_the_wing_names_them_and_imports_transformers_for_them_alone():
+    names = ("attention_layers", "disable", "enable", "use")
+    assert set(names) <= set(wildcat_kv.attention.__all__)
+    assert [getattr(wildcat_kv.attention, name).__name__ for name in names] == list(names)
+    with pytest.raises(AttributeError, match=r"'wildcat_kv\.attention' has no attribute 'uses'"):
+        _ = wildcat_kv.attention.uses
+    code = (
+        "import sys, wildcat_kv.attention as attention; assert 'transformers' not in sys.modules; "
+        "attention.use; assert 'transformers' in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -12,9 +12,10 @@ encoders.py                      a method inside a Transformers model: use, enab
 A method is one file. All take (query, key, value) as torch's scaled_dot_product_attention does.
 """
 
+from typing import TYPE_CHECKING, Any
+
 from wildcat_kv.attention.balancekv import BalanceKV, balance_attention
 from wildcat_kv.attention.base import Attention
-from wildcat_kv.attention.encoders import attention_layers, disable, enable, use
 from wildcat_kv.attention.exact import Exact, exact_attention
 from wildcat_kv.attention.hyperattention import HyperAttention, hyper_attention
 from wildcat_kv.attention.kdeformer import KDEformer, kdeformer_attention
@@ -27,6 +28,9 @@ from wildcat_kv.attention.stratified import Stratified, stratified_attention
 from wildcat_kv.attention.thinformer import Thinformer, thinformer_attention
 from wildcat_kv.attention.uniform import Uniform, uniform_attention
 from wildcat_kv.attention.wildcat import WildCatAttention, wildcat_attention
+
+if TYPE_CHECKING:
+    from wildcat_kv.attention.encoders import attention_layers, disable, enable, use
 
 __all__ = [
     "Attention",
@@ -62,3 +66,12 @@ __all__ = [
     "use",
     "wildcat_attention",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Import what needs Transformers when it is first used: the methods need torch alone."""
+    if name in ("attention_layers", "disable", "enable", "use"):
+        from wildcat_kv.attention import encoders
+
+        return getattr(encoders, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -237,7 +237,7 @@ def _dispatches(cls: type) -> bool:
 
 def _obstacle(module: nn.Module) -> str | None:
     """Say why a layer cannot be replaced; None where it can."""
-    if getattr(module, "is_causal", False):
+    if _is_causal(module):
         return "is causal: compress its cache instead, with wildcat_kv.enable"
     if "position_bias" in inspect.signature(module.forward).parameters:
         return "adds a position bias to the scores, which no method here can follow"
@@ -246,9 +246,14 @@ def _obstacle(module: nn.Module) -> str | None:
     return None
 
 
+def _is_causal(module: nn.Module) -> bool:
+    """Tell whether a layer is causal: unless it says that it is not, as Transformers' own functions take it."""
+    return bool(getattr(module, "is_causal", True))
+
+
 def _able(layers: Mapping[str, nn.Module]) -> list[str]:
     """List the layers to replace by default: those that can be, outside of decoders."""
-    causal = {_block(name) for name, module in layers.items() if getattr(module, "is_causal", False)}
+    causal = {_block(name) for name, module in layers.items() if _is_causal(module)}
     return [name for name, module in layers.items() if _obstacle(module) is None and _block(name) not in causal]
 
 
