@@ -18,6 +18,7 @@ from eval.attention.views import view_figures
 from eval.style import COLOURS, GREY, GRID, house_style, save
 
 _MARKERS = "os^vDP<>Xph8dH*"
+_DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1.5, 1.5)))
 _LEAST = 1e-9  # an error that a logarithmic axis can show
 
 
@@ -65,12 +66,19 @@ def _figures(task: str, about: dict[str, Any], rows: pd.DataFrame, methods: list
             lambda scores, name=name, rising=rising: max(_LEAST, 1 - scores[name] if rising else scores[name])
         )
     shown = shown.assign(**errors)
-    looks = {name: (COLOURS[i % len(COLOURS)], _MARKERS[i % len(_MARKERS)]) for i, name in enumerate(methods)}
+    looks = {name: _look(i) for i, name in enumerate(methods)}
     yield task, _tradeoff(shown, looks, next(iter(errors)))
     for kind, part in shown.groupby("kind", sort=False):
         if part["n"].nunique() >= 3:
             name = re.sub(r"[^a-z0-9]+", "-", str(kind).lower()).strip("-")
             yield f"{task}-growth-{name}", _growth(part, looks, list(errors))
+
+
+def _look(number: int) -> dict[str, Any]:
+    """Choose colour, marker and dashes: methods are told apart without colour, too."""
+    turn, colour = divmod(number, len(COLOURS))
+    marker, dashes = _MARKERS[number % len(_MARKERS)], _DASHES[turn % len(_DASHES)]
+    return {"color": COLOURS[colour], "marker": marker, "linestyle": dashes}
 
 
 def _kind(group: str) -> str:
@@ -83,29 +91,27 @@ def _kind(group: str) -> str:
     return "pictures" if " px" in group else re.sub(r", n [\d,]+\d", "", group)
 
 
-def _tradeoff(rows: pd.DataFrame, looks: dict[str, tuple[str, str]], label: str) -> Figure:
+def _tradeoff(rows: pd.DataFrame, looks: dict[str, dict[str, Any]], label: str) -> Figure:
     """Draw error over time, a panel for each group; the best are down and left."""
     groups = list(rows["group"].unique())
     figure, panels = _panels(len(groups))
     for axes, group in zip(panels, groups, strict=False):
         for method, own in rows[rows["group"] == group].groupby("method", sort=False):
-            colour, marker = looks[str(method)]
-            axes.plot(own["time"].mean(), own[label].mean(), marker, color=colour, label=str(method))
+            axes.plot(own["time"].mean(), own[label].mean(), **looks[str(method)], label=str(method))
         axes.axvline(1.0, color=GREY, linewidth=0.8, linestyle=":")
         _dress(axes, group, "attention's time, exact = 1", label)
     _legend(figure, panels[0])
     return figure
 
 
-def _growth(rows: pd.DataFrame, looks: dict[str, tuple[str, str]], labels: list[str]) -> Figure:
+def _growth(rows: pd.DataFrame, looks: dict[str, dict[str, Any]], labels: list[str]) -> Figure:
     """Draw errors and time over the number of keys."""
     figure, panels = _panels(len(labels) + 1)
     titles = {**dict(zip(labels, labels, strict=True)), "time": "attention's time, exact = 1"}
     for axes, (field, title) in zip(panels, titles.items(), strict=False):
         for method, own in rows.groupby("method", sort=False):
             mean = own.groupby("n")[field].mean()
-            colour, marker = looks[str(method)]
-            axes.plot(mean.index, mean, color=colour, marker=marker, markersize=4, label=str(method))
+            axes.plot(mean.index, mean, **looks[str(method)], markersize=4, label=str(method))
         _dress(axes, str(rows["kind"].iloc[0]), "keys", title)
     _legend(figure, panels[0])
     return figure
@@ -127,7 +133,7 @@ def _guarantee(about: dict[str, Any], rows: pd.DataFrame) -> Figure:
 
 
 def _panels(count: int) -> tuple[Figure, list[Axes]]:
-    columns = min(3, count)
+    columns = 2 if count in (2, 4) else min(3, count)
     rows = math.ceil(count / columns)
     figure = Figure(figsize=(1.0 + 3.4 * max(2, columns), 0.8 + 2.8 * rows), layout="constrained")
     found = figure.subplots(rows, columns, squeeze=False).flatten().tolist()
