@@ -34,10 +34,9 @@ def check_call(
     if torch.compiler.is_compiling():  # to look at numbers would break the graph
         return
     for name, tensor in (("query", query), ("key", key), ("value", value)):
-        finite = torch.isfinite(tensor)
         if key_padding_mask is not None and name != "query":
-            finite |= key_padding_mask.unsqueeze(-2).unsqueeze(-1)
-        if not bool(finite.all()):
+            tensor = tensor.masked_fill(key_padding_mask.unsqueeze(-2).unsqueeze(-1), 0.0)
+        if tensor.numel() and not all(end.isfinite() for end in tensor.aminmax()):  # both are NaN if one number is
             raise ValueError(f"{name} holds NaN or infinity; give finite numbers, and mark padding by key_padding_mask")
 
 

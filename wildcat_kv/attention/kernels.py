@@ -46,50 +46,28 @@ def weighted_softmax_attention(query: Tensor, key: Tensor, sums: Tensor, weights
     Source: arXiv 2602.10056, WTDATTN; `coreset.reference.wtdattn`.
     """
     d, d_v = key.shape[-1], sums.shape[-1]
-    width = packed_width(d, d_v)
-    packed = pack(sums, weights, width)
-    if width <= 2 * d:  # beyond it the products with zeros cost more than the fused kernel saves
-        query, key = widen(query, width), widen(key, width)
-    return packed_attention(query.to(sums.dtype), key.to(sums.dtype), packed, d_v, scale)
+    weights = weights.unsqueeze(-1)
+    packed = torch.cat((sums, weights, weights.abs()), dim=-1)
+    query, key = query.to(sums.dtype), key.to(sums.dtype)
+    width = -(-max(d, d_v + 2) // 8) * 8  # the fused kernel wants one width for all, and takes eights fastest
+    if width <= 2 * d:  # beyond it the products with zeros cost more than the kernel saves
+        query, key, packed = (F.pad(tensor, (0, width - tensor.shape[-1])) for tensor in (query, key, packed))
+    return divide(F.scaled_dot_product_attention(query, key, packed, scale=scale), d_v)
 
 
-def packed_width(d: int, d_v: int) -> int:
-    """Choose the channels of packed values, which the fused kernel wants for queries and keys, too."""
-    return -(-max(d, d_v + 2) // 8) * 8
-
-
-def pack(sums: Tensor, weights: Tensor, width: int) -> Tensor:
-    """Put sums (..., d_v), weights and their magnitudes (...) side by side, and zeros up to a width."""
-    packed = sums.new_zeros(*sums.shape[:-1], width)
-    d_v = sums.shape[-1]
-    packed[..., :d_v] = sums
-    packed[..., d_v] = weights
-    packed[..., d_v + 1] = weights.abs()
-    return packed
-
-
-def widen(tensor: Tensor, width: int) -> Tensor:
-    """Append channels of zeros."""
-    return tensor if tensor.shape[-1] == width else F.pad(tensor, (0, width - tensor.shape[-1]))
-
-
-def packed_attention(query: Tensor, key: Tensor, packed: Tensor, d_v: int, scale: float) -> Tensor:
-    """Average packed values, and divide the sums by the weights.
+def divide(sums: Tensor, d_v: int) -> Tensor:
+    """Divide numerators by denominators.
 
     Args:
-        query: (..., q, d).
-        key: (..., r, d).
-        packed: (..., r, width), the result of `pack`.
-        d_v: channels of the sums.
-        scale: b.
+        sums: (..., c), d_v numerators, then the denominator and the sum of its terms' magnitudes.
+        d_v: channels of the values.
 
     Returns:
-        (..., q, d_v).
+        (..., d_v), 0 where the denominator cancels out.
     """
-    found = F.scaled_dot_product_attention(query, key, packed, scale=scale)
-    numerator, denominator, magnitude = found[..., :d_v], found[..., d_v : d_v + 1], found[..., d_v + 1 : d_v + 2]
+    denominator, magnitude = sums[..., d_v : d_v + 1], sums[..., d_v + 1 : d_v + 2]
     sound = denominator > _DENOMINATOR_FLOOR * magnitude
-    return torch.where(sound, numerator / torch.where(sound, denominator, 1.0), 0.0)
+    return torch.where(sound, sums[..., :d_v] / torch.where(sound, denominator, 1.0), 0.0)
 
 
 def take(tensor: Tensor, index: Tensor) -> Tensor:

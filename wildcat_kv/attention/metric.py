@@ -8,7 +8,7 @@ from torch import Tensor
 from wildcat_kv.coreset.temperature import constant_temperature
 
 # Rows that are enough for second moments.
-_ROWS = 2048
+_ROWS = 1024
 # Second moments are positive in every direction by at least this share of the largest.
 _RIDGE = 1e-6
 _FLATTEST = 1e-10

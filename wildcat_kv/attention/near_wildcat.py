@@ -13,10 +13,10 @@ from typing_extensions import override
 
 from wildcat_kv.attention.base import Attention, at_least, function_form, wide
 from wildcat_kv.attention.bin_slots import BinSlots, bin_slots
-from wildcat_kv.attention.kernels import pack, packed_attention, packed_width, softmax_attention, take, widen
+from wildcat_kv.attention.kernels import softmax_attention, take, weighted_softmax_attention
 from wildcat_kv.attention.metric import balanced_metric
-from wildcat_kv.attention.near import Bins, near_attention
-from wildcat_kv.attention.order import cells, check_grid, tile_order
+from wildcat_kv.attention.near import Entries, near_attention
+from wildcat_kv.attention.order import check_grid, tile_order
 from wildcat_kv.coreset.bins import BinLayout
 from wildcat_kv.coreset.draws import KeyedDraws
 from wildcat_kv.coreset.noise import uniform_rows
@@ -85,48 +85,40 @@ class NearWildCat(Attention):
         if plan is None:
             return softmax_attention(query, key, value, scale)
         asked, keys, values = wide(query), wide(key), wide(value)
-        order = torch.arange(n, device=key.device)
-        if self.grid is not None:
-            order = torch.cat((order[:first], tile_order(*self.grid, key.device) + first))
-            keys, values = keys[:, :, order], values[:, :, order]
         own = length == n  # queries of the keys' own tokens
-        if own:
-            asked = asked[:, :, :, order]
+        order = None
+        if self.grid is not None:
+            order = torch.arange(n, device=key.device)
+            order[first:] = tile_order(*self.grid, key.device) + first
+            keys, values = (take(tensor, order.view(1, 1, -1)) for tensor in (keys, values))
+            asked = take(asked.flatten(1, 2), order.view(1, 1, -1)).view_as(asked) if own else asked
         output = self._approximate(asked[:, :, :, first if own else 0 :], keys, values, scale, plan)
         output = output.clamp(values.amin(2)[:, :, None, None], values.amax(2)[:, :, None, None])
-        if own:
-            if first:
-                exact = softmax_attention(asked[:, :, :, :first], keys, values, scale)
-                output = torch.cat((exact.unflatten(2, (-1, first)), output), dim=3)
-            output = output[:, :, :, order.argsort()]
+        if own and first:
+            exact = softmax_attention(asked[:, :, :, :first], keys, values, scale)
+            output = torch.cat((exact.unflatten(2, (-1, first)), output), dim=3)
+        if own and order is not None:
+            output = take(output.flatten(1, 2), order.argsort().view(1, 1, -1)).view_as(output)
         return output
 
     def _approximate(self, query: Tensor, key: Tensor, value: Tensor, scale: float, plan: _Plan) -> Tensor:
         """Attend with queries (rows, heads, groups, q, d) to keys in the order of the bins."""
-        (rows, heads, groups, length, d), d_v = query.shape, value.shape[-1]
-        width, first = packed_width(d, d_v), self.prefix
+        first, d_v = self.prefix, value.shape[-1]
+        key = key - key.mean(2, keepdim=True)  # adds the same to all scores of a query
         layout = BinLayout.build(key.shape[2] - first, plan.pivots, plan.bins, key.device)
         body, body_value = key[:, :, first:], value[:, :, first:]
         slots = self._slots(query, body, body_value, scale, layout, plan)
-        query, key, body = widen(query, width), widen(key, width), widen(body, width)
-        slot_keys = take(body, slots.index.flatten(2)).view(*slots.index.shape, width)
-        coreset = Bins(slot_keys, pack(slots.sums, slots.weights, width))
-        always = Bins(
-            key[:, :, None, :first], pack(value[:, :, None, :first], torch.ones_like(key[:, :, None, :first, 0]), width)
-        )
+        slot_keys = take(body, slots.index.flatten(2)).view(*slots.index.shape, -1)
+        always = (key[:, :, None, :first], value[:, :, None, :first], torch.ones_like(key[:, :, None, :first, 0]))
         if not plan.near:
-            keys, packed = (
-                torch.cat((own.flatten(2, 3), kept.flatten(2, 3)), dim=2)
-                for own, kept in zip(coreset, always, strict=True)
-            )
-            return packed_attention(query.flatten(2, 3), keys, packed, d_v, scale).unflatten(2, (groups, length))
-        places = layout.columns(torch.arange(layout.longest, device=key.device).expand(plan.bins, -1))
-        present = layout.used.to(value.dtype).expand(rows, heads, -1, -1)
-        whole = Bins(body[:, :, places], pack(body_value[:, :, places] * present.unsqueeze(-1), present, width))
-        q_places, _, line = cells(length, min(plan.bins, length), key.device)
-        blocks = query[:, :, :, q_places].flatten(2, 3)
-        output = near_attention(blocks, coreset, whole, always, plan.near, d_v, scale)
-        return output.unflatten(2, (groups, -1)).flatten(3, 4)[:, :, :, line]
+            every = (slot_keys.flatten(2, 3), slots.sums.flatten(2, 3), slots.weights.flatten(2, 3))
+            entries = (torch.cat((own.squeeze(2), part), dim=2) for own, part in zip(always, every, strict=True))
+            output = weighted_softmax_attention(query.flatten(2, 3), *entries, scale)
+            return output.unflatten(2, query.shape[2:4])
+        present = layout.used.to(value.dtype).expand(*key.shape[:2], -1, -1)
+        whole = Entries.of(layout.gather(body), layout.gather(body_value), present)
+        coreset = Entries.of(slot_keys, slots.sums, slots.weights)
+        return near_attention(query, coreset, whole, Entries.of(*always), plan.near, d_v, scale)
 
     def _slots(
         self, query: Tensor, key: Tensor, value: Tensor, scale: float, layout: BinLayout, plan: _Plan
@@ -169,7 +161,7 @@ class NearWildCat(Attention):
             return q * n * (d + d_v + 1)
         bin_rank, dims = -(-plan.pivots // plan.bins), min(d, self.dims or d)
         slots, near = plan.pivots + plan.samples * plan.bins, plan.near
-        metric = 2 * min(n, 2048) * d * d + n * d * dims
+        metric = 2 * min(n, 1024) * d * d + n * d * dims
         compression = n * bin_rank * (dims + d_v + bin_rank + 3)
         seen = slots * (plan.bins - near) // plan.bins + near * n // plan.bins + self.prefix
         asked = 4 * min(plan.bins, q) * slots * d if near else 0
