@@ -252,6 +252,8 @@ def test_masks_that_are_more_than_padding_are_refused():
         key_padding(torch.full((1, 1, 1, 4), -1.5), 1, 4)
     with pytest.raises(ValueError, match="differs between queries or heads"):
         key_padding(torch.ones(1, 1, 4, 4).tril().bool(), 1, 4)
+    with pytest.raises(ValueError, match=r"attention_mask has shape \(1, 4, 4\); it must be \(rows, n\)"):
+        key_padding(torch.ones(1, 4, 4), 1, 4)
     with pytest.raises(ValueError, match="attention_mask is a tuple; load the model with attn_implementation='sdpa'"):
         key_padding((), 1, 4)
 

@@ -56,7 +56,7 @@ class MethodName(str):
 
 
 def enable(
-    model: nn.Module, method: Attention | Mapping[int, Attention], layers: Iterable[int | str] | None = None
+    model: nn.Module, method: Attention | Mapping[int | str, Attention], layers: Iterable[int | str] | None = None
 ) -> tuple[str, ...]:
     """Let a model's encoder attend by a method, until `disable`.
 
@@ -67,7 +67,8 @@ def enable(
 
     Args:
         model: a Transformers model, or a part of one.
-        method: the method of all layers, each with a seed of its own; or methods by number of the layer.
+        method: the method of all layers, each with a seed of its own; or methods by number or name of
+            the layer.
         layers: numbers of layers, counted over those that can be replaced, negative ones from the end; or names of
             modules. All that can be replaced by default.
 
@@ -85,8 +86,9 @@ def enable(
         raise ValueError(f"model={type(model).__name__} has a method in {taken!r} already; disable(model) first")
     able = _able(found)
     if not able:
-        reasons = (f"{name!r} {_obstacle(module)}" for name, module in found.items())
-        reason = next(reasons, "none dispatches through Transformers' AttentionInterface")
+        reasons = ((name, _obstacle(module)) for name, module in found.items())
+        known = (f"{name!r} {reason}" for name, reason in reasons if reason is not None)
+        reason = next(known, "none dispatches through Transformers' AttentionInterface")
         raise ValueError(f"model={type(model).__name__} has no attention layer to replace: {reason}")
     methods = _methods_by_layer(method, layers, able, found)
     for name, chosen in methods.items():
@@ -116,7 +118,7 @@ def disable(model: nn.Module) -> None:
 
 @contextmanager
 def use(
-    model: nn.Module, method: Attention | Mapping[int, Attention], layers: Iterable[int | str] | None = None
+    model: nn.Module, method: Attention | Mapping[int | str, Attention], layers: Iterable[int | str] | None = None
 ) -> Iterator[tuple[str, ...]]:
     """Let a model's encoder attend by a method inside a `with` block.
 
@@ -203,6 +205,8 @@ def key_padding(mask: Any, rows: int, n: int) -> Tensor | None:
     """
     if mask is None:
         return None
+    if isinstance(mask, Tensor) and mask.dim() not in (2, 4):
+        raise ValueError(f"attention_mask has shape {tuple(mask.shape)}; it must be (rows, n) or (rows, heads, q, n)")
     if not isinstance(mask, Tensor):
         raise ValueError(f"attention_mask is a {type(mask).__name__}; load the model with attn_implementation='sdpa'")
     seen = mask.bool() if mask.dim() == 2 else _seen_by_all(mask)
@@ -270,7 +274,7 @@ def _block(name: str) -> str:
 
 
 def _methods_by_layer(
-    method: Attention | Mapping[int, Attention],
+    method: Attention | Mapping[int | str, Attention],
     layers: Iterable[int | str] | None,
     able: list[str],
     found: Mapping[str, nn.Module],
