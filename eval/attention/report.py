@@ -16,7 +16,7 @@ _SHARES = {"slots": "slots", "attention": "time", "work": "work", "forward": "wh
 _READING = (
     "Scores are means; ± is the standard deviation between the seeds' means, and the number in brackets that of the "
     "worst input. *time* and *work* are attention's seconds and operations over those of exact attention, *whole* the "
-    "seconds of the whole model over those of the exact one. Seconds are of the processor, {threads}: {processor}."
+    "whole model's *seconds* over those of the exact one. Seconds are of the processor, {threads}: {processor}."
 )
 
 
@@ -58,11 +58,14 @@ def _table(manifest: dict[str, Any], about: dict[str, Any], group: str, rows: pd
     metrics, measured = about["metrics"], rows["shares"].iloc[0]
     shares = {name: title for name, title in _SHARES.items() if name in measured}
     header = ["method", *(metric["title"] for metric in metrics.values()), *shares.values()]
+    header += ["seconds"] * ("forward" in shares)
     lines = []
     for method in [name for name in manifest["methods"] if name in set(rows["method"])]:
         own = rows[rows["method"] == method]
         cells = [_cell(own, name, rising=metric["rising"]) for name, metric in metrics.items()]
         cells += [f"{own['shares'].map(lambda share, name=name: share[name]).mean():.3f}" for name in shares]
+        if "forward" in shares:
+            cells.append(f"{own['seconds'].map(lambda seconds: seconds['forward']).mean():.2f}")
         lines.append([escape_markdown(method), *cells])
     inputs, seeds = rows["input"].nunique(), rows["seed"].nunique()
     notes = f"{inputs} input{'s' * (inputs > 1)}, {seeds} seed{'s' * (seeds > 1)}."
