@@ -12,9 +12,10 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 from typing_extensions import Self, override
 
-from wildcat_kv.attention import Attention, attention_method
+from wildcat_kv.attention import Attention, Exact, attention_method
 
 PICTURE = "picture"
+_CHANNELS = 64
 Value = int | float | str | bool | None
 Grid = tuple[int, int]
 
@@ -25,9 +26,10 @@ class Choice(BaseModel):
     Args:
         method: name that `wildcat_kv.attention.available` lists.
         label: name in tables; method and settings by default.
-        settings: fields of the method. A mapping of `times` and `power` is times * n ** power, rounded to a
-            `multiple`, 1 if there is none. The word
-            "picture" for `grid` and `prefix` means the patches of a picture and its class token.
+        settings: fields of the method. {times: t, power: p} is t * n ** p, rounded. {work: w} is the largest number
+            with which the method takes at most the share w of exact attention's operations, in heads of 64 channels;
+            one setting may be so. A `multiple` beside these rounds to multiples of it. The word "picture" for `grid`
+            and `prefix` means the patches of a picture and its class token.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -48,10 +50,12 @@ class Choice(BaseModel):
     settings: dict[str, Value | dict[str, float]] = Field(default_factory=dict)
 
     @model_validator(mode="after")
-    def _growths_are_whole(self) -> Self:
+    def _rules_are_whole(self) -> Self:
         for name, value in self.settings.items():
-            if isinstance(value, Mapping) and not {"times", "power"} <= set(value) <= {"times", "power", "multiple"}:
-                raise ValueError(f"{name}={value}: a setting that grows has times and power, and perhaps a multiple")
+            if isinstance(value, Mapping) and set(value) - {"multiple"} not in ({"times", "power"}, {"work"}):
+                raise ValueError(f"{name}={value}: a setting that depends on n has times and power, or work")
+        if len(self._by_work()) > 1:
+            raise ValueError(f"{' and '.join(self._by_work())} both follow the work; give one of them a number")
         return self
 
     @property
@@ -80,9 +84,28 @@ class Choice(BaseModel):
         for name, value in self.settings.items():
             if value == PICTURE:
                 own[name] = grid if name == "grid" else int(grid is not None)
-            else:
-                own[name] = _grown(value, n) if isinstance(value, Mapping) else value
+            elif not isinstance(value, Mapping):
+                own[name] = value
+            elif "work" not in value:
+                own[name] = _grown(value, n)
+        for name in self._by_work():
+            own[name] = self._at_work(name, own, n)
         return attention_method(self.method, **own)
+
+    def _by_work(self) -> list[str]:
+        """List the settings that follow the work."""
+        return [name for name, value in self.settings.items() if isinstance(value, Mapping) and "work" in value]
+
+    def _at_work(self, name: str, others: Mapping[str, Any], n: int) -> int:
+        """Find a setting's largest value within the work, by halving; the smallest if none is."""
+        rule: Any = self.settings[name]
+        multiple, limit = round(rule.get("multiple", 1)), rule["work"] * Exact().cost(n, _CHANNELS)
+        low, high = 1, max(2, n // multiple + 1)
+        while high - low > 1:
+            middle = (low + high) // 2
+            fits = attention_method(self.method, **others, **{name: middle * multiple}).cost(n, _CHANNELS) <= limit
+            low, high = (middle, high) if fits else (low, middle)
+        return low * multiple
 
 
 def _grown(growth: Mapping[str, float], n: int) -> int:
@@ -97,7 +120,9 @@ def _grown(growth: Mapping[str, float], n: int) -> int:
 
 
 def _shown(value: Any) -> str:
-    return f"{value['times']:g} n^{value['power']:g}" if isinstance(value, Mapping) else str(value)
+    if not isinstance(value, Mapping):
+        return str(value)
+    return f"at {value['work']:g} work" if "work" in value else f"{value['times']:g} n^{value['power']:g}"
 
 
 @dataclass(frozen=True, eq=False)

@@ -134,7 +134,7 @@ def test_a_limit_wins_over_the_file(config_file):
         ({"methods": [{"method": "uniform", "ranks": 3}]}, "ranks=3: no such setting"),
         (
             {"methods": [{"method": "uniform", "rank": {"power": 1}}]},
-            "rank=.*power.*has times and power, and",
+            "rank=.*power.*has times and power, or work",
         ),
         ({"methods": ["uniform", "uniform"]}, "methods: 'uniform' is there twice"),
         ({"methods": []}, "methods"),
@@ -171,6 +171,28 @@ def test_settings_grow_and_take_the_picture():
     assert choice.name == "near_wildcat rank 2 n^0.5"
     assert not Choice(method="exact").draws and Choice.model_validate("uniform").draws
     assert Choice.model_validate({"method": "uniform", "rank": 3, "label": "few"}).name == "few"
+
+
+@pytest.mark.parametrize(
+    ("method", "field", "others"),
+    [
+        ("uniform", "rank", {}),
+        ("wildcat", "rank", {"bins": 16}),
+        ("performer", "features", {}),
+        ("scatterbrain", "features", {"band": 16}),
+        ("hyperattention", "samples", {"block": 64, "exact_below": 0}),
+    ],
+)
+def test_settings_are_the_largest_within_a_share_of_the_work(method, field, others):
+    multiple = 2 if method == "scatterbrain" else 1
+    choice = Choice(method=method, settings={**others, field: {"work": 0.2, "multiple": multiple}})
+    made, limit = choice.build(4096), 0.2 * Exact().cost(4096, 64)
+    value = getattr(made, field)
+    more = Choice(method=method, settings={**others, field: value + multiple * (16 if method == "wildcat" else 1)})
+    assert made.cost(4096, 64) <= limit < more.build(4096).cost(4096, 64)
+    assert f"{field} at 0.2 work" in choice.name
+    with pytest.raises(ValueError, match="both follow the work"):
+        Choice(method="scatterbrain", settings={"band": {"work": 0.1}, "features": {"work": 0.1}})
 
 
 def test_wrappers_leave_a_method_as_it_is():
