@@ -130,7 +130,7 @@ def test_sampling_is_unbiased(name):
     for seed in range(2000):
         samples = replace(method, seed=seed).draw(key.unsqueeze(0) if name == "hyperattention" else value.unsqueeze(0))
         draws.append(
-            torch.zeros(30, dtype=torch.float64).index_add(0, samples.index[0, 0], samples.log_weight[0, 0].exp())
+            torch.zeros(30, dtype=torch.float64).index_add(0, samples.places[0, 0], samples.log_weight[0, 0].exp())
         )
     weights = torch.stack(draws)
     error = (weights.mean(0) - 1) / (weights.std(0) / 2000**0.5)

@@ -108,13 +108,13 @@ def test_samples_make_sums_unbiased(samples):
         offset = uniform_rows(seed, torch.tensor([[0]]), torch.arange(2), columns=1)
         slots = bin_slots(points, value, layout, KeyedDraws(layout, 0, 0, 40, 1), samples, offset)
         both = torch.cat((slots.sums, slots.weights.unsqueeze(-1)), dim=-1).flatten(2, 3)
-        sums.append((SCALE * query @ key.take_along_dim(slots.index.flatten(2).unsqueeze(-1), 2).mT).exp() @ both)
+        sums.append((SCALE * query @ key.take_along_dim(slots.places.flatten(2).unsqueeze(-1), 2).mT).exp() @ both)
     sums = torch.stack(sums)
     error = (sums.mean(0) - exact) / (sums.std(0) / 1000**0.5)
     assert error.abs().max() < 4
     none = bin_slots(points, value, layout, KeyedDraws(layout, 0, 0, 40, 1))
     both = torch.cat((none.sums, none.weights.unsqueeze(-1)), dim=-1).flatten(2, 3)
-    biased = (SCALE * query @ key.take_along_dim(none.index.flatten(2).unsqueeze(-1), 2).mT).exp() @ both
+    biased = (SCALE * query @ key.take_along_dim(none.places.flatten(2).unsqueeze(-1), 2).mT).exp() @ both
     assert ((biased - exact).abs() / (sums.std(0) / 1000**0.5)).max() > 8
 
 
@@ -128,6 +128,18 @@ def test_every_key_is_counted_once():
     output = NearWildCat(rank=56, bins=4, residual=0.0, near=2, dims=None)(query, key, value, scale=0.02)
     torch.testing.assert_close(output.sum(-1), torch.ones_like(output[..., 0]), rtol=0, atol=1e-6)
     torch.testing.assert_close(output, Exact()(query, key, value, scale=0.02), rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("factor", [1, 10, 30])
+def test_large_scores_stay_in_range(factor):
+    """Scores of both signs, in the hundreds with the last factor: float32 sums up what float64 does."""
+    query, key, value = heads(64, 64, heads=1, kv_heads=1)
+    method = NearWildCat(rank=32, bins=4, near=2, residual=0.0)
+    expected = method(query * factor, key, value)
+    assert ((query * factor) @ (key - key.mean(2, True)).mT * 6**-0.5).abs().max() > 3 * factor
+    output = method(*(tensor.float() for tensor in (query * factor, key, value)))
+    assert output.isfinite().all()
+    assert (output - expected).abs().flatten().quantile(0.95) < 1e-3
 
 
 def test_near_bins_rescue_local_heads():

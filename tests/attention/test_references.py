@@ -88,7 +88,7 @@ def hyperattention(method, Q, K, V, count, head):
     samples = method.draw(K.expand(1, count, -1, -1))
     weights = torch.full((method.samples,), len(K) / method.samples)
     normals = normal_matrix(method.seed, count, method.planes, K.shape[1])[head]
-    index = samples.index[0, head]
+    index = samples.places[0, head]
     return reference.sorted_sampling(Q, K, V, SCALE, normals, method.block, index, weights)
 
 

@@ -70,7 +70,7 @@ class Attention(nn.Module):
         """Give the method of a layer: the same settings, and a seed of its own."""
         if "seed" not in {field.name for field in dataclasses.fields(self)}:
             return self
-        seed: int = self.seed  # type: ignore[attr-defined]
+        seed: int = vars(self)["seed"]
         return dataclasses.replace(self, seed=(seed + layer * _LAYER_STRIDE) % 2**63)  # type: ignore[call-arg]
 
     @override

@@ -21,12 +21,12 @@ class BinSlots(NamedTuple):
     """Weighted keys of bins.
 
     Attributes:
-        index: int64 (rows, heads, bins, s), the places of their keys.
+        places: int64 (rows, heads, bins, s), the places of their keys.
         sums: (rows, heads, bins, s, d_v), U.
         weights: (rows, heads, bins, s), w; 0 with U = 0 for slots that are empty.
     """
 
-    index: Tensor
+    places: Tensor
     sums: Tensor
     weights: Tensor
 

@@ -33,11 +33,11 @@ class Samples(NamedTuple):
     """Sampled keys, which stand for those outside a query's block.
 
     Attributes:
-        index: int64 (rows, heads, s).
+        places: int64 (rows, heads, s).
         log_weight: (rows, heads, s).
     """
 
-    index: Tensor
+    places: Tensor
     log_weight: Tensor
 
 
@@ -119,7 +119,7 @@ def block_attention(
     terms = (scores - level).exp()
     output = terms[..., :own] @ values
     if samples is not None:
-        output = output + terms[..., own:] @ take(value, samples.index).unsqueeze(2)
+        output = output + terms[..., own:] @ take(value, samples.places).unsqueeze(2)
     back = q_line[orders.query.argsort(dim=-1)]
     return take(output.flatten(2, 3), back), take(level.flatten(2, 3), back)
 
@@ -137,6 +137,6 @@ def _sampled_scores(queries: Tensor, key: Tensor, samples: Samples, block_of: Te
         (rows, heads, blocks, t, s).
     """
     blocks = torch.arange(queries.shape[2], device=key.device).view(-1, 1, 1)
-    collides = block_of.gather(-1, samples.index)[:, :, None, None] == blocks
-    scores = queries @ take(key, samples.index).unsqueeze(2).mT + samples.log_weight[:, :, None, None]
+    collides = block_of.gather(-1, samples.places)[:, :, None, None] == blocks
+    scores = queries @ take(key, samples.places).unsqueeze(2).mT + samples.log_weight[:, :, None, None]
     return scores.masked_fill(collides, -torch.inf)

@@ -20,7 +20,8 @@ _ANCHOR = 40.0
 class Entries(NamedTuple):
     """Weighted keys in bins, ready for the fused kernel.
 
-    Queries have 1 in channel d, keys 0. In the values the weights, their magnitudes and the anchor's mark follow the sums.
+    Queries have 1 in channel d, keys 0. In the values the sums are followed by the weights, their magnitudes and the
+    anchor's mark.
 
     Attributes:
         key: (rows, heads, bins, s, width).
@@ -65,9 +66,8 @@ class Entries(NamedTuple):
     def choose(self, index: Tensor) -> Entries:
         """Take bins (rows, heads, blocks, k) for blocks: (rows, heads, blocks, k * s, width)."""
         blocks = index.shape[:3]
-        return Entries(
-            *(take(tensor.flatten(3), index.flatten(2)).view(*blocks, -1, tensor.shape[-1]) for tensor in self)
-        )
+        taken = (take(tensor.flatten(3), index.flatten(2)) for tensor in self)
+        return Entries(*(tensor.view(*blocks, -1, self.key.shape[-1]) for tensor in taken))
 
 
 def packed_width(d: int, d_v: int) -> int:
@@ -103,9 +103,8 @@ def near_attention(
     sums = _sums(query.flatten(2, 3).unsqueeze(2), far, d_v, scale).view(rows, heads * groups, length, -1)
 
     split = Split(length, min(bins, length))
-    blocks = split.rectangle(query.flatten(1, 2), range(split.parts), query.dtype).view(
-        rows, heads, -1, split.longest, query.shape[-1]
-    )
+    blocks = split.rectangle(query.flatten(1, 2), range(split.parts), query.dtype)
+    blocks = blocks.view(rows, heads, -1, split.longest, query.shape[-1])
     local = whole.join(slots.negative(d_v), Entries.anchor(slots, d, d_v, scale, 1 / near))
     chosen = nearest_bins(blocks, slots, d_v, near, scale)
     own = _sums(blocks, local.choose(chosen), d_v, scale).view(rows, heads * groups, split.parts, split.longest, -1)
@@ -126,7 +125,8 @@ def _sums(query: Tensor, entries: Entries, d_v: int, scale: float) -> Tensor:
     Returns:
         (rows, heads, bins, t, d_v + 2).
     """
-    found = F.scaled_dot_product_attention(*(tensor.flatten(0, 1) for tensor in (query, *entries)), scale=scale)
+    flat, key, packed = (tensor.flatten(0, 1) for tensor in (query, *entries))
+    found = F.scaled_dot_product_attention(flat, key, packed, scale=scale)
     share = found[..., d_v + 2 : d_v + 3].clamp_min(torch.finfo(found.dtype).tiny)
     return (found[..., : d_v + 2] / share).unflatten(0, query.shape[:2])
 

@@ -108,12 +108,14 @@ class NearWildCat(Attention):
         layout = BinLayout.build(key.shape[2] - first, plan.pivots, plan.bins, key.device)
         body, body_value = key[:, :, first:], value[:, :, first:]
         slots = self._slots(query, body, body_value, scale, layout, plan)
-        slot_keys = take(body, slots.index.flatten(2)).view(*slots.index.shape, -1)
+        slot_keys = take(body, slots.places.flatten(2)).view(*slots.places.shape, -1)
         always = (key[:, :, None, :first], value[:, :, None, :first], torch.ones_like(key[:, :, None, :first, 0]))
         if not plan.near:
             every = (slot_keys.flatten(2, 3), slots.sums.flatten(2, 3), slots.weights.flatten(2, 3))
-            entries = (torch.cat((own.squeeze(2), part), dim=2) for own, part in zip(always, every, strict=True))
-            output = weighted_softmax_attention(query.flatten(2, 3), *entries, scale)
+            keys, sums, weights = (
+                torch.cat((own.squeeze(2), part), 2) for own, part in zip(always, every, strict=True)
+            )
+            output = weighted_softmax_attention(query.flatten(2, 3), keys, sums, weights, scale)
             return output.unflatten(2, query.shape[2:4])
         present = layout.used.to(value.dtype).expand(*key.shape[:2], -1, -1)
         whole = Entries.of(layout.gather(body), layout.gather(body_value), present)

@@ -66,7 +66,8 @@ class Thinformer(Attention):
         index = (torch.arange(total, device=key.device) * n // total).expand(rows, heads, -1)
         failure = 0.5 * size**2 / (4 ** (self.g + 1) * rounds * total)
         for turn in range(rounds):
-            kernel = _kernel(*(take(tensor, index).unflatten(2, (-1, size)) for tensor in (points, value)), *limits)
+            own_points, own_value = (take(tensor, index).unflatten(2, (-1, size)) for tensor in (points, value))
+            kernel = _kernel(own_points, own_value, *limits)
             noise = self.noise(heads, turn, kernel.shape[2], size // 2, key.device)
             second = halve(kernel, noise.to(kernel.dtype), failure)
             index = index.unflatten(2, (-1, 2)).gather(-1, second.flatten(2, 3).long().unsqueeze(-1)).squeeze(-1)

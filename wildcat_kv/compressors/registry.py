@@ -110,7 +110,7 @@ def _theirs() -> dict[str, EntryPoint]:
 
 
 def _load(point: EntryPoint) -> type[Compressor]:
-    return plugins.load(point, Compressor, "compressor")
+    return plugins.load(point, Compressor, "compressor")  # type: ignore[type-abstract]
 
 
 def _about(name: str, kind: type[Compressor]) -> Method:
