@@ -7,6 +7,7 @@ from tests.attention.heads import METHODS, SCALE, heads
 from wildcat_kv.attention import Exact, WildCatAttention
 from wildcat_kv.attention.fixed_pivots import FixedPivots
 from wildcat_kv.attention.kernels import weighted_softmax_attention
+from wildcat_kv.attention.near import Entries, near_attention
 from wildcat_kv.coreset.binned import KernelOptions, WeightedTokens
 from wildcat_kv.coreset.compresskv import compress_bins
 from wildcat_kv.coreset.draws import KeyedDraws
@@ -53,6 +54,27 @@ def test_pivots_are_held_fixed_and_weights_are_not(bins, temperature):
 
     for found, expected in zip(pivots.combine(key, value), (coreset.values, coreset.weights), strict=True):
         torch.testing.assert_close(layout.collect(found), expected.double(), rtol=0, atol=1e-4)
+    assert torch.autograd.gradcheck(attend, wanted(query, key, value), fast_mode=True)
+
+
+@pytest.mark.parametrize("name", ["wildcat", "near_wildcat"])
+def test_values_change_no_choice(name):
+    query, key, value = heads(6, 20, d=3, d_v=2, heads=2, kv_heads=1, batch=(1,))
+    method = type(METHODS[name])(rank=8, bins=2)
+    assert torch.autograd.gradcheck(lambda v: method(query, key, v, scale=SCALE), wanted(value), fast_mode=True)
+
+
+def test_near_bins_have_the_gradients_of_finite_differences():
+    query, key, value = heads(8, 12, d=3, d_v=2, heads=2, kv_heads=1, batch=(1,))
+    query, value = query.unflatten(1, (1, 2)), value.unflatten(2, (3, 4))
+    weights = torch.linspace(-0.5, 3, 6, dtype=torch.float64).view(1, 1, 3, 2)
+
+    def attend(query, key, value):
+        whole = Entries.of(key.unflatten(2, (3, 4)), value, torch.ones_like(value[..., 0]))
+        slots = Entries.of(key.unflatten(2, (3, 4))[..., :2, :], value[..., :2, :] * 2, weights)
+        first = Entries.of(key[:, :, None, :1], value[:, :, :1, :1], torch.ones(1, 1, 1, 1, dtype=torch.float64))
+        return near_attention(query, slots, whole, first, 1, 2, SCALE)
+
     assert torch.autograd.gradcheck(attend, wanted(query, key, value), fast_mode=True)
 
 

@@ -159,6 +159,24 @@ def test_near_bins_rescue_local_heads():
 # Settings
 
 
+@given(
+    st.integers(1, 12), st.integers(1, 12), st.integers(0, 3), st.booleans(), st.booleans(), st.integers(1, 40),
+    st.integers(1, 8), st.integers(0, 3), st.sampled_from([0.0, 0.5, 0.9]),
+)  # fmt: skip
+def test_any_settings_give_averages(height, width, prefix, on_grid, own, rank, bins, near, residual):
+    n = height * width + prefix
+    query, key, value = heads(n if own else 7, n, dtype=torch.float32)
+    grid = (height, width) if on_grid else None
+    bins = min(bins, rank, height * width)
+    method = NearWildCat(rank, bins, near, residual, 4, grid, prefix)
+    output = method(query, key, value)
+    low, high = (end.repeat_interleave(2, 1) for end in (value.amin(2, True), value.amax(2, True)))
+    assert (output >= low - 1e-5).all() and (output <= high + 1e-5).all()
+    assert method.cost(n, 6) > 0
+    if near >= bins or rank >= height * width:
+        torch.testing.assert_close(output, Exact()(query, key, value), rtol=0, atol=1e-5)
+
+
 def test_defaults_follow_the_number_of_keys():
     plan = NearWildCat().plan(4097)
     assert (plan.bins, plan.pivots, plan.samples) == (32, 128, 12)
