@@ -8,7 +8,7 @@ BASE := $(VENV)/.base
 READY := $(VENV)/.ready
 OLDEST := 5.17.0
 REFERENCE := kvpress==0.5.5 transformers==5.2.0
-CACHE_TESTS := $(addprefix tests/,cache compressors contexts coreset hook integrations models recipes)
+CACHE_TESTS := $(addprefix tests/,attention cache compressors contexts coreset hook integrations models recipes)
 
 .PHONY: demo test lint docs smoke ruler bench test-oldest test-latest nightly test-upstream parity clean
 

@@ -62,6 +62,22 @@ def run(
 
 
 @app.command()
+def attention(
+    config: Annotated[Path, typer.Argument(help="YAML file of the run, such as configs/attention/smoke.yaml.")],
+    inputs: Annotated[int | None, typer.Option(help="Most inputs of every task, over the file's.", min=1)] = None,
+    output: Annotated[Path | None, typer.Option(help="Folder of the results. Default: runs/attention/NAME.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")] = False,
+) -> None:
+    """Measure methods of attention in one layer, and in encoders that need no cache."""
+    from eval.attention.config import read_config
+    from eval.attention.run import run as measure
+
+    chosen = read_config(config, **({} if inputs is None else {"inputs": inputs}))
+    folder = output or Path("runs/attention") / chosen.name
+    measure(chosen, folder, command=shlex.join(["python", "-m", "eval", *sys.argv[1:]]), resume=resume)
+
+
+@app.command()
 def report(
     folder: Annotated[Path, typer.Argument(help="Folder of a run, finished or not.")],
     baseline: Annotated[str | None, typer.Option(help=_BASELINE)] = None,
@@ -73,6 +89,11 @@ def report(
 
     found = Folder(folder)
     manifest, records = found.manifest, found.records()
+    if "tasks" in manifest:  # of methods of attention, which have no baseline
+        from eval.attention.report import write_report as write_tables
+
+        print(write_tables(manifest, records, folder))
+        return
     if baseline is not None:
         check_baseline(baseline, [record["method"] for record in records])
         manifest = {**manifest, "config": {**(manifest.get("config") or {}), "baseline": baseline}}

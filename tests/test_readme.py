@@ -21,7 +21,17 @@ PAGES = [
     "README.md",
     *(
         f"docs/{name}.md"
-        for name in ("index", "quick-start", "use", "budget", "integrations", "method", "adding-a-method")
+        for name in (
+            "index",
+            "quick-start",
+            "use",
+            "budget",
+            "integrations",
+            "encoders",
+            "method",
+            "guarantee",
+            "adding-a-method",
+        )
     ),
 ]
 FENCE = re.compile(r"^```(python|bash|text)\n(.*?)^```$", re.DOTALL | re.MULTILINE)

@@ -7,9 +7,12 @@ uniform.py, stratified.py, thinformer.py, balancekv.py     methods that keep som
 performer.py, scatterbrain.py    random features: features.py
 reformer.py, kdeformer.py, hyperattention.py               sorted blocks: hashing.py
 registry.py                      the methods by name, also those of installed packages
+encoders.py                      a method inside a Transformers model: use, enable, disable
 
 A method is one file. All take (query, key, value) as torch's scaled_dot_product_attention does.
 """
+
+from typing import TYPE_CHECKING, Any
 
 from wildcat_kv.attention.balancekv import BalanceKV, balance_attention
 from wildcat_kv.attention.base import Attention
@@ -26,6 +29,9 @@ from wildcat_kv.attention.thinformer import Thinformer, thinformer_attention
 from wildcat_kv.attention.uniform import Uniform, uniform_attention
 from wildcat_kv.attention.wildcat import WildCatAttention, wildcat_attention
 
+if TYPE_CHECKING:
+    from wildcat_kv.attention.encoders import attention_layers, disable, enable, use
+
 __all__ = [
     "Attention",
     "AttentionMethod",
@@ -41,9 +47,12 @@ __all__ = [
     "Thinformer",
     "Uniform",
     "WildCatAttention",
+    "attention_layers",
     "attention_method",
     "available",
     "balance_attention",
+    "disable",
+    "enable",
     "exact_attention",
     "hyper_attention",
     "kdeformer_attention",
@@ -54,5 +63,15 @@ __all__ = [
     "stratified_attention",
     "thinformer_attention",
     "uniform_attention",
+    "use",
     "wildcat_attention",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Import what needs Transformers when it is first used: the methods need torch alone."""
+    if name in ("attention_layers", "disable", "enable", "use"):
+        from wildcat_kv.attention import encoders
+
+        return getattr(encoders, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -44,12 +44,15 @@ class Wheel:
         sha256: SHA-256 of the wheel file, 64 hexadecimal digits.
         python_version: Python version to ask PyPI for (such as ``"3.12"``) when the wheel refuses the running one;
             None for the running one.
+        tag: end of the file's name; that of a wheel of one platform, such as ``"cp311-cp311-manylinux_2_28_x86_64"``,
+            is fetched everywhere.
     """
 
     name: str
     version: str
     sha256: str
     python_version: str | None = None
+    tag: str = "py3-none-any"
 
     @property
     def requirement(self) -> str:
@@ -59,7 +62,18 @@ class Wheel:
     @property
     def filename(self) -> str:
         """Name of the file on PyPI, and in the cache folder."""
-        return f"{self.name.replace('-', '_')}-{self.version}-py3-none-any.whl"
+        return f"{self.name.replace('-', '_')}-{self.version}-{self.tag}.whl"
+
+    @property
+    def target(self) -> list[str]:
+        """Arguments that make pip take this file, whatever it runs on."""
+        interpreter, abi, platform = self.tag.split("-")
+        version = self.python_version
+        if platform == "any":
+            return [] if version is None else ["--python-version", version]
+        version = version or f"{interpreter[2]}.{interpreter[3:]}"
+        platforms = [f"--platform={each}" for each in platform.split(".")]
+        return ["--implementation", interpreter[:2], "--python-version", version, "--abi", abi, *platforms]
 
 
 def cache_folder() -> Path:
@@ -162,9 +176,7 @@ def _pip_download(wheel: Wheel, folder: Path, target: Path, damaged: bool) -> Pa
     # Wheels only: a source archive would run its own build code.
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-input"]
     command += ["--disable-pip-version-check", "--quiet", "--dest", str(folder)]
-    if wheel.python_version is not None:
-        command += ["--python-version", wheel.python_version]
-    command.append(wheel.requirement)
+    command += [*wheel.target, wheel.requirement]
     done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace")
     found = sorted(folder.glob("*.whl"))
     if done.returncode == 0 and len(found) == 1:
