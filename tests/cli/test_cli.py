@@ -59,7 +59,7 @@ def damaged_gguf(tmp_path):
         (["--preset", "publishd"], "did you mean 'published'?"),
         (["--dtype", "int8"], "dtype='int8'"),
         (["--device", "abacus"], "device='abacus'"),
-        (["--method", "nosuch"], "compressor='nosuch': no such method; there are wildcat, streaming_llm"),
+        (["--method", "nosuch"], "compressor='nosuch': no such method; there are auto, wildcat, streaming"),
         (["--method", "kvzip"], "call wildcat_kv.compress_context(model"),
         (["--model", "no/such/folder/at/all"], "no/such/folder/at/all"),
         (["--model", "missing.gguf"], "missing.gguf: no such file"),
@@ -166,13 +166,16 @@ def test_generate_takes_a_preset_and_plain_text(monkeypatch, capsys, prompt):
 
 @pytest.mark.real
 def test_demo_prints_one_table(monkeypatch, capsys):
-    status, out, _ = run(monkeypatch, capsys, "demo", "--tokens", "600", "--max-new-tokens", "24")
+    status, out, _ = run(monkeypatch, capsys, "demo", "--tokens", "600", "--max-new-tokens", "16")
     assert status == 0
     for word in (
         "exact cache",
-        "preset balanced",
-        "hold this sentence: The special magic number for Krakow is 65125",
-        "Both find 65125; the compressed cache holds",
+        "in 4 bits",
+        "default",
+        "published",
+        "hold 4 sentences such as: The special magic number for Tunis is",
+        "facts found",
+        "Of 4 facts: exact cache 4 in 100% of the bytes; ",
         "cache, MiB",
         "reading, seconds",
         "tokens a second",
@@ -183,10 +186,11 @@ def test_demo_prints_one_table(monkeypatch, capsys):
 
 @pytest.mark.real
 def test_the_demo_takes_every_method_and_says_when_it_fails(monkeypatch, capsys):
-    for method, verdict in (("kvzip", "Both find 65125"), ("streaming_llm", "the compressed one does not")):
-        arguments = ["--tokens", "600", "--max-new-tokens", "16", "--method", method, "--ratio", "0.2"]
+    for method, least, most in (("kvzip", 3, 4), ("streaming_llm", 0, 0)):
+        arguments = ["--tokens", "600", "--max-new-tokens", "16", "--method", method, "--ratio", "0.25"]
         status, out, _ = run(monkeypatch, capsys, "demo", *arguments)
-        assert status == 0 and f"method {method}" in out and verdict in " ".join(out.split())
+        found = re.search(rf"; method {method} ratio=0.25 (\d) in ", " ".join(out.split()))
+        assert status == 0 and found and least <= int(found[1]) <= most
 
 
 # The folder of a model, and what is done to it
@@ -406,7 +410,7 @@ def test_a_chat_shows_what_the_model_writes(monkeypatch, capsys, folder, documen
 def test_a_document_is_saved_loaded_and_read_at_another_ratio(monkeypatch, capsys, folder, document, tmp_path):
     saved = tmp_path / "saved.safetensors"
     lines = ["/ratio 0.25", f"/save {saved}", "/ratio 0.9", f"/load {saved}", "w5", "/ratio 0.5", f"/load {document}"]
-    status, out, _ = chat(monkeypatch, capsys, folder, document, lines, "--max-tokens", "120")
+    status, out, _ = chat(monkeypatch, capsys, folder, document, lines, "--max-tokens", "120", "--method", "wildcat")
     assert status == 0 and saved.is_file()
     stored = re.findall(r"151 tokens seen · (\d+) stored", out)
     assert int(stored[0]) <= 120 and stored[1:] == ["38", "136", "38", "136"]

