@@ -113,6 +113,18 @@ def test_kvzip_reads_twice(llama):
     assert type(context.cache.compressor).__name__ == "KVzip" and context.ask(QUESTIONS[0], **SHORT)
 
 
+@pytest.mark.parametrize(
+    ("given", "name"),
+    [({}, "RereadingWildCat"), ({"compressor": "auto"}, "RereadingWildCat"), ({"compressor": "kvzip"}, "KVzip")],
+    ids=str,
+)
+def test_two_readings_are_asked_for_by_their_number(llama, given, name):
+    found = compress_context(llama, tokenizer(), TEXT, reads=2, **given, **SETTINGS).cache
+    named = compress_context(llama, tokenizer(), TEXT, compressor=given.get("compressor", "auto"), **SETTINGS).cache
+    assert type(found.compressor).__name__ == name
+    assert (type(named.compressor).__name__ == name) == (name == "KVzip")
+
+
 def test_a_file_without_the_state_of_kvzip_is_read(llama, tmp_path):
     """As earlier releases wrote it: the scores were kept with the method, not with the entries."""
     path = tmp_path / "context.safetensors"
@@ -535,6 +547,9 @@ def test_a_text_is_read_from_a_file(llama, tmp_path, monkeypatch):
         ({"ratio": 2.0}, "ratio=2.0"),
         ({"preset": "nosuch"}, "preset='nosuch': no such preset"),
         ({"compressor": "snapk"}, "did you mean 'snapkv'"),
+        ({"reads": 3}, "reads=3 must be 1 or 2"),
+        ({"reads": True}, "reads=True must be 1 or 2"),
+        ({"reads": 2, "compressor": "snapkv"}, "reads=2 with compressor='snapkv', which reads a text once"),
         ({"chunk_tokens": 0}, "chunk_tokens=0 must be a positive integer"),
         ({"reserve": -1}, "reserve=-1 must be a positive integer"),
         ({"reserve": 5000}, "reserve=5000 leaves no room for a text: the model has 4096 positions"),

@@ -18,6 +18,7 @@ from wildcat_kv.cache.disk.write import write
 from wildcat_kv.cache.joining import join_caches, unjoinable
 from wildcat_kv.cache.sizes import stored_tokens
 from wildcat_kv.compressors import Compressor
+from wildcat_kv.compressors.registry import AUTO
 from wildcat_kv.config import WildCatConfig
 from wildcat_kv.contexts.answering import AnswerOptions, pad_id
 from wildcat_kv.contexts.context import Context, reads_twice
@@ -191,6 +192,7 @@ def compress_context(
     *,
     preset: str | Path | Preset | None = None,
     compressor: str | Compressor | None = None,
+    reads: int = 1,
     chunk_tokens: int | None = None,
     reserve: int | None = None,
     **fields: Any,
@@ -207,6 +209,8 @@ def compress_context(
         settings: settings of the cache; or:
         preset: a preset's name, file or object; by default the model's own section, or "default".
         compressor: the method, by name or as an object, instead of the preset's.
+        reads: times that the model reads the text. With 2 it repeats the text to find out what it needs of it, by
+            "rereading_wildcat" unless a method is named.
         chunk_tokens: tokens to read at once, each chunk with those before it compressed; by default all, and half as
             many where memory runs out, as often as needed.
         reserve: positions to keep free for questions and answers; by default 1,024, or a quarter if that is less.
@@ -222,6 +226,7 @@ def compress_context(
     """
     tokenizer = text_tokenizer(tokenizer)
     _check(model, tokenizer)
+    compressor = _reading(reads, compressor)
     recipe = Recipe.choose(model.config, settings, preset=preset, compressor=compressor, **fields)
     return _compress(model, tokenizer, recipe, text_or_file, chunk_tokens, reserve)
 
@@ -268,6 +273,19 @@ def _compress(
         caches.append(read_part(model, share, part, chunk_tokens))
     cache = join_caches(caches, settings) if len(parts) > 1 else caches[0]
     return CompressedContext(model, tokenizer, cache, parts[-1], tokens)
+
+
+def _reading(reads: int, compressor: str | Compressor | None) -> str | Compressor | None:
+    """Choose the method for a number of readings; refuse one that reads another number of times."""
+    if isinstance(reads, bool) or reads not in (1, 2):
+        raise ValueError(f"reads={reads!r} must be 1 or 2")
+    if reads == 1:  # a method that reads twice says so by its name
+        return compressor
+    if compressor in (None, AUTO):
+        return "rereading_wildcat"
+    if reads_twice(compressor) is None:
+        raise ValueError(f"reads=2 with compressor={compressor!r}, which reads a text once; leave one of them out")
+    return compressor
 
 
 def _check(model: Any, tokenizer: Any) -> None:
