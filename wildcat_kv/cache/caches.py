@@ -148,10 +148,10 @@ class WildCatCache(CacheContract):
         These are slots and exact tokens, and the padding among them.
 
         Args:
-            layer_idx: index of the layer; by default the first that has a budget. The others hold as many, unless
-                the method gives layers unequal budgets.
+            layer_idx: index of the layer; by default the average over those that have a budget, rounded up.
         """
-        return stored_entries(self.layers[self._pass_state.leading if layer_idx is None else layer_idx])
+        layers = self._pass_state.folding if layer_idx is None else [layer_idx]
+        return -(-sum(stored_entries(self.layers[index]) for index in layers) // len(layers))
 
     def memory_bytes(self) -> int:
         """Count the bytes of all tensors held."""
