@@ -97,7 +97,7 @@ def test_within_budget_the_answer_is_the_exact_one(default, essay_ids):
 
 def test_budget_is_exact_in_every_layer(default, essay_ids):
     model, _ = default
-    cache = WildCatCache(model.config, ratio=0.25)
+    cache = WildCatCache(model.config, compressor="wildcat", ratio=0.25)
     model(essay_ids, **{CACHE: cache}, logits_to_keep=1)
     kept = int(essay_ids.shape[1] * 0.25 + 0.5)
     assert {cache.stored_length(layer) for layer in range(30)} == {kept}

@@ -50,13 +50,20 @@ DYNAMIC = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
     [
         (tiny_config("llama"), {"ratio": 1.0}),  # nothing to choose
         (tiny_config("llama"), {"ratio": None, "max_tokens": 200, "static": True}),
-        (tf.OPTConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, ffn_dim=32, vocab_size=64), {}),
         (tf.LlamaConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, rope_parameters=DYNAMIC), {}),
     ],
-    ids=["everything is kept", "fixed shapes", "learned positions", "frequencies by length"],
+    ids=["everything is kept", "fixed shapes", "frequencies by length"],
 )
 def test_the_published_method_serves_the_others(config, settings):
     assert chosen(config, **settings) == WildCat()
+
+
+def test_positions_that_are_not_understood_are_left_alone(monkeypatch):
+    def refuse(decoder, full):
+        raise ValueError("the rotary positions of this family are not understood")
+
+    monkeypatch.setattr(automatic, "rotations_of", refuse)
+    assert chosen(tiny_config("llama")) == WildCat()
 
 
 def test_a_loaded_cache_goes_on_with_the_method_that_was_chosen(tmp_path):

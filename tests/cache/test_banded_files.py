@@ -21,7 +21,7 @@ def llama():
 @pytest.fixture(scope="module", params=[3, None], ids=["bits", "plain"])
 def content(request, llama, tmp_path_factory):
     """A file of a cache with unequal heads, with and without bits; there are slots of two kinds of groups."""
-    cache = CompressedCache(llama.config, compressor=AdaKV(H2O()), ratio=0.4, bits=request.param, group=16)
+    cache = CompressedCache(llama.config, compressor=AdaKV(H2O()), ratio=0.4, sink=32, bits=request.param, group=16)
     llama(random_ids(2, 250), **{CACHE: cache})
     path = tmp_path_factory.mktemp("banded") / "context.safetensors"
     cache.save(path)

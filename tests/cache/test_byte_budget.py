@@ -113,7 +113,7 @@ def test_wrong_budgets_are_refused(fields, message):
 
 
 def test_too_few_bytes_are_refused(llama):
-    with pytest.raises(ValueError, match=r"max_bytes=5000 is too small: sink=32, window=32 and one bin of 1 rows"):
+    with pytest.raises(ValueError, match=r"max_bytes=5000 is too small: sink=4, window=32 and one bin of 1 rows"):
         WildCatCache(llama.config, compressor="wildcat", max_bytes=5000)
     cache = WildCatCache(llama.config, compressor="wildcat", max_bytes=300_000, **ENDS)
     with pytest.raises(ValueError, match=r"max_bytes=300000 is too small: .* one bin of 16 rows and \d layers take"):

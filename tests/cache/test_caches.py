@@ -82,7 +82,7 @@ def test_up_to_its_floor_a_text_is_answered_as_by_the_exact_cache(llama, bits):
 def test_sinks_window_and_pivots_are_the_models_own_keys(llama):
     ids = random_ids(1, 400)
     exact = DynamicCache(config=llama.config)
-    cache = WildCatCache(llama.config, compressor="wildcat", ratio=0.25)
+    cache = WildCatCache(llama.config, compressor="wildcat", ratio=0.25, sink=32)
     for kind in (exact, cache):
         llama(ids, **{CACHE: kind})
     for ours, theirs in zip(cache.layers, exact.layers, strict=True):
@@ -714,4 +714,4 @@ def test_repr_says_what_is_held(llama):
     cache = WildCatCache(llama.config, compressor="wildcat", ratio=0.25)
     llama(random_ids(1, 200), **{CACHE: cache})
     text = repr(cache)
-    assert "WildCatCache(ratio=0.25" in text and "200 tokens seen, 50 stored" in text and "MiB" in text
+    assert "WildCatCache(WildCat(), ratio=0.25;" in text and "200 tokens seen, 50 stored" in text and "MiB" in text

@@ -56,7 +56,7 @@ def test_generate_without_the_cache_it_is_given_is_refused(family, where):
 
 def test_a_forward_pass_with_use_cache_off_still_reads_once():
     model = tiny_model("llama")
-    cache, other = WildCatCache(model.config, ratio=0.25), read(model, IDS)
+    cache, other = WildCatCache(model.config, compressor="wildcat", ratio=0.25), read(model, IDS)
     model(IDS, **{CACHE: cache}, use_cache=False)
     assert_same(state(cache), state(other))
     more = random_ids(1, 5, seed=3)

@@ -337,7 +337,7 @@ def test_what_has_no_fixed_shapes_is_refused(options, message):
     config = tiny_config("llama")
     before = config._attn_implementation
     with pytest.raises(ValueError, match=message):
-        CompressedCache(config, compressor="wildcat", **{"compressor": "uniform", **options}, static=True)
+        CompressedCache(config, **{"compressor": "uniform", **options}, static=True)
     assert config._attn_implementation == before and type(config._attn_implementation) is type(before)
 
 
@@ -414,10 +414,7 @@ class Pairs(RuleBasedStateMachine):
         else:
             options = {"compressor": METHODS[method]}
             self.load = lambda *args, **more: CompressedCache.load(*args, **options, **more)
-            self.caches = [
-                CompressedCache(config, settings, compressor="wildcat", **options, static=static)
-                for static in (True, False)
-            ]
+            self.caches = [CompressedCache(config, settings, **options, static=static) for static in (True, False)]
         self.config, self.mask = config, torch.zeros(rows, 0, dtype=torch.bool)
         self.seed = 0
 

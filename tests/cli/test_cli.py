@@ -173,7 +173,7 @@ def test_demo_prints_one_table(monkeypatch, capsys):
         "in 4 bits",
         "default",
         "published",
-        "hold 4 sentences such as: The special magic number for Tunis is",
+        "hold 4 sentences such as: The special magic number for Sanaa is",
         "facts found",
         "Of 4 facts: exact cache 4 in 100% of the bytes; ",
         "cache, MiB",
@@ -186,7 +186,7 @@ def test_demo_prints_one_table(monkeypatch, capsys):
 
 @pytest.mark.real
 def test_the_demo_takes_every_method_and_says_when_it_fails(monkeypatch, capsys):
-    for method, least, most in (("kvzip", 3, 4), ("streaming_llm", 0, 0)):
+    for method, least, most in (("kvzip", 2, 4), ("streaming_llm", 0, 0)):
         arguments = ["--tokens", "600", "--max-new-tokens", "16", "--method", method, "--ratio", "0.25"]
         status, out, _ = run(monkeypatch, capsys, "demo", *arguments)
         found = re.search(rf"; method {method} ratio=0.25 (\d) in ", " ".join(out.split()))

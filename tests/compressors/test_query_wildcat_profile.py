@@ -111,6 +111,16 @@ def test_each_head_keeps_what_the_profile_says(llama):
     assert valid_by_head(cache) == kept
 
 
+def test_a_share_of_the_heads_gets_their_average(llama):
+    """Under tensor parallelism a process sees its own heads only, and does not know which they are."""
+    config = tf.LlamaConfig(**{**SMALL, "num_hidden_layers": 2})
+    keys, values = tokens(1, 200)
+    unequal, equal = (build(config, profile_of(config, shares), ratio=0.25) for shares in (HEADS[:2], [[0.5], [1.3]]))
+    for cache in (unequal, equal):
+        read(cache, keys[:, :, :1], values[:, :, :1], 0, 200)
+    assert valid_by_head(unequal) == valid_by_head(equal)
+
+
 @pytest.mark.parametrize("share", ["layers", "heads"])
 def test_a_measured_profile_deals_as_its_text_did(llama, share):
     ids, method = random_ids(1, 300), replace(OURS, share=share)

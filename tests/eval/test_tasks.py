@@ -256,7 +256,7 @@ def test_drift_is_the_divergence_of_what_follows_each_word(model, plain, tokeniz
     cell = Cell("wildcat", "wildcat", ratio=0.4)
     [outcome] = measured(sample, model, tokenizer, cell)
     expected = plain(sample.ids).logits[0, 200:].double().log_softmax(-1)
-    cache = CompressedCache(model.config, compressor="wildcat", ratio=0.4)
+    cache = CompressedCache(model.config, compressor="wildcat", ratio=0.4, sink=32)
     model(sample.ids[:, :200], **{CACHE: cache})
     found = model(sample.ids[:, 200:], **{CACHE: cache}).logits[0].double().log_softmax(-1)
     kl = (expected.exp() * (expected - found)).sum(-1).mean()
@@ -348,7 +348,7 @@ def test_attention_errors_are_those_of_a_plain_softmax(method, tokens, model, ti
     [sample] = AttentionError(lengths=[200], tokens=tokens, repeats=1).samples(setting())
     cell = Cell(method, method, ratio=0.5)
     [outcome] = measured(sample, model, tokenizer, cell)
-    cache = CompressedCache(model.config, compressor=method, ratio=0.5)
+    cache = CompressedCache(model.config, compressor=method, ratio=0.5, sink=32)
     model(sample.ids[:, :200], **{CACHE: cache})
     errors = outcome.layers["error"]
     for (queries, keys, values), layer, head in zip(

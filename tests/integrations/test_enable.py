@@ -582,9 +582,7 @@ def test_wrong_settings_are_named_in_one_line_and_change_nothing(llama, argument
 def test_enabling_twice_is_refused(llama):
     enable(llama, **SETTINGS)
     before = everything(llama)
-    with pytest.raises(
-        ValueError, match=r"enabled already, with 'wildcat' and .*ratio=0.25.*disable\(model\)"
-    ) as error:
+    with pytest.raises(ValueError, match=r"enabled already, with 'auto' and .*ratio=0.25.*disable\(model\)") as error:
         enable(llama, ratio=0.5)
     assert "\n" not in str(error.value) and everything(llama) == before
 

@@ -174,7 +174,7 @@ def _enabled(subject: Subject) -> None:
     settings = WildCatConfig(ratio=RATIO)
     expected = subject.generate(WildCatCache(subject.model.config, settings)).sequences
     try:
-        handle = enable(subject.model, settings, compressor="wildcat")
+        handle = enable(subject.model, settings)
     except ValueError as error:
         raise NotApplicableError(str(error)) from None
     with handle:
