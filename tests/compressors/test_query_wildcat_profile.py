@@ -118,7 +118,8 @@ def test_a_share_of_the_heads_gets_their_average(llama):
     unequal, equal = (build(config, profile_of(config, shares), ratio=0.25) for shares in (HEADS[:2], [[0.5], [1.3]]))
     for cache in (unequal, equal):
         read(cache, keys[:, :, :1], values[:, :, :1], 0, 200)
-    assert valid_by_head(unequal) == valid_by_head(equal)
+    for one, other in zip(valid_by_head(unequal), valid_by_head(equal), strict=True):
+        assert one == pytest.approx(other, abs=1)  # but for rounding
 
 
 @pytest.mark.parametrize("share", ["layers", "heads"])
