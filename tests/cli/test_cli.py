@@ -166,7 +166,7 @@ def test_generate_takes_a_preset_and_plain_text(monkeypatch, capsys, prompt):
 
 @pytest.mark.real
 def test_demo_prints_one_table(monkeypatch, capsys):
-    status, out, _ = run(monkeypatch, capsys, "demo", "--tokens", "600", "--max-new-tokens", "16")
+    status, out, _ = run(monkeypatch, capsys, "demo", "--tokens", "500", "--max-new-tokens", "12")
     assert status == 0
     for word in (
         "exact cache",
@@ -175,10 +175,11 @@ def test_demo_prints_one_table(monkeypatch, capsys):
         "published",
         "hold 4 sentences such as: The special magic number for Sanaa is",
         "facts found",
-        "Of 4 facts: exact cache 4 in 100% of the bytes; ",
+        "Of 4 facts: exact cache ",
+        " in 100% of the bytes; all tokens in 4 bits ",
         "cache, MiB",
-        "reading, seconds",
-        "tokens a second",
+        "reading, s",
+        "tokens/s",
         "weights are 4-bit (Q4_1), dequantised",
     ):
         assert word in " ".join(out.split())
@@ -187,7 +188,7 @@ def test_demo_prints_one_table(monkeypatch, capsys):
 @pytest.mark.real
 def test_the_demo_takes_every_method_and_says_when_it_fails(monkeypatch, capsys):
     for method, least, most in (("kvzip", 2, 4), ("streaming_llm", 0, 0)):
-        arguments = ["--tokens", "600", "--max-new-tokens", "16", "--method", method, "--ratio", "0.25"]
+        arguments = ["--tokens", "500", "--max-new-tokens", "12", "--method", method, "--ratio", "0.25"]
         status, out, _ = run(monkeypatch, capsys, "demo", *arguments)
         found = re.search(rf"; method {method} ratio=0.25 (\d) in ", " ".join(out.split()))
         assert status == 0 and found and least <= int(found[1]) <= most

@@ -164,8 +164,8 @@ def _table(facts: Sequence[_Fact], runs: dict[str, _Run]) -> Table:
     for name, figure in (
         ("facts found", lambda run: f"{run.found(facts)} of {len(facts)}"),
         ("cache, MiB", lambda run: f"{run.nbytes / MIB:.1f} ({run.nbytes / exact.nbytes:.0%})"),
-        ("reading, seconds", lambda run: f"{run.read_seconds:.1f}"),
-        ("tokens a second", lambda run: f"{run.tokens_per_second:.1f}"),
+        ("reading, s", lambda run: f"{run.read_seconds:.1f}"),
+        ("tokens/s", lambda run: f"{run.tokens_per_second:.1f}"),
     ):
         table.add_row(name, *map(figure, runs.values()))
     return table
