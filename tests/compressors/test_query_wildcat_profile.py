@@ -111,6 +111,13 @@ def test_each_head_keeps_what_the_profile_says(llama):
     assert valid_by_head(cache) == kept
 
 
+def test_the_budget_is_spent_where_a_head_would_keep_everything(llama):
+    """WildCat's part makes as many slots of every head, of items that the head has not kept."""
+    cache = build(llama.config, profile_of(llama.config, [[0.05, 1.95]] * 3), ratio=0.7)
+    llama(random_ids(1, 200), **{CACHE: cache})
+    assert stored_tokens(cache) == pytest.approx(140, abs=0.5)
+
+
 def test_a_share_of_the_heads_gets_their_average(llama):
     """Under tensor parallelism a process sees its own heads only, and does not know which they are."""
     config = tf.LlamaConfig(**{**SMALL, "num_hidden_layers": 2})

@@ -190,9 +190,10 @@ class QueryWildCat(SharingCompressor):
 
     def _profiled(self, profile: Profile, block: KVBlock, rank: int, survey: Survey) -> Tensor:
         """Choose the items of a layer that stay, as many as the profile says."""
-        attended, room = int(rank * self.attended), block.item_tokens
-        slots = attended, self._kept(rank) - attended
-        counts = profile.counts(block.layer_index, block.sharing, rank / room, slots, room)
+        attended, both, tokens = int(rank * self.attended), self._kept(rank), block.item_tokens
+        # WildCat makes slots of what is left, as many of every head: a head that keeps more would leave it too little.
+        room = tokens - (rank - both)
+        counts = profile.counts(block.layer_index, block.sharing, rank / tokens, (attended, both - attended), room)
         if len(counts[0]) not in (1, block.keys.shape[1]):  # a process has a share of the heads: their average
             counts = tuple([sum(part) // len(part)] for part in counts)  # type: ignore[assignment]
         first, second = (torch.tensor(part, device=block.keys.device).view(1, -1, 1) for part in counts)
