@@ -227,10 +227,12 @@ class QueryWildCat(SharingCompressor):
 
         As many slots are made as are left of `rank`; 0 where all items are kept.
         """
-        parts = [take_kept(block, kept)]
-        if rest := rank - self._kept(rank):
+        left, rest = block.slice_items(block.valid) & ~kept, rank - self._kept(rank)
+        few = left.sum(-1, keepdim=True) <= rest  # they stay as they are: some bins would have fewer than their slots
+        parts = [take_kept(block, kept | (left & few))]
+        if rest:
             wildcat = WildCat(self.bin_rank, self.temperature, self.weights, self.seed)
-            parts.append(wildcat.compress_some(block, rest, block.slice_items(block.valid) & ~kept))
+            parts.append(wildcat.compress_some(block, rest, left & ~few))
         coreset, columns = merge_parts(parts)
         with torch.no_grad(), full_precision(block.keys.device):
             if self.ridge and rank:
