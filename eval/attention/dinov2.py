@@ -27,7 +27,7 @@ _MATRICES += ["attention.output.dense", "mlp.fc1", "mlp.fc2"]
 
 
 class Features(NamedTuple):
-    """What the model sees in a picture.
+    """Features of a picture, as the model sees it.
 
     Attributes:
         summary: the class token, (channels,).

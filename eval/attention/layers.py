@@ -33,7 +33,7 @@ class Layer(NamedTuple):
 
 
 class Source(BaseModel):
-    """Where layers come from; see the subclasses."""
+    """Source of layers; see the subclasses."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 

@@ -1,4 +1,4 @@
-"""What is measured: pictures and speech through real encoders. Each task lists cases and measures methods on one."""
+"""Measure pictures and speech through real encoders. Each task lists cases and measures methods on one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What all methods have in common: shapes, dtypes, groups, padding, noise, and what they refuse."""
+"""Test what all methods have in common: shapes, dtypes, groups, padding, noise, and what they refuse."""
 
 import copy
 import pickle
@@ -35,7 +35,7 @@ def test_half_precision_is_rounded_at_the_ends_only(method, dtype, atol):
     tensors = heads(dtype=dtype)
     output = method(*tensors, scale=SCALE)
     assert output.dtype == dtype
-    # What is drawn by comparing sums may fall the other way for a few queries.
+    # Choices by comparing sums may fall the other way for a few queries.
     error = (output.double() - method(*(tensor.double() for tensor in tensors), scale=SCALE)).abs()
     assert error.flatten().quantile(0.98) < atol
 
