@@ -93,9 +93,9 @@ class MarkedLength(int):
 def switched_name(fallback: str) -> str:
     """Name the "wildcat" attention that goes back to `fallback`.
 
-    It is `NAME` for "eager", and holds the fallback otherwise: so that copies of a config carry it, and no file. It is a
-    plain str, because torch.compile takes no subclass of it for a constant. Transformers looks for "flash" and for a
-    "/" in names: neither is in this one.
+    It is `NAME` for "eager", and holds the fallback otherwise: copies of a config carry it, files do not. It is a plain
+    str, because torch.compile before 2.13 takes no subclass for a constant. Transformers looks for "flash" and for "/"
+    in names: neither is in this one.
     """
     return NAME if fallback == "eager" else f"{NAME}+{quote(fallback, safe='').replace('flash', 'fl%61sh')}"
 
