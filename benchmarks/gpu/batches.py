@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from benchmarks.gpu.decoding import DYNAMIC, Setting, eager, random_cache
-from benchmarks.gpu.lab import Lab
+from benchmarks.gpu.lab import Lab, noting_error
 from benchmarks.gpu.shapes import Shape
 from wildcat_kv.cache.sizes import cache_bytes
 
@@ -16,7 +16,18 @@ _KEPT = 0.25
 
 
 def largest_batch(lab: Lab, shape: Shape) -> Iterator[dict[str, Any]]:
-    """Find the most rows that can decode a token, for a cache of each kind, with the layers that are there."""
+    """Find the most rows that can decode a token, for a cache of each kind, with all layers of the model."""
+    before = lab.layers
+    lab.drop()
+    lab.layers = shape.layers
+    try:
+        yield from _search(lab, shape)
+    finally:
+        lab.drop()
+        lab.layers = before
+
+
+def _search(lab: Lab, shape: Shape) -> Iterator[dict[str, Any]]:
     model = lab.model(shape)
 
     def exact(rows: int) -> Any:
@@ -32,8 +43,12 @@ def largest_batch(lab: Lab, shape: Shape) -> Iterator[dict[str, Any]]:
 
     makers = {DYNAMIC: exact, "wildcat": compressed("wildcat"), "wildcat, 4 bits": compressed("wildcat", bits=4)}
     for name, make in makers.items():
-        rows, ended = _most(lab, model, make)
-        yield {"cache": name, "rows": rows, "ended_by": ended, "layers_held": model.config.num_hidden_layers}
+
+        def work(make: Callable[[int], Any] = make) -> dict[str, Any]:
+            rows, ended = _most(lab, model, make)
+            return {"rows": rows, "ended_by": ended, "layers_held": model.config.num_hidden_layers}
+
+        yield noting_error({"cache": name}, work)
 
 
 def _most(lab: Lab, model: Any, make: Callable[[int], Any]) -> tuple[int, str]:

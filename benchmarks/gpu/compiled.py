@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from transformers import StaticCache
 
 from benchmarks.gpu.decoding import Setting, decode, random_cache
 from benchmarks.gpu.graphed import graphed
-from benchmarks.gpu.lab import Lab
+from benchmarks.gpu.lab import Lab, noting_error
 from wildcat_kv import WildCatCache, compile_decoding
 from wildcat_kv.cache.budget import kept_tokens
 from wildcat_kv.hook.keyword import CACHE
@@ -31,14 +31,12 @@ def compiled(lab: Lab, setting: Setting, inductor: bool) -> Iterator[dict[str, A
     model = lab.model(setting.shape)
     for name, make in ((OURS, _ours), (STATIC, _theirs)):
         torch._dynamo.reset()
-        row = {"cache": f"{name} ({told})"}
-        try:
+
+        def work(name: str = name, make: Callable[..., Any] = make) -> dict[str, Any]:
             cache, step = make(lab, setting, model, options)
-            row |= decode(lab, setting, cache, step, folds=name == OURS)
-        except Exception as error:
-            row["error"] = f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"
-        yield row
-        cache = step = None
+            return decode(lab, setting, cache, step, folds=name == OURS)
+
+        yield noting_error({"cache": f"{name} ({told})"}, work)
         lab.sweep()
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache
 
-from benchmarks.gpu.lab import Lab, Marks
+from benchmarks.gpu.lab import Lab, Marks, noting_error
 from benchmarks.gpu.shapes import Shape
 from wildcat_kv import WildCatConfig
 from wildcat_kv.cache.budget import block_size
@@ -19,7 +19,7 @@ from wildcat_kv.cache.sizes import cache_bytes
 from wildcat_kv.hook.keyword import CACHE
 
 DYNAMIC, SAME_LENGTH = "DynamicCache", "DynamicCache of the stored length"
-_BUDGET = 6.0  # seconds of a contender's steps
+_BUDGET = 4.0  # seconds of a contender's steps
 _WARM_UPS = 4
 
 Step = Callable[[Tensor], Tensor]
@@ -57,22 +57,19 @@ def decoding(lab: Lab, setting: Setting) -> Iterator[dict[str, Any]]:
     for name, method, more in contenders:
         if lab.left < 0:
             return
-        row: dict[str, Any] = {"cache": name}
-        cache: Any = None
-        try:
+
+        def work(name: str = name, method: str | None = method, more: dict[str, Any] = more) -> dict[str, Any]:
+            nonlocal stored
+            model = lab.model(setting.shape)
             if method is None:
-                own = setting if name == DYNAMIC else replace(setting, tokens=stored)
-                cache = random_cache(lab, own)
+                cache: Any = random_cache(lab, setting if name == DYNAMIC else replace(setting, tokens=stored))
             else:
                 cache = lab.filled(setting.shape, setting.tokens, method, ratio=setting.kept, **more)
                 stored = cache.stored_length() if name == "wildcat" else stored
                 cache.batch_repeat_interleave(setting.rows)
-            model = lab.model(setting.shape)
-            row |= decode(lab, setting, cache, eager(model, cache), folds=method is not None)
-        except Exception as error:  # the exact cache of a large batch may not fit; the others are worth having
-            row["error"] = f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"
-        yield row
-        cache = None
+            return decode(lab, setting, cache, eager(model, cache), folds=method is not None)
+
+        yield noting_error({"cache": name}, work)
         lab.sweep()
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from benchmarks.gpu.lab import Lab
+from benchmarks.gpu.lab import Lab, noting_error
 from benchmarks.gpu.layers import Heads, OneLayer
 from benchmarks.gpu.shapes import Shape
 from wildcat_kv.attention import NearWildCat, WildCatAttention
@@ -38,7 +38,8 @@ def attention_of_a_token(lab: Lab, shape: Shape, rows: int, stored: int) -> Iter
     queries = Heads.random(shape, rows, 1, lab.device, lab.dtype).queries
     exact = Heads.random(shape, rows, stored, lab.device, lab.dtype)
     plain = partial(scaled_dot_product_attention, queries, exact.keys, exact.values, enable_gqa=True)
-    yield _timed(lab, "torch, no weights", plain, exact.keys.nbytes + exact.values.nbytes)
+    moved = exact.keys.nbytes + exact.values.nbytes
+    yield noting_error({"kernel": "torch, no weights"}, partial(_timed, lab, plain, moved))
     del exact, plain
     for method, more in (
         ("wildcat", {}),
@@ -46,18 +47,21 @@ def attention_of_a_token(lab: Lab, shape: Shape, rows: int, stored: int) -> Iter
         ("wildcat", {"bits": 4}),
         ("query_wildcat", {"bits": 4}),
     ):
-        one = OneLayer(shape, method, ratio=_KEPT, **more)
-        heads = Heads.random(shape, 1, round(stored / _KEPT), lab.device, lab.dtype)
-        one.read(heads)
-        one.fold(heads)
-        del heads
-        one.cache.batch_repeat_interleave(rows)
-        name = f"{method}, {more['bits']} bits" if more else method
-        yield _timed(lab, name, partial(one.attend, queries), _entry_bytes(one))
+
+        def work(method: str = method, more: dict[str, Any] = more) -> dict[str, Any]:
+            one = OneLayer(shape, method, ratio=_KEPT, **more)
+            heads = Heads.random(shape, 1, round(stored / _KEPT), lab.device, lab.dtype)
+            one.read(heads)
+            one.fold(heads)
+            del heads
+            one.cache.batch_repeat_interleave(rows)
+            return _timed(lab, partial(one.attend, queries), _entry_bytes(one))
+
+        yield noting_error({"kernel": f"{method}, {more['bits']} bits" if more else method}, work)
 
 
-def _timed(lab: Lab, name: str, work: Callable[[], object], moved: int) -> dict[str, Any]:
-    row = {"kernel": name, "bytes": moved, **lab.repeated(work)}
+def _timed(lab: Lab, work: Callable[[], object], moved: int) -> dict[str, Any]:
+    row: dict[str, Any] = {"bytes": moved, **lab.repeated(work)}
     places = lab.stalls(work)
     if places is not None:
         row |= {"stalls": sum(places.values()), "places": places}
@@ -80,21 +84,27 @@ def _entry_bytes(one: OneLayer) -> int:
 def folds(lab: Lab, shape: Shape, tokens: int) -> Iterator[dict[str, Any]]:
     """Time the fold of one layer's prompt, by method; bytes are those of its keys and values."""
     heads = Heads.random(shape, 1, tokens, lab.device, lab.dtype)
+    moved = heads.keys.nbytes + heads.values.nbytes
     for method in FOLDED:
-        samples: list[float] = []
-        row: dict[str, Any] = {"cache": method, "bytes": heads.keys.nbytes + heads.values.nbytes}
-        for turn in range(-1, 3):
-            one = OneLayer(shape, method, ratio=_KEPT)
-            one.read(heads)
-            with lab.peak(row):
-                seconds = lab.seconds(partial(one.fold, heads))
-            if turn < 0:
-                row["first_seconds"] = seconds
-            else:
-                samples.append(seconds)
-            if seconds * (turn + 2) > _FOLD_BUDGET or lab.left < 0:
-                break
-        yield row | {"samples": samples, "seconds": statistics.median(samples or [row["first_seconds"]])}
+        yield noting_error({"cache": method, "bytes": moved}, partial(_fold, lab, shape, heads, method))
+
+
+def _fold(lab: Lab, shape: Shape, heads: Heads, method: str) -> dict[str, Any]:
+    """Fold the same prompt some times, each in a new cache, after one to warm up."""
+    samples: list[float] = []
+    row: dict[str, Any] = {}
+    for turn in range(-1, 3):
+        one = OneLayer(shape, method, ratio=_KEPT)
+        one.read(heads)
+        with lab.peak(row):
+            seconds = lab.seconds(partial(one.fold, heads))
+        if turn < 0:
+            row["first_seconds"] = seconds
+        else:
+            samples.append(seconds)
+        if seconds * (turn + 2) > _FOLD_BUDGET or lab.left < 0:
+            break
+    return row | {"samples": samples, "seconds": statistics.median(samples or [row["first_seconds"]])}
 
 
 @torch.no_grad()
@@ -111,8 +121,12 @@ def attention_of_all(lab: Lab, shape: Shape, tokens: int) -> Iterator[dict[str, 
         ),
         "near_wildcat": lambda: NearWildCat()(heads.queries, keys, values),
     }
-    for name, work in ways.items():
-        row: dict[str, Any] = {"attention": name}
-        with lab.peak(row):
-            row |= lab.repeated(work, budget=0.3, most=20)
-        yield row
+    for name, way in ways.items():
+
+        def work(way: Callable[[], Tensor] = way) -> dict[str, Any]:
+            row: dict[str, Any] = {}
+            with lab.peak(row):
+                row |= lab.repeated(way, budget=0.3, most=20)
+            return row
+
+        yield noting_error({"attention": name}, work)

@@ -18,6 +18,7 @@ from benchmarks.turns import Stopwatch, synchronize
 from wildcat_kv import CompressedCache
 from wildcat_kv.hook.keyword import CACHE
 
+_SLOW = 2.0  # seconds of a call that is made once
 _SYNCHRONISES = "synchroniz"  # a word of the warning of torch's debug mode
 
 
@@ -116,6 +117,8 @@ class Lab:
             Seconds of a call, of the first call, and the number of calls.
         """
         first = self.seconds(work)
+        if first > _SLOW:  # not worth the others' time
+            return {"seconds": first, "first_seconds": first, "calls": 1}
         once = self.seconds(work)
         calls = max(1, min(most, int(budget / max(once, 1e-7))))
 
@@ -148,7 +151,6 @@ class Lab:
         if self.device.type != "cuda":
             yield
             return
-        self.sweep()
         before = self.held()
         torch.cuda.reset_peak_memory_stats(self.device)
         yield
@@ -172,6 +174,14 @@ class Lab:
                 place = f"{'/'.join(each.filename.split('/')[-3:])}:{each.lineno}"
                 places[place] = places.get(place, 0) + 1
         return places
+
+
+def noting_error(row: dict[str, Any], work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Add what a contender measures to its row, or its error: the other contenders are worth having."""
+    try:
+        return row | work()
+    except Exception as error:
+        return row | {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"}
 
 
 class Marks:

@@ -100,7 +100,7 @@ def _of_shape(shape: Shape, sizes: Sizes, later: int) -> list[Case]:
         cases.append(
             case("attention", 15, 4, partial(kernels.attention_of_all, shape=shape, tokens=tokens), tokens=tokens)
         )
-    cases.append(case("batch", 18, 20, partial(batches.largest_batch, shape=shape), tokens=sizes.batch))
+    cases.append(case("batch", 18, 40, partial(batches.largest_batch, shape=shape), tokens=sizes.batch))
     return cases
 
 

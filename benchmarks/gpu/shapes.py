@@ -129,7 +129,7 @@ FULL = Sizes(
     folds=(4096, 8192, 16384, 32768, 65536, 131072, 262144, 524288),
     attention=(4096, 16384, 32768, 65536, 131072),
     batch=32768,
-    most_rows=1024,
+    most_rows=4096,
 )
 SMALL = Sizes(
     prefill=(600, 300),

@@ -24,7 +24,7 @@ def rows(folder, **labels):
 
 def test_two_parts(monkeypatch, capsys, tmp_path):
     check = tmp_path / "check.py"
-    check.write_text("print('words'); print('{\"kernel\": \"mine\", \"largest\": 0.5}'); raise SystemExit(3)")
+    check.write_text('print(\'words\'); print(\'{"kernel": "mine", "largest": 0.5}\'); raise SystemExit(3)')
     status, _, err = gpu(monkeypatch, capsys, tmp_path, "--parts", "kernels,checks", "--check", check)
     assert status == 0, err
     found = rows(tmp_path, part="kernels")
