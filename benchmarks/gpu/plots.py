@@ -24,7 +24,7 @@ def save_plots(record: dict[str, Any], folder: Path) -> list[Path]:
     with house_style():
         canvases = {
             "prefill": _prefill(rows, layers),
-            "decoding": _decoding(rows, layers),
+            **_decodings(rows, layers),
             "kernels": _kernels(rows),
             "fold": _lines(pick(rows, part="fold"), "cache", "one layer's fold, a quarter kept"),
             "attention": _lines(pick(rows, part="attention"), "attention", "attention of all to all"),
@@ -51,16 +51,25 @@ def _prefill(rows: Sequence[Row], layers: int) -> Canvas | None:
     return canvas
 
 
-def _decoding(rows: Sequence[Row], layers: int) -> Canvas | None:
+def _decodings(rows: Sequence[Row], layers: int) -> dict[str, Canvas | None]:
+    """Draw each shape's settings that differ from its first in one thing at most; the table has all."""
+    canvases: dict[str, Canvas | None] = {}
+    every = [each for each in figures.decodings(rows, layers) if each.speed and each.row["cache"] != figures.DYNAMIC]
+    for shape in dict.fromkeys(each.row["shape"] for each in every):
+        own = [each for each in every if each.row["shape"] == shape]
+        first = own[0].row
+        near = [each for each in own if sum(each.row[name] != first[name] for name in ("tokens", "kept", "rows")) <= 1]
+        canvases["decoding" if not canvases else f"decoding-{shape.lower()}"] = _decoding(near)
+    return canvases
+
+
+def _decoding(found: Sequence[figures.Decoding]) -> Canvas:
     """Draw the speeds over `DynamicCache`'s, beside what the bytes would give."""
-    found = [each for each in figures.decodings(rows, layers) if each.speed and each.row["cache"] != figures.DYNAMIC]
-    if not found:
-        return None
     names = []
     for each in found:
         row = each.row
         names.append(
-            f"{row['cache']}\n{row['shape']}, {row['tokens']:,} to {100 * row['kept']:g} %, {row['rows']} rows"
+            f"{row['cache']}\n{row['shape']}, {row['tokens']:,} to {100 * row['kept']:g} %, {figures.rows_of(row)}"
         )
     canvas, axes = _bars(
         names, [each.speed or 0 for each in found], [_ours(each.row["cache"]) for each in found], "{:.2f}"
