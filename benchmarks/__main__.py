@@ -13,6 +13,8 @@ import torch
 import typer
 
 from benchmarks import merging, structure
+from benchmarks.gpu import command as gpu
+from benchmarks.gpu.run import FILE as GPU_FILE
 from benchmarks.options import NAMES, Options, split_names
 from wildcat_kv.cli import run_app
 from wildcat_kv.cli.options import DropOption, RatioOption, share
@@ -85,11 +87,17 @@ for _name in NAMES:
 app.command("all", help=_HELP["all"])(_command(*NAMES))
 app.command("merging")(merging.main)
 app.command("structure")(structure.show)
+app.command("gpu")(gpu.main)
 
 
 @app.command()
 def report(folder: Annotated[Path, typer.Argument(help="Folder of results.")]) -> None:
     """Make the Markdown and the plots of a folder anew, from its JSON."""
+    if (folder / GPU_FILE).is_file():
+        from benchmarks.gpu.report import write_report as write_gpu_report
+
+        write_gpu_report(folder)
+        return
     from benchmarks.report import write_report
     from benchmarks.run import print_limits
 

@@ -3,13 +3,14 @@
 import copy
 import gc
 import itertools
+import pickle
 import warnings
 import weakref
 
 import pytest
 import torch
 import transformers as tf
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -24,6 +25,7 @@ from wildcat_kv.cache.budget import block_size, kept_tokens
 from wildcat_kv.compressors import Uniform
 from wildcat_kv.hook.attention import cached_attention
 from wildcat_kv.hook.keyword import CACHE
+from wildcat_kv.hook.marks import fallback_of, switched_name
 
 
 @pytest.fixture(scope="module")
@@ -700,14 +702,27 @@ def test_tokens_that_see_those_of_a_later_pass_are_refused(llama):
 
 
 def test_the_switch_survives_a_copy_and_is_not_saved(tmp_path):
-    model = tiny_model("llama", "eager")
-    WildCatCache(model.config, compressor="wildcat", ratio=0.25)
-    assert model.config._attn_implementation == "wildcat"
-    assert copy.deepcopy(model.config)._attn_implementation.fallback == "eager"
-    WildCatCache(model.config, compressor="wildcat", ratio=0.5)
-    assert model.config._attn_implementation.fallback == "eager"
-    model.save_pretrained(tmp_path)
-    assert tf.AutoConfig.from_pretrained(tmp_path)._attn_implementation != "wildcat"
+    for before in ("eager", "sdpa"):
+        model = tiny_model("llama", before)
+        WildCatCache(model.config, compressor="wildcat", ratio=0.25)
+        assert fallback_of(model.config._attn_implementation) == before
+        for kept in (copy.deepcopy(model.config), pickle.loads(pickle.dumps(model.config))):
+            assert fallback_of(kept._attn_implementation) == before
+        WildCatCache(model.config, compressor="wildcat", ratio=0.5)
+        assert fallback_of(model.config._attn_implementation) == before
+        model.save_pretrained(tmp_path)
+        assert "wildcat" not in (tmp_path / "config.json").read_text()
+        assert fallback_of(tf.AutoConfig.from_pretrained(tmp_path)._attn_implementation) is None
+
+
+@given(st.text(st.characters(codec="utf-8"), min_size=1))
+@example("flash_attention_2")
+@example("kernels-community/flash-attn3")
+def test_a_switched_name_holds_the_fallback_and_nothing_that_transformers_looks_for(fallback):
+    name = switched_name(fallback)
+    assert fallback_of(name) == fallback
+    assert "flash" not in name and "/" not in name and name.startswith("wildcat")
+    assert fallback_of(fallback) is None or fallback.startswith("wildcat")
 
 
 def test_repr_says_what_is_held(llama):

@@ -129,6 +129,15 @@ def test_every_text_and_every_cache_use_the_same_graph(model):
     assert graphs() == 1
 
 
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_what_a_traced_step_reads_of_the_config_is_plain(attention):
+    """Before 2.13 torch.compile takes a str for a constant, and no subclass of it."""
+    model = tiny_model("llama", attention, num_hidden_layers=2)
+    read(model, static_cache(model), random_ids(1, 40))
+    for config in (model.config, *(module.config for module in model.modules() if hasattr(module, "config"))):
+        assert {type(value) for value in vars(config).values() if isinstance(value, str)} <= {str}
+
+
 def test_several_turns(model):
     """A further chunk, several tokens at once, between compiled steps; short ones and one longer than the budget."""
     cache, other = static_cache(model), WildCatCache(model.config, compressor="wildcat", **BUDGET)

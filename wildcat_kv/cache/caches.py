@@ -24,8 +24,8 @@ from wildcat_kv.cache.sizes import cache_bytes, stored_entries, stored_tokens
 from wildcat_kv.cache.static import StaticPassState, StaticWildCatLayer
 from wildcat_kv.compressors import Compressor
 from wildcat_kv.config import BUDGETS, WildCatConfig
+from wildcat_kv.hook.attention import switch
 from wildcat_kv.hook.keyword import CACHE
-from wildcat_kv.hook.marks import NAME, AttentionName
 from wildcat_kv.models.identity import ModelIdentity
 from wildcat_kv.models.support import dropped_from
 from wildcat_kv.recipes.presets import Preset
@@ -38,9 +38,9 @@ class WildCatCache(CacheContract):
     The method is the best one for the model, the published WildCat, or any other. Pass the cache to
     `generate(cache=...)` or to the model; before Transformers 5.24 that argument is `past_key_values=...`.
 
-    The constructor switches the config's attention implementation to "wildcat". With other caches, and as long as
-    nothing is compressed, this one calls the previous implementation, so the switch can stay. The cache is for
-    inference: compressed layers keep keys and values without their gradients.
+    The constructor switches the config's attention implementation to one of ours, "wildcat+sdpa" for example. With
+    other caches, and as long as nothing is compressed, it calls the previous one, so the switch can stay. The cache is
+    for inference: compressed layers keep keys and values without their gradients.
 
     Args:
         config: the model's own config, `model.config`; a copy of it never reaches the model.
@@ -108,9 +108,7 @@ class WildCatCache(CacheContract):
                 f"{length} tokens; read longer prompts by model(input_ids, {CACHE}=cache) before generate()",
                 stacklevel=2,
             )
-        current = plan.decoder._attn_implementation
-        if not isinstance(current, AttentionName):
-            plan.decoder._attn_implementation = AttentionName("eager" if current in (None, NAME) else str(current))
+        switch(plan.decoder)
 
     @property
     def settings(self) -> WildCatConfig:

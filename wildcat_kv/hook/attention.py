@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import causal_mask_function
 
-from wildcat_kv.hook.marks import NAME, Forward, MarkedLength
+from wildcat_kv.hook.marks import Forward, MarkedLength, fallback_of, switched_name
 from wildcat_kv.hook.pattern import Pattern, pattern_of
 
 
@@ -167,12 +167,33 @@ def _check_pattern(pattern: Pattern) -> None:
         )
 
 
+def switch(config: Any) -> None:
+    """Switch a config to the "wildcat" attention, with the present one to go back to.
+
+    Args:
+        config: config of a decoder; one that is switched already stays as it is.
+    """
+    current = config._attn_implementation
+    if fallback_of(current) is None:
+        config._attn_implementation = _register("eager" if current is None else str(current))
+
+
+def _register(fallback: str) -> str:
+    """Register the attention and mask functions of one fallback; give their name."""
+    name = switched_name(fallback)
+    AttentionInterface.register(name, cached_attention)
+    AttentionMaskInterface.register(name, cached_mask)
+    _FALLBACKS[name] = fallback
+    return name
+
+
 def _fallback_name(config: Any) -> str:
     """Name the implementation that the config had before.
 
     If it is unknown, "eager" is right for every family.
     """
-    return getattr(getattr(config, "_attn_implementation", None), "fallback", "eager")
+    # A table, not `fallback_of`: a traced pass comes here for layers with a window.
+    return _FALLBACKS.get(getattr(config, "_attn_implementation", None), "eager")
 
 
 def _fallback(module: nn.Module) -> Callable:
@@ -194,5 +215,8 @@ def _eager(module: nn.Module) -> Callable | None:
     return None
 
 
-AttentionInterface.register(NAME, cached_attention)
-AttentionMaskInterface.register(NAME, cached_mask)
+# Fallbacks by the names that configs are switched to.
+_FALLBACKS: dict[str | None, str] = {}
+# Ahead of any cache, for configs that were switched in another process.
+for _name in ("eager", *AttentionInterface().valid_keys()):
+    _register(_name)

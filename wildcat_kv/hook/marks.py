@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any, Protocol
+from urllib.parse import quote, unquote
 
 import torch
 from torch import Tensor
@@ -89,23 +90,21 @@ class MarkedLength(int):
         return marked
 
 
-class AttentionName(str):
-    """Name "wildcat", which carries the fallback implementation.
+def switched_name(fallback: str) -> str:
+    """Name the "wildcat" attention that goes back to `fallback`.
 
-    It travels with `config._attn_implementation`: into copies of the config, but not to disk.
+    It is `NAME` for "eager", and holds the fallback otherwise: copies of a config carry it, files do not. It is a plain
+    str, because torch.compile before 2.13 takes no subclass for a constant. Transformers looks for "flash" and for "/"
+    in names: neither is in this one.
     """
+    return NAME if fallback == "eager" else f"{NAME}+{quote(fallback, safe='').replace('flash', 'fl%61sh')}"
 
-    fallback: str
 
-    def __new__(cls, fallback: str) -> AttentionName:
-        """Make a str equal to `NAME`."""
-        name = super().__new__(cls, NAME)
-        name.fallback = fallback
-        return name
-
-    def __getnewargs__(self) -> tuple[str]:
-        """Return the arguments that copy and pickle make it anew from."""
-        return (self.fallback,)
+def fallback_of(name: str | None) -> str | None:
+    """Read the fallback in a name of `switched_name`; None for other names."""
+    if name == NAME:
+        return "eager"
+    return unquote(name.removeprefix(f"{NAME}+")) if name is not None and name.startswith(f"{NAME}+") else None
 
 
 def mark(keys: Tensor, values: Tensor, layer: CompressedLayer) -> tuple[Tensor, Tensor]:

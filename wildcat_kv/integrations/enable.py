@@ -21,7 +21,7 @@ from wildcat_kv.cache.read_check import with_read_check
 from wildcat_kv.compressors import Compressor
 from wildcat_kv.config import WildCatConfig
 from wildcat_kv.hook.keyword import CACHE, OLD, given_argument
-from wildcat_kv.hook.marks import AttentionName
+from wildcat_kv.hook.marks import fallback_of
 from wildcat_kv.integrations.hub_folder import generate as folder_generate
 from wildcat_kv.models.support import check_prompt, decoder_config, with_parts
 from wildcat_kv.recipes.presets import Preset
@@ -271,10 +271,11 @@ def _generate_compressed(model: Any, *args: Any, **kwargs: Any) -> Any:
 
 def _attention_before(current: Any, before: Any) -> Any:
     """Return the implementation that a config had before, unless another was chosen since."""
-    if not isinstance(current, AttentionName):
+    fallback = fallback_of(current)
+    if fallback is None:
         return current
-    fallback = before.fallback if isinstance(before, AttentionName) else before or "eager"
-    return before if current.fallback == fallback else current.fallback
+    was = fallback_of(before) or before or "eager"
+    return before if fallback == was else fallback
 
 
 def _innermost(model: Any) -> Any:

@@ -23,7 +23,7 @@ from transformers import AutoModel, AutoModelForCausalLM, DynamicCache, PreTrain
 from transformers.cache_utils import DynamicLayer
 
 from wildcat_kv.hook.keyword import CACHE
-from wildcat_kv.hook.marks import AttentionName, Forward, MarkedLength, mark
+from wildcat_kv.hook.marks import NAME, Forward, MarkedLength, mark
 
 # Far enough apart for slow frequencies to show, and close enough for every model to have such positions.
 _POSITIONS = (0, 1, 7, 250)
@@ -89,7 +89,7 @@ def _hollow(config: Any) -> nn.Module:
     config._attn_implementation = "eager"
     with torch.device("meta"):
         model: Any = _model_class(type(config))(config).eval()
-    model.config._attn_implementation = AttentionName("eager")  # some make a copy of their config
+    model.config._attn_implementation = NAME  # some make a copy of their config
     with torch.device("cpu"):
         for rotary in _rotaries(model):
             vars(rotary).update(vars(type(rotary)(getattr(rotary, "config", config)).eval()))
