@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from wildcat_kv.coreset.binned import KernelOptions
+from wildcat_kv.coreset.tokens import KernelOptions
 from wildcat_kv.coreset.bins import BinLayout
 from wildcat_kv.coreset.temperature import squared_temperature
 
