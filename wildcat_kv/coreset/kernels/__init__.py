@@ -1,9 +1,9 @@
-"""COMPRESSKV on a GPU: one Triton program compresses one bin.
+"""Triton kernels for GPUs. Only what launches them imports them: Triton is not installed everywhere.
 
-`binned.py` says what is computed; it computes everything that the kernel does not claim, and all on the CPU.
+COMPRESSKV, a program a bin; `binned.py` says what is computed, and computes all that the kernel does not claim:
 
     device.py    what the kernel claims, and its launch
-    slots.py     the kernel: the slots of a bin
-    steps.py     its steps: Gram matrix, pivots, weights, order
+    slots.py     the slots of a bin
+    steps.py     its steps: kernel matrix, pivots, weights, order
     noise.py     the noise of `coreset/noise.py`, bit for bit
 """

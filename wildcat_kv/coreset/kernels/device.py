@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
 
@@ -20,7 +22,7 @@ _LARGEST_WIDTH = 256
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _CHANNELS = 32  # at a time
 
-# Devices whose tensors the kernel takes; tests add the CPU, under Triton's interpreter.
+# Devices whose tensors the kernel takes; tests add the CPU, under Triton's interpreter. Empty once a launch has failed.
 _devices = {"cuda"}
 
 
@@ -43,41 +45,64 @@ def supports(tokens: WeightedTokens, layout: BinLayout, options: KernelOptions) 
     )
 
 
-def compute_slots(tokens: WeightedTokens, layout: BinLayout, draws: Draws, options: KernelOptions) -> Slots:
+def compute_slots(tokens: WeightedTokens, layout: BinLayout, draws: Draws, options: KernelOptions) -> Slots | None:
     """Compute the slots of all bins, as `BinnedCompression.slots` does.
 
     Pivots and weights are those of the PyTorch version but for rounding: a draw that two points tie for to about 1e-6
     may go to the other one.
+
+    Returns:
+        The slots; None if Triton cannot compile or launch the kernel on this machine. A warning says so, once.
     """
+    try:
+        with torch.cuda.device_of(tokens.keys):  # Triton launches on the current device
+            return _compute_slots(tokens, layout, draws, options)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        warnings.warn(
+            f"Triton cannot run the kernel that compresses ({type(error).__name__}: {error}); PyTorch compresses "
+            "instead, more slowly. Triton needs a C compiler: install gcc, or uninstall triton to silence this",
+            stacklevel=2,
+        )
+        _devices.clear()
+        return None
+
+
+def _compute_slots(tokens: WeightedTokens, layout: BinLayout, draws: Draws, options: KernelOptions) -> Slots:
     from wildcat_kv.coreset.kernels.slots import bin_slots
 
     keys, values = _rows_of_channels(tokens.keys), _rows_of_channels(tokens.values)
     (rows, heads, n, d), d_v = keys.shape, values.shape[-1]
-    shape = (rows, heads, layout.bins, layout.bin_rank)
     valid = None if tokens.valid is None else tokens.valid.contiguous()
     mass = None if tokens.weights is None else tokens.weights.to(torch.float32).contiguous()
     bound = None if mass is None or tokens.value_bound is None else tokens.value_bound.contiguous()
     centre = _head_means(keys, valid)
     root, roots = _roots(keys, valid, centre, layout, options)
     noise = None if draws.key is not None else draws.gumbel(range(heads), range(layout.bins)).contiguous()
-    keep = layout.mixed or valid is not None
-    slots = Slots(
-        pivots=torch.empty(shape, dtype=torch.int64, device=keys.device),
-        found=torch.empty(shape, dtype=torch.bool, device=keys.device),
-        computed=torch.empty(shape, dtype=torch.bool, device=keys.device) if keep else None,
-        values=values.new_empty(*shape, d_v),
-        weights=torch.empty(shape, dtype=torch.float32, device=keys.device),
-    )
-    with torch.cuda.device_of(keys):
-        bin_slots[layout.bins, heads, rows](
-            keys, values, mass, valid, bound, centre, roots, noise,
-            slots.pivots, slots.found, slots.computed, slots.values, slots.weights,
-            draws.key or 0, root, n, layout.bins, layout.slots.total, layout.longest,
-            *keys.stride()[:3], *values.stride()[:3], 0 if noise is None or len(noise) == 1 else noise.stride(0),
-            LIMIT=torch.finfo(values.dtype).max, KEEP=keep, CLIPPED=options.weights_rule == "clipped",
-            D=d, D_V=d_v, STEPS=layout.bin_rank, R=_LARGEST_RANK, **_sizes(layout),
-        )  # fmt: skip
+    slots = _empty(tokens, layout)
+    bin_slots[layout.bins, heads, rows](
+        keys, values, mass, valid, bound, centre, roots, noise,
+        slots.pivots, slots.found, slots.computed, slots.values, slots.weights,
+        draws.key or 0, root, n, layout.bins, layout.slots.total, layout.longest, layout.bin_rank,
+        *keys.stride()[:3], *values.stride()[:3], 0 if noise is None or len(noise) == 1 else noise.stride(0),
+        LIMIT=torch.finfo(values.dtype).max, KEEP=slots.computed is not None, CLIPPED=options.weights_rule == "clipped",
+        D=d, D_V=d_v, R=_LARGEST_RANK, **_sizes(layout),
+    )  # fmt: skip
     return slots
+
+
+def _empty(tokens: WeightedTokens, layout: BinLayout) -> Slots:
+    """Make room for the slots."""
+    shape = (*tokens.keys.shape[:2], layout.bins, layout.bin_rank)
+    make: Callable[..., Tensor] = tokens.values.new_empty
+    return Slots(
+        pivots=make(shape, dtype=torch.int64),
+        found=make(shape, dtype=torch.bool),
+        computed=make(shape, dtype=torch.bool) if layout.mixed or tokens.valid is not None else None,
+        values=make((*shape, tokens.values.shape[-1])),
+        weights=make(shape, dtype=torch.float32),
+    )
 
 
 def _roots(
@@ -93,10 +118,9 @@ def _roots(
     rows, heads, n, d = keys.shape
     norms = torch.empty(rows, heads, layout.bins, dtype=torch.float32, device=keys.device)
     counts = torch.empty(norms.shape, dtype=torch.int32, device=keys.device)
-    with torch.cuda.device_of(keys):
-        bin_norms[layout.bins, heads, rows](
-            keys, valid, centre, norms, counts, n, layout.bins, *keys.stride()[:3], D=d, **_sizes(layout)
-        )
+    bin_norms[layout.bins, heads, rows](
+        keys, valid, centre, norms, counts, n, layout.bins, *keys.stride()[:3], D=d, **_sizes(layout)
+    )
     if query_norm is not None:
         query_norm = query_norm.unsqueeze(-1).expand_as(norms)
     return 1.0, (scale / squared_temperature(norms, query_norm, counts, scale, rule)).sqrt_()

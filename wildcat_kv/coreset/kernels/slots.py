@@ -8,11 +8,11 @@ Arguments of both, pointers first:
     bound           float32 (rows, heads), s^2; None to leave the values out of the importance
     centre          float32 (rows, heads, d), mean key of the head
     roots           float32 (rows, heads, bins), sqrt(b) / tau; None for `root` in all bins
-    noise           float32 (rows or 1, heads, bins, STEPS, longest); None to draw it from `fold`
-    *_out           written: (rows, heads, bins), and of slots (rows, heads, bins, STEPS)
+    noise           float32 (rows or 1, heads, bins, slots, longest); None to draw it from `fold`
+    *_out           written: (rows, heads, bins), and of slots (rows, heads, bins, slots)
     fold            hash of the fold's counters, of which each bin makes its own noise
     n, parts, rank  tokens, bins and slots of a row and head
-    longest         tokens of the largest bin
+    longest, slots  tokens and slots of the largest bin
 
 and known when the kernel is compiled:
 
@@ -20,8 +20,7 @@ and known when the kernel is compiled:
     KEEP            True to keep the tokens of bins that have no more of them than slots
     CLIPPED         True for the non-negative part of the weights
     D, D_V          channels of keys and values
-    STEPS           slots of the largest bin
-    T, R            `longest` and STEPS, rounded up to powers of two
+    T, R            places of a bin and slots, powers of two
     BLOCK           channels at a time
 """
 
@@ -50,14 +49,14 @@ def bin_norms(
     tl.store(counts_out + line * parts + bin, tl.sum(used.to(tl.int32), 0))
 
 
-@triton.jit(do_not_specialize=["fold", "n", "parts", "rank", "longest"])
+@triton.jit(do_not_specialize=["fold", "n", "parts", "rank", "longest", "slots"])
 def bin_slots(
     keys, values, mass, valid, bound, centre, roots, noise,
     pivots_out, found_out, computed_out, values_out, weights_out,
-    fold: tl.int64, root, n, parts, rank, longest,
+    fold: tl.int64, root, n, parts, rank, longest, slots,
     key_row, key_head, key_token, value_row, value_head, value_token, noise_row,
     LIMIT: tl.constexpr, KEEP: tl.constexpr, CLIPPED: tl.constexpr,
-    D: tl.constexpr, D_V: tl.constexpr, STEPS: tl.constexpr, T: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr,
+    D: tl.constexpr, D_V: tl.constexpr, T: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Compute the slots of every bin, see `tokens.Slots`."""
     bin, head, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -74,12 +73,12 @@ def bin_slots(
     if mass is not None:
         weight = tl.load(mass + line * n + first + tl.arange(0, T), mask=used, other=0.0)
         log_mass += steps.importance(weight, used, values, value_token, bound, line, D_V, T, BLOCK)
-    state = absorb(absorb(fold.to(tl.uint64, bitcast=True), head), bin)
+    state = absorb(absorb(fold.to(tl.uint64), head), bin)
     if noise is not None:
-        noise += row * noise_row + (head * parts + bin).to(tl.int64) * (STEPS * longest)
-    factor = steps.draw(kernel, half, log_mass, used, own_rank, state, noise, longest, STEPS, T, R)
+        noise += row * noise_row + (head * parts + bin).to(tl.int64) * (slots * longest)
+    factor = steps.draw(kernel, half, log_mass, used, own_rank, state, noise, longest, slots, T, R)
     pivots, found, rows, triangle = factor
-    matrix = steps.weights(pivots, found, rows, triangle, log_scale, used, STEPS, T, R)
+    matrix = steps.weights(pivots, found, rows, triangle, log_scale, used, slots, T, R)
     if CLIPPED:
         matrix = tl.maximum(matrix, 0.0)
     kept = KEEP & (count <= own_rank)
@@ -88,7 +87,7 @@ def bin_slots(
         pivots, found = tl.where(kept, every, pivots), tl.where(kept, present, found)
 
     order = steps.position_order(pivots, found, R)
-    out, written = (line * parts + bin) * STEPS + order, order < STEPS
+    out, written = (line * parts + bin) * slots + order, order < slots
     tl.store(pivots_out + out, pivots.to(tl.int64), mask=written)
     tl.store(found_out + out, found, mask=written)
     if KEEP:

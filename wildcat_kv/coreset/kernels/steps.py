@@ -99,9 +99,7 @@ def importance(mass, used, values, stride, bound, line, width: tl.constexpr, T: 
 
 
 @triton.jit
-def draw(
-    left, half, log_mass, used, rank, state, noise, longest, STEPS: tl.constexpr, T: tl.constexpr, R: tl.constexpr
-):
+def draw(left, half, log_mass, used, rank, state, noise, longest, count, T: tl.constexpr, R: tl.constexpr):
     """Draw the pivots of a bin and factorise along them, see `rpnys.pivoted_cholesky`.
 
     Args:
@@ -109,9 +107,11 @@ def draw(
         half: float32 (t,), |z|^2 / 2.
         log_mass: float32 (t,), log D^2 and the log importance.
         used: bool (t,).
-        rank: slots of the bin, at most STEPS.
+        rank: slots of the bin.
         state: uint64, the hash of the bin's counters.
-        noise: pointer to the noise of the bin, float32 (STEPS, longest); None to draw it from `state`.
+        noise: pointer to the noise of the bin, float32 (count, longest); None to draw it from `state`.
+        longest: columns of the noise.
+        count: steps to take, at least `rank`.
 
     Returns:
         Pivots int32 (r,), found bool (r,), rows float32 (r, t) and triangle float32 (r, r), as in `Factor`.
@@ -124,7 +124,7 @@ def draw(
     triangle = tl.zeros((R, R), tl.float32)
     pivots = tl.zeros((R,), tl.int32)
     found = tl.zeros((R,), tl.int32)
-    for step in range(STEPS):
+    for step in range(count):
         if noise is None:
             gumbel = gumbel_row(absorb(state, tl.full((), step, tl.int64)), places)
         else:
@@ -152,7 +152,7 @@ def draw(
 
 
 @triton.jit
-def weights(pivots, found, rows, triangle, log_scale, used, STEPS: tl.constexpr, T: tl.constexpr, R: tl.constexpr):
+def weights(pivots, found, rows, triangle, log_scale, used, count, T: tl.constexpr, R: tl.constexpr):
     """Compute W = H_SS^-1 H_S, see `rpnys.nystrom_weights`.
 
     Args:
@@ -162,6 +162,7 @@ def weights(pivots, found, rows, triangle, log_scale, used, STEPS: tl.constexpr,
         triangle: float32 (r, r).
         log_scale: float32 (t,), log D^2.
         used: bool (t,).
+        count: steps that were taken.
 
     Returns:
         float32 (r, t), in the order of the draws.
@@ -173,8 +174,8 @@ def weights(pivots, found, rows, triangle, log_scale, used, STEPS: tl.constexpr,
     level = tl.log(tl.maximum(diagonal, _TINY)) + 0.5 * own
     matrix = _relative(rows, log_scale, level)
     unit = tl.where(slots[:, None] < slots[None, :], _relative(triangle, own, level), 0.0)
-    for turn in range(STEPS - 1):  # back substitution, from the last slot
-        last = STEPS - 1 - turn
+    for turn in range(count - 1):  # back substitution, from the last slot
+        last = count - 1 - turn
         column = tl.sum(tl.where((slots == last)[None, :], unit, 0.0), 1)
         row = tl.sum(tl.where((slots == last)[:, None], matrix, 0.0), 0)
         matrix -= column[:, None] * row[None, :]
