@@ -46,14 +46,14 @@ class Case:
     given: bool = False
 
     @staticmethod
-    def draw(seed: int, programs: int = 3, **fixed) -> "Case":
+    def draw(seed: int, programs: int = 1, **fixed) -> "Case":
         """Draw a case of some programs at most."""
         chance = random.Random(seed)
         bins = chance.randint(1, programs)
         heads = chance.randint(1, max(1, programs // bins))
-        rank = chance.randint(bins, bins * chance.choice((2, 4, 4, 8, 12, 16)))
+        rank = chance.randint(bins, bins * chance.choice((2, 3, 4, 4, 8, 12)))
         n = chance.randint(max(bins, rank // 2), bins * chance.choice((8, 16, 24, 48, 64)))
-        d = chance.choice(WIDTHS)
+        d = chance.choice(WIDTHS if chance.random() < 0.5 else WIDTHS[:2])
         made = {
             "rows": chance.randint(1, max(1, programs // (bins * heads))),
             "heads": heads,
@@ -110,7 +110,7 @@ class Comparison:
         slots: slots that were compared.
         marks: slots marked otherwise than the others'.
         pivots: slots with another pivot.
-        weights: largest difference of the weights.
+        weights: largest difference of the weights, over the heaviest where that is above 1.
         values: largest difference of the values, over their largest.
     """
 

@@ -3,12 +3,15 @@
 Triton takes its interpreter, or not, once and for all of a process: see `test_kernels.py`.
 """
 
-import tests.interpreter  # isort: skip  # before any kernel is imported
+import tests.interpreter  # noqa: F401  # isort: skip  # before any kernel is imported
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+import triton
+import triton.language as tl
 
 from tests.coreset.kernel_cases import Case, Comparison
 from wildcat_kv.coreset import noise, reference
@@ -17,6 +20,7 @@ from wildcat_kv.coreset.bins import BinLayout
 from wildcat_kv.coreset.compresskv import compress_bins
 from wildcat_kv.coreset.draws import GivenDraws, KeyedDraws
 from wildcat_kv.coreset.kernels import device
+from wildcat_kv.coreset.kernels.noise import absorb, gumbel_row
 
 torch.set_num_threads(1)
 
@@ -29,7 +33,7 @@ def beside_torch(case: Case) -> Comparison:
     if case.given:
         draws = GivenDraws(draws.gumbel(range(case.heads), range(case.bins)).flip(-2))
     theirs = BinnedCompression(tokens, layout, draws, options).slots()
-    ours = device.compute_slots(tokens, layout, draws, options)
+    ours = device._compute_slots(tokens, layout, draws, options)
     assert (ours.computed is None) == (theirs.computed is None)
     assert [a.dtype for a in ours if a is not None] == [a.dtype for a in theirs if a is not None]
     assert [a.shape for a in ours if a is not None] == [a.shape for a in theirs if a is not None]
@@ -39,11 +43,12 @@ def beside_torch(case: Case) -> Comparison:
     if theirs.computed is not None:
         marks += int((theirs.computed != ours.computed).sum())
     largest = float(theirs.values.float().abs().max().clamp_min(1.0))
+    masses = 1.0 if tokens.weights is None else float(tokens.weights.abs().sum(-1).max().clamp_min(1.0))
     return Comparison(
         slots=int(found.sum()),
         marks=marks,
         pivots=int((theirs.pivots != ours.pivots)[found].sum()),
-        weights=_largest((theirs.weights - ours.weights)[computed]),
+        weights=_largest((theirs.weights - ours.weights)[computed]) / masses,
         values=_largest((theirs.values.float() - ours.values.float())[computed]) / largest,
     )
 
@@ -77,7 +82,9 @@ def on_cpu() -> Iterator[None]:
     """Let the kernel serve tensors on the CPU."""
     device._devices.add("cpu")
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # it would say that PyTorch takes over
+            yield
     finally:
         device._devices.discard("cpu")
 
@@ -87,22 +94,18 @@ def compare(cases: list[Case], with_reference: bool) -> list[Comparison]:
     return [(beside_reference if with_reference else beside_torch)(case) for case in cases]
 
 
+@triton.jit
+def _fill(out, key: tl.int64, head, bin, steps, C: tl.constexpr):
+    state = absorb(absorb(key.to(tl.uint64), head), bin)
+    for step in range(steps):
+        places = tl.arange(0, C)
+        tl.store(out + step * C + places, gumbel_row(absorb(state, tl.full((), step, tl.int64)), places))
+
+
 def own_noise(key: int, head: int, bin: int, steps: int, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Draw noise in a kernel and in PyTorch: float32 (steps, columns) each."""
-    import triton
-    import triton.language as tl
-
-    from wildcat_kv.coreset.kernels.noise import absorb, gumbel_row
-
-    @triton.jit
-    def fill(out, key: tl.int64, head, bin, steps, C: tl.constexpr):
-        state = absorb(absorb(key.to(tl.uint64), head), bin)
-        for step in range(steps):
-            places = tl.arange(0, C)
-            tl.store(out + step * C + places, gumbel_row(absorb(state, tl.full((), step, tl.int64)), places))
-
     out = torch.empty(steps, columns)
-    fill[1,](out, key, head, bin, steps, C=columns)
+    _fill[1,](out, key, head, bin, steps, C=columns)
     counters = (torch.tensor(head), torch.tensor(bin), torch.arange(steps))
     return out, noise.gumbel_rows(key, *counters, columns=columns)
 

@@ -50,13 +50,8 @@ def compile_kernel(kernel, capability, *, without=(), warps=4, **sizes):
     return triton.compile(source, target=target, options={"num_warps": warps, "num_stages": 1})
 
 
-def compile_kernels(capability):
-    """Compile the kernels with all that is optional, and without: bytes of their binaries."""
-    from wildcat_kv.coreset.kernels.slots import bin_norms, bin_slots
+def compile_slots(capability):
+    """Compile the kernel with all that is optional: bytes of the binary."""
+    from wildcat_kv.coreset.kernels.slots import bin_slots
 
-    made = [
-        compile_kernel(bin_norms, capability),
-        compile_kernel(bin_slots, capability),
-        compile_kernel(bin_slots, capability, without=OPTIONAL, KEEP=False, CLIPPED=False),
-    ]
-    return [len(one.asm["cubin"]) for one in made]
+    return len(compile_kernel(bin_slots, capability).asm["cubin"])

@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import warnings
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
 from unittest import mock
 
@@ -15,7 +16,7 @@ import pytest
 import torch
 
 from tests.coreset.kernel_cases import WIDTHS, Case
-from tests.coreset.kernel_compiling import compile_kernels
+from tests.coreset.kernel_compiling import compile_slots
 from wildcat_kv import compress_kv
 from wildcat_kv.coreset.bins import BinLayout
 from wildcat_kv.coreset.kernels import device
@@ -28,13 +29,19 @@ def _call(name, *arguments):
     return getattr(importlib.import_module("tests.coreset.kernel_compare"), name)(*arguments)
 
 
+@contextmanager
+def _process(**environment):
+    """Run another process with variables of its own; gives its executor."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        with mock.patch.dict(os.environ, environment):
+            pool.submit(int).result()  # it has begun
+        yield pool
+
+
 @pytest.fixture(scope="module")
 def interpreted():
-    """Calls functions of `kernel_compare` by name, in the other process."""
-    with (
-        mock.patch.dict(os.environ, TRITON_INTERPRET="1"),
-        ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool,
-    ):
+    """Calls functions of `kernel_compare` by name, in a process with the interpreter."""
+    with _process(TRITON_INTERPRET="1") as pool:
         yield lambda name, *arguments: pool.submit(_call, name, *arguments).result()
 
 
@@ -49,23 +56,23 @@ def _check(interpreted, cases, *, with_reference=False):
         rounding = 1e-4 if case.dtype == torch.float32 else 2.0**-6  # of values in half precision
         exact = (one.marks, one.pivots) == (0, 0)
         assert exact and one.weights <= 1e-4 and one.values <= rounding, (case, one)
-    assert sum(one.slots for one in found) > len(cases)  # it did compare
+    assert sum(one.slots for one in found) >= len(cases)  # it did compare
 
 
-@pytest.mark.parametrize("first", [0, 20, 40])
-def test_slots_are_those_of_the_pytorch_version(interpreted, first):
+@pytest.mark.parametrize(("first", "count", "programs"), [(0, 60, 1), (100, 12, 3)])
+def test_slots_are_those_of_the_pytorch_version(interpreted, first, count, programs):
     """Signed and clipped weights, both temperatures, ragged bins, exhausted points, noise of its own and given."""
-    _check(interpreted, _cases(first, 20, programs=2))
+    _check(interpreted, _cases(first, count, programs=programs))
 
 
 @pytest.mark.parametrize("shown", [0.05, 0.6, 0.9])
 def test_padding_takes_part_in_nothing(interpreted, shown):
-    _check(interpreted, _cases(int(1000 * shown), 20, programs=2, shown=shown))
+    _check(interpreted, _cases(int(1000 * shown), 15, shown=shown))
 
 
 @pytest.mark.parametrize("fixed", [{}, {"bounded": True}, {"bounded": True, "shown": 0.7}])
 def test_weighted_tokens_are_drawn_by_their_importance(interpreted, fixed):
-    _check(interpreted, _cases(2000 + 100 * len(fixed), 15, programs=2, weighted=True, **fixed))
+    _check(interpreted, _cases(2000 + 100 * len(fixed), 15, weighted=True, **fixed))
 
 
 @pytest.mark.parametrize("temperature", ["released", "theory"])
@@ -137,12 +144,7 @@ def test_noise_is_that_of_the_pytorch_version(interpreted):
         assert ours.unique().numel() > 300
 
 
-@pytest.mark.parametrize("capability", [80, 90])
-def test_the_kernel_compiles_for_gpus(capability, tmp_path):
+def test_the_kernel_compiles_for_a_gpu(tmp_path):
     """Without one at hand: what the interpreter takes, a compiler may not."""
-    with (
-        mock.patch.dict(os.environ, TRITON_CACHE_DIR=str(tmp_path)),
-        ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool,
-    ):
-        sizes = pool.submit(compile_kernels, capability).result()
-    assert min(sizes) > 0
+    with _process(TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(tmp_path)) as pool:
+        assert pool.submit(compile_slots, 90).result() > 0
