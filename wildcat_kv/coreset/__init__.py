@@ -1,4 +1,4 @@
-"""The paper, in plain tensors: WildCat, arXiv 2602.10056. Imports torch alone.
+"""The paper, in plain tensors: WildCat, arXiv 2602.10056. Imports torch alone, and `kernels` Triton.
 
 Read `reference.py` first: the whole paper for one head in plain float64 lines. The fast versions match it numerically.
 
@@ -8,5 +8,6 @@ Read `reference.py` first: the whole paper for one head in plain float64 lines. 
     tau          temperature.py
     guarantee    guarantee.py, with its proof
     randomness   draws.py from noise.py
-    helpers      tensors.py, choices.py
+    on GPUs      kernels/
+    helpers      tensors.py, tokens.py, choices.py
 """

@@ -13,19 +13,13 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from wildcat_kv.coreset.binned import (
-    BLOCKED_RANK,
-    BinnedCompression,
-    KernelOptions,
-    WeightedTokens,
-    position_order,
-    take_all,
-)
+from wildcat_kv.coreset.binned import BLOCKED_RANK, BinnedCompression, position_order, take_all
 from wildcat_kv.coreset.bins import BinLayout
 from wildcat_kv.coreset.draws import Draws, GivenDraws, GlobalDraws
 from wildcat_kv.coreset.rpnys import Weights
 from wildcat_kv.coreset.temperature import Temperature
 from wildcat_kv.coreset.tensors import full_precision, take_columns
+from wildcat_kv.coreset.tokens import KernelOptions, WeightedTokens
 
 
 @dataclass(frozen=True)
