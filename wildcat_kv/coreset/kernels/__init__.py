@@ -1,0 +1,4 @@
+"""Triton kernels for GPUs. Only what launches them imports them: Triton is not installed everywhere.
+
+    decode.py    one query's attention to weighted entries, some of them quantised; launched by `coreset/decoding.py`
+"""
