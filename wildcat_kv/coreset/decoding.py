@@ -130,7 +130,7 @@ def supports(bands: Sequence[HeldBand], dtype: torch.dtype, group: int) -> bool:
 class DecodePlan:
     """Tables of the work for one token, on the device.
 
-    They hold addresses: they serve as long as the bands' tensors stay where they are. A copy is None, to be made anew.
+    They hold addresses: they serve as long as the bands' tensors stay where they are.
 
     Attributes:
         items: int32 (items, 8), items of work, those of a place side by side.
@@ -216,7 +216,8 @@ class DecodePlan:
         partial = torch.empty(count * group * (d_v + 3), dtype=torch.float32, device=query.device)
         block_v, softcap = _power(d_v), options.softcap
         kernels.attend[(count,)](
-            self.items, self.parts, query.contiguous(), partial, count, added, options.scale, softcap or 1.0,
+            self.items, self.parts, query.contiguous(), partial, count, added,
+            float(options.scale), float(softcap or 1.0),
             group, self.d, d_v, _power(self.d), block_v, self.tile, softcap is not None, self.bits, self.shares,
         )  # fmt: skip
         low, high = (None, None) if options.value_range is None else options.value_range
@@ -232,9 +233,6 @@ class DecodePlan:
     def tensors(self) -> list[Tensor]:
         """List the tables."""
         return [self.items, self.parts, self.places]
-
-    def __reduce__(self) -> tuple[Any, tuple[()]]:
-        return type(None), ()  # the copy's tensors lie elsewhere
 
 
 # Items that one program of `combine` reads at once.

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from wildcat_kv.coreset.fused import fused, one_query
+from wildcat_kv.coreset.fused import fused, is_fusable, one_query
 from wildcat_kv.coreset.parts import SCORES_AT_ONCE, Parts, float32_blocks, unseen, weighted_sum
 from wildcat_kv.coreset.tensors import full_precision, has_full_precision
 
@@ -147,7 +147,8 @@ def coreset_attention(
     Returns:
         (rows, heads, q, d_v) in the query's dtype.
     """
-    if not (_is_plain(query, signs, options) and query.dtype == keys.dtype == values.dtype):
+    plain = _is_plain(query, signs, options) and query.dtype == keys.dtype == values.dtype
+    if not (plain and is_fusable(query, values, causal=options.causal)):
         masses = torch.where(weights >= LEAST_MASS, weights, 1.0)  # `mass_of`, without the call
         return _in_blocks(query, (keys,), (values,), weights, masses, options)
     weighted = signs is not WeightSigns.NONE

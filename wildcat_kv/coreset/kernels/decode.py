@@ -82,7 +82,7 @@ def _codes(base, inner, inside, size, channels, WIDTH: tl.constexpr, BITS: tl.co
         inner: int32 (n,), slots within the group.
         inside: bool (n,), slots that there are.
         size: slots of the group.
-        channels: int32, channels to take.
+        channels: int32, channels to take of WIDTH.
     """
     shown = inside[:, None] & (channels < WIDTH)[None, :]
     if BITS == 8:
@@ -130,6 +130,44 @@ def _attend_open(
 
 
 @triton.jit
+def _packed_keys(
+    query, codes, scale, lowest, inner, inside, size, D: tl.constexpr, BLOCK_D: tl.constexpr, BITS: tl.constexpr
+):
+    """Unpack keys of one group without their lowest numbers, whose products with the query come beside them.
+
+    Returns:
+        Keys (n, channels) in the query's dtype and float32 (16,).
+    """
+    dtype: tl.constexpr = query.dtype
+    channels, pieces = tl.arange(0, BLOCK_D), tl.arange(0, 16)
+    factors = tl.load(scale + channels, mask=channels < D, other=0.0).to(tl.float32)
+    keys = (_codes(codes, inner, inside, size, channels, D, BITS).to(tl.float32) * factors[None, :]).to(dtype)
+    least = tl.load(lowest + channels, mask=channels < D, other=0.0).to(tl.float32)
+    rounded = least.to(dtype)
+    rest = (least - rounded.to(tl.float32)).to(dtype)
+    both = tl.where((pieces == 0)[None, :], rounded[:, None], rest[:, None])
+    products = tl.where((pieces < 2)[None, :], tl.dot(query, both, input_precision="ieee"), 0.0)
+    return keys, tl.sum(products, 1)
+
+
+@triton.jit
+def _packed_values(
+    codes, scale, lowest, inner, inside, size, dtype: tl.constexpr, D_V: tl.constexpr, BLOCK_V: tl.constexpr,
+    BITS: tl.constexpr, SHARES: tl.constexpr,
+):  # fmt: skip
+    """Unpack values of one group, (n, channels); `scale` and `lowest` are pointers (n,) to the slots' first numbers."""
+    channels = tl.arange(0, BLOCK_V)
+    share_of = channels // (D_V // SHARES)
+    steps = tl.load(scale, mask=inside, other=0.0).to(tl.float32)[:, None]
+    least = tl.load(lowest, mask=inside, other=0.0).to(tl.float32)[:, None]
+    for share in tl.static_range(1, SHARES):
+        own = (share_of == share)[None, :]
+        steps = tl.where(own, tl.load(scale + share, mask=inside, other=0.0).to(tl.float32)[:, None], steps)
+        least = tl.where(own, tl.load(lowest + share, mask=inside, other=0.0).to(tl.float32)[:, None], least)
+    return (_codes(codes, inner, inside, size, channels, D_V, BITS).to(tl.float32) * steps + least).to(dtype)
+
+
+@triton.jit
 def _attend_packed(
     part, line, first, stop, query, scale, softcap, sums,
     D: tl.constexpr, D_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, N: tl.constexpr,
@@ -137,11 +175,11 @@ def _attend_packed(
 ):  # fmt: skip
     """Attend to groups [first, stop) of a line of quantised slots.
 
-    Codes are small integers, which 16 bits hold exactly. So the scale of a key's channel multiplies the query instead,
-    and the scale of a value multiplies its term: q.(l + s c) = q.l + (q s).c, and p (l + s c) = p l + (p s) c.
+    Numbers are rounded to the model's dtype, as those that are not quantised. Keys are so without the lowest number of
+    their channel, which may be far from 0: q.(l + s c) = q.l + q.(s c), and l comes in two pieces.
     """
     peak, total, magnitude, output = sums
-    dtype: tl.constexpr = tl.float32 if query.dtype == tl.float32 else tl.bfloat16
+    dtype: tl.constexpr = query.dtype
     size = tl.load(part + 8).to(tl.int32)
     rows = size * BITS // 8
     keys = _column(part, 1, tl.uint8) + _stride(part, 2, line)
@@ -154,46 +192,43 @@ def _attend_packed(
     along = tl.load(part + 14) * line
     value_scale, value_lowest = _column(part, 12, tl.bfloat16) + along, _column(part, 13, tl.bfloat16) + along
 
-    channels, value_channels, places = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_V), tl.arange(0, 16)
-    real = channels < D
-    share_of = value_channels // (D_V // SHARES)
-    wide = query.to(tl.float32)
-    below = tl.zeros((16, 16), tl.float32)  # sums of p l, a share of the channels a column
     tiles = tl.cdiv(size, N)
     for tile in range(first * tiles, stop * tiles):
         group = tile // tiles
         inner = tile % tiles * N + tl.arange(0, N)
         inside = inner < size
         slots = group * size + inner
-        # Scores
-        scaled = wide * tl.load(key_scale + group * D + channels, mask=real, other=0.0).to(tl.float32)[None, :]
-        lowest = tl.load(key_lowest + group * D + channels, mask=real, other=0.0).to(tl.float32)
-        code = tl.trans(_codes(keys + group * rows * D, inner, inside, size, channels, D, BITS).to(tl.float32).to(dtype))
-        rounded = scaled.to(dtype)
-        scores = tl.dot(rounded, code, input_precision="ieee")
-        if dtype != tl.float32:
-            scores = tl.dot((scaled - rounded.to(tl.float32)).to(dtype), code, scores)
-        scores += tl.sum(wide * lowest[None, :], 1)[:, None]
-        # Terms
+        key, offset = _packed_keys(
+            query, keys + group * rows * D, key_scale + group * D, key_lowest + group * D,
+            inner, inside, size, D, BLOCK_D, BITS,
+        )  # fmt: skip
+        scores = tl.dot(query, tl.trans(key), input_precision="ieee") + offset[:, None]
         weight = tl.load(weights + slots, mask=inside & weighted, other=1.0).to(tl.float32)
         live = inside & (tl.load(valid + slots, mask=inside & weighted, other=1) != 0)
         terms, factor, peak, total, magnitude = _weigh(
             scores, weight, live, peak, total, magnitude, scale, softcap, SOFTCAP
         )
-        # Sums
-        output *= factor[:, None]
-        codes = _codes(values + group * rows * D_V, inner, inside, size, value_channels, D_V, BITS).to(tl.float32)
-        for share in tl.static_range(SHARES):
-            factors = tl.load(value_scale + slots * SHARES + share, mask=inside, other=0.0).to(tl.float32)
-            own = codes if SHARES == 1 else tl.where((share_of == share)[None, :], codes, 0.0)
-            output = tl.dot(_halves(terms * factors[None, :], dtype), own.to(dtype), output, input_precision="ieee")
-        shown = inside[:, None] & (places < SHARES)[None, :]
-        least = tl.load(value_lowest + slots[:, None] * SHARES + places[None, :], mask=shown, other=0.0).to(dtype)
-        below = tl.dot(_halves(terms, dtype), least, below * factor[:, None], input_precision="ieee")
-    for share in tl.static_range(SHARES):
-        offset = tl.sum(tl.where((places == share)[None, :], below, 0.0), 1)
-        output += tl.where((share_of == share)[None, :], offset[:, None], 0.0)
+        value = _packed_values(
+            values + group * rows * D_V, value_scale + slots * SHARES, value_lowest + slots * SHARES,
+            inner, inside, size, dtype, D_V, BLOCK_V, BITS, SHARES,
+        )  # fmt: skip
+        output = tl.dot(_halves(terms, dtype), value, output * factor[:, None], input_precision="ieee")
     return peak, total, magnitude, output
+
+
+@triton.jit
+def _write(
+    partial, item, count, peak, total, magnitude, output, GROUP: tl.constexpr, D_V: tl.constexpr, BLOCK_V: tl.constexpr
+):
+    """Write the sums of an item where `combine` finds them."""
+    rows, head, channels = tl.arange(0, 16), tl.arange(0, 8), tl.arange(0, BLOCK_V)
+    joined = tl.sum(tl.reshape(output, (2, 8, BLOCK_V)), 0)
+    shown = (head < GROUP)[:, None] & (channels < D_V)[None, :]
+    tl.store(partial + (item * GROUP + head)[:, None] * D_V + channels[None, :], joined, mask=shown)
+    beside = partial + count * GROUP * D_V + item * 3 * GROUP + rows
+    tl.store(beside, peak, mask=rows < GROUP)
+    tl.store(beside + GROUP, tl.sum(total, 1), mask=rows < GROUP)
+    tl.store(beside + 2 * GROUP, tl.sum(magnitude, 1), mask=rows < GROUP)
 
 
 @triton.jit(do_not_specialize=["added", "count"])
@@ -207,31 +242,25 @@ def attend(
     Args:
         items: int32 (count, 8), each a part, a line of it, a place, and the first entry or group and the one after the
             last.
-        parts: int64 (parts, 16): kind, then addresses and strides, see `decoding._open_part` and `_packed_part`.
+        parts: int64 (parts, 16): kind, then addresses and strides, see `decoding._open_row` and `_packed_row`.
         query: (places * GROUP, D).
-        partial: float32, for each item sums of p v (GROUP, D_V); then for each item peaks, sums of p w/m and of
-            p |w|/m (3, GROUP).
+        partial: float32, for each item the sums of p v (GROUP, D_V); then for each item peaks and the sums of p w/m and
+            of p |w|/m (3, GROUP).
         count: number of items.
         added: tokens that came since the tables were made.
         scale: b, the factor of the scores.
         softcap: c, if SOFTCAP.
-        GROUP: query heads of a group, at most 8.
-        D: channels of a key.
-        D_V: channels of a value.
-        BLOCK_D: D rounded up to a power of two.
-        BLOCK_V: D_V rounded up to a power of two.
+        GROUP, D, D_V, BITS, SHARES: of the plan, see `decoding.DecodePlan`.
+        BLOCK_D, BLOCK_V: D and D_V rounded up to powers of two.
         N: entries to read at once, at least 16.
         SOFTCAP: True to bend the scores.
-        BITS: bits of quantised slots, 0 if there are none.
-        SHARES: scales of a quantised value.
     """
     item = tl.program_id(0)
     row = items + item * _ITEM_COLUMNS
     part = parts + tl.load(row) * _PART_COLUMNS
     line, place = tl.load(row + 1).to(tl.int64), tl.load(row + 2)
     first, stop = tl.load(row + 3), tl.load(row + 4)
-    rows, channels, value_channels = tl.arange(0, 16), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_V)
-    heads = rows % 8
+    heads, channels = tl.arange(0, 16) % 8, tl.arange(0, BLOCK_D)
     shown = (heads < GROUP)[:, None] & (channels < D)[None, :]
     own = tl.load(query + (place * GROUP + heads)[:, None] * D + channels[None, :], mask=shown, other=0.0)
     sums = (
@@ -240,7 +269,7 @@ def attend(
         tl.zeros((16, N), tl.float32),
         tl.zeros((16, BLOCK_V), tl.float32),
     )
-    if BITS == 0:
+    if BITS == 0:  # noqa: SIM114  # known to the compiler, which then leaves the rest out
         peak, total, magnitude, output = _attend_open(
             part, line, first, stop, added, own, scale, softcap, sums, D, D_V, BLOCK_D, BLOCK_V, N, SOFTCAP
         )
@@ -252,14 +281,24 @@ def attend(
         peak, total, magnitude, output = _attend_packed(
             part, line, first, stop, own, scale, softcap, sums, D, D_V, BLOCK_D, BLOCK_V, N, SOFTCAP, BITS, SHARES
         )
-    joined = tl.sum(tl.reshape(output, (2, 8, BLOCK_V)), 0)
-    head = tl.arange(0, 8)
-    shown = (head < GROUP)[:, None] & (value_channels < D_V)[None, :]
-    tl.store(partial + (item * GROUP + head)[:, None] * D_V + value_channels[None, :], joined, mask=shown)
-    beside = partial + count * GROUP * D_V + item * 3 * GROUP + rows
-    tl.store(beside, peak, mask=rows < GROUP)
-    tl.store(beside + GROUP, tl.sum(total, 1), mask=rows < GROUP)
-    tl.store(beside + 2 * GROUP, tl.sum(magnitude, 1), mask=rows < GROUP)
+    _write(partial, item, count, peak, total, magnitude, output, GROUP, D_V, BLOCK_V)
+
+
+@triton.jit
+def _finish(
+    output, head, numerator, total, magnitude, lowest, highest, place, D_V: tl.constexpr, BLOCK_V: tl.constexpr
+):
+    """Divide, clip and write the output of one query head."""
+    channels = tl.arange(0, BLOCK_V)
+    real = channels < D_V
+    cancelled = total <= _DENOMINATOR_FLOOR * magnitude  # false for NaN, which must not be hidden
+    found = tl.where(cancelled, 0.0, numerator / tl.where(cancelled, 1.0, total))
+    if lowest is not None:
+        low = tl.load(lowest + place * D_V + channels, mask=real, other=0.0).to(tl.float32)
+        high = tl.load(highest + place * D_V + channels, mask=real, other=0.0).to(tl.float32)
+        found = tl.where(found < low, low, found)
+        found = tl.where(found > high, high, found)
+    tl.store(output + head * D_V + channels, found.to(output.dtype.element_ty), mask=real)
 
 
 @triton.jit(do_not_specialize=["count", "query_heads"])
@@ -278,9 +317,7 @@ def combine(
         lowest: (places, D_V), to clip the output to; None without.
         highest: (places, D_V), with `lowest`.
         output: (places * GROUP, D_V).
-        GROUP: query heads of a group.
-        D_V: channels of a value.
-        BLOCK_V: D_V rounded up to a power of two.
+        GROUP, D_V, BLOCK_V: as in `attend`.
         ITEMS: items to read at once.
     """
     head = tl.program_id(0)
@@ -298,11 +335,8 @@ def combine(
         peaks = tl.load(beside + items * 3 * GROUP, mask=inside, other=-float("inf"))
         totals = tl.load(beside + items * 3 * GROUP + GROUP, mask=inside, other=0.0)
         magnitudes = tl.load(beside + items * 3 * GROUP + 2 * GROUP, mask=inside, other=0.0)
-        sums = tl.load(
-            partial + (items * GROUP + own)[:, None] * D_V + channels[None, :],
-            mask=inside[:, None] & real[None, :],
-            other=0.0,
-        )
+        shown = inside[:, None] & real[None, :]
+        sums = tl.load(partial + (items * GROUP + own)[:, None] * D_V + channels[None, :], mask=shown, other=0.0)
         reached = tl.maximum(peak, tl.max(peaks, 0))
         shift = tl.where(reached == -float("inf"), 0.0, reached)
         factor, factors = tl.exp2(peak - shift), tl.exp2(peaks - shift)
@@ -315,11 +349,4 @@ def combine(
         shift = tl.maximum(peak, sink)
         factor, extra = tl.exp2(peak - shift), tl.exp2(sink - shift)
         total, magnitude, numerator = total * factor + extra, magnitude * factor + extra, numerator * factor
-    cancelled = total <= _DENOMINATOR_FLOOR * magnitude  # false for NaN, which must not be hidden
-    found = tl.where(cancelled, 0.0, numerator / tl.where(cancelled, 1.0, total))
-    if lowest is not None:
-        low = tl.load(lowest + place * D_V + channels, mask=real, other=0.0).to(tl.float32)
-        high = tl.load(highest + place * D_V + channels, mask=real, other=0.0).to(tl.float32)
-        found = tl.where(found < low, low, found)
-        found = tl.where(found > high, high, found)
-    tl.store(output + head * D_V + channels, found.to(output.dtype.element_ty), mask=real)
+    _finish(output, head, numerator, total, magnitude, lowest, highest, place, D_V, BLOCK_V)
