@@ -6,4 +6,8 @@ COMPRESSKV, a program a bin; `binned.py` says what is computed, and computes all
     slots.py     the slots of a bin
     steps.py     its steps: kernel matrix, pivots, weights, order
     noise.py     the noise of `coreset/noise.py`, bit for bit
+
+WTDATTN of one query a row; `decoding.py` launches it, and plain functions serve where it does not:
+
+    decode.py    attention to weighted entries, some of them quantised
 """
