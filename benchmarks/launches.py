@@ -10,20 +10,14 @@ from __future__ import annotations
 
 import traceback
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 import wildcat_kv
-from benchmarks.options import Options
-from benchmarks.records import Label, Record
-from wildcat_kv import CompressedCache
-from wildcat_kv.hook.keyword import CACHE
 
 TOKENS = (4096,)
 DEPTHS = (2, 4)
