@@ -15,7 +15,6 @@ import triton.language as tl
 
 from tests.coreset.kernel_cases import Case, Comparison
 from wildcat_kv.coreset import noise, reference
-from wildcat_kv.coreset.binned import BinnedCompression
 from wildcat_kv.coreset.bins import BinLayout
 from wildcat_kv.coreset.compresskv import compress_bins
 from wildcat_kv.coreset.draws import GivenDraws, KeyedDraws
@@ -32,24 +31,21 @@ def beside_torch(case: Case) -> Comparison:
     draws = KeyedDraws(layout, case.seed, 3, case.n, case.rows)
     if case.given:
         draws = GivenDraws(draws.gumbel(range(case.heads), range(case.bins)).flip(-2))
-    theirs = BinnedCompression(tokens, layout, draws, options).slots()
-    ours = device._compute_slots(tokens, layout, draws, options)
-    assert (ours.computed is None) == (theirs.computed is None)
-    assert [a.dtype for a in ours if a is not None] == [a.dtype for a in theirs if a is not None]
-    assert [a.shape for a in ours if a is not None] == [a.shape for a in theirs if a is not None]
-    found = theirs.found & ours.found
-    marks = int((theirs.found != ours.found).sum())
-    computed = found if theirs.computed is None else found & theirs.computed
-    if theirs.computed is not None:
-        marks += int((theirs.computed != ours.computed).sum())
+    theirs, source = compress_bins(tokens, layout, draws, options)
+    ours = device._compress(tokens, layout, draws, options)
+    both = [(getattr(ours, name), getattr(theirs, name)) for name in ("keys", "values", "weights", "valid")]
+    assert [(our.shape, our.dtype) for our, _ in both] == [(their.shape, their.dtype) for _, their in both]
+    empty = ~ours.valid
+    assert not any(bool(our[empty].any()) for our, _ in both)
+    found = theirs.valid & ours.valid
     largest = float(theirs.values.float().abs().max().clamp_min(1.0))
     masses = 1.0 if tokens.weights is None else float(tokens.weights.abs().sum(-1).max().clamp_min(1.0))
     return Comparison(
         slots=int(found.sum()),
-        marks=marks,
-        pivots=int((theirs.pivots != ours.pivots)[found].sum()),
-        weights=_largest((theirs.weights - ours.weights)[computed]) / masses,
-        values=_largest((theirs.values.float() - ours.values.float())[computed]) / largest,
+        marks=int((theirs.valid != ours.valid).sum()),
+        pivots=int(((source != ours.source) | (theirs.keys != ours.keys).any(-1))[found].sum()),
+        weights=_largest((theirs.weights - ours.weights)[found]) / masses,
+        values=_largest((theirs.values.float() - ours.values.float())[found]) / largest,
     )
 
 

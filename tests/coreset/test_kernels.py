@@ -117,7 +117,7 @@ def test_a_machine_that_cannot_compile_is_told_once_and_served_by_pytorch(monkey
         raise RuntimeError("Failed to find C compiler")
 
     monkeypatch.setattr(device, "_devices", {"cpu"})
-    monkeypatch.setattr(device, "_compute_slots", fail)
+    monkeypatch.setattr(device, "_compress", fail)
     with pytest.warns(UserWarning, match="Failed to find C compiler"):
         found = compress_kv(keys, values, rank=4, noise=noise)
     assert torch.equal(found.values, wanted.values) and torch.equal(found.keys, wanted.keys)
@@ -131,7 +131,7 @@ def test_memory_that_runs_out_is_no_reason_to_compress_otherwise(monkeypatch):
         raise torch.OutOfMemoryError("no memory")
 
     monkeypatch.setattr(device, "_devices", {"cpu"})
-    monkeypatch.setattr(device, "_compute_slots", fail)
+    monkeypatch.setattr(device, "_compress", fail)
     with pytest.raises(torch.OutOfMemoryError):
         compress_kv(torch.randn(2, 40, 8), torch.randn(2, 40, 8), rank=4)
 

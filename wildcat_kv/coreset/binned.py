@@ -17,7 +17,6 @@ from torch import Tensor
 
 from wildcat_kv.coreset.bins import BinLayout
 from wildcat_kv.coreset.draws import Draws
-from wildcat_kv.coreset.kernels import device
 from wildcat_kv.coreset.rpnys import (
     WHOLE_KERNEL,
     Factor,
@@ -68,10 +67,6 @@ class BinnedCompression:
 
     def slots(self) -> Slots:
         """Compute the slots of all bins: (rows, heads, bins, bin_rank, ...)."""
-        if device.serves(self.tokens, self.layout, self.options):
-            slots = device.compute_slots(self.tokens, self.layout, self.draws, self.options)
-            if slots is not None:
-                return slots
         heads, bins = self._spans()
         return Slots.join([self._head_slots(some, bins) for some in heads], dim=1)
 

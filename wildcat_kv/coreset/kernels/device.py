@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from torch import Tensor
 from wildcat_kv.coreset.bins import BinLayout
 from wildcat_kv.coreset.draws import Draws
 from wildcat_kv.coreset.temperature import constant_temperature, squared_temperature
-from wildcat_kv.coreset.tokens import KernelOptions, Slots, WeightedTokens
+from wildcat_kv.coreset.tokens import KernelOptions, WeightedTokens
 
 # A bin's kernel matrix is held by one program: 128 x 128 numbers are the most that fit.
 _LONGEST = 128
@@ -24,6 +24,24 @@ _CHANNELS = 32  # at a time
 
 # Devices whose tensors the kernel takes; tests add the CPU, under Triton's interpreter. Empty once a launch has failed.
 _devices = {"cuda"}
+
+
+class Compressed(NamedTuple):
+    """The slots of all bins, in one line, as `compresskv.Coreset` has them.
+
+    Attributes:
+        source: int64 (rows, heads, rank), the token of each slot; 0 for empty ones.
+        valid: bool (rows, heads, rank).
+        keys: (rows, heads, rank, d).
+        values: (rows, heads, rank, d_v).
+        weights: float32 (rows, heads, rank).
+    """
+
+    source: Tensor
+    valid: Tensor
+    keys: Tensor
+    values: Tensor
+    weights: Tensor
 
 
 def serves(tokens: WeightedTokens, layout: BinLayout, options: KernelOptions) -> bool:
@@ -45,8 +63,8 @@ def supports(tokens: WeightedTokens, layout: BinLayout, options: KernelOptions) 
     )
 
 
-def compute_slots(tokens: WeightedTokens, layout: BinLayout, draws: Draws, options: KernelOptions) -> Slots | None:
-    """Compute the slots of all bins, as `BinnedCompression.slots` does.
+def compress(tokens: WeightedTokens, layout: BinLayout, draws: Draws, options: KernelOptions) -> Compressed | None:
+    """Compress all bins, as `compress_bins` does.
 
     Pivots and weights are those of the PyTorch version but for rounding: a draw that two points tie for to about 1e-6
     may go to the other one.
@@ -56,7 +74,7 @@ def compute_slots(tokens: WeightedTokens, layout: BinLayout, draws: Draws, optio
     """
     try:
         with torch.cuda.device_of(tokens.keys):  # Triton launches on the current device
-            return _compute_slots(tokens, layout, draws, options)
+            return _compress(tokens, layout, draws, options)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
@@ -69,40 +87,32 @@ def compute_slots(tokens: WeightedTokens, layout: BinLayout, draws: Draws, optio
         return None
 
 
-def _compute_slots(tokens: WeightedTokens, layout: BinLayout, draws: Draws, options: KernelOptions) -> Slots:
+def _compress(tokens: WeightedTokens, layout: BinLayout, draws: Draws, options: KernelOptions) -> Compressed:
     from wildcat_kv.coreset.kernels.slots import bin_slots
 
     keys, values = _rows_of_channels(tokens.keys), _rows_of_channels(tokens.values)
-    (rows, heads, n, d), d_v = keys.shape, values.shape[-1]
+    (rows, heads, n, d), rank = keys.shape, layout.slots.total
     valid = None if tokens.valid is None else tokens.valid.contiguous()
     mass = None if tokens.weights is None else tokens.weights.to(torch.float32).contiguous()
     bound = None if mass is None or tokens.value_bound is None else tokens.value_bound.contiguous()
     centre = _head_means(keys, valid)
     root, roots = _roots(keys, valid, centre, layout, options)
     noise = None if draws.key is not None else draws.gumbel(range(heads), range(layout.bins)).contiguous()
-    slots = _empty(tokens, layout)
-    bin_slots[layout.bins, heads, rows](
-        keys, values, mass, valid, bound, centre, roots, noise,
-        slots.pivots, slots.found, slots.computed, slots.values, slots.weights,
-        draws.key or 0, root, n, layout.bins, layout.slots.total, layout.longest, layout.bin_rank,
-        *keys.stride()[:3], *values.stride()[:3], 0 if noise is None or len(noise) == 1 else noise.stride(0),
-        LIMIT=torch.finfo(values.dtype).max, KEEP=slots.computed is not None, CLIPPED=options.weights_rule == "clipped",
-        D=d, D_V=d_v, R=_LARGEST_RANK, **_sizes(layout),
-    )  # fmt: skip
-    return slots
-
-
-def _empty(tokens: WeightedTokens, layout: BinLayout) -> Slots:
-    """Make room for the slots."""
-    shape = (*tokens.keys.shape[:2], layout.bins, layout.bin_rank)
-    make: Callable[..., Tensor] = tokens.values.new_empty
-    return Slots(
-        pivots=make(shape, dtype=torch.int64),
-        found=make(shape, dtype=torch.bool),
-        computed=make(shape, dtype=torch.bool) if layout.mixed or tokens.valid is not None else None,
-        values=make((*shape, tokens.values.shape[-1])),
-        weights=make(shape, dtype=torch.float32),
+    made = Compressed(
+        source=keys.new_empty(rows, heads, rank, dtype=torch.int64),
+        valid=keys.new_empty(rows, heads, rank, dtype=torch.bool),
+        keys=keys.new_empty(rows, heads, rank, d),
+        values=values.new_empty(rows, heads, rank, values.shape[-1]),
+        weights=keys.new_empty(rows, heads, rank, dtype=torch.float32),
     )
+    bin_slots[layout.bins, heads, rows](
+        keys, values, mass, valid, bound, centre, roots, noise, *made,
+        draws.key or 0, root, n, layout.bins, rank, layout.longest, layout.bin_rank,
+        *keys.stride()[:3], *values.stride()[:3], 0 if noise is None or len(noise) == 1 else noise.stride(0),
+        LIMIT=torch.finfo(values.dtype).max, KEEP=layout.mixed or layout.lossless or valid is not None,
+        CLIPPED=options.weights_rule == "clipped", D=d, D_V=values.shape[-1], R=_LARGEST_RANK, **_sizes(layout),
+    )  # fmt: skip
+    return made
 
 
 def _roots(

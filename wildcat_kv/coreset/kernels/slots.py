@@ -9,7 +9,7 @@ Arguments of both, pointers first:
     centre          float32 (rows, heads, d), mean key of the head
     roots           float32 (rows, heads, bins), sqrt(b) / tau; None for `root` in all bins
     noise           float32 (rows or 1, heads, bins, slots, longest); None to draw it from `fold`
-    *_out           written: (rows, heads, bins), and of slots (rows, heads, bins, slots)
+    *_out           written, of slots (rows, heads, rank, ...) as in `compresskv.Coreset`; of bins (rows, heads, bins)
     fold            hash of the fold's counters, of which each bin makes its own noise
     n, parts, rank  tokens, bins and slots of a row and head
     longest, slots  tokens and slots of the largest bin
@@ -17,7 +17,7 @@ Arguments of both, pointers first:
 and known when the kernel is compiled:
 
     LIMIT           largest number of the values' dtype
-    KEEP            True to keep the tokens of bins that have no more of them than slots
+    KEEP            True if there may be bins with no more tokens than slots, which keep them as they are
     CLIPPED         True for the non-negative part of the weights
     D, D_V          channels of keys and values
     T, R            places of a bin and slots, powers of two
@@ -52,19 +52,20 @@ def bin_norms(
 @triton.jit(do_not_specialize=["fold", "n", "parts", "rank", "longest", "slots"])
 def bin_slots(
     keys, values, mass, valid, bound, centre, roots, noise,
-    pivots_out, found_out, computed_out, values_out, weights_out,
+    source_out, valid_out, keys_out, values_out, weights_out,
     fold: tl.int64, root, n, parts, rank, longest, slots,
     key_row, key_head, key_token, value_row, value_head, value_token, noise_row,
     LIMIT: tl.constexpr, KEEP: tl.constexpr, CLIPPED: tl.constexpr,
     D: tl.constexpr, D_V: tl.constexpr, T: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Compute the slots of every bin, see `tokens.Slots`."""
+    """Compress every bin: `source_out` gets the token of each slot, 0 for empty ones, the others its content."""
     bin, head, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     line = (row * tl.num_programs(1) + head).to(tl.int64)
     first, used = _tokens(valid, line, bin, n, parts, T)
     keys += _offset(row, key_row, head, key_head, first, key_token)
     values += _offset(row, value_row, head, value_head, first, value_token)
-    count, own_rank = tl.sum(used.to(tl.int32), 0), rank // parts + (bin < rank % parts).to(tl.int32)
+    count = tl.sum(used.to(tl.int32), 0)
+    first_slot, own_rank = _part(bin, rank, parts)
 
     if roots is not None:
         root = tl.load(roots + line * parts + bin)
@@ -81,29 +82,31 @@ def bin_slots(
     matrix = steps.weights(pivots, found, rows, triangle, log_scale, used, slots, T, R)
     if CLIPPED:
         matrix = tl.maximum(matrix, 0.0)
-    kept = KEEP & (count <= own_rank)
     if KEEP:
-        every, present = steps.take_all(used, count, T, R)
-        pivots, found = tl.where(kept, every, pivots), tl.where(kept, present, found)
+        pivots, found, matrix = steps.keep_all(pivots, found, matrix, used, count, own_rank, T, R)
 
     order = steps.position_order(pivots, found, R)
-    out, written = (line * parts + bin) * slots + order, order < slots
-    tl.store(pivots_out + out, pivots.to(tl.int64), mask=written)
-    tl.store(found_out + out, found, mask=written)
-    if KEEP:
-        tl.store(computed_out + out, found & (kept == 0), mask=written)
-        matrix = tl.where(kept, 0.0, matrix)
+    out, written = line * rank + first_slot + order, order < own_rank
+    tl.store(source_out + out, tl.where(found, first + pivots, 0).to(tl.int64), mask=written)
+    tl.store(valid_out + out, found, mask=written)
     tl.store(weights_out + out, tl.sum(matrix * weight[None, :], 1), mask=written)
     _store_sums(matrix, values, value_token, used, values_out, out, written, LIMIT, D_V, T, BLOCK)
+    _store_keys(keys, key_token, pivots, found, keys_out, out, written, D, BLOCK)
+
+
+@triton.jit
+def _part(bin, total, parts):
+    """Find the first item of a bin and their number, see `bins.Split`."""
+    size, longer = total // parts, total % parts
+    return bin * size + tl.minimum(bin, longer), size + (bin < longer).to(tl.int32)
 
 
 @triton.jit
 def _tokens(valid, line, bin, n, parts, T: tl.constexpr):
     """Find the tokens of a bin: the first of them, and the places that take part, bool (t,)."""
-    size, longer = n // parts, n % parts
-    first = bin * size + tl.minimum(bin, longer)
+    first, size = _part(bin, n, parts)
     places = tl.arange(0, T)
-    used = places < size + (bin < longer).to(tl.int32)
+    used = places < size
     if valid is not None:
         used = used & (tl.load(valid + line * n + first + places, mask=used, other=0) != 0)
     return first, used
@@ -128,3 +131,13 @@ def _store_sums(
         channels = first + tl.arange(0, BLOCK)
         where = target + out[:, None] * D_V + channels[None, :]
         tl.store(where, sums.to(target.dtype.element_ty), mask=written[:, None] & (channels < D_V)[None, :])
+
+
+@triton.jit
+def _store_keys(keys, stride, pivots, found, target, out, written, D: tl.constexpr, BLOCK: tl.constexpr):
+    """Store the pivots' keys as they are, 0 in empty slots."""
+    for first in range(0, D, BLOCK):
+        channels = first + tl.arange(0, BLOCK)
+        inside = (channels < D)[None, :]
+        block = tl.load(keys + pivots[:, None] * stride + channels[None, :], mask=found[:, None] & inside, other=0.0)
+        tl.store(target + out[:, None] * D + channels[None, :], block, mask=written[:, None] & inside)

@@ -186,12 +186,27 @@ def weights(pivots, found, rows, triangle, log_scale, used, count, T: tl.constex
 
 
 @triton.jit
-def take_all(used, count, T: tl.constexpr, R: tl.constexpr):
-    """Give pivots int32 (r,) and found bool (r,) that make the first r tokens slots."""
+def keep_all(pivots, found, matrix, used, count, rank, T: tl.constexpr, R: tl.constexpr):
+    """Make every token a slot that stands for itself alone, in a bin with no more tokens than slots.
+
+    Args:
+        pivots: int32 (r,).
+        found: bool (r,).
+        matrix: float32 (r, t), W.
+        used: bool (t,).
+        count: tokens that are used.
+        rank: slots of the bin.
+
+    Returns:
+        Pivots, found and W; as they were in other bins.
+    """
     places, slots = tl.arange(0, T), tl.arange(0, R)
+    kept = count <= rank
     ordinal = tl.cumsum(used.to(tl.int32), 0) - 1
     chosen = used[None, :] & (ordinal[None, :] == slots[:, None])
-    return tl.sum(tl.where(chosen, places[None, :], 0), 1), slots < count
+    every = tl.sum(tl.where(chosen, places[None, :], 0), 1)
+    matrix = tl.where(kept, tl.where(chosen, 1.0, 0.0), matrix)
+    return tl.where(kept, every, pivots), tl.where(kept, slots < count, found), matrix
 
 
 @triton.jit
