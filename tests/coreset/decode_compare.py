@@ -61,8 +61,9 @@ class Case:
 TOLERANCES = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 
 
-def compare(case):
-    """Attend by the kernels and by the reference, head by head."""
+def compare(fields):
+    """Attend by the kernels and by the reference, head by head; `fields` are those of a `Case`."""
+    case = Case(**fields)
     torch.manual_seed(case.seed)
     places = torch.randperm(case.rows * case.kv_heads).tolist()
     bands, per = [], -(-len(places) // len(case.bands))
