@@ -32,6 +32,8 @@ _ALIGNED = 16
 _ITEMS_PER_PROCESSOR = 4
 # Entries of an item: fewer are not worth a program.
 _LEAST_ENTRIES = 128
+# Types of devices that the kernels run on. Asked at every token, so it is no function.
+DEVICES = ("cuda",) if torch.version.cuda is not None and find_spec("triton") is not None else ()
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _OPEN, _PACKED = 0, 1
 
@@ -88,16 +90,6 @@ class _Work(NamedTuple):
     places: Sequence[int]
     units: int
     step: int
-
-
-@cache
-def _has_triton() -> bool:
-    return find_spec("triton") is not None
-
-
-def has_kernel(device: torch.device) -> bool:
-    """Tell if the kernels run on `device`."""
-    return device.type == "cuda" and _has_triton()
 
 
 def supports(bands: Sequence[HeldBand], dtype: torch.dtype, group: int) -> bool:
