@@ -61,8 +61,9 @@ class Case:
 TOLERANCES = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 
 
-def compare(case):
-    """Attend by the kernels and by the reference, head by head."""
+def compare(fields):
+    """Attend by the kernels and by the reference, head by head; `fields` are those of a `Case`."""
+    case = Case(**fields)
     torch.manual_seed(case.seed)
     places = torch.randperm(case.rows * case.kv_heads).tolist()
     bands, per = [], -(-len(places) // len(case.bands))
@@ -188,21 +189,21 @@ def decode(method, settings, tokens=3):
         return launch(self, *args)
 
     logits = []
-    ordinary, DecodePlan.attend = decoding.has_kernel, noted
+    ordinary, DecodePlan.attend = decoding.DEVICES, noted
     try:
-        for has_kernel in (ordinary, lambda device: True):
-            decoding.has_kernel = has_kernel
+        for devices in ((), ("cpu",)):
+            decoding.DEVICES = devices
             cache = WildCatCache(model.config, compressor=method, sink=2, window=8, **settings)
             with torch.no_grad():
                 model(ids[:, :90], **{CACHE: cache})
                 steps = [model(ids[:, at : at + 1], **{CACHE: cache}).logits for at in range(90, 90 + tokens)]
-                if has_kernel is not ordinary:
+                if devices:
                     twin = cache.clone()
                     again = [one(ids[:, :1]) for one in (_step(model, cache), _step(model, twin))]
                     assert torch.equal(*again), "a copy attends to its own memory"
             logits.append(torch.cat(steps, dim=1))
     finally:
-        decoding.has_kernel, DecodePlan.attend = ordinary, launch
+        decoding.DEVICES, DecodePlan.attend = ordinary, launch
     return logits, len(launches), len(set(map(id, launches)))
 
 

@@ -199,7 +199,7 @@ class BandedStorage:
             (rows, query_heads, q, d_v).
         """
         rows, heads = self._shape
-        if query.shape[2] == 1 and decoding.has_kernel(query.device):
+        if query.shape[2] == 1 and query.device.type in decoding.DEVICES:
             by_kernel = self._way.attend(query, heads, self.bands, options)
             if by_kernel is not None:
                 return by_kernel

@@ -207,7 +207,7 @@ class Storage:
         The `options` come without `valid`; the result is (rows, query_heads, q, d_v).
         """
         held, length = self.allocated, self.length
-        if query.shape[2] == 1 and decoding.has_kernel(query.device):
+        if query.shape[2] == 1 and query.device.type in decoding.DEVICES:
             rows, heads = held.weights.shape[:2]
             found = self._way.attend(query, heads, (Lines(range(rows * heads), self),), options)
             if found is not None:

@@ -32,6 +32,8 @@ _ALIGNED = 16
 _ITEMS_PER_PROCESSOR = 4
 # Entries of an item: fewer are not worth a program.
 _LEAST_ENTRIES = 128
+# Types of devices that the kernels run on. Asked at every token, so it is no function.
+DEVICES = ("cuda",) if torch.version.cuda is not None and find_spec("triton") is not None else ()
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _OPEN, _PACKED = 0, 1
 
@@ -88,16 +90,6 @@ class _Work(NamedTuple):
     places: Sequence[int]
     units: int
     step: int
-
-
-@cache
-def _has_triton() -> bool:
-    return find_spec("triton") is not None
-
-
-def has_kernel(device: torch.device) -> bool:
-    """Tell if the kernels run on `device`."""
-    return device.type == "cuda" and _has_triton()
 
 
 def supports(bands: Sequence[HeldBand], dtype: torch.dtype, group: int) -> bool:
@@ -178,10 +170,17 @@ class DecodePlan:
                 work.append(_Work(_packed_row(part), band.places, groups, max(1, step // size)))
         items, places = _cut(work, sum(len(band.places) for band in bands))
         packed = [part for band in bands for part in band.packed]
+        # One copy to the device for all tables. Each begins at a multiple of 16 bytes.
+        raw = b"".join(
+            (array("q", [number for one in work for number in one.row]), array("i", items), array("i", places))
+        )
+        table = torch.frombuffer(bytearray(raw), dtype=torch.uint8).to(device, non_blocking=True)
+        sizes = (128 * len(work), 4 * len(items), 4 * len(places))
+        rows, cut, spans = table.split(sizes)
         return DecodePlan(
-            _table("i", items).view(-1, 8).to(device, non_blocking=True),
-            _table("q", [number for one in work for number in one.row]).view(-1, 16).to(device, non_blocking=True),
-            _table("i", places).view(-1, 2).to(device, non_blocking=True),
+            cut.view(torch.int32).view(-1, 8),
+            rows.view(torch.int64).view(-1, 16),
+            spans.view(torch.int32).view(-1, 2),
             group,
             kv_heads,
             keys.shape[-1],
@@ -322,8 +321,3 @@ def _cut(work: Sequence[_Work], places: int) -> tuple[list[int], list[int]]:
                 items += (number, line, place, first, min(one.units, first + one.step), 0, 0, 0)
         spans.append(len(items) // 8)
     return items, spans
-
-
-def _table(kind: str, numbers: Sequence[int]) -> Tensor:
-    """Make a tensor of integers: int32 for kind "i", int64 for "q"."""
-    return torch.frombuffer(array(kind, numbers), dtype=torch.int32 if kind == "i" else torch.int64)

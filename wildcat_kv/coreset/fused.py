@@ -67,8 +67,8 @@ def fused(
 
 
 def is_fusable(query: Tensor, values: Tensor, *, causal: bool) -> bool:
-    """Tell if `fused` has a way to attend that needs no plan for each length; its arguments."""
-    if not query.is_cuda or query.shape[2] == 1 or query.dtype in (torch.float32, torch.float64):
+    """Tell if `fused` has a way to attend on a GPU that needs no plan for each length; its arguments."""
+    if query.shape[2] == 1 or query.dtype in (torch.float32, torch.float64):
         return True
     return torch.compiler.is_compiling() or (causal and _has_channels(query, values))
 

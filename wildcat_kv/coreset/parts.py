@@ -40,15 +40,13 @@ def float32_blocks(parts: Parts) -> Iterator[Tensor]:
     """
     for part in parts:
         if isinstance(part, Quantised):
-            yield from (block.unsqueeze(1) for block in part.blocks(_at_once(part.codes)))
+            most = _CONVERTED_AT_ONCE if part.codes.device.type == "cpu" else _CONVERTED_ON_DEVICE
+            yield from (block.unsqueeze(1) for block in part.blocks(most))
         elif part.dtype == torch.float32:
             yield part
         else:
-            yield from (piece.to(torch.float32) for piece in part.split(_at_once(part), dim=-2))
-
-
-def _at_once(part: Tensor) -> int:
-    return _CONVERTED_AT_ONCE if part.device.type == "cpu" else _CONVERTED_ON_DEVICE
+            most = _CONVERTED_AT_ONCE if part.device.type == "cpu" else _CONVERTED_ON_DEVICE
+            yield from (piece.to(torch.float32) for piece in part.split(most, dim=-2))
 
 
 def unseen(n: int, first_own: int, query: Tensor) -> Tensor:

@@ -148,7 +148,7 @@ def coreset_attention(
         (rows, heads, q, d_v) in the query's dtype.
     """
     plain = _is_plain(query, signs, options) and query.dtype == keys.dtype == values.dtype
-    if not (plain and is_fusable(query, values, causal=options.causal)):
+    if not plain or (query.is_cuda and not is_fusable(query, values, causal=options.causal)):
         masses = torch.where(weights >= LEAST_MASS, weights, 1.0)  # `mass_of`, without the call
         return _in_blocks(query, (keys,), (values,), weights, masses, options)
     weighted = signs is not WeightSigns.NONE
