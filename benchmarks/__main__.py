@@ -12,7 +12,7 @@ from typing import Annotated
 import torch
 import typer
 
-from benchmarks import merging, structure
+from benchmarks import launches, merging, structure
 from benchmarks.options import NAMES, Options, split_names
 from wildcat_kv.cli import run_app
 from wildcat_kv.cli.options import DropOption, RatioOption, share
@@ -83,6 +83,7 @@ def _command(*names: str) -> Callable[..., None]:
 for _name in NAMES:
     app.command(_name, help=_HELP[_name])(_command(_name))
 app.command("all", help=_HELP["all"])(_command(*NAMES))
+app.command("launches")(launches.show)
 app.command("merging")(merging.main)
 app.command("structure")(structure.show)
 
