@@ -12,7 +12,7 @@ from typing import Annotated
 import torch
 import typer
 
-from benchmarks import merging, structure
+from benchmarks import launches, merging, structure
 from benchmarks.gpu import command as gpu
 from benchmarks.gpu.run import FILE as GPU_FILE
 from benchmarks.options import NAMES, Options, split_names
@@ -85,6 +85,7 @@ def _command(*names: str) -> Callable[..., None]:
 for _name in NAMES:
     app.command(_name, help=_HELP[_name])(_command(_name))
 app.command("all", help=_HELP["all"])(_command(*NAMES))
+app.command("launches")(launches.show)
 app.command("merging")(merging.main)
 app.command("structure")(structure.show)
 app.command("gpu")(gpu.main)

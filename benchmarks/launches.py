@@ -1,9 +1,9 @@
 """What a prefill makes a device do: operations that launch a kernel, and reads that the host waits for.
 
-Counted at torch's dispatcher, on any device alike. Views, allocations and other work of the host alone do not count; an
-operation counts once, whatever number of kernels it takes on a device. What the host does in tensors of its own, like
-the lengths of bins, counts too: the numbers are upper bounds. Models of two depths tell apart what every layer takes
-and what a pass takes once; what the exact cache takes is subtracted.
+Counted at torch's dispatcher, on any device alike. Views, allocations and operations without a result in memory do not
+count. An operation counts once, whatever number of kernels it takes on a device, and so does a launch of Triton's. What
+the host does in tensors of its own, like the lengths of bins, counts too: the numbers are upper bounds. Models of two
+depths tell apart what every layer takes and what a pass takes once; what the exact cache takes is subtracted.
 """
 
 from __future__ import annotations
@@ -11,21 +11,91 @@ from __future__ import annotations
 import traceback
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, NamedTuple
 
 import torch
+import typer
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import Cache, DynamicCache, LlamaConfig, LlamaForCausalLM
 
 import wildcat_kv
+from benchmarks.options import split_names
+from wildcat_kv import CompressedCache
+from wildcat_kv.hook.keyword import CACHE
 
-TOKENS = (4096,)
-DEPTHS = (2, 4)
-METHODS = ("wildcat", "query_wildcat")
+DEPTHS = (2, 4)  # layers of the models to count in
 _SOURCE = str(Path(wildcat_kv.__file__).parent)
 # No kernel, though the schema says neither view nor allocation.
-_FREE = {"_unsafe_view", "_reshape_alias", "lift_fresh", "set_", "resize_", "detach_"}
+_FREE = {"_unsafe_view", "_reshape_alias", "lift_fresh", "set_", "resize_", "promote_types"}
 _WAITING = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero"}
+
+
+class Cost(NamedTuple):
+    """What a cache adds to a prefill, on average.
+
+    Attributes:
+        launches_per_layer: operations.
+        launches_per_pass: operations that a pass takes once.
+        reads_per_layer: times that the host waits for the device.
+        places: where it does, "file:line".
+    """
+
+    launches_per_layer: float
+    launches_per_pass: float
+    reads_per_layer: float
+    places: tuple[str, ...]
+
+
+def show(
+    tokens: Annotated[int, typer.Option(help="Length of the prompt.", min=256)] = 4096,
+    methods: Annotated[str, typer.Option(help="Names with commas between.")] = "wildcat,query_wildcat",
+) -> None:
+    """Count what compressing makes a device launch and the host wait for, a layer of a prefill."""
+    for method in split_names(methods):
+        cost = prefill_cost(method, tokens)
+        layer, one = f"{cost.launches_per_layer:g} launches a layer", f"{cost.launches_per_pass:g} a pass"
+        print(f"{method}, {tokens} tokens: {layer}, {one}; {cost.reads_per_layer:g} reads a layer")
+        print("    " + ", ".join(cost.places))
+
+
+def prefill_cost(method: str, tokens: int, ratio: float = 0.25) -> Cost:
+    """Count what a cache of some method adds to the prefill of a tiny model with 8 key heads."""
+    extra, reads = [], []
+    for depth in DEPTHS:
+        model = _model(depth)
+        ours = _count(model, CompressedCache(model.config, compressor=method, ratio=ratio), tokens)
+        exact = _count(model, DynamicCache(config=model.config), tokens)
+        extra.append(ours.operations.total() - exact.operations.total())
+        reads.append(ours.reads)
+    few, many = DEPTHS
+    layer = (extra[1] - extra[0]) / (many - few)
+    waits = (reads[1].total() - reads[0].total()) / (many - few)
+    return Cost(layer, extra[0] - few * layer, waits, tuple(sorted(reads[1])))
+
+
+@torch.no_grad()
+def _count(model: Any, cache: Cache, tokens: int) -> Launches:
+    ids = torch.randint(1, 50, (1, tokens), generator=torch.Generator().manual_seed(0))
+    with Launches() as launches:
+        model(ids, **{CACHE: cache}, logits_to_keep=1)
+    return launches
+
+
+def _model(layers: int) -> Any:
+    config = LlamaConfig(
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=layers,
+        num_attention_heads=8,
+        num_key_value_heads=8,
+        head_dim=8,
+        vocab_size=50,
+        max_position_embeddings=2**16,
+    )
+    torch.manual_seed(0)
+    return LlamaForCausalLM(config).eval()
 
 
 class Launches(TorchDispatchMode):
@@ -46,9 +116,28 @@ class Launches(TorchDispatchMode):
         name = func._schema.name.removeprefix("aten::")
         if name in _WAITING or (name.startswith(("index", "_index")) and _by_mask(args)):
             self.reads[_place()] += 1
-        if not _is_free(func, name):
+        made = func(*args, **(kwargs or {}))
+        if not _is_free(func, name) and any(isinstance(one, Tensor) and one.numel() for one in tree_leaves(made)):
             self.operations[name] += 1
-        return func(*args, **(kwargs or {}))
+        return made
+
+    def __enter__(self) -> Launches:
+        """Begin to count; `tolist` copies to the host without the dispatcher."""
+        self._tolist = Tensor.tolist
+        counter, tolist = self, Tensor.tolist
+
+        def noted(tensor: Tensor) -> Any:
+            counter.reads[_place()] += 1
+            return tolist(tensor)
+
+        Tensor.tolist = noted  # type: ignore[method-assign]
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        """Stop counting."""
+        super().__exit__(*error)
+        Tensor.tolist = self._tolist  # type: ignore[method-assign]
 
 
 def _by_mask(args: Any) -> bool:

@@ -38,9 +38,13 @@ class WeightSigns(Enum):
     @staticmethod
     def of(weights: Tensor, valid: Tensor) -> WeightSigns:
         """Look at `weights` and `valid` (...), on the host."""
-        none = ((weights == 1) & valid).all()
-        positive = ((weights >= LEAST_MASS) | ~valid).all()
-        return (WeightSigns.SIGNED, WeightSigns.POSITIVE, WeightSigns.NONE)[int(none.int() + positive.int())]
+        if not weights.numel():
+            return WeightSigns.NONE
+        # In few steps and one read. What is not valid counts as a weight that is positive, and not 1.
+        least, most = torch.stack(torch.where(valid, weights, 2.0).aminmax()).tolist()
+        if least == most == 1:
+            return WeightSigns.NONE
+        return WeightSigns.POSITIVE if least >= LEAST_MASS else WeightSigns.SIGNED
 
     def join(self, other: WeightSigns) -> WeightSigns:
         """Tell the signs of these weights and others."""
