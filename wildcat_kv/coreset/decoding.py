@@ -92,6 +92,12 @@ class _Work(NamedTuple):
     step: int
 
 
+@cache
+def _is_recent(device: torch.device) -> bool:
+    """Tell if a device has the shared memory that the kernels take, up to 80 KB a program."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)
+
+
 def supports(bands: Sequence[HeldBand], dtype: torch.dtype, group: int) -> bool:
     """Tell if the kernels can attend to these entries.
 
@@ -108,7 +114,8 @@ def supports(bands: Sequence[HeldBand], dtype: torch.dtype, group: int) -> bool:
         whole += [*part.keys.tensors(), *part.values.tensors()]
         whole += [side for side in (part.weights, part.valid) if side is not None]
     return (
-        dtype in _DTYPES
+        _is_recent(bands[0].keys.device)
+        and dtype in _DTYPES
         and all(band.keys.dtype == band.values.dtype == dtype for band in bands)
         and 1 <= group <= _MOST_GROUP
         and all(size % _ALIGNED == 0 and size <= _MOST_CHANNELS for size in (d, d_v))
@@ -258,9 +265,12 @@ def _power(size: int) -> int:
 
 
 def _tile(keys: Tensor, values: Tensor, bands: Sequence[HeldBand]) -> int:
-    """Choose the entries that a program reads at once: 64, fewer where they are large or groups small."""
-    widest = max(_power(keys.shape[-1]), _power(values.shape[-1])) * keys.element_size()
-    tile = 64 if widest <= 256 else 32 if widest <= 512 else 16
+    """Choose the entries that a program reads at once: 64, fewer where they are wide or groups small.
+
+    In float32 there are no tensor cores, and the compiler unrolls all of a product.
+    """
+    wide = max(keys.shape[-1], values.shape[-1]) > 128
+    tile = 16 if keys.dtype == torch.float32 else 32 if wide else 64
     sizes = [part.keys.size for band in bands for part in band.packed]
     return min(tile, _power(max(sizes))) if sizes else tile
 
