@@ -5,8 +5,8 @@ Run it from a checkout that has the extra `eval` (matplotlib comes with it); not
     python -m docs.figures            # writes docs/images/*.svg
     python -m docs.figures --png DIR  # also as PNG, to be looked at
 
-The same records give the same bytes. `budget-short.svg` is computed from the budget's arithmetic and `travel.svg` is
-drawn; all others show means or medians of the samples on disk.
+The same records give the same bytes. `budget-short.svg` is computed from the budget's arithmetic, `travel.svg` is
+drawn, `kept.svg` shows one text; all others show means or medians of the samples on disk.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
 
+from docs.kept_tokens import picture
 from eval.frontier import frontier_points
 from eval.frontier_plot import frontier_plot
 from eval.records import Folder
@@ -53,6 +54,7 @@ def main() -> None:
         "speed": speed,
         "budget-short": budget_short,
         "travel": travel,
+        "kept": picture,
     }
     for suffix in ("", "_qwen"):
         if (_FRONTIER.parent / f"frontier{suffix}").is_dir():

@@ -6,6 +6,9 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+# They switch Triton's interpreter on, once and for all of a process: for those that ask for it.
+collect_ignore = ["interpreter.py", "coreset/kernel_compare.py", "coreset/decode_compare.py"]
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 settings.register_profile(
     "default", deadline=None, max_examples=40, suppress_health_check=[HealthCheck.too_slow], derandomize=True

@@ -8,9 +8,9 @@ from wildcat_kv.attention import Exact, WildCatAttention
 from wildcat_kv.attention.fixed_pivots import FixedPivots
 from wildcat_kv.attention.kernels import weighted_softmax_attention
 from wildcat_kv.attention.near import Entries, near_attention
-from wildcat_kv.coreset.binned import KernelOptions, WeightedTokens
 from wildcat_kv.coreset.compresskv import compress_bins
 from wildcat_kv.coreset.draws import KeyedDraws
+from wildcat_kv.coreset.tokens import KernelOptions, WeightedTokens
 
 # The choices of these depend on keys and queries only by comparisons, or not at all: small steps change none.
 DIFFERENTIABLE = [name for name in METHODS if name not in ("wildcat", "near_wildcat")]

@@ -3,7 +3,6 @@
 No accelerator is needed: fake tensors know their device and refuse to be mixed, and they have no data.
 """
 
-import dataclasses
 import json
 import os
 import subprocess
@@ -12,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import backend_registration
 
 from tests.driver import METHODS, SCALE, read, small_cache, state, tokens
@@ -21,7 +20,6 @@ from tests.tiny import random_ids, tiny_model
 from wildcat_kv import WildCatCache
 from wildcat_kv.cache import refilling
 from wildcat_kv.cache.state import LayerState
-from wildcat_kv.coreset.bins import BinLayout
 from wildcat_kv.coreset.wtdattn import WeightSigns
 from wildcat_kv.hook.keyword import CACHE
 
@@ -49,19 +47,6 @@ def fake(monkeypatch, toy_backend, request):
     monkeypatch.setattr(refilling, "is_unequal", lambda valid: False)
     # Small constants would be computed with after all, and there is nothing to compute with.
     monkeypatch.setattr(FakeTensorMode, "may_turn_const", lambda self, tensor: False)
-    build = BinLayout.build
-
-    def build_on_the_host(*args):
-        with unset_fake_temporarily():
-            layout = build(*args[:-1])
-        tensors = {
-            name: torch.empty(value.shape, dtype=value.dtype, device=args[-1])
-            for name, value in vars(layout).items()
-            if torch.is_tensor(value)
-        }
-        return dataclasses.replace(layout, **tensors)
-
-    monkeypatch.setattr(BinLayout, "build", staticmethod(build_on_the_host))
     with FakeTensorMode(allow_non_fake_inputs=True):
         yield
 

@@ -301,17 +301,25 @@ def rotate(vectors, positions):
 
 
 def error_by_hand(cache, keys, values, layer):
-    """||o' - o|| / ||o|| of each query head over five of 60 queries, asked from 5 behind the end."""
+    """||o' - o|| / ||o|| of each query head over five of 60 queries, asked from 5 behind the end.
+
+    Between the end and them stand five newer tokens, which are exact: those before each query where it stood.
+    """
     n, entries, found = keys.shape[3], cache.layers[layer].state.entries, []
     places = n - 1 - torch.tensor([6, 18, 30, 42, 54])
     for head in range(4):
         k, v = keys[layer, 0, head // 2].double(), values[layer, 0, head // 2].double()
         queries = SCALE * rotate(k[places] + 0.5, n + 5 - places)
-        exact = (queries @ k.T).softmax(-1) @ v
+        near = (places.unsqueeze(1) - torch.arange(5)).clamp(min=0)
+        newer = (SCALE * (k[near] @ (k[places] + 0.5).unsqueeze(-1))).exp()  # (query, token, 1)
+        beside, newer_mass = (newer * v[near]).sum(1), newer.sum(1)
+        paid = (queries @ k.T).exp()
+        exact = (paid @ v + beside) / (paid.sum(-1, keepdim=True) + newer_mass)
         slots, weights = entries.keys[0, head // 2].double(), entries.weights[0, head // 2].double()
         terms = (queries @ slots.T).exp()
         numerators = entries.numerators()[0, head // 2].double()
-        found.append(float((terms @ numerators / (terms @ weights).unsqueeze(-1) - exact).norm() / exact.norm()))
+        instead = (terms @ numerators + beside) / ((terms @ weights).unsqueeze(-1) + newer_mass)
+        found.append(float((instead - exact).norm() / exact.norm()))
     return torch.tensor([found])
 
 

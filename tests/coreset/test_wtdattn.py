@@ -339,6 +339,32 @@ def test_what_is_known_of_weights(weights, valid, expected):
     assert WeightSigns.of(torch.tensor(weights, dtype=torch.float32), torch.tensor(valid, dtype=torch.bool)) is expected
 
 
+@given(
+    st.sampled_from([(4, 2), (6, 1), (3, 3)]),
+    st.integers(1, 5),
+    st.integers(0, 20),
+    st.booleans(),
+    st.sampled_from([torch.float16, torch.bfloat16]),
+    st.integers(0, 999),
+)
+def test_log_weights_ride_in_channels_of_the_keys(heads, own, more, weighted, dtype, seed):
+    """GPUs attend so with several queries: weights up to 10^5, and padding whose keys have the largest scores."""
+    query, keys, values, _ = inputs(*heads, own=own, n=own + more, d=16, d_v=12, seed=seed)
+    query, keys, values = query.to(dtype), keys.to(dtype), values.to(dtype)
+    weights = torch.logspace(-2.1, 5, own + more).expand(2, heads[1], -1).clone()
+    valid = torch.rand(weights.shape) < 0.7
+    weights[..., more:], valid[..., more:] = 1.0, True
+    weights.masked_fill_(~valid, 0.0)
+    if not weighted:
+        weights, valid = torch.ones_like(weights), torch.ones_like(valid)
+    keys.masked_fill_(~valid.unsqueeze(-1), 4.0)
+    found = fused.by_channels(query, keys, values, weights if weighted else None, 0.3)
+    numerators = values.float() * mass_of(weights).unsqueeze(-1)
+    options = {"scale": 0.3, "valid": valid, "causal": True}
+    expected = weighted_attention(query.float(), keys.float(), numerators, weights, **options)
+    torch.testing.assert_close(found.float(), expected, rtol=2e-2, atol=2e-2)
+
+
 def test_masses_are_weights_that_can_be_divided_by():
     weights = torch.tensor([1.0, 3.5, 2**-7, 2**-8, 0.0, -2.0, 1e30])
     assert torch.equal(mass_of(weights), torch.tensor([1.0, 3.5, 2**-7, 1.0, 1.0, 1.0, 1e30]))

@@ -7,9 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from wildcat_kv.coreset.binned import KernelOptions
 from wildcat_kv.coreset.bins import BinLayout
 from wildcat_kv.coreset.temperature import squared_temperature
+from wildcat_kv.coreset.tokens import KernelOptions
 
 _LARGEST_EXPONENT = 600.0  # float64 ends at e^709
 

@@ -13,11 +13,12 @@ from typing_extensions import override
 from wildcat_kv.attention.base import Attention, at_least, function_form, wide
 from wildcat_kv.attention.fixed_pivots import FixedPivots
 from wildcat_kv.attention.kernels import softmax_attention, take, weighted_softmax_attention
-from wildcat_kv.coreset.binned import BLOCKED_RANK, KernelOptions, WeightedTokens
+from wildcat_kv.coreset.binned import BLOCKED_RANK
 from wildcat_kv.coreset.bins import BinLayout
 from wildcat_kv.coreset.choices import Temperature
 from wildcat_kv.coreset.compresskv import compress_bins
 from wildcat_kv.coreset.draws import KeyedDraws
+from wildcat_kv.coreset.tokens import KernelOptions, WeightedTokens
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,6 +10,6 @@ folding.py                    planning.py -> blocks.py -> coreset -> refilling.p
 storage.py, entries.py        a rectangle of tensors; bands.py, banding.py, packed.py unequal heads, quantised slots
 budget.py, byte_budget.py     how many entries; value_range.py their box
 positions.py, rereading.py, read_check.py   inputs that would be read wrongly
-static.py                     fixed shapes, compiled; joining.py caches of parts in one
+static.py                     fixed shapes, compiled; kernel_way.py decoding on GPUs; joining.py parts in one
 sizes.py, error_report.py     what a cache reports; disk/ saves, loads, inspects
 """

@@ -16,9 +16,11 @@ from torch import Tensor
 
 from wildcat_kv.cache.budget import Row
 from wildcat_kv.cache.entries import Entries
+from wildcat_kv.cache.kernel_way import KernelWay
 from wildcat_kv.cache.packed import Segment
 from wildcat_kv.cache.storage import Storage
 from wildcat_kv.cache.value_range import ValueRange
+from wildcat_kv.coreset import decoding
 from wildcat_kv.coreset.tensors import ordinary_tensors
 from wildcat_kv.coreset.wtdattn import AttentionOptions, coreset_attention, parted_attention
 
@@ -109,7 +111,7 @@ class BandedStorage:
 
     def _hold(self, shape: tuple[int, int], bands: Sequence[Band]) -> None:
         """Hold these bands from now on."""
-        self._shape, self.bands = shape, list(bands)
+        self._shape, self.bands, self._way = shape, list(bands), KernelWay()
         with ordinary_tensors():
             self.allocated = self._blank(0)  # asked for at every token
         self.slots_of_rows = [0] * shape[0]
@@ -197,6 +199,10 @@ class BandedStorage:
             (rows, query_heads, q, d_v).
         """
         rows, heads = self._shape
+        if query.shape[2] == 1 and query.device.type in decoding.DEVICES:
+            by_kernel = self._way.attend(query, heads, self.bands, options)
+            if by_kernel is not None:
+                return by_kernel
         flat = query.reshape(rows * heads, -1, *query.shape[2:])
         sinks = options.sink_logits
         if sinks is not None:
@@ -303,4 +309,5 @@ class BandedStorage:
     def tensors(self) -> list[Tensor]:
         """List all tensors, free columns included."""
         packed = [tensor for band in self.bands for segment in band.packed for tensor in segment.tensors()]
-        return [*(tensor for band in self.bands for tensor in band.open.tensors()), *packed]
+        held = [tensor for band in self.bands for tensor in band.open.tensors()]
+        return [*held, *packed, *self._way.tensors()]

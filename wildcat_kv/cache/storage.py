@@ -13,7 +13,9 @@ from torch import Tensor
 
 from wildcat_kv.cache.budget import Row
 from wildcat_kv.cache.entries import Entries
+from wildcat_kv.cache.kernel_way import KernelWay, Lines
 from wildcat_kv.cache.value_range import ValueRange, exact_range
+from wildcat_kv.coreset import decoding
 from wildcat_kv.coreset.tensors import ordinary_tensors
 from wildcat_kv.coreset.wtdattn import AttentionOptions, WeightSigns, coreset_attention
 
@@ -81,7 +83,7 @@ class Storage:
         weighting: WeightSigns | None = None,
         extra: int = 0,
     ) -> None:
-        self._room = room
+        self._room, self._way = room, KernelWay()
         first, needed = parts[0], sum(part.keys.shape[2] for part in parts)
         shape, device = (*first.keys.shape[:2], self._room.capacity(needed + extra)), first.keys.device
         # A traced step attends to free columns too, with weight 0, so they must hold finite numbers.
@@ -205,6 +207,11 @@ class Storage:
         The `options` come without `valid`; the result is (rows, query_heads, q, d_v).
         """
         held, length = self.allocated, self.length
+        if query.shape[2] == 1 and query.device.type in decoding.DEVICES:
+            rows, heads = held.weights.shape[:2]
+            found = self._way.attend(query, heads, (Lines(range(rows * heads), self),), options)
+            if found is not None:
+                return found
         weights, valid = held.weights[:, :, :length], held.valid[:, :, :length]
         return coreset_attention(query, keys, values, weights, self.weighting, options._replace(valid=valid))
 
@@ -260,7 +267,7 @@ class Storage:
 
     def tensors(self) -> list[Tensor]:
         """List all tensors, free columns included."""
-        return list(self.allocated.tensors())
+        return [*self.allocated.tensors(), *self._way.tensors()]
 
     def to(self, device: torch.device) -> None:
         """Move everything to `device`, unless it is there already."""

@@ -10,12 +10,13 @@ from typing_extensions import Self, override
 
 from wildcat_kv.compressors.base import Compressed, Compressor, KVBlock
 from wildcat_kv.config import WildCatConfig
-from wildcat_kv.coreset.binned import BLOCKED_RANK, KernelOptions, WeightedTokens
+from wildcat_kv.coreset.binned import BLOCKED_RANK
 from wildcat_kv.coreset.bins import BinLayout
 from wildcat_kv.coreset.compresskv import Coreset, compress_bins
 from wildcat_kv.coreset.draws import KeyedDraws
 from wildcat_kv.coreset.rpnys import Weights
 from wildcat_kv.coreset.temperature import Temperature
+from wildcat_kv.coreset.tokens import KernelOptions, WeightedTokens
 
 
 @dataclass(frozen=True)

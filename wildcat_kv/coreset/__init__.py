@@ -1,12 +1,13 @@
-"""The paper, in plain tensors: WildCat, arXiv 2602.10056. Imports torch alone.
+"""The paper, in plain tensors: WildCat, arXiv 2602.10056. Imports torch alone, and Triton in its kernels for GPUs.
 
 Read `reference.py` first: the whole paper for one head in plain float64 lines. The fast versions match it numerically.
 
     RPNYS        rpnys.py, rpnys_blocked.py for large ranks
     COMPRESSKV   compresskv.py, for all bins at once binned.py and bins.py
-    WTDATTN      wtdattn.py, fused.py; parts.py and quantised.py for entries in a few bits
+    WTDATTN      wtdattn.py, fused.py; parts.py and quantised.py for entries in a few bits; decoding.py on GPUs
     tau          temperature.py
     guarantee    guarantee.py, with its proof
     randomness   draws.py from noise.py
-    helpers      tensors.py, choices.py
+    on GPUs      kernels/
+    helpers      tensors.py, tokens.py, choices.py
 """

@@ -8,10 +8,9 @@ Source: Schröder and Mackey, "WildCat: Near-Linear Attention in Theory and Prac
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple, TypedDict
+from typing import TypedDict
 
 import torch
 from torch import Tensor
@@ -21,15 +20,15 @@ from wildcat_kv.coreset.draws import Draws
 from wildcat_kv.coreset.rpnys import (
     WHOLE_KERNEL,
     Factor,
-    Weights,
     half_squares,
     nystrom_sums,
     nystrom_weights,
     pivoted_cholesky,
 )
 from wildcat_kv.coreset.rpnys_blocked import accelerated_cholesky
-from wildcat_kv.coreset.temperature import Temperature, constant_temperature, squared_temperature
+from wildcat_kv.coreset.temperature import constant_temperature, squared_temperature
 from wildcat_kv.coreset.tensors import saturate_
+from wildcat_kv.coreset.tokens import KernelOptions, Slots, WeightedTokens
 
 # From this rank of a bin on, drawing in blocks is faster than one step a pivot.
 BLOCKED_RANK = 64
@@ -41,44 +40,6 @@ _WORKSPACE = (32 * 2**20, 128 * 2**20)
 _FACTOR_BUFFERS = 5
 
 
-@dataclass(frozen=True)
-class WeightedTokens:
-    """Keys and values to compress, with the weights that they already carry.
-
-    Attributes:
-        keys: (rows, heads, n, d), finite, also where they take part in nothing.
-        values: (rows, heads, n, d_v), finite; numerators U where there are weights.
-        weights: float32 (rows, heads, n), w; None for 1.
-        valid: bool (rows, heads, n), False for padding; None for all True.
-        value_bound: float32 (rows, heads), s^2: makes slots with a large U more likely pivots; None to leave U out.
-    """
-
-    keys: Tensor
-    values: Tensor
-    weights: Tensor | None = None
-    valid: Tensor | None = None
-    value_bound: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class KernelOptions:
-    """Settings of the kernel and of its solution.
-
-    Attributes:
-        scale: b, the factor of the attention scores.
-        query_norm: float32 (rows, heads), R_Q; None for R_K.
-        temperature: rule for tau, see `temperature.py`.
-        weights_rule: "nystrom" for signed weights, "clipped" for their non-negative part.
-        blocked: True to draw pivots in blocks, see `rpnys_blocked.py`; False for one at a time.
-    """
-
-    scale: float
-    query_norm: Tensor | None = None
-    temperature: Temperature = "released"
-    weights_rule: Weights = "nystrom"
-    blocked: bool = False
-
-
 class _Options(TypedDict):
     """Arguments that both ways to draw pivots take."""
 
@@ -86,38 +47,6 @@ class _Options(TypedDict):
     log_importance: Tensor | None
     log_scale: Tensor
     ranks: Tensor | None
-
-
-class Slots(NamedTuple):
-    """The slots of some bins, in the order of the pivots' positions.
-
-    Attributes:
-        pivots: int64 (rows, heads, bins, r), places within the bins; arbitrary where not `found`.
-        found: bool (rows, heads, bins, r), False for padding slots.
-        computed: bool (rows, heads, bins, r), False where a slot keeps its token as it is; None for all True.
-        values: (rows, heads, bins, r, d_v), U in the dtype of the values; 0 where not `found` and `computed`.
-        weights: float32 (rows, heads, bins, r), w; 0 where not `found` and `computed`.
-    """
-
-    pivots: Tensor
-    found: Tensor
-    computed: Tensor | None
-    values: Tensor
-    weights: Tensor
-
-    @staticmethod
-    def join(parts: Sequence[Slots], dim: int) -> Slots:
-        """Put parts side by side along `dim`."""
-        if len(parts) == 1:
-            return parts[0]
-        computed = [part.computed for part in parts if part.computed is not None]
-        return Slots(
-            torch.cat([part.pivots for part in parts], dim=dim),
-            torch.cat([part.found for part in parts], dim=dim),
-            torch.cat(computed, dim=dim) if computed else None,
-            torch.cat([part.values for part in parts], dim=dim),
-            torch.cat([part.weights for part in parts], dim=dim),
-        )
 
 
 @dataclass(frozen=True)

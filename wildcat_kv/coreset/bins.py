@@ -9,6 +9,7 @@ length are laid out in a rectangle with unused places.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -37,6 +38,11 @@ class Split(NamedTuple):
     def even(self) -> bool:
         """True if all parts are equal."""
         return self.total % self.parts == 0
+
+    @property
+    def sizes(self) -> Tensor:
+        """Items of each part, int64 (parts,) on the host."""
+        return torch.tensor(split_evenly(self.total, self.parts))
 
     def rectangle(self, line: Tensor, parts: range, dtype: torch.dtype) -> Tensor:
         """Cut some parts of a line into a rectangle, 0 where unused.
@@ -78,18 +84,14 @@ class BinLayout:
     Attributes:
         tokens: cut of the tokens into bins.
         slots: cut of the slots into bins.
-        used: bool (bins, t), False for places without a token.
-        start: int64 (bins,), the first token of each bin.
-        rank: int64 (bins,), the slots of each bin.
+        device: device of the tensors.
         lossless: True if no bin has more tokens than slots.
         mixed: True if some bins have more tokens than slots, and some not.
     """
 
     tokens: Split
     slots: Split
-    used: Tensor
-    start: Tensor
-    rank: Tensor
+    device: torch.device | str
     lossless: bool
     mixed: bool
 
@@ -99,20 +101,27 @@ class BinLayout:
 
         It runs on the host, once a fold.
         """
-        tokens, slots = Split(length, bins), Split(rank, bins)
-        sizes, ranks = split_evenly(length, bins), split_evenly(rank, bins)
-        unchanged = [size <= slots for size, slots in zip(sizes, ranks, strict=True)]
-        size = torch.tensor(sizes)
-        used, start, ranked = (
-            tensor.to(device, non_blocking=True)
-            for tensor in (
-                torch.arange(tokens.longest) < size.unsqueeze(-1),
-                size.cumsum(-1) - size,
-                torch.tensor(ranks),
-            )
-        )
+        pairs = zip(split_evenly(length, bins), split_evenly(rank, bins), strict=True)
+        unchanged = [size <= slots for size, slots in pairs]
         mixed = any(unchanged) and not all(unchanged)
-        return BinLayout(tokens, slots, used, start, ranked, lossless=all(unchanged), mixed=mixed)
+        return BinLayout(Split(length, bins), Split(rank, bins), device, lossless=all(unchanged), mixed=mixed)
+
+    # What not every fold needs is made when it is asked for, on the host.
+
+    @cached_property
+    def used(self) -> Tensor:
+        """Mark the places of tokens: bool (bins, t)."""
+        return (torch.arange(self.tokens.longest) < self.tokens.sizes.unsqueeze(-1)).to(self.device, non_blocking=True)
+
+    @cached_property
+    def start(self) -> Tensor:
+        """Count the tokens before each bin: int64 (bins,)."""
+        return (self.tokens.sizes.cumsum(-1) - self.tokens.sizes).to(self.device, non_blocking=True)
+
+    @cached_property
+    def rank(self) -> Tensor:
+        """Count the slots of each bin: int64 (bins,)."""
+        return self.slots.sizes.to(self.device, non_blocking=True)
 
     @property
     def bins(self) -> int:

@@ -13,19 +13,14 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from wildcat_kv.coreset.binned import (
-    BLOCKED_RANK,
-    BinnedCompression,
-    KernelOptions,
-    WeightedTokens,
-    position_order,
-    take_all,
-)
+from wildcat_kv.coreset.binned import BLOCKED_RANK, BinnedCompression, position_order, take_all
 from wildcat_kv.coreset.bins import BinLayout
 from wildcat_kv.coreset.draws import Draws, GivenDraws, GlobalDraws
+from wildcat_kv.coreset.kernels import device
 from wildcat_kv.coreset.rpnys import Weights
 from wildcat_kv.coreset.temperature import Temperature
 from wildcat_kv.coreset.tensors import full_precision, take_columns
+from wildcat_kv.coreset.tokens import KernelOptions, WeightedTokens
 
 
 @dataclass(frozen=True)
@@ -176,11 +171,13 @@ def compress_bins(
         A Coreset of (rows, heads, c, ...), c the rank; and int64 (rows, heads, c), the place of the key that each slot
         has, arbitrary for padding slots.
     """
-    keys, values = tokens.keys, tokens.values
+    keys = tokens.keys
     compression = BinnedCompression(tokens, layout, draws, options)
     if layout.lossless:
         used = compression.used(range(keys.shape[1]), range(layout.bins))
         return take_pivots(tokens, layout, *take_all(used, layout.bin_rank))
+    if device.serves(tokens, layout, options) and (made := device.compress(tokens, layout, draws, options)):
+        return Coreset(made.keys, made.values, made.weights, made.valid), made.source
     with full_precision(keys.device):
         slots = compression.slots()
 
@@ -189,8 +186,8 @@ def compress_bins(
         source = layout.collect(layout.columns(slots.pivots))
         coreset = Coreset(
             keys=take_columns(keys, source).mul_(valid.unsqueeze(-1).to(keys.dtype)),
-            values=layout.collect(slots.values) * valid.unsqueeze(-1).to(values.dtype),
-            weights=layout.collect(slots.weights) * valid.to(torch.float32),
+            values=layout.collect(slots.values),
+            weights=layout.collect(slots.weights),
             valid=valid,
         )
         return coreset, source

@@ -12,12 +12,21 @@ import torch
 from torch import Tensor
 
 from wildcat_kv.coreset.bins import BinLayout
-from wildcat_kv.coreset.noise import gumbel_rows, uniform_rows
+from wildcat_kv.coreset.noise import fold_key, gumbel_rows, uniform_rows
 from wildcat_kv.coreset.rpnys_blocked import BLOCK
 
 
 class Draws(Protocol):
-    """A source of noise for some bins of some heads."""
+    """A source of noise for some bins of some heads.
+
+    Attributes:
+        key: hash from which a kernel draws the noise by itself, see `noise.fold_key`; None if it cannot.
+    """
+
+    @property
+    def key(self) -> int | None:
+        """See above."""
+        ...
 
     def gumbel(self, heads: range, bins: range) -> Tensor:
         """Draw standard Gumbel noise, one row a step.
@@ -53,25 +62,25 @@ class KeyedDraws:
     def __init__(
         self, layout: BinLayout, seed: int, layer: int, seen: int, rows: int, device: torch.device | str = "cpu"
     ) -> None:
-        self._layout, self._seed, self._rows, self._device = layout, seed, rows, device
-        self._fold = tuple(torch.full((1, 1, 1, 1), number, device=device) for number in (layer, seen))
+        self.key = fold_key(seed, layer, seen)
+        self._layout, self._rows, self._device = layout, rows, device
 
     def gumbel(self, heads: range, bins: range) -> Tensor:
         """Draw Gumbel noise, see `Draws`."""
         steps = torch.arange(self._layout.bin_rank, device=self._device)
-        noise = gumbel_rows(self._seed, *self._counters(heads, bins), steps, columns=self._layout.longest)
+        noise = gumbel_rows(self.key, *self._counters(heads, bins), steps, columns=self._layout.longest)
         return noise.expand(self._rows, *noise.shape[1:])
 
     def uniform(self, heads: range, bins: range, turn: int) -> Tensor:
         """Draw uniform noise, see `Draws`."""
         words = torch.arange(3 * turn, 3 * turn + 3, device=self._device)
-        noise = uniform_rows(self._seed, *self._counters(heads, bins), words, columns=BLOCK)
+        noise = uniform_rows(self.key, *self._counters(heads, bins), words, columns=BLOCK)
         return noise.expand(self._rows, *noise.shape[1:])
 
     def _counters(self, heads: range, bins: range) -> tuple[Tensor, ...]:
-        head = torch.arange(heads.start, heads.stop, device=self._device).view(-1, 1, 1)
+        head = torch.arange(heads.start, heads.stop, device=self._device).view(1, -1, 1, 1)
         place = torch.arange(bins.start, bins.stop, device=self._device).view(-1, 1)
-        return *self._fold, head, place
+        return head, place
 
 
 class GlobalDraws:
@@ -81,6 +90,8 @@ class GlobalDraws:
         layout: layout of the bins.
         device: device of the noise.
     """
+
+    key = None
 
     def __init__(self, layout: BinLayout, device: torch.device | str = "cpu") -> None:
         self._layout, self._device = layout, device
@@ -101,6 +112,8 @@ class GivenDraws:
     Args:
         noise: float32 (rows, heads, bins, bin_rank, t).
     """
+
+    key = None
 
     def __init__(self, noise: Tensor) -> None:
         self._noise = noise

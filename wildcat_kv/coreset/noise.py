@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 # The finalizer of SplitMix64 (Steele, Lea and Flood 2014), as signed 64-bit numbers that wrap around.
-_GOLDEN = 0x9E3779B97F4A7C15 - 2**64
-_MIX_1 = 0xBF58476D1CE4E5B9 - 2**64
-_MIX_2 = 0x94D049BB133111EB - 2**64
+GOLDEN = 0x9E3779B97F4A7C15 - 2**64
+MIX_1 = 0xBF58476D1CE4E5B9 - 2**64
+MIX_2 = 0x94D049BB133111EB - 2**64
 
 
 def gumbel_noise(seed: int, *counters: Tensor) -> Tensor:
@@ -59,9 +59,22 @@ def uniform_rows(seed: int, *counters: Tensor, columns: int) -> Tensor:
     """Draw rows of uniform noise in (0, 1), keyed like `gumbel_rows`."""
     # A number of 64 bits makes two columns.
     pairs = torch.arange((columns + 1) // 2, device=counters[0].device)
-    state = _mix_(_hash(seed, counters).unsqueeze(-1) + pairs * _GOLDEN)
+    state = _mix_(_hash(seed, counters).unsqueeze(-1) + pairs * GOLDEN)
     bits = state.view(torch.int32)[..., :columns]
     return bits.bitwise_and_(2**23 - 1).to(torch.float32).add_(0.5).mul_(2.0**-23)
+
+
+def fold_key(seed: int, *counters: int) -> int:
+    """Hash a seed and counters on the host, as `uniform_noise` begins to on the device.
+
+    As a seed with the counters that follow, it gives the numbers that all the counters give.
+    """
+    state = seed
+    for counter in counters:
+        state = (state + counter * GOLDEN + 1) % 2**64
+        for bits, factor in ((30, MIX_1), (27, MIX_2), (31, 1)):
+            state = (state ^ (state >> bits)) * factor % 2**64
+    return state - 2**64 if state >= 2**63 else state
 
 
 def _gumbel_(uniform: Tensor) -> Tensor:
@@ -71,13 +84,13 @@ def _gumbel_(uniform: Tensor) -> Tensor:
 def _hash(seed: int, counters: tuple[Tensor, ...]) -> Tensor:
     state = torch.full((), seed, dtype=torch.int64, device=counters[0].device)
     for counter in counters:
-        state = _mix_(state + counter.to(torch.int64) * _GOLDEN + 1)
+        state = _mix_(state + counter.to(torch.int64) * GOLDEN + 1)
     return state
 
 
 def _mix_(state: Tensor) -> Tensor:
-    state.bitwise_xor_(_shift(state, 30)).mul_(_MIX_1)
-    state.bitwise_xor_(_shift(state, 27)).mul_(_MIX_2)
+    state.bitwise_xor_(_shift(state, 30)).mul_(MIX_1)
+    state.bitwise_xor_(_shift(state, 27)).mul_(MIX_2)
     return state.bitwise_xor_(_shift(state, 31))
 
 

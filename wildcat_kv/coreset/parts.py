@@ -10,8 +10,10 @@ from torch import Tensor
 
 from wildcat_kv.coreset.quantised import Quantised
 
-# Entries in half precision, or in a few bits, converted to float32 at once.
+# Entries in half precision, or in a few bits, converted to float32 at once: as many as stay in a CPU's caches, and
+# off the CPU more, where each piece costs a launch.
 _CONVERTED_AT_ONCE = 1024
+_CONVERTED_ON_DEVICE = 16384
 # Scores held at once, in float32 numbers: 256 MiB.
 SCORES_AT_ONCE = 2**26
 
@@ -38,11 +40,13 @@ def float32_blocks(parts: Parts) -> Iterator[Tensor]:
     """
     for part in parts:
         if isinstance(part, Quantised):
-            yield from (block.unsqueeze(1) for block in part.blocks(_CONVERTED_AT_ONCE))
+            most = _CONVERTED_AT_ONCE if part.codes.device.type == "cpu" else _CONVERTED_ON_DEVICE
+            yield from (block.unsqueeze(1) for block in part.blocks(most))
         elif part.dtype == torch.float32:
             yield part
         else:
-            yield from (piece.to(torch.float32) for piece in part.split(_CONVERTED_AT_ONCE, dim=-2))
+            most = _CONVERTED_AT_ONCE if part.device.type == "cpu" else _CONVERTED_ON_DEVICE
+            yield from (piece.to(torch.float32) for piece in part.split(most, dim=-2))
 
 
 def unseen(n: int, first_own: int, query: Tensor) -> Tensor:

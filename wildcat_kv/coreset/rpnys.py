@@ -30,12 +30,12 @@ from wildcat_kv.coreset.choices import Weights as Weights
 TOLERANCE = 1e-5
 
 # Rounding of an entry of G in float32, for every unit of |z|^2 in its distance.
-_ROUNDING = 8 * 2.0**-23
+ROUNDING = 8 * 2.0**-23
 
-_LARGEST_WEIGHT = 1e4
-_LARGEST_EXPONENT = 80.0  # its exponential, and that of its negative, are normal numbers of float32
-_NEVER = -1e36  # a score that loses to every other one; infinity times 0 would be NaN
-_TINY = 1e-30
+LARGEST_WEIGHT = 1e4
+LARGEST_EXPONENT = 80.0  # its exponential, and that of its negative, are normal numbers of float32
+NEVER = -1e36  # a score that loses to every other one; infinity times 0 would be NaN
+TINY = 1e-30
 
 # Rows of a large factor at a time: their temporaries stay in the cache.
 _SLOTS_AT_ONCE = 64
@@ -94,7 +94,7 @@ class Kernel(NamedTuple):
         n = points.shape[-2]
         z = points.reshape(-1, n, points.shape[-1])
         half_square = half_squares(z)
-        floor = (half_square * (2 * _ROUNDING)).clamp_(tolerance, max(tolerance, 0.5))
+        floor = (half_square * (2 * ROUNDING)).clamp_(tolerance, max(tolerance, 0.5))
         if valid is not None:
             floor = floor.masked_fill_(~valid.reshape(floor.shape), math.inf)
         log_mass = 2 * half_square if log_scale is None else log_scale.reshape(-1, n)
@@ -168,10 +168,10 @@ def _draw(kernel: Kernel, noise: Tensor, tolerance: float) -> tuple[Tensor, Tens
     found = z.new_empty(rank, batch, 1)
     for step in range(rank):
         torch.le(residual, floor, out=exhausted)
-        candidates = score[step].add_(residual.clamp_min(_TINY).log_()).add_(exhausted, alpha=_NEVER)
+        candidates = score[step].add_(residual.clamp_min(TINY).log_()).add_(exhausted, alpha=NEVER)
         best, pivot = candidates.max(-1, keepdim=True)
         pivots[step] = pivot
-        torch.gt(best, _NEVER / 2, out=found[step])
+        torch.gt(best, NEVER / 2, out=found[step])
 
         row = kernel_row(pivot)
         if step:
@@ -239,7 +239,7 @@ def nystrom_weights(
         order = torch.arange(rank, device=rows.device).expand(pivots.shape)
     permutation = torch.zeros_like(triangle).scatter_(-1, order.unsqueeze(-1), 1.0)
     unmix = torch.linalg.solve_triangular(triangle, permutation, upper=True, left=False, unitriangular=True)
-    weights = torch.matmul(unmix, relative).nan_to_num_(0.0).clamp_(-_LARGEST_WEIGHT, _LARGEST_WEIGHT)
+    weights = torch.matmul(unmix, relative).nan_to_num_(0.0).clamp_(-LARGEST_WEIGHT, LARGEST_WEIGHT)
 
     others = not_drawn(factor)
     weights = weights.mul_((others if valid is None else others * valid.to(rows.dtype)).unsqueeze(-2))
@@ -281,7 +281,7 @@ def slot_levels(factor: Factor, log_scale: Tensor) -> Tensor:
     Arbitrary where a slot is not valid.
     """
     root = factor.triangle.diagonal(dim1=-2, dim2=-1)
-    return torch.add(root.clamp_min(_TINY).log_(), log_scale.gather(-1, factor.pivots), alpha=0.5)
+    return torch.add(root.clamp_min(TINY).log_(), log_scale.gather(-1, factor.pivots), alpha=0.5)
 
 
 def relative_rows(rows: Tensor, log_scale: Tensor, level: Tensor) -> Tensor:
@@ -297,8 +297,8 @@ def relative_rows(rows: Tensor, log_scale: Tensor, level: Tensor) -> Tensor:
     """
     # Laid out as the rows are, whichever way that is.
     exponent = torch.sub(log_scale.unsqueeze(-2) / 2, level.unsqueeze(-1), out=torch.empty_like(rows))
-    relative = exponent.clamp_(-_LARGEST_EXPONENT, _LARGEST_EXPONENT).exp_().mul_(rows)
-    return relative.clamp_(-_LARGEST_WEIGHT, _LARGEST_WEIGHT)
+    relative = exponent.clamp_(-LARGEST_EXPONENT, LARGEST_EXPONENT).exp_().mul_(rows)
+    return relative.clamp_(-LARGEST_WEIGHT, LARGEST_WEIGHT)
 
 
 def relative_triangle(factor: Factor, log_scale: Tensor, level: Tensor) -> Tensor:

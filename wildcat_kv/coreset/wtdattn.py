@@ -15,14 +15,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from wildcat_kv.coreset.fused import fused, one_query
+from wildcat_kv.coreset.fused import fused, is_fusable, one_query
 from wildcat_kv.coreset.parts import SCORES_AT_ONCE, Parts, float32_blocks, unseen, weighted_sum
 from wildcat_kv.coreset.tensors import full_precision, has_full_precision
 
 # A denominator this small against the sum of its terms' magnitudes is cancellation, not information.
-_DENOMINATOR_FLOOR = 1e-6
+DENOMINATOR_FLOOR = 1e-6
 # A numerator is not divided by a weight smaller than this, which would leave the range of half precision.
-_LEAST_MASS = 2.0**-7
+LEAST_MASS = 2.0**-7
 
 
 class WeightSigns(Enum):
@@ -39,7 +39,7 @@ class WeightSigns(Enum):
     def of(weights: Tensor, valid: Tensor) -> WeightSigns:
         """Look at `weights` and `valid` (...), on the host."""
         none = ((weights == 1) & valid).all()
-        positive = ((weights >= _LEAST_MASS) | ~valid).all()
+        positive = ((weights >= LEAST_MASS) | ~valid).all()
         return (WeightSigns.SIGNED, WeightSigns.POSITIVE, WeightSigns.NONE)[int(none.int() + positive.int())]
 
     def join(self, other: WeightSigns) -> WeightSigns:
@@ -81,7 +81,7 @@ def mass_of(weights: Tensor) -> Tensor:
     Returns:
         float32 (...), at least 2^-7.
     """
-    return torch.where(weights >= _LEAST_MASS, weights, 1.0)
+    return torch.where(weights >= LEAST_MASS, weights, 1.0)
 
 
 def weighted_attention(
@@ -147,8 +147,9 @@ def coreset_attention(
     Returns:
         (rows, heads, q, d_v) in the query's dtype.
     """
-    if not (_is_plain(query, signs, options) and query.dtype == keys.dtype == values.dtype):
-        masses = torch.where(weights >= _LEAST_MASS, weights, 1.0)  # `mass_of`, without the call
+    plain = _is_plain(query, signs, options) and query.dtype == keys.dtype == values.dtype
+    if not plain or (query.is_cuda and not is_fusable(query, values, causal=options.causal)):
+        masses = torch.where(weights >= LEAST_MASS, weights, 1.0)  # `mass_of`, without the call
         return _in_blocks(query, (keys,), (values,), weights, masses, options)
     weighted = signs is not WeightSigns.NONE
     output = fused(query, keys, values, weights, options.scale, weighted=weighted, causal=options.causal)
@@ -180,7 +181,7 @@ def parted_attention(
         weighted = signs is not WeightSigns.NONE
         output = one_query(query, keys, values, weights, options.scale, weighted=weighted)
         return output if options.value_range is None else output.clamp(*options.value_range)
-    masses = torch.where(weights >= _LEAST_MASS, weights, 1.0)
+    masses = torch.where(weights >= LEAST_MASS, weights, 1.0)
     return _in_blocks(query, keys, values, weights, masses, options)
 
 
@@ -290,7 +291,7 @@ def _attend(
     if sinks is not None:
         extra = (sinks - largest).exp()
         denominator, magnitude = denominator + extra, magnitude + extra
-    cancelled = denominator <= _DENOMINATOR_FLOOR * magnitude  # false for NaN, which must not be hidden
+    cancelled = denominator <= DENOMINATOR_FLOOR * magnitude  # false for NaN, which must not be hidden
     output = torch.where(cancelled, 0.0, numerator / denominator).to(query.dtype)
     if options.value_range is not None:
         lowest, highest = options.value_range

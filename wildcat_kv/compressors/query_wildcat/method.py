@@ -70,8 +70,8 @@ class QueryWildCat(SharingCompressor):
             share.
         share: "layers" where all heads of a layer keep equally many items, "heads" where each competes by itself.
         profile: shares of the model's layers, so that no layer waits for others: a `Profile`, the name of one that
-            comes with the package ("smollm2-135m", "gemma3-270m"), or a file of `wildcat-kv profile`. None to deal
-            the slots out by what is found in each text.
+            comes with the package ("smollm2-135m", "gemma3-270m", "qwen2.5-coder-0.5b"), or a file of
+            `wildcat-kv profile`. None to deal the slots out by what is found in each text.
 
     Source: this project, `docs/method.md`. WildCat is arXiv 2602.10056; that a model which repeats a text shows what it
     needs of it is arXiv 2505.23416, which reads it a second time.

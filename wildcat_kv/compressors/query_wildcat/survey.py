@@ -37,7 +37,7 @@ class Asked(NamedTuple):
         queries: float32 (rows, heads, q, d), scaled.
         log_total: float32 (rows, heads, q), logarithm of what each pays to all entries.
         items: float32 (rows, heads, q, d_v + 1), what it gets from the items, and their mass, over its total.
-        others: float32 (rows, heads, q, d_v), what it gets from all other entries.
+        others: float32 (rows, heads, q, d_v), what it gets from all other entries; a judge from newer tokens too.
     """
 
     queries: Tensor
@@ -98,6 +98,7 @@ def survey_block(block: KVBlock, questions: Questions, recall: Tensor | None = N
             Asked(*(torch.stack(tensors, dim=1) for tensors in zip(*(each[place] for each in found), strict=True)))
             for place in (2, 3)
         )
+        judges = _with_company(block, judges, parts[2], mass, questions.ahead)
         recall, inside = (
             _recall(block, mean, mass, questions.apart) if recall is None else recall,
             block.slice_items(block.valid),
@@ -217,6 +218,39 @@ def _attend(
     learning = terms[:, :, :learners].flatten(1, 2)
     mean = learning.sum(1)
     return learning.square_().sum(1).div_(max(1, learners * group)).sqrt_(), mean, *found
+
+
+def _with_company(block: KVBlock, judges: Asked, places: Tensor, mass: Tensor, ahead: int) -> Asked:
+    """Give the judges the tokens that stand between the text and them.
+
+    Queries `ahead` tokens behind the text see as many newer tokens, their own among them, and all of these are exact.
+    What a judge pays to them, it has paid to the tokens before it where it stood.
+
+    Args:
+        block: entries.
+        judges: what the judges pay and get without such tokens.
+        places: int64 (q,), places of the judges among the queries.
+        mass: float32 (rows, heads, n), of `_mass`.
+        ahead: tokens, as in `Questions`.
+    """
+    assert block.queries is not None
+    heads, n, total = mass.shape[1], mass.shape[2], block.queries.shape[2]
+    # Newest first; only exact tokens have a place in the text.
+    at = (n - total + places).unsqueeze(1) - torch.arange(min(ahead, block.exact), device=places.device)
+    there = at >= n - block.exact
+    at = at.clamp_min(0).flatten()
+    keys, values, weights = (
+        tensor.index_select(2, at).to(torch.float32).unflatten(2, (len(places), -1))
+        for tensor in (block.keys, block.values, mass)
+    )
+    own = block.queries.index_select(2, places).to(torch.float32).unflatten(1, (heads, -1)).mul_(block.scale)
+    scores = torch.matmul(own.permute(0, 1, 3, 2, 4), keys.mT).permute(0, 1, 3, 2, 4)  # (rows, heads, g, q, k)
+    scores = scores.masked_fill_(~(there & (weights > 0)).unsqueeze(2), _NOTHING)
+    log_company = scores.logsumexp(-1).flatten(2)
+    got = torch.matmul(scores.softmax(-1).transpose(2, 3), values).transpose(2, 3).flatten(2, 3)
+    log_total = torch.logaddexp(judges.log_total, log_company)
+    share = (judges.log_total - log_total).exp_().unsqueeze(-1)
+    return Asked(judges.queries, log_total, judges.items * share, torch.lerp(got, judges.others, share))
 
 
 def _mass(block: KVBlock) -> Tensor:
