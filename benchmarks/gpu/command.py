@@ -27,7 +27,7 @@ def main(
     device: Annotated[str | None, typer.Option(help="cpu or cuda. Default: cuda if there is one.")] = None,
     check: Annotated[
         list[Path] | None,
-        typer.Option(help="Script to run for the part checks, repeatable; JSON objects that it prints are rows."),
+        typer.Option(help="Script of the part checks, repeatable; run as SCRIPT OUT.json SECONDS."),
     ] = None,
     plots: Annotated[bool, typer.Option(help="Draw the plots at the end.")] = True,
 ) -> None:

@@ -122,7 +122,7 @@ def decodings(rows: Sequence[Row], layers: int) -> list[Decoding]:
 
 def bandwidth(rows: Sequence[Row]) -> float | None:
     """Give the bytes that a copy moves in a second; None if it was not measured."""
-    copies = pick(rows, kernel="copy")
+    copies = pick(rows, part="kernels", kernel="copy")
     return copies[0]["bytes"] / copies[0]["seconds"] if copies else None
 
 

@@ -60,7 +60,7 @@ def _built(record: dict[str, Any], layers: int) -> str:
     if record["options"]["model"]:
         return "All its layers were run."
     return (
-        f"Models have {layers} layers of the shape's; *whole model* is reckoned by layer, what does not grow with the "
+        f"Models have {layers} of the shape's layers; *whole model* is reckoned by layer, what does not grow with the "
         "layers (embeddings, logits) counted once."
     )
 

@@ -25,12 +25,18 @@ def rows(folder, **labels):
 def test_two_parts(monkeypatch, capsys, tmp_path):
     check = tmp_path / "check.py"
     check.write_text('print(\'words\'); print(\'{"kernel": "mine", "largest": 0.5}\'); raise SystemExit(3)')
-    status, _, err = gpu(monkeypatch, capsys, tmp_path, "--parts", "kernels,checks", "--check", check)
+    other = tmp_path / "other.py"
+    other.write_text(
+        "import json, sys; json.dump({'rows': [{'kernel': 'other', 'largest': 0.25}]}, open(sys.argv[1], 'w'))"
+    )
+    options = ("--parts", "kernels,checks", "--check", check, "--check", other)
+    status, _, err = gpu(monkeypatch, capsys, tmp_path, *options)
     assert status == 0, err
     found = rows(tmp_path, part="kernels")
     assert {row["kernel"] for row in found} >= {"copy", "wildcat", "query_wildcat", "wildcat, 4 bits"}
     assert all(row["seconds"] > 0 and row["bytes"] > 0 for row in found)
-    assert rows(tmp_path, part="checks", kernel="mine")[0]["largest"] == 0.5
+    assert [row["largest"] for row in rows(tmp_path, part="checks") if "kernel" in row] == [0.5, 0.25]
+    assert rows(tmp_path, part="checks", kernel="mine")[0]["file"] == "check.py"
     text = (tmp_path / "gpu.md").read_text()
     assert "worthless for quality" in text and "exit status 3" in text and "words" in text
     assert [path.name for path in tmp_path.glob("*.png")] == ["gpu-kernels.png"]
