@@ -10,17 +10,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from wildcat_kv.cache.budget import Row
 from wildcat_kv.cache.entries import Entries
+from wildcat_kv.cache.one_token import Together
 from wildcat_kv.cache.packed import Segment
 from wildcat_kv.cache.storage import Storage
 from wildcat_kv.cache.value_range import ValueRange
 from wildcat_kv.coreset.tensors import ordinary_tensors
-from wildcat_kv.coreset.wtdattn import AttentionOptions, coreset_attention, parted_attention
+from wildcat_kv.coreset.wtdattn import AttentionOptions, attends_by_products, coreset_attention, parted_attention
 
 
 @dataclass
@@ -110,6 +112,7 @@ class BandedStorage:
     def _hold(self, shape: tuple[int, int], bands: Sequence[Band]) -> None:
         """Hold these bands from now on."""
         self._shape, self.bands = shape, list(bands)
+        self._forget()
         with ordinary_tensors():
             self.allocated = self._blank(0)  # asked for at every token
         self.slots_of_rows = [0] * shape[0]
@@ -117,6 +120,15 @@ class BandedStorage:
         for row, band in at:
             self.slots_of_rows[row] = max(self.slots_of_rows[row], band.slots)
         self.length = max(self.slots_of_rows[row] - band.waiting + band.open.length for row, band in at)
+
+    def _forget(self) -> None:
+        """Forget the bands side by side: they will be put so anew."""
+        self._together: Together | None = None
+        self._asked_together = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copy or store without views of what is there already."""
+        return self.__dict__ | {"_together": None, "_asked_together": False}
 
     @property
     def device(self) -> torch.device:
@@ -203,7 +215,11 @@ class BandedStorage:
             sinks = sinks.view(heads, -1).repeat(rows, 1)
         box = options.value_range
         options = options._replace(value_range=None)
-        if len(self.bands) == 1 and isinstance(self.bands[0].select, slice):
+        together = self._for_one_token(flat, options)
+        if together is not None:
+            opens = [band.open for band in self.bands]
+            found = together.attend(opens, flat, options.scale).to(query.dtype).unsqueeze(2)
+        elif len(self.bands) == 1 and isinstance(self.bands[0].select, slice):
             found = self.bands[0].attend(flat, options if sinks is None else options._replace(sink_logits=sinks))
         else:
             parts = []
@@ -217,6 +233,17 @@ class BandedStorage:
             lowest, highest = (side.flatten(0, 1).unsqueeze(1).to(found.dtype) for side in box)
             found = found.clamp(lowest, highest)
         return found.reshape(rows, -1, *found.shape[2:])
+
+    def _for_one_token(self, query: Tensor, options: AttentionOptions) -> Together | None:
+        """Give all bands side by side if they can be read so, with queries (heads, group, q, d)."""
+        if query.shape[2] > 1 or query.requires_grad or not attends_by_products(query, options):
+            return None
+        if not self._asked_together:
+            places = [place for band in self.bands for place in band.places]
+            packed = [band.packed for band in self.bands]
+            self._together = Together.of(places, [band.open for band in self.bands], packed)
+            self._asked_together = True
+        return self._together
 
     def append(self, keys: Tensor, values: Tensor, valid: Tensor | None) -> None:
         """Append exact tokens; arguments as of `Storage.append`."""
@@ -291,10 +318,12 @@ class BandedStorage:
                 band.open.to(device)
                 band.packed = tuple(segment.to(device) for segment in band.packed)
                 band.__post_init__()
+            self._forget()
             self.allocated = self._blank(0)
 
     def offload(self) -> None:
         """Move keys and values to the CPU, as `Storage.offload` does."""
+        self._forget()
         with ordinary_tensors():
             for band in self.bands:
                 band.open.offload()

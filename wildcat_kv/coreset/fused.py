@@ -29,7 +29,7 @@ def fused(
     """
     (rows, heads, total, d), (kv_heads, n) = query.shape, keys.shape[1:3]
     groups = heads // kv_heads
-    if total == 1 and _by_products(query):
+    if total == 1 and by_products(query):
         return one_query(query, (keys,), (values,), weights, scale, weighted=weighted)
     if total == 1:  # no kernel takes a bias and shared key heads: the heads of a group as further queries
         bias = None if not weighted else _log_weights(weights, query).unsqueeze(-2)
@@ -51,7 +51,7 @@ def fused(
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-2)
 
 
-def _by_products(query: Tensor) -> bool:
+def by_products(query: Tensor) -> bool:
     """Tell if plain products are faster than torch's kernel: on CPUs, by far in half precision."""
     on_cpu = query.device.type == "cpu" and query.dtype != torch.float64
     return on_cpu and not torch.compiler.is_compiling() and has_full_precision(query.device)
