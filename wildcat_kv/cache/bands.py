@@ -247,6 +247,11 @@ class BandedStorage:
 
     def append(self, keys: Tensor, values: Tensor, valid: Tensor | None) -> None:
         """Append exact tokens; arguments as of `Storage.append`."""
+        if keys.shape[2] == 1 and valid is None and self._together is not None:
+            opens = [band.open for band in self.bands]
+            if self._together.append(opens, keys.flatten(0, 2), values.flatten(0, 2)):
+                self.length += 1
+                return
         every_key, every_value = keys.flatten(0, 1).unsqueeze(1), values.flatten(0, 1).unsqueeze(1)
         if valid is not None:
             valid = valid.repeat_interleave(self._shape[1], dim=0)

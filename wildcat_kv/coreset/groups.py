@@ -58,7 +58,8 @@ class Groups:
         counts: int64 (heads,), groups of each head.
         owner: int32 (groups,), head of each group.
         blocks: codes.
-        sides: pieces of scale and lowest of keys, (k, d) each; then those of values, (k * size, parts) each.
+        keys: pieces of the scales of keys, then of their lowest numbers, (k, d) each.
+        values: pieces of the scales of values, then of their lowest numbers, (k * size, parts) each.
         weights: pieces of the weights, (k * size, 1) each; empty where all are 1.
     """
 
@@ -67,7 +68,8 @@ class Groups:
     counts: Tensor
     owner: Tensor
     blocks: list[_Block]
-    sides: tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]
+    keys: list[Tensor]
+    values: list[Tensor]
     weights: list[Tensor]
 
     @staticmethod
@@ -95,9 +97,8 @@ class Groups:
         with ordinary_tensors():
             lengths = torch.tensor(counts)
             owner = torch.arange(len(counts), dtype=torch.int32).repeat_interleave(lengths)
-        return Groups(
-            bits, size, lengths, owner, _blocks(units, size), (sides[0], sides[1], sides[2], sides[3]), sides[4]
-        )
+        scale, lowest, high, low, weights = sides
+        return Groups(bits, size, lengths, owner, _blocks(units, size), scale + lowest, high + low, weights)
 
     def scores(self, query: Tensor) -> Tensor:
         """Compute scores with log-weights.
@@ -106,21 +107,20 @@ class Groups:
             query: float32 (heads, q, d), times the factor of the scores.
 
         Returns:
-            float32 (groups, q, size); the least number where the weight is 0.
+            float32 (groups, q, size); -inf where the weight is 0.
         """
         own = query.index_select(0, self.owner)
-        scale, lowest = (_joined(side).unsqueeze(1) for side in self.sides[:2])
-        offset, scaled = (own * lowest).sum(-1, keepdim=True), own * scale
-        found, start = [], 0
+        scaled, lowest = (torch.cat(self.keys).view(2, len(own), 1, -1) * own).unbind(0)
+        offset, found, start = lowest.sum(-1, keepdim=True), [], 0
         for block in self.blocks:
-            stop = start + block.groups
-            codes = self._codes(block.keys, block.groups)
-            found.append(torch.baddbmm(offset[start:stop], scaled[start:stop], codes.mT))
-            start = stop
+            part = slice(start, start + block.groups)
+            whole = block.groups == len(own)
+            codes = self._codes(block.keys, block.groups).mT
+            found.append(torch.baddbmm(*((offset, scaled) if whole else (offset[part], scaled[part])), codes))
+            start += block.groups
         scores = _joined(found)
         if self.weights:
-            bias = _joined(self.weights).to(torch.float32).log_().clamp_min_(torch.finfo(torch.float32).min)
-            scores += bias.view(len(scores), 1, -1)
+            scores += _joined(self.weights).to(torch.float32).log_().view(len(own), 1, -1)
         return scores
 
     def largest(self, scores: Tensor) -> Tensor:
@@ -134,23 +134,31 @@ class Groups:
             (heads, q, 1) and (heads, q, d_v).
         """
         groups, q = terms.shape[:2]
-        scale, lowest = (_joined(side).view(groups, self.size, -1) for side in self.sides[2:])
-        parts = scale.shape[-1]
-        offset = torch.bmm(terms, lowest.to(torch.float32))
-        scaled = [terms * scale[..., part].unsqueeze(1) for part in range(parts)]
-        found, start = [], 0
-        for block in self.blocks:
-            stop = start + block.groups
-            codes = self._codes(block.values, block.groups).chunk(parts, dim=-1)
-            pieces = [
-                torch.baddbmm(offset[start:stop, :, part : part + 1], scaled[part][start:stop], codes[part])
-                for part in range(parts)
-            ]
-            found.append(pieces[0] if parts == 1 else torch.cat(pieces, dim=-1))
-            start = stop
-        sums = torch.cat((terms.sum(-1, keepdim=True), _joined(found)), dim=-1).flatten(1)
+        sides = torch.cat(self.values).view(2, groups, self.size, -1)
+        products = self._products(terms, sides)
+        sums = torch.cat((terms.sum(-1, keepdim=True), products), dim=-1).flatten(1)
         sums = torch.segment_reduce(sums, "sum", lengths=self.counts, unsafe=True).view(len(self.counts), q, -1)
         return sums[..., :1], sums[..., 1:]
+
+    def _products(self, terms: Tensor, sides: Tensor) -> Tensor:
+        """Multiply terms (groups, q, size) by the values, of scale and lowest (2, groups, size, parts)."""
+        parts = sides.shape[-1]
+        sided = [(side.unsqueeze(2) * terms).unbind(0) for side in sides.unbind(-1)]
+        shifted = [(scaled, lowest.sum(-1, keepdim=True)) for scaled, lowest in sided]
+        found, start = [], 0
+        for block in self.blocks:
+            part = slice(start, start + block.groups)
+            whole = block.groups == len(terms)
+            codes = self._codes(block.values, block.groups)
+            pieces = [
+                torch.baddbmm(*((offset, scaled) if whole else (offset[part], scaled[part])), own)
+                for (scaled, offset), own in zip(
+                    shifted, (codes,) if parts == 1 else codes.chunk(parts, -1), strict=True
+                )
+            ]
+            found.append(_joined(pieces, dim=-1))
+            start += block.groups
+        return _joined(found)
 
     def _codes(self, pieces: list[Tensor], groups: int) -> Tensor:
         """Unpack codes, float32 (groups, size, channels); they hold until the next call."""
@@ -161,8 +169,8 @@ class Groups:
         return numbers
 
 
-def _joined(pieces: list[Tensor]) -> Tensor:
-    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+def _joined(pieces: list[Tensor], dim: int = 0) -> Tensor:
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=dim)
 
 
 def _units(packed: Packed, head: slice, rows: int) -> list[_Block]:
