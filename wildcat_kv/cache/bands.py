@@ -249,7 +249,8 @@ class BandedStorage:
         """Append exact tokens; arguments as of `Storage.append`."""
         if keys.shape[2] == 1 and valid is None and self._together is not None:
             opens = [band.open for band in self.bands]
-            if self._together.append(opens, keys.flatten(0, 2), values.flatten(0, 2)):
+            if self._together.opened.holds(opens):
+                self._together.opened.append(opens, keys.flatten(0, 2), values.flatten(0, 2))
                 self.length += 1
                 return
         every_key, every_value = keys.flatten(0, 1).unsqueeze(1), values.flatten(0, 1).unsqueeze(1)

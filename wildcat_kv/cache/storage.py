@@ -176,6 +176,10 @@ class Storage:
             start = end
         return start
 
+    def room_for(self, length: int) -> int:
+        """Give the columns to allocate for `length` of them."""
+        return self._room.capacity(length)
+
     @property
     def entries(self) -> Entries:
         """View of the columns in use."""

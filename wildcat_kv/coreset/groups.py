@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from wildcat_kv.coreset.quantised import Quantised, planes, scratch_of, unpack_codes
+from wildcat_kv.coreset.quantised import Quantised, planes, scratch_of
 from wildcat_kv.coreset.tensors import ordinary_tensors
 
 # Codes unpacked at once: 1 MiB of float32.
@@ -165,8 +166,19 @@ class Groups:
         packed = _joined(pieces)
         packed = packed.view(groups, -1, packed.shape[-1])
         numbers = scratch_of((groups, self.size, packed.shape[-1]), packed.device)
-        unpack_codes(packed, self.bits, numbers)
+        runs = numbers.view(groups, 8 // self.bits, -1, packed.shape[-1]).unbind(1)
+        mask = _number(2**self.bits - 1)
+        for place, run in enumerate(runs):
+            part = torch.bitwise_right_shift(packed, _number(self.bits * place)) if place else packed
+            run.copy_(torch.bitwise_and(part, mask) if place + 1 < len(runs) else part)
         return numbers
+
+
+@cache
+def _number(number: int) -> Tensor:
+    """Give a number as a tensor: with a plain one every call makes such."""
+    with ordinary_tensors():
+        return torch.tensor(number, dtype=torch.uint8)
 
 
 def _joined(pieces: list[Tensor], dim: int = 0) -> Tensor:

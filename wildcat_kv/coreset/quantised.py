@@ -104,7 +104,7 @@ class Quantised:
 
     def _unpack(self, start: int, stop: int, numbers: Tensor) -> Tensor:
         """Unpack the groups [start, stop) to `numbers`, float32 (batch, groups, size, channels)."""
-        unpack_codes(self.codes[:, start:stop], self.bits, numbers)
+        _unpack(self.codes[:, start:stop], self.bits, numbers)
         scale, lowest = (side[:, start:stop].to(torch.float32) for side in (self.scale, self.lowest))
         if self.by_slot:
             parted = numbers.unflatten(-1, (scale.shape[-1], -1))
@@ -169,8 +169,8 @@ def _pack(codes: Tensor, bits: int) -> Tensor:
     return planes[0] if len(planes) == 1 else torch.cat(planes, dim=-2)
 
 
-def unpack_codes(packed: Tensor, bits: int, numbers: Tensor) -> None:
-    """Unpack codes (..., size * bits / 8, channels) to `numbers`, float32 (..., size, channels)."""
+def _unpack(packed: Tensor, bits: int, numbers: Tensor) -> None:
+    """Unpack what `_pack` packed to `numbers`, float32 (..., size, channels)."""
     if bits == 8:
         numbers.copy_(packed)
         return
