@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from wildcat_kv import weighted_attention
@@ -65,7 +65,6 @@ def query_of(storage, count=1):
 STEPS = st.lists(st.sampled_from(["token", "tokens", "masked", "take back", "rows", "clone", "attend"]), max_size=12)
 
 
-@settings(max_examples=40)
 @given(
     counts=st.lists(st.integers(0, 60), min_size=1, max_size=4),
     bits=st.sampled_from([None, 8, 4, 3, 2]),

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from wildcat_kv.coreset import groups as module
@@ -41,7 +41,6 @@ def unpacked(bands):
 SEGMENTS = st.sampled_from([[], [(1, 8)], [(2, 16)], [(3, 16), (1, 8)], [(1, 16), (2, 8)]])
 
 
-@settings(max_examples=40)
 @given(
     bands=st.lists(st.tuples(st.integers(1, 2), SEGMENTS, st.booleans()), min_size=1, max_size=4),
     bits=st.sampled_from([8, 4, 2]),

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -112,7 +112,8 @@ class BandedStorage:
     def _hold(self, shape: tuple[int, int], bands: Sequence[Band]) -> None:
         """Hold these bands from now on."""
         self._shape, self.bands = shape, list(bands)
-        self._forget()
+        # All bands side by side, made at the first token that is read alone; False where they cannot be.
+        self._together: Together | Literal[False] | None = None
         with ordinary_tensors():
             self.allocated = self._blank(0)  # asked for at every token
         self.slots_of_rows = [0] * shape[0]
@@ -121,14 +122,9 @@ class BandedStorage:
             self.slots_of_rows[row] = max(self.slots_of_rows[row], band.slots)
         self.length = max(self.slots_of_rows[row] - band.waiting + band.open.length for row, band in at)
 
-    def _forget(self) -> None:
-        """Forget the bands side by side: they will be put so anew."""
-        self._together: Together | None = None
-        self._asked_together = False
-
     def __getstate__(self) -> dict[str, Any]:
         """Copy or store without views of what is there already."""
-        return self.__dict__ | {"_together": None, "_asked_together": False}
+        return self.__dict__ | {"_together": None}
 
     @property
     def device(self) -> torch.device:
@@ -238,16 +234,15 @@ class BandedStorage:
         """Give all bands side by side if they can be read so, with queries (heads, group, q, d)."""
         if query.shape[2] > 1 or query.requires_grad or not attends_by_products(query, options):
             return None
-        if not self._asked_together:
+        if self._together is None:
             places = [place for band in self.bands for place in band.places]
             packed = [band.packed for band in self.bands]
-            self._together = Together.of(places, [band.open for band in self.bands], packed)
-            self._asked_together = True
-        return self._together
+            self._together = Together.of(places, [band.open for band in self.bands], packed) or False
+        return self._together or None
 
     def append(self, keys: Tensor, values: Tensor, valid: Tensor | None) -> None:
         """Append exact tokens; arguments as of `Storage.append`."""
-        if keys.shape[2] == 1 and valid is None and self._together is not None:
+        if keys.shape[2] == 1 and valid is None and self._together:
             opens = [band.open for band in self.bands]
             if self._together.opened.holds(opens):
                 self._together.opened.append(opens, keys.flatten(0, 2), values.flatten(0, 2))
@@ -324,12 +319,12 @@ class BandedStorage:
                 band.open.to(device)
                 band.packed = tuple(segment.to(device) for segment in band.packed)
                 band.__post_init__()
-            self._forget()
+            self._together = None
             self.allocated = self._blank(0)
 
     def offload(self) -> None:
         """Move keys and values to the CPU, as `Storage.offload` does."""
-        self._forget()
+        self._together = None
         with ordinary_tensors():
             for band in self.bands:
                 band.open.offload()
