@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -17,12 +18,13 @@ from torch import Tensor
 from wildcat_kv.cache.budget import Row
 from wildcat_kv.cache.entries import Entries
 from wildcat_kv.cache.kernel_way import KernelWay
+from wildcat_kv.cache.one_token import Together
 from wildcat_kv.cache.packed import Segment
 from wildcat_kv.cache.storage import Storage
 from wildcat_kv.cache.value_range import ValueRange
 from wildcat_kv.coreset import decoding
 from wildcat_kv.coreset.tensors import ordinary_tensors
-from wildcat_kv.coreset.wtdattn import AttentionOptions, coreset_attention, parted_attention
+from wildcat_kv.coreset.wtdattn import AttentionOptions, attends_by_products, coreset_attention, parted_attention
 
 
 @dataclass
@@ -112,6 +114,7 @@ class BandedStorage:
     def _hold(self, shape: tuple[int, int], bands: Sequence[Band]) -> None:
         """Hold these bands from now on."""
         self._shape, self.bands, self._way = shape, list(bands), KernelWay()
+        self._together: Together | Literal[False] | None = None  # made at the first single token; False if it cannot be
         with ordinary_tensors():
             self.allocated = self._blank(0)  # asked for at every token
         self.slots_of_rows = [0] * shape[0]
@@ -119,6 +122,10 @@ class BandedStorage:
         for row, band in at:
             self.slots_of_rows[row] = max(self.slots_of_rows[row], band.slots)
         self.length = max(self.slots_of_rows[row] - band.waiting + band.open.length for row, band in at)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copy or store without views of what is there already."""
+        return self.__dict__ | {"_together": None}
 
     @property
     def device(self) -> torch.device:
@@ -191,8 +198,8 @@ class BandedStorage:
 
         Args:
             query: (rows, query_heads, q, d).
-            keys: not read.
-            values: not read.
+            keys: not read, nor are the values.
+            values: see above.
             options: arguments of the attention call, without `valid`.
 
         Returns:
@@ -200,8 +207,7 @@ class BandedStorage:
         """
         rows, heads = self._shape
         if query.shape[2] == 1 and query.device.type in decoding.DEVICES:
-            by_kernel = self._way.attend(query, heads, self.bands, options)
-            if by_kernel is not None:
+            if (by_kernel := self._way.attend(query, heads, self.bands, options)) is not None:
                 return by_kernel
         flat = query.reshape(rows * heads, -1, *query.shape[2:])
         sinks = options.sink_logits
@@ -209,7 +215,11 @@ class BandedStorage:
             sinks = sinks.view(heads, -1).repeat(rows, 1)
         box = options.value_range
         options = options._replace(value_range=None)
-        if len(self.bands) == 1 and isinstance(self.bands[0].select, slice):
+        together = self._for_one_token(flat, options)
+        if together is not None:
+            opens = [band.open for band in self.bands]
+            found = together.attend(opens, flat, options.scale).to(query.dtype).unsqueeze(2)
+        elif len(self.bands) == 1 and isinstance(self.bands[0].select, slice):
             found = self.bands[0].attend(flat, options if sinks is None else options._replace(sink_logits=sinks))
         else:
             parts = []
@@ -224,8 +234,25 @@ class BandedStorage:
             found = found.clamp(lowest, highest)
         return found.reshape(rows, -1, *found.shape[2:])
 
+    def _for_one_token(self, query: Tensor, options: AttentionOptions) -> Together | None:
+        """Give all bands side by side if they can be read so, with queries (heads, group, q, d)."""
+        plain = query.shape[2] == 1 and query.device.type == "cpu" and not query.requires_grad
+        if not (plain and attends_by_products(query, options)):
+            return None
+        if self._together is None:
+            places = [place for band in self.bands for place in band.places]
+            packed = [band.packed for band in self.bands]
+            self._together = Together.of(places, [band.open for band in self.bands], packed) or False
+        return self._together or None
+
     def append(self, keys: Tensor, values: Tensor, valid: Tensor | None) -> None:
         """Append exact tokens; arguments as of `Storage.append`."""
+        if keys.shape[2] == 1 and valid is None and self._together:
+            opens = [band.open for band in self.bands]
+            if self._together.opened.holds(opens):
+                self._together.opened.append(opens, keys.flatten(0, 2), values.flatten(0, 2))
+                self.length += 1
+                return
         every_key, every_value = keys.flatten(0, 1).unsqueeze(1), values.flatten(0, 1).unsqueeze(1)
         if valid is not None:
             valid = valid.repeat_interleave(self._shape[1], dim=0)
@@ -297,10 +324,12 @@ class BandedStorage:
                 band.open.to(device)
                 band.packed = tuple(segment.to(device) for segment in band.packed)
                 band.__post_init__()
+            self._together = None
             self.allocated = self._blank(0)
 
     def offload(self) -> None:
         """Move keys and values to the CPU, as `Storage.offload` does."""
+        self._together = None
         with ordinary_tensors():
             for band in self.bands:
                 band.open.offload()

@@ -178,6 +178,10 @@ class Storage:
             start = end
         return start
 
+    def room_for(self, length: int) -> int:
+        """Give the columns to allocate for `length` of them."""
+        return self._room.capacity(length)
+
     @property
     def entries(self) -> Entries:
         """View of the columns in use."""
@@ -202,15 +206,11 @@ class Storage:
         return held.keys[:, :, :length], held.values[:, :, :length]
 
     def attend(self, query: Tensor, keys: Tensor, values: Tensor, options: AttentionOptions) -> Tensor:
-        """Attend by weights with queries (rows, query_heads, q, d), to the keys and values of `shown`.
-
-        The `options` come without `valid`; the result is (rows, query_heads, q, d_v).
-        """
+        """Attend by weights with queries (rows, query_heads, q, d) to what `shown` gave; no `valid` in `options`."""
         held, length = self.allocated, self.length
         if query.shape[2] == 1 and query.device.type in decoding.DEVICES:
             rows, heads = held.weights.shape[:2]
-            found = self._way.attend(query, heads, (Lines(range(rows * heads), self),), options)
-            if found is not None:
+            if (found := self._way.attend(query, heads, (Lines(range(rows * heads), self),), options)) is not None:
                 return found
         weights, valid = held.weights[:, :, :length], held.valid[:, :, :length]
         return coreset_attention(query, keys, values, weights, self.weighting, options._replace(valid=valid))

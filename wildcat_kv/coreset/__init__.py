@@ -4,7 +4,7 @@ Read `reference.py` first: the whole paper for one head in plain float64 lines. 
 
     RPNYS        rpnys.py, rpnys_blocked.py for large ranks
     COMPRESSKV   compresskv.py, for all bins at once binned.py and bins.py
-    WTDATTN      wtdattn.py, fused.py; parts.py and quantised.py for entries in a few bits; decoding.py on GPUs
+    WTDATTN      wtdattn.py, fused.py; parts.py, quantised.py, groups.py for entries in a few bits; decoding.py on GPUs
     tau          temperature.py
     guarantee    guarantee.py, with its proof
     randomness   draws.py from noise.py

@@ -12,12 +12,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
-from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from wildcat_kv.coreset.kernels.switch import DEVICES as DEVICES
 from wildcat_kv.coreset.quantised import Quantised
 from wildcat_kv.coreset.wtdattn import AttentionOptions
 
@@ -32,8 +32,6 @@ _ALIGNED = 16
 _ITEMS_PER_PROCESSOR = 4
 # Entries of an item: fewer are not worth a program.
 _LEAST_ENTRIES = 128
-# Types of devices that the kernels run on. Asked at every token, so it is no function.
-DEVICES = ("cuda",) if torch.version.cuda is not None and find_spec("triton") is not None else ()
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _OPEN, _PACKED = 0, 1
 

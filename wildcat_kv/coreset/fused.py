@@ -2,7 +2,7 @@
 
 On GPUs no kernel takes a bias at full speed, and cuDNN's, which torch prefers, is planned anew for every length, for
 half a second each. So no bias is passed to it in passes whose length changes: one query takes plain products, and
-several take FlashAttention, with log-weights as two more channels of the keys.
+several take FlashAttention, with log-weights as two more channels of the keys, if the kernels are switched on.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import pad, scaled_dot_product_attention
 
+from wildcat_kv.coreset.kernels.switch import DEVICES
 from wildcat_kv.coreset.parts import SCORES_AT_ONCE, Parts, float32_blocks, unseen, weighted_sum
 from wildcat_kv.coreset.tensors import full_precision, has_full_precision
 
@@ -42,7 +43,7 @@ def fused(
     """
     (rows, heads, total, d), (kv_heads, n) = query.shape, keys.shape[1:3]
     groups = heads // kv_heads
-    if total == 1 and _by_products(query):
+    if total == 1 and by_products(query):
         return one_query(query, (keys,), (values,), weights, scale, weighted=weighted)
     if total > 1 and query.is_cuda and causal and _has_channels(query, values):
         return by_channels(query, keys, values, weights if weighted else None, scale)
@@ -73,7 +74,7 @@ def is_fusable(query: Tensor, values: Tensor, *, causal: bool) -> bool:
     return torch.compiler.is_compiling() or (causal and _has_channels(query, values))
 
 
-def _by_products(query: Tensor) -> bool:
+def by_products(query: Tensor) -> bool:
     """Tell if plain products are faster than torch's kernel: on CPUs, by far in half precision, and on GPUs."""
     if query.dtype == torch.float64 or torch.compiler.is_compiling():
         return False
@@ -83,7 +84,8 @@ def _by_products(query: Tensor) -> bool:
 def _has_channels(query: Tensor, values: Tensor) -> bool:
     """Tell if FlashAttention takes these heads with two more channels."""
     return (
-        query.dtype in (torch.float16, torch.bfloat16)
+        "cuda" in DEVICES
+        and query.dtype in (torch.float16, torch.bfloat16)
         and _width(query.shape[-1], values.shape[-1]) <= _WIDEST
         and not torch.compiler.is_compiling()
         and _has_flash_attention(query.device)

@@ -87,7 +87,7 @@ class Quantised:
         for start in range(0, self.codes.shape[1], step):
             codes = self.codes[:, start : start + step]
             shape = (*codes.shape[:2], self.size, self.channels)
-            yield self._unpack(start, start + step, _scratch_of(shape, codes.device))
+            yield self._unpack(start, start + step, scratch_of(shape, codes.device))
 
     def unpack(self) -> Tensor:
         """Unpack all: float32 (batch, groups * size, channels)."""
@@ -114,7 +114,7 @@ class Quantised:
         return numbers.flatten(1, 2)
 
 
-def _scratch_of(shape: tuple[int, ...], device: torch.device) -> Tensor:
+def scratch_of(shape: tuple[int, ...], device: torch.device) -> Tensor:
     """Give float32 memory of this shape, the same for every call that does not record gradients."""
     if torch.is_grad_enabled():  # a graph would hold on to it
         return torch.empty(shape, dtype=torch.float32, device=device)
@@ -125,6 +125,11 @@ def _scratch_of(shape: tuple[int, ...], device: torch.device) -> Tensor:
         with ordinary_tensors():
             held = buffers[name] = torch.empty(needed, dtype=torch.float32, device=device)
     return held[:needed].view(shape)
+
+
+def planes(bits: int) -> tuple[int, ...]:
+    """Give the bits of the planes that codes are stored in."""
+    return _PLANES[bits]
 
 
 def fits_half(numbers: Tensor) -> bool:

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from wildcat_kv.coreset.fused import fused, is_fusable, one_query
+from wildcat_kv.coreset.fused import by_products, fused, is_fusable, one_query
 from wildcat_kv.coreset.parts import SCORES_AT_ONCE, Parts, float32_blocks, unseen, weighted_sum
 from wildcat_kv.coreset.tensors import full_precision, has_full_precision
 
@@ -187,6 +187,11 @@ def parted_attention(
         return output if options.value_range is None else output.clamp(*options.value_range)
     masses = torch.where(weights >= LEAST_MASS, weights, 1.0)
     return _in_blocks(query, keys, values, weights, masses, options)
+
+
+def attends_by_products(query: Tensor, options: AttentionOptions) -> bool:
+    """Tell if one token's queries (..., 1, d) attend by plain products and one softmax, unless weights are negative."""
+    return _is_plain(query, WeightSigns.POSITIVE, options) and by_products(query)
 
 
 def _is_plain(query: Tensor, signs: WeightSigns, options: AttentionOptions) -> bool:

@@ -1,4 +1,6 @@
-"""Triton kernels for GPUs. Only what launches them imports them: Triton is not installed everywhere.
+"""Triton kernels for GPUs, to be switched on by WILDCAT_KV_KERNELS=1, see `switch.py`.
+
+Only what launches them imports them: Triton is not installed everywhere.
 
 COMPRESSKV, a program a bin; `binned.py` says what is computed, and computes all that the kernel does not claim:
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from wildcat_kv.coreset.bins import BinLayout
 from wildcat_kv.coreset.draws import Draws
+from wildcat_kv.coreset.kernels.switch import DEVICES
 from wildcat_kv.coreset.temperature import constant_temperature, squared_temperature
 from wildcat_kv.coreset.tokens import KernelOptions, WeightedTokens
 
@@ -23,7 +24,7 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _CHANNELS = 32  # at a time
 
 # Devices whose tensors the kernel takes; tests add the CPU, under Triton's interpreter. Empty once a launch has failed.
-_devices = {"cuda"}
+_devices = set(DEVICES)
 
 
 class Compressed(NamedTuple):
