@@ -135,8 +135,7 @@ class BandedStorage:
     @property
     def columns(self) -> int:
         """Columns in use, on average over the heads, rounded up."""
-        total = sum(band.columns * len(band.places) for band in self.bands)
-        return -(-total // (self._shape[0] * self._shape[1]))
+        return -(-sum(band.columns * len(band.places) for band in self.bands) // (self._shape[0] * self._shape[1]))
 
     @property
     def entries(self) -> Entries:
@@ -190,16 +189,15 @@ class BandedStorage:
 
     def view(self) -> tuple[Tensor, Tensor]:
         """Copy all keys and values to rectangles (rows, heads, length, channels)."""
-        entries = self.entries
-        return entries.keys, entries.values
+        return (entries := self.entries).keys, entries.values
 
     def attend(self, query: Tensor, keys: Tensor, values: Tensor, options: AttentionOptions) -> Tensor:
         """Attend to all entries, by their weights.
 
         Args:
             query: (rows, query_heads, q, d).
-            keys: not read, nor are the values.
-            values: see above.
+            keys: not read.
+            values: not read.
             options: arguments of the attention call, without `valid`.
 
         Returns:
@@ -207,7 +205,8 @@ class BandedStorage:
         """
         rows, heads = self._shape
         if query.shape[2] == 1 and query.device.type in decoding.DEVICES:
-            if (by_kernel := self._way.attend(query, heads, self.bands, options)) is not None:
+            by_kernel = self._way.attend(query, heads, self.bands, options)
+            if by_kernel is not None:
                 return by_kernel
         flat = query.reshape(rows * heads, -1, *query.shape[2:])
         sinks = options.sink_logits
