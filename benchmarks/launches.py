@@ -130,7 +130,7 @@ class Launches(TorchDispatchMode):
             counter.reads[_place()] += 1
             return tolist(tensor)
 
-        Tensor.tolist = noted  # type: ignore[method-assign]
+        Tensor.tolist = noted  # type: ignore[method-assign, assignment]
         super().__enter__()
         return self
 

@@ -9,16 +9,13 @@ POINTERS = {
     "centre": "*fp32",
     "roots": "*fp32",
     "noise": "*fp32",
-    "pivots_out": "*i64",
-    "found_out": "*i1",
-    "computed_out": "*i1",
+    "source_out": "*i64",
+    "valid_out": "*i1",
+    "keys_out": "*bf16",
     "values_out": "*bf16",
     "weights_out": "*fp32",
-    "norms_out": "*fp32",
-    "counts_out": "*i32",
 }
 NUMBERS = {"fold": "i64", "root": "fp32"}
-OPTIONAL = ("mass", "valid", "bound", "roots", "noise", "computed_out")
 SIZES = {"LIMIT": 3e38, "KEEP": True, "CLIPPED": True, "D": 80, "D_V": 128, "T": 16, "R": 16, "BLOCK": 32}
 
 
