@@ -15,7 +15,8 @@ from wildcat_kv import CompressedCache, WildCatCache
 from wildcat_kv.cache.sizes import stored_tokens
 from wildcat_kv.compressors import QueryWildCat
 from wildcat_kv.compressors.query_wildcat import Profile, load_profile, profile_names
-from wildcat_kv.compressors.query_wildcat.profile import apportion, fingerprint
+from wildcat_kv.compressors.query_wildcat.model_match import fingerprint
+from wildcat_kv.compressors.query_wildcat.profile import apportion
 from wildcat_kv.contexts.profiling import measure_profile
 from wildcat_kv.hook.keyword import CACHE
 from wildcat_kv.models import default_model_path

@@ -9,7 +9,7 @@ from tests.tiny import SMALL
 from wildcat_kv import WildCatCache, patch_config
 from wildcat_kv.compressors import QueryWildCat, SnapKV
 from wildcat_kv.compressors.query_wildcat import load_profile
-from wildcat_kv.compressors.query_wildcat.profile import fingerprint
+from wildcat_kv.compressors.query_wildcat.model_match import fingerprint
 from wildcat_kv.integrations.model_folder import patch_folder
 from wildcat_kv.recipes.recipe import Recipe, read_section
 

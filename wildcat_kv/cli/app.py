@@ -46,6 +46,7 @@ for command in (
     commands.inspect,
     commands.patch,
     commands.profile,
+    commands.fit_scorer,
     commands.custom_generate,
 ):
     app.command()(command)

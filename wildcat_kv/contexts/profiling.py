@@ -12,7 +12,8 @@ from typing_extensions import override
 
 from wildcat_kv.cache.caches import CompressedCache
 from wildcat_kv.compressors.query_wildcat import Profile, QueryWildCat
-from wildcat_kv.compressors.query_wildcat.profile import Point, fingerprint
+from wildcat_kv.compressors.query_wildcat.model_match import fingerprint
+from wildcat_kv.compressors.query_wildcat.profile import Point
 from wildcat_kv.compressors.query_wildcat.survey import Survey
 from wildcat_kv.contexts.reading import read
 from wildcat_kv.data.haystack import build_context

@@ -9,7 +9,14 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from wildcat_kv.compressors import Compressor, QueryWildCat, resolve
-from wildcat_kv.compressors.query_wildcat import Profile, load_profile, profile_names
+from wildcat_kv.compressors.query_wildcat import (
+    FittedScorer,
+    Profile,
+    load_profile,
+    load_scorer,
+    profile_names,
+    scorer_names,
+)
 from wildcat_kv.compressors.registry import AUTO, check_name
 from wildcat_kv.config import BUDGETS, WildCatConfig
 from wildcat_kv.hook.keyword import given_argument, given_cache
@@ -34,6 +41,9 @@ class Section(BaseModel):
     profile: str | dict[str, Any] | None = Field(
         None, description="profile is that of query_wildcat: the name of one that the package has, or all of it"
     )
+    scorer: str | dict[str, Any] | None = Field(
+        None, description="scorer is that of query_wildcat: the name of one that the package has, or all of it"
+    )
     settings: WildCatConfig = Field(description="settings are a mapping of fields of WildCatConfig")
 
     @field_validator("compressor")
@@ -43,29 +53,31 @@ class Section(BaseModel):
         return compressor
 
     @model_validator(mode="after")
-    def _check_profile(self) -> Section:
+    def _check_measured(self) -> Section:
         self.method(self.settings)
         return self
 
     def method(self, settings: WildCatConfig) -> str | Compressor:
-        """Give the method by its name, or with its profile.
+        """Give the method by its name, or with what was measured for its model: a profile, a scorer.
 
         Args:
             settings: settings that the method goes with.
 
         Raises:
-            ValueError: a profile that cannot be read, or one beside another method.
+            ValueError: a profile or a scorer that cannot be read, or one beside another method.
         """
-        if self.profile is None:
+        given = {name: value for name in ("profile", "scorer") if (value := getattr(self, name)) is not None}
+        if not given:
             return self.compressor
+        named = " and ".join(given)
         if self.compressor == AUTO:
-            raise ValueError("profile with compressor='auto', which finds one by itself; name query_wildcat")
+            raise ValueError(f"{named} with compressor='auto', which finds one by itself; name query_wildcat")
         method = resolve(self.compressor, settings)
         if not isinstance(method, QueryWildCat):
             raise ValueError(
-                f"profile with compressor={self.compressor!r}: only query_wildcat has one; leave profile out"
+                f"{named} with compressor={self.compressor!r}: only query_wildcat has one; leave {named} out"
             )
-        return replace(method, profile=load_profile(self.profile))
+        return replace(method, **given)
 
 
 @dataclass(frozen=True)
@@ -141,17 +153,19 @@ class Recipe:
         """Turn the recipe into plain data, for a model's config.
 
         Raises:
-            ValueError: the method is none, or an object, which a config cannot hold; a profile it can.
+            ValueError: the method is none, or an object, which a config cannot hold; a profile and a scorer it can.
         """
-        name, profile, method = self.compressor, None, self.compressor
-        if isinstance(method, QueryWildCat) and replace(method, profile=None) == QueryWildCat.of(self.settings):
-            name, profile = "query_wildcat", _plain_profile(method.profile)
+        name, method, measured = self.compressor, self.compressor, dict[str, Any]()
+        if isinstance(method, QueryWildCat):
+            if replace(method, profile=None, scorer=None) == QueryWildCat.of(self.settings):
+                name = "query_wildcat"
+            measured = {"profile": _plain_profile(method.profile), "scorer": _plain_scorer(method.scorer)}
         if not isinstance(name, str):
             raise ValueError(
                 f"compressor={self.compressor!r}: a config holds names; give one of `wildcat-kv methods`, and offer a "
                 "method of your own under the entry point wildcat_kv.compressors"
             )
-        chosen: dict[str, Any] = {"preset": self.preset, "compressor": name, "profile": profile}
+        chosen: dict[str, Any] = {"preset": self.preset, "compressor": name, **measured}
         try:
             section = Section(version=VERSION, settings=self.settings, **chosen)
         except ValidationError as error:
@@ -165,6 +179,14 @@ def _plain_profile(profile: Any) -> str | dict[str, Any] | None:
         return None
     shipped = (name for name in profile_names() if load_profile(name) == profile)
     return next(shipped, None) or profile.model_dump(mode="json")
+
+
+def _plain_scorer(scorer: Any) -> str | dict[str, Any] | None:
+    """Turn a scorer into its name, if the package has it, or into plain data; None stays."""
+    if not isinstance(scorer, FittedScorer):
+        return None
+    shipped = (name for name in scorer_names() if load_scorer(name) == scorer)
+    return next(shipped, None) or scorer.model_dump(mode="json")
 
 
 def chooses_a_cache(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

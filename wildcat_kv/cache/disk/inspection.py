@@ -159,8 +159,10 @@ def _stored(header: Header, tensors: dict[str, _UnreadTensor], index: int) -> in
 def _written(description: JsonValue) -> str:
     """Write a described method as in Python; see `describe`."""
     if not isinstance(description, dict) or not isinstance(parameters := description.get("parameters"), dict):
-        profiled = description.get("model") if isinstance(description, dict) else None
-        return str(description) if profiled is None else f"Profile({profiled!r})"
+        measured = description.get("model") if isinstance(description, dict) else None
+        if not isinstance(description, dict) or measured is None:
+            return str(description)
+        return f"{'Profile' if 'points' in description else 'FittedScorer'}({measured!r})"
     given = (
         f"{name}={_written(value) if isinstance(value, dict) else repr(value)}" for name, value in parameters.items()
     )

@@ -17,6 +17,8 @@ from typing_extensions import Self, override
 from wildcat_kv.compressors.base import Compressed, KVBlock, SharingCompressor
 from wildcat_kv.compressors.observation import Observation
 from wildcat_kv.compressors.query_wildcat.fit import estimate_error, fit_slots
+from wildcat_kv.compressors.query_wildcat.fitted_scorer import FittedScorer, load_scorer
+from wildcat_kv.compressors.query_wildcat.fitted_scores import fitted_scores
 from wildcat_kv.compressors.query_wildcat.profile import Profile, load_profile
 from wildcat_kv.compressors.query_wildcat.sharing import Share, best_items, take_counted
 from wildcat_kv.compressors.query_wildcat.slots import first_within, merge_parts, take_kept
@@ -72,6 +74,9 @@ class QueryWildCat(SharingCompressor):
         profile: shares of the model's layers, so that no layer waits for others: a `Profile`, the name of one that
             comes with the package ("smollm2-135m", "gemma3-270m", "qwen2.5-coder-0.5b"), or a file of
             `wildcat-kv profile`. None to deal the slots out by what is found in each text.
+        scorer: weights fitted to the model, whose scores take the place of the second part's estimate: a
+            `FittedScorer`, the name of one that comes with the package ("smollm2-135m", "qwen2.5-coder-0.5b"), or a file of
+            `wildcat-kv fit-scorer`. None for the estimate.
 
     Source: this project, `docs/method.md`. WildCat is arXiv 2602.10056; that a model which repeats a text shows what it
     needs of it is arXiv 2505.23416, which reads it a second time.
@@ -96,6 +101,7 @@ class QueryWildCat(SharingCompressor):
     tolerance: float | None = None
     share: Share = "heads"
     profile: Profile | Mapping[str, Any] | str | Path | None = None
+    scorer: FittedScorer | Mapping[str, Any] | str | Path | None = None
 
     def __post_init__(self) -> None:
         for name in ("queries", "judges", "carried", "ahead", "apart"):
@@ -119,6 +125,8 @@ class QueryWildCat(SharingCompressor):
                     "by itself; leave one of them out"
                 )
             object.__setattr__(self, "profile", load_profile(self.profile))
+        if self.scorer is not None:
+            object.__setattr__(self, "scorer", load_scorer(self.scorer))
 
     @classmethod
     def of(cls, settings: WildCatConfig) -> Self:
@@ -140,6 +148,8 @@ class QueryWildCat(SharingCompressor):
     def check_model(self, decoder: Any, layers: int) -> None:
         if isinstance(self.profile, Profile):
             self.profile.check_model(decoder, layers)
+        if isinstance(self.scorer, FittedScorer):
+            self.scorer.check_model(decoder, layers)
 
     @override
     def compress(self, block: KVBlock, rank: int) -> Compressed:
@@ -150,7 +160,11 @@ class QueryWildCat(SharingCompressor):
 
     @override
     def survey(self, block: KVBlock) -> Survey:
-        return survey_block(block, self.questions)
+        survey = survey_block(block, self.questions)
+        if not isinstance(self.scorer, FittedScorer):
+            return survey
+        weights = self.scorer.layer_of(block)
+        return survey._replace(recall=fitted_scores(block, survey.recall, weights))
 
     @property
     def questions(self) -> Questions:

@@ -15,18 +15,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from wildcat_kv.compressors.query_wildcat.model_match import check_match
 from wildcat_kv.validation import did_you_mean, one_line
 
 _FOLDER = Path(__file__).with_name("profiles")
-# Fields of the decoder's config that tell models apart.
-_FINGERPRINT = (
-    "model_type",
-    "num_hidden_layers",
-    "hidden_size",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "vocab_size",
-)
 
 # For each layer one number, or one for each of its heads.
 _Shares = tuple[tuple[Annotated[float, Field(ge=0, allow_inf_nan=False)], ...], ...]
@@ -109,11 +101,7 @@ class Profile(BaseModel):
             ValueError: names what differs.
         """
         way_out = "measure one by `wildcat-kv profile MODEL`, or leave profile out"
-        for field, measured in self.match.items():
-            if (found := getattr(decoder, field, None)) != measured:
-                raise ValueError(
-                    f"profile={self!r} is of a model with {field}={measured!r}, and this one has {found!r}; {way_out}"
-                )
+        check_match(self.match, decoder, f"profile={self!r}", way_out)
         if layers != len(self.heads):
             raise ValueError(
                 f"profile={self!r} has shares of {len(self.heads)} layers, and this model has {layers} that can be "
@@ -194,11 +182,6 @@ def apportion(shares: Sequence[float], slots: int, rooms: Sequence[int]) -> list
     # Rounding the sums instead of the parts keeps their total. A little more than half is lost to no float.
     ends = [int(end + 0.5 + 1e-9) for end in accumulate(amounts)]
     return [end - start for start, end in pairwise([0, *ends])]
-
-
-def fingerprint(decoder: Any) -> dict[str, str | int | None]:
-    """Describe a decoder by fields of its config, for `Profile.match`."""
-    return {field: getattr(decoder, field, None) for field in _FINGERPRINT}
 
 
 def profile_names() -> list[str]:
