@@ -75,7 +75,7 @@ class QueryWildCat(SharingCompressor):
             comes with the package ("smollm2-135m", "gemma3-270m", "qwen2.5-coder-0.5b"), or a file of
             `wildcat-kv profile`. None to deal the slots out by what is found in each text.
         scorer: weights fitted to the model, whose scores take the place of the second part's estimate: a
-            `FittedScorer`, the name of one that comes with the package ("smollm2-135m", "qwen2.5-coder-0.5b"), or a file of
+            `FittedScorer`, the name of one that comes with the package ("smollm2-135m"), or a file of
             `wildcat-kv fit-scorer`. None for the estimate.
 
     Source: this project, `docs/method.md`. WildCat is arXiv 2602.10056; that a model which repeats a text shows what it
