@@ -68,7 +68,7 @@ def blocks_of(config, passes, **settings):
 # What it scores
 
 
-def test_scores_are_the_logistic_function_of_what_a_token_was_before_its_rotation():
+def test_scores_are_the_larger_of_recall_and_a_logistic_function_of_what_a_token_was_unrotated():
     config = two_layers()
     [block, *_], keys, values = blocks_of(config, [60], ratio=0.5)
     weights = scorer_of(config).layer(0) / 5
@@ -84,7 +84,7 @@ def test_scores_are_the_logistic_function_of_what_a_token_was_before_its_rotatio
             query = rotation.back(mean, place).flatten()
             value = values[0][0, head, place[0]].flatten()
             features = torch.cat((key, value, query, recall[0, head, item].log().view(1), torch.ones(1)))
-            expected = torch.sigmoid(features @ weights[head])
+            expected = torch.maximum(torch.sigmoid(features @ weights[head]), recall[0, head, item])
             torch.testing.assert_close(found[0, head, item], expected, rtol=1e-4, atol=1e-5)
 
 
@@ -117,10 +117,10 @@ def test_padding_stays_out():
 
 
 def test_the_second_part_is_for_what_the_scorer_marks():
-    # Only the value's first channel counts: the tokens in which it is largest stay, in both heads and layers.
+    # Only the value's first channel counts, far above the recall: the tokens in which it is largest stay.
     config = two_layers()
     weights = torch.zeros(2, WIDTH)
-    weights[:, 16] = 1.0
+    weights[:, 16], weights[:, -1] = 1.0, 8.0
     scorer = FittedScorer.of([weights] * 2, model="tiny", match=fingerprint(config), texts="none", tokens=1)
     method = replace(OURS, scorer=scorer, attended=0.0, recalled=1.0, ridge=0.0, share="layers")
     cache = CompressedCache(config, compressor=method, ratio=0.25, **SIZES)

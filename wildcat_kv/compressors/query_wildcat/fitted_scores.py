@@ -1,7 +1,7 @@
 """Scores of a fitted scorer: how strongly a token is needed, from what its layer holds of it.
 
 A token's features are its key and the mean query of its group, both without their rotation, its value, and the recall
-that its layer estimates. The logit of its score is linear in them.
+that its layer estimates. The logit of the fit is linear in them.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _LEAST_RECALL = 1e-6
 
 
 def fitted_scores(block: KVBlock, recall: Tensor, weights: Tensor) -> Tensor:
-    """Score the items by the fit of a layer.
+    """Score the items by the fit of a layer, or by their recall where it is larger.
 
     Tokens whose own queries the layer does not hold keep their recall, and so do slots of earlier coresets: their
     positions are not known.
@@ -37,7 +37,9 @@ def fitted_scores(block: KVBlock, recall: Tensor, weights: Tensor) -> Tensor:
     with torch.no_grad(), full_precision(block.keys.device):
         weights = weights.to(features.device)
         logits = torch.matmul(features, weights[:, :-1, None]).squeeze(-1) + weights[:, -1:]
-        found = torch.where(recall[..., known:] > -torch.inf, logits.sigmoid(), -torch.inf)
+        own = recall[..., known:]
+        # What the estimate finds and the fit does not is kept too: the drift is lower.
+        found = torch.where(own > -torch.inf, torch.maximum(logits.sigmoid(), own), own)
     return torch.cat((recall[..., :known], found), dim=-1)
 
 

@@ -74,9 +74,9 @@ class QueryWildCat(SharingCompressor):
         profile: shares of the model's layers, so that no layer waits for others: a `Profile`, the name of one that
             comes with the package ("smollm2-135m", "gemma3-270m", "qwen2.5-coder-0.5b"), or a file of
             `wildcat-kv profile`. None to deal the slots out by what is found in each text.
-        scorer: weights fitted to the model, whose scores take the place of the second part's estimate: a
-            `FittedScorer`, the name of one that comes with the package ("smollm2-135m"), or a file of
-            `wildcat-kv fit-scorer`. None for the estimate.
+        scorer: weights fitted to the model; the larger of its score and the estimate is that of the second part. A
+            `FittedScorer`, the name of one that comes with the package ("smollm2-135m"), or a file of `wildcat-kv
+            fit-scorer`. None for the estimate alone.
 
     Source: this project, `docs/method.md`. WildCat is arXiv 2602.10056; that a model which repeats a text shows what it
     needs of it is arXiv 2505.23416, which reads it a second time.
