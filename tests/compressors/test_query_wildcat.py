@@ -303,14 +303,14 @@ def rotate(vectors, positions):
 def error_by_hand(cache, keys, values, layer):
     """||o' - o|| / ||o|| of each query head over five of 60 queries, asked from 5 behind the end.
 
-    Between the end and them stand five newer tokens, which are exact: those before each query where it stood.
+    Between the end and them stand three newer tokens, which are exact: those before each query where it stood.
     """
     n, entries, found = keys.shape[3], cache.layers[layer].state.entries, []
     places = n - 1 - torch.tensor([6, 18, 30, 42, 54])
     for head in range(4):
         k, v = keys[layer, 0, head // 2].double(), values[layer, 0, head // 2].double()
         queries = SCALE * rotate(k[places] + 0.5, n + 5 - places)
-        near = (places.unsqueeze(1) - torch.arange(5)).clamp(min=0)
+        near = (places.unsqueeze(1) - torch.arange(3)).clamp(min=0)
         newer = (SCALE * (k[near] @ (k[places] + 0.5).unsqueeze(-1))).exp()  # (query, token, 1)
         beside, newer_mass = (newer * v[near]).sum(1), newer.sum(1)
         paid = (queries @ k.T).exp()

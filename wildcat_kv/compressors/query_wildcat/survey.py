@@ -223,8 +223,8 @@ def _attend(
 def _with_company(block: KVBlock, judges: Asked, places: Tensor, mass: Tensor, ahead: int) -> Asked:
     """Give the judges the tokens that stand between the text and them.
 
-    Queries `ahead` tokens behind the text see as many newer tokens, their own among them, and all of these are exact.
-    What a judge pays to them, it has paid to the tokens before it where it stood.
+    Queries of the next `ahead` tokens see half as many newer tokens on average, their own among them, and all of these
+    are exact. What a judge pays to them, it has paid to the tokens before it where it stood.
 
     Args:
         block: entries.
@@ -236,7 +236,7 @@ def _with_company(block: KVBlock, judges: Asked, places: Tensor, mass: Tensor, a
     assert block.queries is not None
     heads, n, total = mass.shape[1], mass.shape[2], block.queries.shape[2]
     # Newest first; only exact tokens have a place in the text.
-    at = (n - total + places).unsqueeze(1) - torch.arange(min(ahead, block.exact), device=places.device)
+    at = (n - total + places).unsqueeze(1) - torch.arange(min(-(-ahead // 2), block.exact), device=places.device)
     there = at >= n - block.exact
     at = at.clamp_min(0).flatten()
     keys, values, weights = (
