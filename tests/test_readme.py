@@ -141,7 +141,7 @@ def test_readme_is_short_and_begins_with_the_hub():
     assert len(text.splitlines()) <= 150
     first = blocks("README.md")[0]
     assert HUB in first.code and "SmolLM2-135M-Instruct" in first.code
-    assert "4-bit" in text and "nothing was measured on a gpu" in text.lower()
+    assert "4-bit" in text and "how well large models answer was not measured" in text.lower()
 
 
 def test_commands_that_pages_name_exist(capsys, monkeypatch):
