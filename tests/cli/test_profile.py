@@ -31,7 +31,7 @@ def test_a_saved_cache_names_its_profile_without_all_its_numbers(monkeypatch, ca
     model(random_ids(1, 200), **{CACHE: cache})
     cache.save(tmp_path / "context.safetensors")
     _, out, _ = run(monkeypatch, capsys, "inspect", tmp_path / "context.safetensors")
-    assert "profile=Profile('model'))" in out.replace("\n", " ") and "attended=[" not in out
+    assert "profile=Profile('model')" in out.replace("\n", " ") and "attended=[" not in out
 
 
 @pytest.mark.parametrize(
