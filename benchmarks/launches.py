@@ -1,4 +1,4 @@
-"""What a prefill makes a device do: operations that launch a kernel, and reads that the host waits for.
+"""Count what a prefill makes a device do: operations that launch a kernel, and reads that the host waits for.
 
 Counted at torch's dispatcher, on any device alike. Views, allocations and operations without a result in memory do not
 count. An operation counts once, whatever number of kernels it takes on a device, and so does a launch of Triton's. What
@@ -33,7 +33,7 @@ _WAITING = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonz
 
 
 class Cost(NamedTuple):
-    """What a cache adds to a prefill, on average.
+    """Hold what a cache adds to a prefill, on average.
 
     Attributes:
         launches_per_layer: operations.

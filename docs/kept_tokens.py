@@ -1,6 +1,6 @@
 """Record which tokens Query WildCat keeps in each head of the default model, for the picture in docs/method.md.
 
-    python -m docs.kept_tokens    # writes results/method/kept_tokens.json.gz; a minute
+    python -m docs.kept_tokens    # writes results/method/kept_tokens.json.gz
 
 The text is that of the demo: essays of 1,000 tokens that hold five-digit numbers.
 """

@@ -1,4 +1,4 @@
-"""What a GPU takes: `python -m benchmarks gpu`. Time, memory and correctness, within a few minutes.
+"""Measure time, memory and correctness of a GPU within a few minutes: `python -m benchmarks gpu`.
 
 command.py      the command and its options
 shapes.py       the models, by shape; how long texts and batches are

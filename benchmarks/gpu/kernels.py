@@ -65,7 +65,7 @@ def _timed(lab: Lab, work: Callable[[], object], moved: int) -> dict[str, Any]:
     places = lab.stalls(work)
     if places is not None:
         row |= {"stalls": sum(places.values()), "places": places}
-    # What waits cannot be recorded, and a recording that fails leaves the generator of random numbers unfit for use.
+    # A recording fails at an operation that waits, and then leaves the generator of random numbers unfit for use.
     if places is not None and not places and (alone := lab.replayed(work)) is not None:
         row["graph_seconds"] = alone
     return row

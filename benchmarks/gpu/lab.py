@@ -24,7 +24,7 @@ _SYNCHRONISES = "synchroniz"  # a word of the warning of torch's debug mode
 
 @dataclass
 class Lab:
-    """What all cases work with.
+    """Hold the device, the sizes and the time that all cases share.
 
     Attributes:
         device: device that is measured.

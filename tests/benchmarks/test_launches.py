@@ -44,6 +44,5 @@ def test_a_fold_by_the_kernel_launches_few(monkeypatch, method, launches):
         return device.Compressed(source, coreset.valid, coreset.keys, coreset.values, coreset.weights)
 
     monkeypatch.setattr(device, "_devices", {"cpu"})
-    monkeypatch.setattr(device, "_has_triton", lambda: True)
     monkeypatch.setattr(device, "_compress", compress)
     assert 0 < prefill_cost(method, TOKENS).launches_per_layer <= launches

@@ -52,7 +52,7 @@ class Methods(TorchFunctionMode):
 
 
 def waits(work):
-    """What waits for the device while `work` is done."""
+    """Collect what waits for the device while `work` is done."""
     with Methods() as methods, Operations() as operations:
         work()
     return methods.waiting + operations.waiting

@@ -19,7 +19,7 @@ from tests.coreset.kernel_cases import WIDTHS, Case
 from tests.coreset.kernel_compiling import compile_slots
 from wildcat_kv import compress_kv
 from wildcat_kv.coreset.bins import BinLayout
-from wildcat_kv.coreset.kernels import device
+from wildcat_kv.coreset.kernels import device, switch
 from wildcat_kv.coreset.noise import fold_key
 
 pytest.importorskip("triton", reason="Triton is for Linux")
@@ -124,6 +124,20 @@ def test_a_machine_that_cannot_compile_is_told_once_and_served_by_pytorch(monkey
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         compress_kv(keys, values, rank=4, noise=noise)
+
+
+@pytest.mark.parametrize(
+    ("value", "cuda", "triton", "reason"),
+    [("yes", "13.0", True, "must be 1 or 0"), ("1", None, True, "no CUDA"), ("1", "13.0", False, "not installed")],
+)
+def test_a_switch_that_switches_nothing_on_says_so(value, cuda, triton, reason):
+    with pytest.warns(UserWarning, match=f"WILDCAT_KV_KERNELS='{value}' switches nothing on: .*{reason}"):
+        assert switch.kernel_devices(value, cuda, triton) == ()
+
+
+def test_the_switch():
+    assert switch.kernel_devices("1", "13.0", True) == ("cuda",)
+    assert switch.kernel_devices("0", "13.0", True) == switch.kernel_devices("", "13.0", True) == ()
 
 
 def test_memory_that_runs_out_is_no_reason_to_compress_otherwise(monkeypatch):

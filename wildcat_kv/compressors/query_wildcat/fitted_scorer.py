@@ -20,8 +20,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from wildcat_kv.compressors.base import KVBlock
-from wildcat_kv.compressors.query_wildcat.model_match import check_match
-from wildcat_kv.validation import did_you_mean, one_line
+from wildcat_kv.compressors.query_wildcat.model_match import check_match, find_file, shipped_names
+from wildcat_kv.validation import one_line
 
 _FOLDER = Path(__file__).with_name("scorers")
 _SUFFIX = ".safetensors"
@@ -131,7 +131,7 @@ class FittedScorer(BaseModel):
 
 def scorer_names() -> list[str]:
     """List the names of the scorers that come with the package."""
-    return sorted(path.stem for path in _FOLDER.glob(f"*{_SUFFIX}"))
+    return shipped_names(_FOLDER, _SUFFIX)
 
 
 def load_scorer(given: str | os.PathLike[str] | Mapping[str, Any] | FittedScorer) -> FittedScorer:
@@ -153,17 +153,7 @@ def load_scorer(given: str | os.PathLike[str] | Mapping[str, Any] | FittedScorer
         return given
     if isinstance(given, Mapping):
         return _checked("scorer", given)
-    if not isinstance(given, (str, os.PathLike)):
-        raise TypeError(f"scorer={given!r} is no scorer; give a name, the path of a {_SUFFIX} file, or a FittedScorer")
-    path, names = Path(given), scorer_names()
-    if path.suffix != _SUFFIX:
-        if str(given) not in names:
-            raise ValueError(
-                f"scorer={str(given)!r}: no such scorer; {did_you_mean(str(given), names)}there are "
-                f"{', '.join(names)}, or give the path of a {_SUFFIX} file that `wildcat-kv fit-scorer` wrote"
-            )
-        path = _FOLDER / f"{given}{_SUFFIX}"
-    return _read(path)
+    return _read(find_file("scorer", given, _FOLDER, _SUFFIX, "wildcat-kv fit-scorer"))
 
 
 def _read(path: Path) -> FittedScorer:

@@ -15,8 +15,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from wildcat_kv.compressors.query_wildcat.model_match import check_match
-from wildcat_kv.validation import did_you_mean, one_line
+from wildcat_kv.compressors.query_wildcat.model_match import check_match, find_file, shipped_names
+from wildcat_kv.validation import one_line
 
 _FOLDER = Path(__file__).with_name("profiles")
 
@@ -186,7 +186,7 @@ def apportion(shares: Sequence[float], slots: int, rooms: Sequence[int]) -> list
 
 def profile_names() -> list[str]:
     """List the names of the profiles that come with the package."""
-    return sorted(path.stem for path in _FOLDER.glob("*.json"))
+    return shipped_names(_FOLDER, ".json")
 
 
 def load_profile(given: str | os.PathLike[str] | Mapping[str, Any] | Profile) -> Profile:
@@ -208,16 +208,7 @@ def load_profile(given: str | os.PathLike[str] | Mapping[str, Any] | Profile) ->
         return given
     if isinstance(given, Mapping):
         return _checked("profile", given)
-    if not isinstance(given, (str, os.PathLike)):
-        raise TypeError(f"profile={given!r} is no profile; give a name, the path of a .json file, or a Profile")
-    path, names = Path(given), profile_names()
-    if path.suffix != ".json":
-        if str(given) not in names:
-            raise ValueError(
-                f"profile={str(given)!r}: no such profile; {did_you_mean(str(given), names)}there are "
-                f"{', '.join(names)}, or give the path of a .json file that `wildcat-kv profile` wrote"
-            )
-        path = _FOLDER / f"{given}.json"
+    path = find_file("profile", given, _FOLDER, ".json", "wildcat-kv profile")
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

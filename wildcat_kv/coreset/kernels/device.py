@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from functools import cache
-from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
@@ -46,7 +44,7 @@ class Compressed(NamedTuple):
 
 def serves(tokens: WeightedTokens, layout: BinLayout, options: KernelOptions) -> bool:
     """Tell if the kernel is there, and claims these tokens."""
-    return tokens.keys.device.type in _devices and _has_triton() and supports(tokens, layout, options)
+    return tokens.keys.device.type in _devices and supports(tokens, layout, options)
 
 
 def supports(tokens: WeightedTokens, layout: BinLayout, options: KernelOptions) -> bool:
@@ -154,8 +152,3 @@ def _sizes(layout: BinLayout) -> dict[str, int]:
 def _rows_of_channels(tensor: Tensor) -> Tensor:
     """Give a tensor whose channels lie side by side."""
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
-
-
-@cache
-def _has_triton() -> bool:
-    return find_spec("triton") is not None

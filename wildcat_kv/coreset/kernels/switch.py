@@ -7,15 +7,38 @@ them on, before the package is imported; `python -m benchmarks gpu` then says if
 from __future__ import annotations
 
 import os
+import warnings
 from importlib.util import find_spec
 
 import torch
 
 VARIABLE = "WILDCAT_KV_KERNELS"
 
+
+def kernel_devices(value: str, cuda: str | None, triton: bool) -> tuple[str, ...]:
+    """Choose the types of devices that the kernels run on.
+
+    Args:
+        value: value of the variable; "" if it is not set.
+        cuda: version of CUDA that torch was built for; None for none.
+        triton: True if Triton can be imported.
+
+    Returns:
+        ("cuda",), or () with a warning where that is not what `value` asks for.
+    """
+    if value in ("", "0"):
+        return ()
+    if value != "1":
+        reason = "it must be 1 or 0"
+    elif cuda is None:
+        reason = "this build of torch has no CUDA"
+    elif not triton:
+        reason = "Triton is not installed"
+    else:
+        return ("cuda",)
+    warnings.warn(f"{VARIABLE}={value!r} switches nothing on: {reason}", stacklevel=2)
+    return ()
+
+
 # Types of the devices that they run on.
-DEVICES: tuple[str, ...] = (
-    ("cuda",)
-    if os.environ.get(VARIABLE) == "1" and torch.version.cuda is not None and find_spec("triton") is not None
-    else ()
-)
+DEVICES = kernel_devices(os.environ.get(VARIABLE, ""), torch.version.cuda, find_spec("triton") is not None)
