@@ -13,7 +13,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from tests.driver import EVEN, METHODS, SCALE
 from tests.tiny import SMALL
-from wildcat_kv import CompressedCache, WildCatCache, WildCatConfig, weighted_attention
+from wildcat_kv import WildCatCache, WildCatConfig, weighted_attention
 from wildcat_kv.cache.budget import block_size, share_budget
 
 LAYERS = {"full": ["full_attention"] * 2, "hybrid": ["full_attention", "sliding_attention", "full_attention"]}
@@ -41,7 +41,7 @@ class Caches(RuleBasedStateMachine):
         rows=st.integers(1, 3),
         masked=st.booleans(),
         dtype=st.sampled_from([torch.float32, torch.bfloat16]),
-        method=st.sampled_from(["wildcat", *METHODS]),
+        method=st.sampled_from(["default", *METHODS]),
         bits=st.sampled_from([{}, {}, *({"bits": bits, "group": group} for bits in (8, 4, 3, 2) for group in (8, 16))]),
         seed=st.integers(0, 2**16),
     )
@@ -51,10 +51,9 @@ class Caches(RuleBasedStateMachine):
             **{**SMALL, "num_hidden_layers": len(types), "layer_types": types, "sliding_window": 8}
         )
         self.settings = WildCatConfig(**{"sink": 3, "window": 6, "bin_rank": 4, **budget, **bits})
-        self.options = {} if method == "wildcat" else {"compressor": METHODS[method]}
-        self.make = WildCatCache if method == "wildcat" else CompressedCache
+        self.options = {} if method == "default" else {"compressor": METHODS[method]}
         self.even = method in EVEN
-        self.cache = self.make(self.config, self.settings, **self.options)
+        self.cache = WildCatCache(self.config, self.settings, **self.options)
         self.generator = torch.Generator().manual_seed(seed)
         self.masked, self.dtype, self.rows = masked, dtype, rows
         self.forget()
@@ -167,7 +166,7 @@ class Caches(RuleBasedStateMachine):
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "context.safetensors"
             self.cache.save(path)
-            self.cache = self.make.load(path, self.config, **self.options)
+            self.cache = WildCatCache.load(path, self.config, **self.options)
 
     @rule()
     def clone(self):
