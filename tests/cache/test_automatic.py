@@ -23,11 +23,11 @@ def test_it_is_query_wildcat_where_the_model_rotates(settings):
 
 
 def test_a_tolerance_needs_no_profile(monkeypatch):
-    monkeypatch.setattr(automatic, "shipped_profile", None)
+    monkeypatch.setattr(automatic, "shipped_measures", None)
     assert chosen(tiny_config("llama"), ratio="auto", tolerance=0.1) == QueryWildCat(tolerance=0.1)
 
 
-def test_a_model_that_was_measured_has_its_profile():
+def test_a_model_that_was_measured_has_its_profile_and_its_scorer():
     """SmolLM2-135M by the shape of its decoder; one layer less is another model."""
     shape = {
         "hidden_size": 576,
@@ -37,7 +37,7 @@ def test_a_model_that_was_measured_has_its_profile():
         "vocab_size": 49152,
     }
     config = tf.LlamaConfig(num_hidden_layers=30, **shape)
-    assert chosen(config) == QueryWildCat(profile=load_profile("smollm2-135m"))
+    assert chosen(config) == QueryWildCat(profile=load_profile("smollm2-135m-with-scorer"), scorer="smollm2-135m")
     assert not chosen(config).waits  # each layer compresses as soon as it was read
     assert chosen(tf.LlamaConfig(num_hidden_layers=29, **shape)) == QueryWildCat()
 

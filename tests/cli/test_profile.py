@@ -1,8 +1,10 @@
 """`wildcat-kv profile`: a file that serves the model that it was measured on, and wrong arguments."""
 
 import pytest
+import transformers as tf
 
 from tests.cli.test_cli import folder, run  # noqa: F401  # a fixture
+from tests.compressors.test_query_wildcat_scorer import scorer_of
 from tests.tiny import random_ids, tiny_config, tiny_model
 from wildcat_kv import CompressedCache
 from wildcat_kv.compressors import QueryWildCat
@@ -23,6 +25,18 @@ def test_a_profile_is_measured_and_serves_its_model(monkeypatch, capsys, folder,
     assert cache.compressor.profile == profile
 
 
+def test_a_profile_is_measured_with_a_scorer(monkeypatch, capsys, folder, tmp_path):  # noqa: F811
+    scorer, path = scorer_of(tf.AutoConfig.from_pretrained(folder)), tmp_path / "profile.json"
+    scorer.save(tmp_path / "scorer.safetensors")
+    arguments = ("--output", path, "--texts", 1, "--tokens", 256, "--ratio", 0.25)
+    status, out, _ = run(
+        monkeypatch, capsys, "profile", folder, "--scorer", tmp_path / "scorer.safetensors", *arguments
+    )
+    assert status == 0 and f"profile='{path}', scorer=..." in out
+    assert load_profile(path).scorer == scorer.digest
+    assert QueryWildCat(profile=path, scorer=scorer).scorer == scorer
+
+
 def test_a_saved_cache_names_its_profile_without_all_its_numbers(monkeypatch, capsys, folder, tmp_path):  # noqa: F811
     path = tmp_path / "tiny.json"
     run(monkeypatch, capsys, "profile", folder, "--output", path, "--texts", 1, "--tokens", 256, "--ratio", 0.25)
@@ -39,6 +53,7 @@ def test_a_saved_cache_names_its_profile_without_all_its_numbers(monkeypatch, ca
     [
         (["--ratio", "1.5"], "ratio=1.5 must be a share of the tokens, in (0, 1]"),
         (["--output", "nowhere/profile.json"], "output='nowhere/profile.json': there is no folder 'nowhere'"),
+        (["--scorer", "nothing"], "scorer='nothing': no such scorer; there are smollm2-135m"),
         (["--share", "rows"], "share='rows' must be 'layers' or 'heads'"),
         (["--tokens", "9"], "--tokens"),
     ],

@@ -15,6 +15,7 @@ from wildcat_kv.compressors import QueryWildCat
 from wildcat_kv.compressors.query_wildcat import FittedScorer, load_scorer, scorer_names
 from wildcat_kv.compressors.query_wildcat.fitted_scores import fitted_scores, item_features
 from wildcat_kv.compressors.query_wildcat.model_match import fingerprint
+from wildcat_kv.contexts.profiling import measure_profile
 from wildcat_kv.contexts.scorer_fitting import _Regression, fit_scorer
 from wildcat_kv.hook.keyword import CACHE
 from wildcat_kv.models import default_model_path
@@ -203,6 +204,40 @@ def test_it_is_fitted_to_a_second_reading(llama, monkeypatch):
 def test_a_fit_to_too_little_is_refused(llama, length, ridge, message):
     with pytest.raises(ValueError, match=message):
         fit_scorer(llama, None, [random_ids(1, length)], name="tiny", description="none", ridge=ridge)
+
+
+# With a profile
+
+
+def test_a_profile_that_was_measured_with_a_scorer_needs_this_one(llama):
+    scorer, other = scorer_of(llama.config), scorer_of(llama.config, seed=1)
+    texts, parameters = [random_ids(1, 300)], {"name": "tiny", "description": "random ids", "ratios": (0.25,)}
+    found = measure_profile(llama, texts, method=replace(OURS, scorer=scorer), **parameters)
+    assert found.scorer == scorer.digest != other.digest
+    assert found != measure_profile(llama, texts, method=OURS, **parameters).model_copy(update={"scorer": found.scorer})
+    assert QueryWildCat(profile=found, scorer=scorer).scorer == scorer
+    for wrong in (None, other):
+        with pytest.raises(ValueError, match=r"profile=Profile\('tiny', 3 layers\) was measured with a scorer, and"):
+            QueryWildCat(profile=found, scorer=wrong)
+
+
+def test_a_scorer_beside_a_profile_that_knows_none_is_warned_of(llama):
+    profile = measure_profile(
+        llama, [random_ids(1, 300)], name="tiny", description="random ids", ratios=(0.25,), method=OURS
+    )
+    with pytest.warns(UserWarning, match=r"measured without a scorer.*`wildcat-kv profile MODEL --scorer SCORER`"):
+        QueryWildCat(profile=profile, scorer=scorer_of(llama.config))
+
+
+def test_a_process_with_a_share_of_the_heads_does_without():
+    config = two_layers()
+    with_scorer, without = (build(config, scorer, ratio=0.25) for scorer in (scorer_of(config, heads=4), None))
+    keys, values = tokens(1, 60)
+    with pytest.warns(UserWarning, match="left out: this process has 2 of a layer's 4 heads"):
+        read(with_scorer, keys, values, 0, 60)
+    read(without, keys, values, 0, 60)
+    for ours, theirs in zip(with_scorer.layers, without.layers, strict=True):
+        assert torch.equal(ours.state.entries.keys, theirs.state.entries.keys)
 
 
 # Files

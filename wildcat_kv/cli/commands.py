@@ -207,6 +207,9 @@ def profile(
     share: Annotated[str, typer.Option(help="heads: each head has a share of its own; layers: equal heads.")] = "heads",
     texts: Annotated[int, typer.Option(help="Texts to read.", min=1)] = 8,
     tokens: Annotated[int, typer.Option(help="Tokens of a text.", min=256)] = 2000,
+    scorer: Annotated[
+        str | None, typer.Option(help="Scorer to measure with: a name, or a file of `wildcat-kv fit-scorer`.")
+    ] = None,
     dtype: options.DtypeOption = "float32",
     device: options.DeviceOption = None,
 ) -> None:
@@ -218,10 +221,12 @@ def profile(
         raise ValueError(f"ratio={wrong} must be a share of the tokens, in (0, 1]")
     if share not in ("layers", "heads"):
         raise ValueError(f"share={share!r} must be 'layers' or 'heads'")
-    loaded, tokenizer = options.load(model, dtype, device)
     from wildcat_kv.cli.profiling import write_profile
+    from wildcat_kv.compressors import QueryWildCat
 
-    write_profile(loaded, tokenizer, output, model, ratio, "heads" if share == "heads" else "layers", texts, tokens)
+    method = QueryWildCat(share="heads" if share == "heads" else "layers", scorer=scorer)
+    loaded, tokenizer = options.load(model, dtype, device)
+    write_profile(loaded, tokenizer, output, model, ratio, method, texts, tokens)
 
 
 def fit_scorer(

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from wildcat_kv.compressors import QueryWildCat
-from wildcat_kv.compressors.query_wildcat.sharing import Share
 from wildcat_kv.contexts.profiling import RATIOS, essay_texts, measure_profile
 from wildcat_kv.data.downloads import progress
 from wildcat_kv.files import replacing
@@ -23,7 +22,7 @@ def write_profile(
     output: Path,
     source: str | None,
     ratios: Sequence[float] | None,
-    share: Share,
+    method: QueryWildCat,
     texts: int,
     tokens: int,
 ) -> None:
@@ -35,7 +34,7 @@ def write_profile(
         output: file to write.
         source: hub id, folder or file of the model; None for the default model.
         ratios: shares of the tokens to keep; None for the usual ones.
-        share: "layers" or "heads".
+        method: parameters of the method: how heads share, and the scorer to measure with.
         texts: number of texts.
         tokens: tokens of each.
     """
@@ -47,7 +46,7 @@ def write_profile(
             name=name,
             description=f"{texts} texts of {tokens} tokens, Paul Graham's essays, half develop",
             ratios=ratios or RATIOS,
-            method=QueryWildCat(share=share),
+            method=method,
         )
     with replacing(output) as partial:
         partial.write_text(found.to_json(), encoding="utf-8")
@@ -57,4 +56,5 @@ def write_profile(
     named = ", ".join(f"{place} ({sizes[place]:.1f})" for place in most)
     print(f"{output}: {len(sizes)} layers, {len(found.points)} ratios, {found.tokens} tokens")
     print(f"Layers with the largest shares of what a repeated text needs, at ratio {point.ratio}: {named}")
-    print(f"Use it: WildCatCache(model.config, compressor=QueryWildCat(profile={str(output)!r}), ratio=0.25, sink=4)")
+    given = f"profile={str(output)!r}" + ("" if method.scorer is None else ", scorer=...")
+    print(f"Use it: WildCatCache(model.config, compressor=QueryWildCat({given}), ratio=0.25, sink=4)")

@@ -11,7 +11,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from wildcat_kv.cache.caches import CompressedCache
-from wildcat_kv.compressors.query_wildcat import Profile, QueryWildCat
+from wildcat_kv.compressors.query_wildcat import FittedScorer, Profile, QueryWildCat
 from wildcat_kv.compressors.query_wildcat.model_match import fingerprint
 from wildcat_kv.compressors.query_wildcat.profile import Point
 from wildcat_kv.compressors.query_wildcat.survey import Survey
@@ -72,7 +72,7 @@ def measure_profile(
         name: name of the model, for the reader of the profile.
         description: description of the texts.
         ratios: shares of the tokens to keep; several, since sharp layers are full sooner.
-        method: parameters of the method; its own `profile` must be None.
+        method: parameters of the method, its scorer among them; its own `profile` must be None.
 
     Raises:
         ValueError: no text, one that is too short, a ratio outside (0, 1], or a model that cannot be compressed.
@@ -99,7 +99,13 @@ def measure_profile(
     ]
     tokens = sum(text.shape[1] for text in texts)
     return Profile(
-        version=1, model=name, match=fingerprint(decoder), texts=description, tokens=tokens, points=tuple(points)
+        version=1,
+        model=name,
+        match=fingerprint(decoder),
+        texts=description,
+        tokens=tokens,
+        scorer=method.scorer.digest if isinstance(method.scorer, FittedScorer) else None,
+        points=tuple(points),
     )
 
 

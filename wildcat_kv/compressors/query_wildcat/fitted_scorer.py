@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import base64
 import binascii
+import hashlib
 import json
 import os
+import warnings
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -76,6 +79,11 @@ class FittedScorer(BaseModel):
 
     __str__ = __repr__
 
+    @property
+    def digest(self) -> str:
+        """Name the weights: 16 digits of their SHA-256."""
+        return hashlib.sha256("".join(self.weights).encode("ascii")).hexdigest()[:16]
+
     @classmethod
     def of(cls, layers: Sequence[Tensor], **origin: Any) -> FittedScorer:
         """Build a scorer of its weights.
@@ -113,14 +121,23 @@ class FittedScorer(BaseModel):
                 f"{_WAY_OUT}"
             )
 
-    def layer_of(self, block: KVBlock) -> Tensor:
+    def layer_of(self, block: KVBlock) -> Tensor | None:
         """Give the weights of a block's layer, float32 (heads, features + 1).
 
+        None, with a warning, where a process has only a share of the heads: it does not tell which.
+
         Raises:
-            ValueError: its heads have other sizes, or a process has only a share of them.
+            ValueError: its heads have other sizes.
         """
         weights, keys = self.layer(block.layer_index), block.keys
         needed = keys.shape[1], 2 * keys.shape[3] + block.values.shape[3] + 2
+        if weights.shape[1] == needed[1] and needed[0] < weights.shape[0] and weights.shape[0] % needed[0] == 0:
+            warnings.warn(
+                f"scorer={self!r} is left out: this process has {needed[0]} of a layer's {weights.shape[0]} heads, and "
+                "does not know which",
+                stacklevel=2,
+            )
+            return None
         if weights.shape != needed:
             raise ValueError(
                 f"scorer={self!r} has weights {tuple(weights.shape)} for layer {block.layer_index}, and this layer "
@@ -153,7 +170,8 @@ def load_scorer(given: str | os.PathLike[str] | Mapping[str, Any] | FittedScorer
         return given
     if isinstance(given, Mapping):
         return _checked("scorer", given)
-    return _read(find_file("scorer", given, _FOLDER, _SUFFIX, "wildcat-kv fit-scorer"))
+    path = find_file("scorer", given, _FOLDER, _SUFFIX, "wildcat-kv fit-scorer")
+    return _read_once(path) if path.parent == _FOLDER else _read(path)
 
 
 def _read(path: Path) -> FittedScorer:
@@ -172,6 +190,10 @@ def _read(path: Path) -> FittedScorer:
         return FittedScorer.of(layers, **origin)
     except ValidationError as error:
         raise ValueError(f"{named}: {one_line(error, FittedScorer)}") from None
+
+
+# For the package's own files, which do not change: each cache of their model needs one.
+_read_once = cache(_read)
 
 
 def _checked(where: str, contents: Mapping[str, Any]) -> FittedScorer:

@@ -72,8 +72,8 @@ class QueryWildCat(SharingCompressor):
             share.
         share: "layers" where all heads of a layer keep equally many items, "heads" where each competes by itself.
         profile: shares of the model's layers, so that no layer waits for others: a `Profile`, the name of one that
-            comes with the package ("smollm2-135m", "gemma3-270m", "qwen2.5-coder-0.5b"), or a file of
-            `wildcat-kv profile`. None to deal the slots out by what is found in each text.
+            comes with the package (`profile_names()`), or a file of `wildcat-kv profile`. None to deal the slots out by
+            what is found in each text. One that was measured with a scorer needs this scorer.
         scorer: weights fitted to the model; the larger of its score and the estimate is that of the second part. A
             `FittedScorer`, the name of one that comes with the package ("smollm2-135m"), or a file of `wildcat-kv
             fit-scorer`. None for the estimate alone.
@@ -127,6 +127,8 @@ class QueryWildCat(SharingCompressor):
             object.__setattr__(self, "profile", load_profile(self.profile))
         if self.scorer is not None:
             object.__setattr__(self, "scorer", load_scorer(self.scorer))
+        if isinstance(self.profile, Profile):
+            self.profile.check_scorer(self.scorer if isinstance(self.scorer, FittedScorer) else None)
 
     @classmethod
     def of(cls, settings: WildCatConfig) -> Self:
@@ -164,7 +166,7 @@ class QueryWildCat(SharingCompressor):
         if not isinstance(self.scorer, FittedScorer):
             return survey
         weights = self.scorer.layer_of(block)
-        return survey._replace(recall=fitted_scores(block, survey.recall, weights))
+        return survey if weights is None else survey._replace(recall=fitted_scores(block, survey.recall, weights))
 
     @property
     def questions(self) -> Questions:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from wildcat_kv.compressors.query_wildcat.fitted_scorer import FittedScorer
 from wildcat_kv.compressors.query_wildcat.model_match import check_match, find_file, shipped_names
 from wildcat_kv.validation import one_line
 
@@ -51,6 +53,7 @@ class Profile(BaseModel):
         match: fields of the decoder's config, and the values that they have in this model.
         texts: description of the texts that were measured.
         tokens: tokens of all these texts.
+        scorer: digest of the scorer that it was measured with; None for none.
         points: shares at each ratio that was measured, in rising order. Between two of them they are interpolated.
 
     Raises:
@@ -64,6 +67,7 @@ class Profile(BaseModel):
     match: dict[str, str | int | None] = Field(min_length=1, description="match are fields of the decoder's config")
     texts: str = Field(min_length=1, description="texts says what was measured")
     tokens: int = Field(ge=1, description="tokens is the number of tokens of all texts, at least 1")
+    scorer: str | None = Field(None, description="scorer is the digest of the scorer that it was measured with")
     points: tuple[Point, ...] = Field(min_length=1, description="points are the shares at each ratio")
 
     @model_validator(mode="after")
@@ -111,6 +115,26 @@ class Profile(BaseModel):
         if isinstance(heads, int) and (wrong := next((one for one in self.heads if one not in (1, heads)), None)):
             raise ValueError(
                 f"profile={self!r} has shares of {wrong} heads in a layer, and this model has {heads}; {way_out}"
+            )
+
+    def check_scorer(self, scorer: FittedScorer | None) -> None:
+        """Refuse another scorer than the one that it was measured with.
+
+        A scorer beside a profile that was measured without one gains nothing, and is warned of.
+
+        Raises:
+            ValueError: names both.
+        """
+        if self.scorer is None and scorer is not None:
+            warnings.warn(
+                f"profile={self!r} was measured without a scorer, and its shares leave scorer={scorer!r} little to "
+                "gain; measure one by `wildcat-kv profile MODEL --scorer SCORER`",
+                stacklevel=4,
+            )
+        if self.scorer is not None and (scorer is None or scorer.digest != self.scorer):
+            raise ValueError(
+                f"profile={self!r} was measured with a scorer, and scorer={scorer!r} is not that one; give the "
+                "one that `wildcat-kv profile` was given, or leave profile out"
             )
 
     def counts(
