@@ -90,22 +90,25 @@ def measure_profile(
     for text in texts:
         cache = CompressedCache(model.config, compressor=recorder, ratio=0.0625, sink=_SINK, window=_WINDOW)
         read(model, cache, text)
-    mean = torch.stack(recorder.found).mean(0).unflatten(-1, (layers, -1))
-    if method.share == "layers":
-        mean = mean.mean(-1, keepdim=True)
-    points = [
-        Point(ratio=ratio, attended=_rounded(first), recalled=_rounded(second))
-        for ratio, (first, second) in zip(ratios, mean, strict=True)
-    ]
-    tokens = sum(text.shape[1] for text in texts)
     return Profile(
         version=1,
         model=name,
         match=fingerprint(decoder),
         texts=description,
-        tokens=tokens,
+        tokens=sum(text.shape[1] for text in texts),
         scorer=method.scorer.digest if isinstance(method.scorer, FittedScorer) else None,
-        points=tuple(points),
+        points=_points(recorder, layers),
+    )
+
+
+def _points(recorder: _Recorder, layers: int) -> tuple[Point, ...]:
+    """Average what a recorder found over the texts, at each of its ratios."""
+    mean = torch.stack(recorder.found).mean(0).unflatten(-1, (layers, -1))
+    if recorder.share == "layers":
+        mean = mean.mean(-1, keepdim=True)
+    return tuple(
+        Point(ratio=ratio, attended=_rounded(first), recalled=_rounded(second))
+        for ratio, (first, second) in zip(recorder.ratios, mean, strict=True)
     )
 
 
