@@ -53,7 +53,7 @@ def test_a_saved_cache_names_its_profile_without_all_its_numbers(monkeypatch, ca
     [
         (["--ratio", "1.5"], "ratio=1.5 must be a share of the tokens, in (0, 1]"),
         (["--output", "nowhere/profile.json"], "output='nowhere/profile.json': there is no folder 'nowhere'"),
-        (["--scorer", "nothing"], "scorer='nothing': no such scorer; there are smollm2-135m"),
+        (["--scorer", "nothing"], "scorer='nothing': no such scorer; there are qwen2.5-coder-0.5b, smollm2-135m"),
         (["--share", "rows"], "share='rows' must be 'layers' or 'heads'"),
         (["--tokens", "9"], "--tokens"),
     ],

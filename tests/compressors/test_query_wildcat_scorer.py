@@ -264,7 +264,7 @@ def test_a_file_gives_the_scorer_back(tmp_path):
 
 
 def test_the_scorers_of_the_package_fit_their_models():
-    assert scorer_names() == ["smollm2-135m"]
+    assert scorer_names() == ["qwen2.5-coder-0.5b", "smollm2-135m"]
     config = tf.AutoConfig.from_pretrained(default_model_path())
     cache = CompressedCache(config, compressor=QueryWildCat(scorer="smollm2-135m"), ratio=0.25)
     scorer = cache.compressor.scorer
