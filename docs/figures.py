@@ -37,6 +37,8 @@ _SMOKE = _ROOT / "results" / "eval" / "smoke"
 _SMOKE_OURS = _ROOT / "results" / "eval" / "smoke_query_wildcat"
 _EXACT_LAYERS = _ROOT / "results" / "eval" / "exact_layers"
 _FRONTIER = _ROOT / "results" / "eval" / "frontier"
+# Runs of one frontier: the default, all methods without what was measured of the model, and RULER.
+_PARTS = ("frontier_default", "frontier", "frontier_ruler")
 _BENCHMARKS = _ROOT / "results" / "benchmarks"
 
 _OURS, _SECOND, _THIRD, _FOURTH, _GREY = BLUE, ORANGE, GREEN, PINK, GREY
@@ -111,14 +113,12 @@ def methods() -> Figure:
 
 
 def frontier(suffix: str = "") -> Figure:
-    """Draw scores over the bytes held: needle and drift of one run, and RULER of another where there is one.
+    """Draw scores over the bytes held: needle, drift, and RULER where there is a run of it.
 
     Args:
         suffix: end of the runs' names, such as "_qwen".
     """
-    folders = [
-        folder for name in ("frontier", "frontier_ruler") if (folder := _FRONTIER.parent / f"{name}{suffix}").is_dir()
-    ]
+    folders = [folder for name in _PARTS if (folder := _FRONTIER.parent / f"{name}{suffix}").is_dir()]
     runs = [Folder(folder) for folder in folders]
     model = runs[0].manifest["model"]
     points = [point for run in runs for point in frontier_points(run.manifest, run.records())]
