@@ -2,11 +2,23 @@
 
 import torch
 import transformers as tf
+from torch import nn
 
 from tests.tiny import SMALL
 from wildcat_kv import CompressedCache, WildCatCache, WildCatConfig, compressors
 
 SCALE = 0.25
+
+
+class Projecting(nn.Module):
+    """An attention module's output projection, for four query heads of `channels`."""
+
+    def __init__(self, channels=16, device=None):
+        super().__init__()
+        self.o_proj = nn.Linear(4 * channels, 24, bias=False, device=device)
+        weights = torch.arange(24 * 4 * channels, device=device).view(24, -1)
+        self.o_proj.weight = nn.Parameter((0.7 * weights).sin(), requires_grad=False)
+
 
 # Every method that compresses what a cache reads, its windows as small as the caches of these tests.
 METHODS = {
@@ -26,6 +38,7 @@ METHODS = {
     "triattention": compressors.TriAttention(future=9, carried=6),
     "expected_attention": compressors.ExpectedAttention(future=9, carried=6),
     "adakv": compressors.AdaKV(compressors.H2O(recent=0.25)),
+    "criticalkv": compressors.CriticalKV(compressors.SnapKV(window=5, kernel=3)),
     "attention_matching": compressors.AttentionMatching(queries=20, carried=7),
     "query_wildcat": compressors.QueryWildCat(bin_rank=4, queries=20, carried=6, ahead=5, apart=40),
 }
@@ -59,6 +72,8 @@ def read(cache, keys, values, start, count, mask=None):
         cache.update(keys[number][:, :, part], values[number][:, :, part], index)
         layer = cache.layers[index]
         queries = keys[number][:, :, part].repeat_interleave(2, 1) + 0.5
+        if layer.needs_module:
+            layer.meet(Projecting(), 4, 16)
         outputs.append(None if forward.uses_fallback else layer.attend(queries, *layer.state.storage.view(), SCALE, {}))
         layer.after_attention(queries, SCALE)
     return outputs

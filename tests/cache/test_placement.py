@@ -14,7 +14,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import backend_registration
 
-from tests.driver import METHODS, SCALE, read, small_cache, state, tokens
+from tests.driver import METHODS, SCALE, Projecting, read, small_cache, state, tokens
 from tests.driver import assert_same as assert_same_state
 from tests.tiny import random_ids, tiny_model
 from wildcat_kv import WildCatCache
@@ -59,6 +59,8 @@ def step(cache, count, rows=2):
         keys = torch.zeros(rows, 2, count, 16, device=device)
         cache.update(keys, keys, index)
         queries = torch.zeros(rows, 4, count, 16, device=device)
+        if cache.layers[index].needs_module:
+            cache.layers[index].meet(Projecting(device=device), 4, 16)
         if not forward.uses_fallback:
             held = cache.layers[index].state.storage.view()
             assert str(cache.layers[index].attend(queries, *held, SCALE, {}).device) == device

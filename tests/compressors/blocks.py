@@ -79,6 +79,7 @@ def make(size, seed=0, *, rows=1, padding=True, powers=False, dtype=torch.float3
         "queries": (1.5 * normal(rows, HEADS * group, size.queried, D)).to(dtype),
         "carried_state": normal(rows, HEADS, n, state).abs(),
         "rotation": ROTATION,
+        "output_projection": torch.randn(HEADS * group, DV, 7, generator=torch.Generator().manual_seed(7)),
         "seen": n + 3 * size.slots,
         **fields,
     }

@@ -85,7 +85,8 @@ def block_of(state: LayerState, pending: PendingFold, group: RowGroup) -> KVBloc
         value_bound=take_rows(pending.value_bound, group.rows, total),
         queries=queries,
         carried_state=entries.carried_state,
-        rotation=state.rotation,
+        rotation=state.model.rotation,
+        output_projection=state.model.output_projection(state.compressor),
     )
 
 

@@ -175,6 +175,11 @@ def _check_static(settings: WildCatConfig, compressor: Compressor, offloading: b
             f"static=True: {method} learns from the queries of every token; take a method that needs keys and values "
             "only, such as wildcat"
         )
+    if compressor.needs_output_projection:
+        raise ValueError(
+            f"static=True: {method} reads weights of the model's layers, which a compiled step does not; take a method "
+            "that needs keys and values only, such as wildcat"
+        )
     if offloading:
         raise ValueError("static=True with offloading=True: addresses change when layers move; choose one of them")
     if windows:  # a window wider than the positions too: the model would ask for its mask

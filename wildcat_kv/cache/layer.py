@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from wildcat_kv.cache.bands import Band
 from wildcat_kv.cache.entries import Entries
@@ -20,6 +20,7 @@ from wildcat_kv.cache.refilling import trim_queries
 from wildcat_kv.cache.value_range import ValueRange
 from wildcat_kv.coreset.wtdattn import AttentionOptions
 from wildcat_kv.hook.marks import Forward, MarkedLength, mark
+from wildcat_kv.models.attention_module import AttentionModule
 
 
 class WildCatLayer(LayerContract):
@@ -101,6 +102,20 @@ class WildCatLayer(LayerContract):
             ValueError: the tokens were read before, see `forward.check_reading`.
         """
         check_reading(self._pass_state, self._index, query, config, options)
+
+    def meet(self, module: nn.Module, heads: int, channels: int) -> None:
+        """Take what the method needs of the layer's attention module.
+
+        Args:
+            module: attention module.
+            heads: query heads.
+            channels: channels of a value.
+
+        Raises:
+            ValueError: the module has no output projection that can be read.
+        """
+        self._state.model.attention = AttentionModule.of(module, heads, channels, self._state.compressor)
+        self.needs_module = False
 
     @property
     def uses_fallback(self) -> bool:

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from wildcat_kv.cache.forward import PassState, fold_layer
+from wildcat_kv.cache.model_layer import ModelLayer
 from wildcat_kv.cache.state import LayerState
 from wildcat_kv.compressors import Everything
 from wildcat_kv.compressors.rotation import Rotation
@@ -58,10 +59,11 @@ class LayerContract(CacheLayerMixin):
             self._index,
             self._place,
             self._sharing,
-            self._rotation,
+            ModelLayer(self._rotation),
             fixed=self.fixed,
         )
         self._pass_state.states[self._index] = self._state
+        self.needs_module = compressor.needs_output_projection
         self._offloading = False
         self._arrival: Any = None  # event of a copy to the device on another stream
         self._forward: Forward | None = None  # last pass that reached this layer

@@ -16,13 +16,13 @@ from torch import Tensor
 from wildcat_kv.cache.bands import Band, BandedStorage
 from wildcat_kv.cache.budget import Row
 from wildcat_kv.cache.entries import Entries
+from wildcat_kv.cache.model_layer import ModelLayer
 from wildcat_kv.cache.pending import PendingFold
 from wildcat_kv.cache.progress import Progress
 from wildcat_kv.cache.query_log import QueryLog
 from wildcat_kv.cache.storage import Room, Storage
 from wildcat_kv.cache.value_range import ValueRange
 from wildcat_kv.compressors.base import Compressor
-from wildcat_kv.compressors.rotation import Rotation
 from wildcat_kv.config import WildCatConfig
 from wildcat_kv.coreset.tensors import ordinary_tensors
 
@@ -36,7 +36,7 @@ class LayerState:
         index: index of the layer in the model.
         place: place of the layer among those that can be compressed.
         sharing: places of the layers that are compressed; they share one budget.
-        rotation: rotary positions of the layer; None if the method needs none.
+        model: facts about the model's own layer.
         fixed: True to keep the same memory, of as many columns as the budget allows.
 
     Attributes:
@@ -57,7 +57,7 @@ class LayerState:
         index: int,
         place: int,
         sharing: Sequence[int],
-        rotation: Rotation | None = None,
+        model: ModelLayer,
         *,
         fixed: bool = False,
     ) -> None:
@@ -67,7 +67,7 @@ class LayerState:
         self.index = index
         self.place = place
         self.sharing = sharing
-        self.rotation = rotation
+        self.model = model
         self.storage: Storage | BandedStorage | None = None
         self.log = None if compressor.observation is None else QueryLog(compressor.observation)
         self.progress = Progress()

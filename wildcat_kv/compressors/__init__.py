@@ -3,7 +3,7 @@
 base.py          what a method implements (Compressor), is given (KVBlock) and returns (Compressed)
 scorer.py        Scorer: give every token a score; knorm.py is a whole method in 30 lines
 ours.py          the methods by name; registry.py finds those of installed packages too
-observation.py, rotation.py, keyed_noise.py, fitting.py   what methods share
+observation.py, rotation.py, keyed_noise.py, fitting.py, output_norms.py, over_scorer.py   what methods share
 describe.py      a method as plain data
 
 A method is a file here, a row in ours.py, and a row in tests/compressors/definitions.py.

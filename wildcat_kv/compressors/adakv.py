@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 from typing_extensions import override
 
-from wildcat_kv.compressors.base import Compressed, Compressor, KVBlock
-from wildcat_kv.compressors.observation import Observation
-from wildcat_kv.compressors.scorer import Scorer, keep_best_by_head, rank_descending
-from wildcat_kv.compressors.snapkv import SnapKV
+from wildcat_kv.compressors.base import Compressed, KVBlock
+from wildcat_kv.compressors.over_scorer import OverScorer
+from wildcat_kv.compressors.scorer import keep_best_by_head, rank_descending
 
 
 @dataclass(frozen=True)
-class AdaKV(Compressor):
+class AdaKV(OverScorer):
     """Let the heads of a layer compete for its slots.
 
     By the scores of another method, SnapKV's in the paper.
@@ -32,38 +31,12 @@ class AdaKV(Compressor):
 
     paper: ClassVar[str] = "arXiv 2407.11550"
 
-    scorer: Scorer = field(default_factory=SnapKV)
     safeguard: float = 0.2
 
     def __post_init__(self) -> None:
-        if not isinstance(self.scorer, Scorer):
-            raise ValueError(f"scorer={self.scorer!r} gives no scores; pass a Scorer, for example SnapKV()")
+        super().__post_init__()
         if not 0 <= self.safeguard <= 1:
             raise ValueError(f"safeguard={self.safeguard} must be in [0, 1], the share that every head keeps")
-
-    @property
-    def state_size(self) -> int:  # type: ignore[override]
-        """Numbers that the scorer keeps of an entry."""
-        return self.scorer.state_size
-
-    @property
-    def decodes(self) -> bool:  # type: ignore[override]
-        """True if the scorer does."""
-        return self.scorer.decodes
-
-    @property
-    def needs_rotation(self) -> bool:  # type: ignore[override]
-        """True if the scorer does."""
-        return self.scorer.needs_rotation
-
-    @property
-    def observation(self) -> Observation | None:
-        """Queries that the scorer wants to see."""
-        return self.scorer.observation
-
-    @override
-    def remember(self, block: KVBlock) -> Tensor:
-        return self.scorer.remember(block)
 
     @override
     def compress(self, block: KVBlock, rank: int) -> Compressed:
@@ -74,7 +47,13 @@ class AdaKV(Compressor):
 def share_heads(block: KVBlock, scores: Tensor, rank: int, safe: int) -> Compressed:
     """Keep the best `heads * rank` items of each row.
 
-    The heads compete for them, so some keep more than others.
+    The heads compete for them, so the result is as wide as the head with most. The arguments are those of `compete`.
+    """
+    return keep_best_by_head(block, scores, compete(block, scores, rank, safe))
+
+
+def compete(block: KVBlock, scores: Tensor, rank: int, safe: int) -> Tensor:
+    """Share `heads * rank` slots of each row out among its heads.
 
     Args:
         block: entries.
@@ -83,11 +62,10 @@ def share_heads(block: KVBlock, scores: Tensor, rank: int, safe: int) -> Compres
         safe: slots that every head keeps for its own best items.
 
     Returns:
-        Slots as many as the head with most has.
+        int64 (rows, heads), the slots of each head.
     """
     candidate = block.slice_items(block.valid)
     items = block.slice_items(scores).masked_fill(~candidate, -torch.inf)
     items = items.masked_fill((rank_descending(items) < safe) & candidate, torch.inf)
     place = rank_descending(items.flatten(1)).unflatten(1, items.shape[1:])
-    counts = ((place < rank * scores.shape[1]) & candidate).sum(-1)
-    return keep_best_by_head(block, scores, counts)
+    return ((place < rank * scores.shape[1]) & candidate).sum(-1)

@@ -43,6 +43,8 @@ class KVBlock:
             which is entry -j while j <= exact. None where the method asked for none.
         carried_state: float32 (rows, heads, n, m), numbers that the method keeps of each entry; m is its `state_size`.
         rotation: rotary positions of the layer; None where the method did not ask.
+        output_projection: (query_heads, d_v, hidden), the weights that bring each query head's output into the
+            model's stream, in the model's dtype; None where the method did not ask.
     """
 
     keys: Tensor
@@ -60,6 +62,7 @@ class KVBlock:
     queries: Tensor | None = None
     carried_state: Tensor | None = None
     rotation: Rotation | None = None
+    output_projection: Tensor | None = None
 
     @property
     def first(self) -> int:
@@ -98,7 +101,9 @@ class KVBlock:
         """Copy the rows at `rows`, in that order."""
         index = torch.tensor(rows, device=self.keys.device)
         taken: dict[str, Any] = {
-            name: tensor.index_select(0, index) for name, tensor in vars(self).items() if isinstance(tensor, Tensor)
+            name: tensor.index_select(0, index)
+            for name, tensor in vars(self).items()
+            if isinstance(tensor, Tensor) and name != "output_projection"
         }
         return replace(self, **taken)
 
@@ -131,6 +136,7 @@ class Compressor(ABC):
         reads_twice: True if the model must read a text a second time, see `reread`; `wildcat_kv.Context` does that.
         state_size: numbers to keep of each entry from fold to fold, see `remember`.
         needs_rotation: True if it undoes and redoes the model's rotary positions.
+        needs_output_projection: True if it weighs values by the weights of the layer's output projection.
         estimates: True if it estimates its error, and can keep to a tolerance.
         takes_bits: False if its slots must stay in the dtype of the model.
         waits: True if layers fold together, when the last of them has been attended to; see `SharingCompressor`.
@@ -141,6 +147,7 @@ class Compressor(ABC):
     reads_twice: ClassVar[bool] = False
     state_size: ClassVar[int] = 0
     needs_rotation: ClassVar[bool] = False
+    needs_output_projection: ClassVar[bool] = False
     estimates: ClassVar[bool] = False
     waits: ClassVar[bool] = False
     takes_bits: ClassVar[bool] = True

@@ -7,6 +7,7 @@ from wildcat_kv.compressors.attention_matching import AttentionMatching as Atten
 from wildcat_kv.compressors.balancekv import BalanceKV as BalanceKV
 from wildcat_kv.compressors.base import Compressor
 from wildcat_kv.compressors.compactor import Compactor as Compactor
+from wildcat_kv.compressors.criticalkv import CriticalKV as CriticalKV
 from wildcat_kv.compressors.cur import CUR as CUR
 from wildcat_kv.compressors.expected_attention import ExpectedAttention as ExpectedAttention
 from wildcat_kv.compressors.h2o import H2O as H2O
@@ -45,6 +46,7 @@ OURS: dict[str, type[Compressor]] = {
     "rkv": RKV,
     "triattention": TriAttention,
     "adakv": AdaKV,
+    "criticalkv": CriticalKV,
     "kvzip": KVzip,
     "attention_matching": AttentionMatching,
     "query_wildcat": QueryWildCat,

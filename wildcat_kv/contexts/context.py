@@ -92,6 +92,8 @@ class Context:
             _check(self.model, self.attention_mask, settings, compressor, tokenizer, fields)
             compressor, states = twice, self.reread(twice, tokenizer)
         cache = CompressedCache(self.model.config, settings, compressor=compressor, **fields)
+        if cache.compressor.needs_output_projection:
+            self._introduce(cache)
         mask = None if self.attention_mask is None else self.attention_mask.bool()
         announced = False
         for index, source in enumerate(self._exact.layers):
@@ -112,6 +114,14 @@ class Context:
             layer.after_attention(queries, state.progress.scale)
         cache.go_on_from(self._exact)
         return cache
+
+    def _introduce(self, cache: CompressedCache) -> None:
+        """Let an empty cache meet the attention modules: a twin of it reads one token."""
+        twin = cache.clone()
+        read(self.model, twin, self.input_ids[:, :1])
+        for layer, met in zip(cache.layers, twin.layers, strict=True):
+            if isinstance(layer, WildCatLayer):
+                layer.state.model, layer.needs_module = met.state.model, False
 
     def reread(self, compressor: Compressor, tokenizer: Any) -> list[Tensor]:
         """Let the model repeat the context, once for a method that reads it twice.

@@ -18,6 +18,11 @@ from transformers.masking_utils import causal_mask_function
 from wildcat_kv.hook.marks import Forward, MarkedLength, fallback_of, switched_name
 from wildcat_kv.hook.pattern import Pattern, pattern_of
 
+_NO_PROBABILITIES = (
+    "output_attentions=True: tokens in a compressed layer have no attention probabilities of their own; leave it out "
+    "and call cache.reset(), or use DynamicCache"
+)
+
 
 def cached_attention(
     module: nn.Module,
@@ -49,14 +54,13 @@ def cached_attention(
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     if query.shape[2] > 1:  # reading one token's position would stall decoding
         layer.check_reading(query, module.config, kwargs)
+    if layer.needs_module:
+        layer.meet(module, query.shape[1], value.shape[-1])
     if layer.uses_fallback:
         output, probabilities = _fallback(module)(module, query, key, value, attention_mask, *args, **kwargs)
     else:
         if kwargs.get("output_attentions"):
-            raise ValueError(
-                "output_attentions=True: tokens in a compressed layer have no attention probabilities of their own; "
-                "leave it out and call cache.reset(), or use DynamicCache"
-            )
+            raise ValueError(_NO_PROBABILITIES)
         # `cached_mask` gives a static cache a mask of one number.
         unmasked = attention_mask is None or attention_mask.numel() == 1
         own = getattr(value, "_wildcat_layer", None) is layer and unmasked

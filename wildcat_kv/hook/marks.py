@@ -7,7 +7,7 @@ from typing import Any, Protocol
 from urllib.parse import quote, unquote
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 NAME = "wildcat"
 
@@ -48,6 +48,11 @@ class CompressedLayer(Protocol):
     """Part of a cache layer that the attention and mask functions call."""
 
     is_compileable: bool
+    needs_module: bool  # until it has met the attention module
+
+    def meet(self, module: nn.Module, heads: int, channels: int) -> None:
+        """Take what the method needs of an attention module."""
+        ...
 
     @property
     def uses_fallback(self) -> bool:

@@ -186,7 +186,7 @@ class _AttendedError(Exception):
 class _Watched(DynamicLayer):
     """A cache layer that notes the first queries and keys that attend."""
 
-    uses_fallback = False
+    uses_fallback = needs_module = False
 
     def __init__(self, index: int, seen: dict[int, Seen]) -> None:
         super().__init__()
