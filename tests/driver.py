@@ -15,8 +15,8 @@ class Projecting(nn.Module):
 
     def __init__(self, channels=16, device=None):
         super().__init__()
-        self.o_proj = nn.Linear(4 * channels, 24, bias=False, device=device)
-        weights = torch.arange(24 * 4 * channels, device=device).view(24, -1)
+        self.o_proj = nn.Linear(4 * channels, 24, bias=False, device=device, dtype=torch.float32)
+        weights = torch.arange(24 * 4 * channels, device=device, dtype=torch.float32).view(24, -1)
         self.o_proj.weight = nn.Parameter((0.7 * weights).sin(), requires_grad=False)
 
 

@@ -39,6 +39,7 @@ from wildcat_kv.compressors.ours import OURS
 from wildcat_kv.hook.keyword import CACHE
 
 NAMES = list(OURS)
+TWICE = {"kvzip", "kvzip_plus", "rereading_matching", "rereading_wildcat"}
 BUDGETS = [{"ratio": 0.25}, {"max_tokens": 90}]
 FAMILY_SET = (*FAMILIES, "granite", "gpt_oss", "qwen3_next")
 
@@ -272,13 +273,13 @@ def test_all_methods_are_listed_with_what_they_need():
     # An arXiv number, this library for a method of its own, or nothing.
     assert all(method.paper.startswith("arXiv 2") or method.paper in ("wildcat_kv", "") for method in methods.values())
     assert methods["query_wildcat"].paper == "wildcat_kv" and methods["wildcat"].paper == "arXiv 2602.10056"
-    assert {name for name, method in methods.items() if not method.decodes} == {"kvzip"}
-    assert {name for name, method in methods.items() if method.reads_twice} == {"kvzip", "rereading_wildcat"}
+    assert {name for name, method in methods.items() if not method.decodes} == {"kvzip", "kvzip_plus"}
+    assert {name for name, method in methods.items() if method.reads_twice} == TWICE
     queries = {name for name in NAMES if DEFINITIONS[name].queries}
     assert {name for name in NAMES if methods[name].needs_queries} == queries
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name not in ("kvzip", "rereading_wildcat")])
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in TWICE])
 def test_a_name_gives_the_method_as_it_is_by_default(llama, name):
     cache = CompressedCache(llama.config, compressor=name, ratio=0.25, seed=5)
     assert cache.compressor == resolve(name, WildCatConfig(ratio=0.25, seed=5))

@@ -72,7 +72,7 @@ def test_of_two_or_three_items_one_is_left(name, length):
     found = run(METHODS[name], block, 1)
     columns, coreset = found.columns or [1, 1], found.coreset
     assert torch.isfinite(coreset.values).all() and max(columns) == coreset.valid.shape[-1]
-    if name not in ("pyramidkv", "adakv", "kvzip"):
+    if name not in ("pyramidkv", "adakv", "criticalkv, heads compete", "kvzip", "kvzip_plus"):
         assert coreset.valid.sum(-1).eq(1).all()
 
 

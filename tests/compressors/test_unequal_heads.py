@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from tests.compressors.blocks import GROUP, HEADS, SCALE, D, Head, Size, half, kept_entries, make, sizes
 from tests.compressors.definitions import by_observation
-from wildcat_kv.compressors import H2O, AdaKV, ExpectedAttention, KNorm, KVzip, SnapKV
+from wildcat_kv.compressors import H2O, AdaKV, ExpectedAttention, KNorm, KVzip, Repetition, SnapKV
 from wildcat_kv.compressors.kvzip import reconstruction_scores
 
 # AdaKV
@@ -60,7 +60,7 @@ def test_reconstruction_scores_are_the_largest_probabilities(start, stop, sink, 
     monkeypatch.setattr("wildcat_kv.compressors.kvzip._QUERIES_AT_ONCE", 4)
     n, again = 12, 10
     keys, queries = torch.randn(2, HEADS, n + again, D), torch.randn(2, HEADS * GROUP, again, D)
-    found = reconstruction_scores(queries, keys, sink=sink, start=start, stop=stop, scale=SCALE)
+    found = reconstruction_scores(Repetition(queries, keys, keys, start, stop, SCALE), sink=sink)
     for b in range(2):
         for h in range(HEADS):
             best = [0.0] * (stop - start)
@@ -113,4 +113,4 @@ def test_kvzip_without_the_scores_of_a_second_reading_is_refused():
 
 def test_a_method_that_reads_once_looks_at_no_second_reading():
     with pytest.raises(NotImplementedError, match="KNorm reads a text once"):
-        KNorm().reread(torch.ones(1, 1, 1, 1), torch.ones(1, 1, 1, 1), start=0, stop=1, scale=1.0)
+        KNorm().reread(Repetition(*torch.ones(3, 1, 1, 2, 1), start=0, stop=1, scale=1.0))

@@ -220,9 +220,9 @@ class Repeated(Scorer):
 
     decodes, reads_twice, state_size = False, True, 1
 
-    def reread(self, queries, keys, *, start, stop, scale):
-        again = keys[:, :, -(stop - start) :]
-        return -(keys[:, :, start:stop] - again).float().norm(dim=-1, keepdim=True)
+    def reread(self, repetition):
+        text, again = repetition.keys[:, :, repetition.start : repetition.stop], repetition.keys
+        return -(text - again[:, :, -text.shape[2] :]).float().norm(dim=-1, keepdim=True)
 
     def score(self, block):
         return block.carried_state[..., 0]

@@ -29,12 +29,15 @@ from wildcat_kv.compressors import (
     H2O,
     TOVA,
     AdaKV,
+    CriticalKV,
     ExpectedAttention,
     KeyDiff,
     KNorm,
     KVzip,
+    KVzipPlus,
     LagKV,
     PyramidKV,
+    Repetition,
     SnapKV,
     StreamingLLM,
 )
@@ -94,7 +97,23 @@ CASES = (
     Case("cur", CUR(), "CURPress"),
     Case("adakv", AdaKV(SnapKV()), "AdaKVPress(SnapKVPress)", pooled=True),
     Case("adakv, safeguard 0.8", AdaKV(SnapKV(), safeguard=0.8), "AdaKVPress(SnapKVPress)", pooled=True),
+    Case("criticalkv", CriticalKV(SnapKV()), "CriticalKVPress(SnapKVPress)"),
+    Case(
+        "criticalkv, heads compete",
+        CriticalKV(SnapKV(), safeguard=0.2),
+        "CriticalAdaKVPress(SnapKVPress)",
+        "with `safeguard=0.2`",
+        pooled=True,
+    ),
     Case("kvzip", KVzip(), "KVzipPress", "no chat template around the text; 4 sinks", pooled=True, sink=4),
+    Case(
+        "kvzip_plus",
+        KVzipPlus(),
+        "KVzipPress(kvzip_plus_normalization=True)",
+        "as `kvzip`",
+        pooled=True,
+        sink=4,
+    ),
 )
 
 
@@ -149,10 +168,13 @@ def as_block(case: Case, found: dict[str, Tensor], layer: int) -> KVBlock:
         layer_index=layer,
         sharing=range(len(found["keys"])),
         queries=None if observation is None else queries,
-        carried_state=repeated(found, layer) if method.reads_twice else torch.zeros(*keys.shape[:3], method.state_size),
+        carried_state=repeated(case, found, layer)
+        if method.reads_twice
+        else torch.zeros(*keys.shape[:3], method.state_size),
         rotation=rotation_of(AutoConfig.from_pretrained(default_model_path()), layer)
         if method.needs_rotation
         else None,
+        output_projection=found["projection"][layer] if method.needs_output_projection else None,
     )
     return replace(block, carried_state=method.remember(block))
 
@@ -173,14 +195,24 @@ def choose(case: Case, found: dict[str, Tensor], layer: int, budget: int) -> Ten
     return mask
 
 
-def repeated(found: dict[str, Tensor], layer: int, chunk: int = 2048) -> Tensor:
-    """Our KVzip's scores of a layer from the reference's queries and keys, float32 (1, heads, n, 1)."""
+def repeated(case: Case, found: dict[str, Tensor], layer: int, chunk: int = 2048) -> Tensor:
+    """Our scores of a layer's repetition from the reference's queries and keys, float32 (1, heads, n, 1)."""
     n, scores = found["keys"].shape[2], []
     for start in range(0, n, chunk):
-        queries, keys = (found[f"again.{start}.{name}"][layer].unsqueeze(0) for name in ("queries", "keys"))
-        keys = torch.cat((found["keys"][layer].unsqueeze(0), keys), dim=2)
-        stop, scale = min(start + chunk, n), keys.shape[-1] ** -0.5
-        scores.append(KVzip().reread(queries, keys, start=start, stop=stop, scale=scale))
+        queries, keys, norms = (
+            found[f"again.{start}.{name}"][layer].unsqueeze(0) for name in ("queries", "keys", "norms")
+        )
+        repetition = Repetition(
+            queries=queries,
+            keys=torch.cat((found["keys"][layer].unsqueeze(0), keys), dim=2),
+            values=found["values"][layer].unsqueeze(0),
+            start=start,
+            stop=min(start + chunk, n),
+            scale=keys.shape[-1] ** -0.5,
+            output_projection=found["projection"][layer],
+            input_norms=norms,
+        )
+        scores.append(case.method.reread(repetition))
     return torch.cat(scores, dim=2)
 
 

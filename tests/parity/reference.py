@@ -35,6 +35,8 @@ def presses(ratio: float) -> dict[str, Any]:
         "adakv": kvpress.AdaKVPress(kvpress.SnapKVPress(ratio)),
         "adakv, safeguard 0.8": kvpress.AdaKVPress(kvpress.SnapKVPress(ratio), alpha_safeguard=0.8),
         "expected_attention": kvpress.ExpectedAttentionPress(ratio),
+        "criticalkv": kvpress.CriticalKVPress(kvpress.SnapKVPress(ratio)),
+        "criticalkv, heads compete": kvpress.CriticalAdaKVPress(kvpress.SnapKVPress(ratio)),
     }
 
 
@@ -55,8 +57,9 @@ class Recorder:
         methods: by name.
 
     Attributes:
-        found: of each layer queries, keys and values (heads, n, d), `kept.NAME` and `scores.NAME` (heads, n);
-            `again.START.queries` and `again.START.keys` of the pass that repeats the text from token START.
+        found: of each layer queries, keys and values (heads, n, d), `kept.NAME` and `scores.NAME` (heads, n), and the
+            weights `projection` (heads, d, hidden); `again.START.queries`, `again.START.keys` and `again.START.norms`,
+            of the hidden states, of the pass that repeats the text from token START.
     """
 
     def __init__(self, methods: dict[str, Any]) -> None:
@@ -73,13 +76,17 @@ class Recorder:
         if count < layer.keys.shape[2]:
             self.found[f"again.{self.start}.queries"].append(queries[0].clone())
             self.found[f"again.{self.start}.keys"].append(layer.keys[0, :, -count:].clone())
+            self.found[f"again.{self.start}.norms"].append(hidden[0].norm(dim=-1))
             return
         for name, tensor in (("queries", queries), ("keys", layer.keys), ("values", layer.values)):
             self.found[name].append(tensor[0].clone())
+        weights = module.o_proj.weight.detach().mT.unflatten(0, (queries.shape[1], -1))
+        self.found["projection"].append(weights.contiguous())
         for name, press in self.methods.items():
             attentions = attention(module, queries, layer) if name == "h2o" else None
             given = (module, hidden, layer.keys, layer.values, attentions, kwargs)
-            self.found[f"scores.{name}"].append(getattr(press, "press", press).score(*given)[0].float())
+            scorer = press if hasattr(press, "score") else press.press
+            self.found[f"scores.{name}"].append(scorer.score(*given)[0].float())
             module.masked_key_indices = None
             keys, _ = press.compress(*given)
             unequal = module.masked_key_indices is not None
@@ -111,16 +118,24 @@ def read(model: Any, ids: list[int], ratio: float) -> dict[str, Tensor]:
     hooks = [layer.register_forward_hook(recorder, with_kwargs=True) for layer in layers]
     # KVzip reads the text again, in chunks, when the block ends.
     hooks.append(model.model.register_forward_pre_hook(lambda *_: setattr(recorder, "start", again.start_idx)))
-    cache = DynamicCache(config=model.config)
-    with again(model):
-        model(torch.tensor([ids]), past_key_values=cache, logits_to_keep=1)
-        again.prefix_length = 0  # the text has no chat template around it
+    found = recorder.found
+    found["kept.kvzip"], found["scores.kvzip"] = zipped(model, ids, again)
     for hook in hooks:
         hook.remove()
-    found = recorder.found
-    found["kept.kvzip"] = [unmasked(layer, kept.keys) for layer, kept in zip(layers, cache.layers, strict=True)]
-    found["scores.kvzip"] = list(again.scores[:, 0])
+    plus = KVzip(1 - ratio, kvzip_plus_normalization=True)
+    found["kept.kvzip_plus"], found["scores.kvzip_plus"] = zipped(model, ids, plus)
     return {name: torch.stack(parts) for name, parts in found.items()}
+
+
+def zipped(model: Any, ids: list[int], press: KVzip) -> tuple[list[Tensor], list[Tensor]]:
+    """What KVzip keeps in each layer, bool (heads, n), and its scores (heads, n)."""
+    cache = DynamicCache(config=model.config)
+    with press(model):
+        model(torch.tensor([ids]), past_key_values=cache, logits_to_keep=1)
+        press.prefix_length = 0  # the text has no chat template around it
+    layers = [layer.self_attn for layer in model.model.layers]
+    kept = [unmasked(layer, held.keys) for layer, held in zip(layers, cache.layers, strict=True)]
+    return kept, list(press.scores[:, 0])
 
 
 def main(job: Path) -> None:

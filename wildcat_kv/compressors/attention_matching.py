@@ -37,7 +37,8 @@ class AttentionMatching(Compressor):
 
     Needs queries: those since the last fold (of the prompt: all of it) and `carried` from before, at most `queries` of
     them, evenly spread; the query heads that share a key head are pooled. The paper's best results take reference
-    queries from a model that is asked to repeat the context; these are of the context itself, which costs nothing.
+    queries from a model that is asked to repeat the context, as `RereadingMatching` does; these are of the context
+    itself, which costs nothing.
     Costs O(q n d) for the scores and O(q r^2) for each fit, q queries, n tokens, r slots.
 
     Attributes:

@@ -13,6 +13,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from wildcat_kv.compressors.observation import Observation
+from wildcat_kv.compressors.repetition import Repetition
 from wildcat_kv.compressors.rotation import Rotation
 from wildcat_kv.config import WildCatConfig
 from wildcat_kv.coreset.compresskv import Coreset
@@ -134,6 +135,7 @@ class Compressor(ABC):
         paper: source of the method.
         decodes: True if it compresses generated tokens, not only the prompt.
         reads_twice: True if the model must read a text a second time, see `reread`; `wildcat_kv.Context` does that.
+        learns_from_repetition: True if the queries that it learns from are then those of the repeated tokens.
         state_size: numbers to keep of each entry from fold to fold, see `remember`.
         needs_rotation: True if it undoes and redoes the model's rotary positions.
         needs_output_projection: True if it weighs values by the weights of the layer's output projection.
@@ -145,6 +147,7 @@ class Compressor(ABC):
     paper: ClassVar[str] = ""
     decodes: ClassVar[bool] = True
     reads_twice: ClassVar[bool] = False
+    learns_from_repetition: ClassVar[bool] = False
     state_size: ClassVar[int] = 0
     needs_rotation: ClassVar[bool] = False
     needs_output_projection: ClassVar[bool] = False
@@ -204,19 +207,10 @@ class Compressor(ABC):
         assert block.carried_state is not None
         return block.carried_state
 
-    def reread(self, queries: Tensor, keys: Tensor, *, start: int, stop: int, scale: float) -> Tensor:
+    def reread(self, repetition: Repetition) -> Tensor:
         """Give the carried state of tokens that the model has just repeated.
 
-        They are [start, stop) of a text.
-
-        For methods that read a text twice. The newest tokens ask the model to repeat this part, and repeat it.
-
-        Args:
-            queries: (rows, query_heads, q, d), those of the newest tokens.
-            keys: (rows, heads, n + q, d), those of the text and of the newest tokens.
-            start: first token of the part.
-            stop: token after its last one.
-            scale: b, the factor of the attention scores.
+        For methods that read a text twice.
 
         Returns:
             float32 (rows, heads, stop - start, state_size).

@@ -11,6 +11,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from wildcat_kv.compressors.base import Compressed, KVBlock, SharingCompressor
+from wildcat_kv.compressors.repetition import Repetition
 from wildcat_kv.compressors.scorer import keep_best_by_head, rank_descending
 from wildcat_kv.coreset.tensors import full_precision
 
@@ -50,9 +51,8 @@ class KVzip(SharingCompressor):
         return True
 
     @override
-    def reread(self, queries: Tensor, keys: Tensor, *, start: int, stop: int, scale: float) -> Tensor:
-        scores = reconstruction_scores(queries, keys, sink=SINK, start=start, stop=stop, scale=scale)
-        return scores.unsqueeze(-1)
+    def reread(self, repetition: Repetition) -> Tensor:
+        return reconstruction_scores(repetition, sink=SINK).unsqueeze(-1)
 
     def survey(self, block: KVBlock) -> Tensor:
         """Score the items, float32 (rows, heads, items).
@@ -62,7 +62,8 @@ class KVzip(SharingCompressor):
         """
         if block.carried_state is None or not bool(block.carried_state.any()):
             raise ValueError(
-                "KVzip has no scores; call wildcat_kv.compress_context(model, tokenizer, text, compressor='kvzip', ...)"
+                f"{type(self).__name__} has no scores; call wildcat_kv.compress_context(model, tokenizer, text, "
+                f"compressor={self!r}, ...)"
             )
         scores = block.slice_items(block.carried_state)[..., 0]
         return scores.masked_fill(~block.slice_items(block.valid), -torch.inf)
@@ -83,36 +84,39 @@ class KVzip(SharingCompressor):
         return keep_best_by_head(block, block.carried_state[..., 0], share)
 
 
-def reconstruction_scores(queries: Tensor, keys: Tensor, *, sink: int, start: int, stop: int, scale: float) -> Tensor:
+def reconstruction_scores(repetition: Repetition, *, sink: int, factors: tuple[Tensor, Tensor] | None = None) -> Tensor:
     """Score a chunk of the context while it is repeated.
 
     A token's score is the most attention it gets.
 
     Args:
-        queries: (rows, query_heads, q, d), of the tokens that repeat it.
-        keys: (rows, heads, n + q, d), of the context and of those tokens.
+        repetition: chunk, and the queries that repeat it.
         sink: first tokens that they see besides.
-        start: first token of the chunk.
-        stop: token after its last one.
-        scale: b, the factor of the attention scores.
+        factors: norms of the asking tokens' hidden states (rows, q), which attention is divided by, and norms of the
+            chunk's values behind the output projection (rows, heads, group, chunk), which it is multiplied with; None
+            for plain attention.
 
     Returns:
         float32 (rows, heads, stop - start): the largest probability over queries and heads of a group, in the
         softmax over sinks, chunk and the repeating tokens up to the query's own.
 
-    Source: arXiv 2505.23416.
+    Source: arXiv 2505.23416; arXiv 2601.07891 for the factors.
     """
+    queries, keys, start, stop = repetition.queries, repetition.keys, repetition.start, repetition.stop
     heads, total = keys.shape[1], queries.shape[2]
     sink = min(sink, start)
     seen = torch.cat((keys[:, :, :sink], keys[:, :, start:stop], keys[:, :, -total:]), dim=2).to(torch.float32)
-    before, best = seen.shape[2] - total, keys.new_zeros(*keys.shape[:2], stop - start, dtype=torch.float32)
+    before, group = seen.shape[2] - total, queries.shape[1] // heads
+    best = keys.new_zeros(*keys.shape[:2], group, stop - start, dtype=torch.float32)
     own = torch.arange(total, device=keys.device)
     with torch.no_grad(), full_precision(keys.device):
         for first in range(0, total, _QUERIES_AT_ONCE):
-            part = queries[:, :, first : first + _QUERIES_AT_ONCE].to(torch.float32).unflatten(1, (heads, -1)) * scale
+            asking = slice(first, first + _QUERIES_AT_ONCE)
+            part = queries[:, :, asking].to(torch.float32).unflatten(1, (heads, -1)) * repetition.scale
             scores = torch.matmul(part.flatten(2, 3), seen.mT).unflatten(2, part.shape[2:4])
-            later = own > own[first : first + part.shape[3], None]
-            scores[..., before:].masked_fill_(later, -torch.inf)
+            scores[..., before:].masked_fill_(own > own[asking, None], -torch.inf)
             chunk = scores.softmax(-1)[..., sink : sink + stop - start]
-            best = torch.maximum(best, chunk.amax((2, 3)))
-    return best
+            if factors is not None:
+                chunk = chunk / factors[0][:, None, None, asking, None]
+            best = torch.maximum(best, chunk.amax(3))
+    return (best if factors is None else best * factors[1]).amax(2)

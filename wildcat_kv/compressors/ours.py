@@ -14,11 +14,13 @@ from wildcat_kv.compressors.h2o import H2O as H2O
 from wildcat_kv.compressors.keydiff import KeyDiff as KeyDiff
 from wildcat_kv.compressors.knorm import KNorm as KNorm
 from wildcat_kv.compressors.kvzip import KVzip as KVzip
+from wildcat_kv.compressors.kvzip_plus import KVzipPlus as KVzipPlus
 from wildcat_kv.compressors.lagkv import LagKV as LagKV
 from wildcat_kv.compressors.leverage import Leverage as Leverage
 from wildcat_kv.compressors.pyramidkv import PyramidKV as PyramidKV
 from wildcat_kv.compressors.query_wildcat import QueryWildCat as QueryWildCat
 from wildcat_kv.compressors.query_wildcat import RereadingWildCat as RereadingWildCat
+from wildcat_kv.compressors.rereading_matching import RereadingMatching as RereadingMatching
 from wildcat_kv.compressors.rkv import RKV as RKV
 from wildcat_kv.compressors.snapkv import SnapKV as SnapKV
 from wildcat_kv.compressors.streaming_llm import StreamingLLM as StreamingLLM
@@ -48,7 +50,9 @@ OURS: dict[str, type[Compressor]] = {
     "adakv": AdaKV,
     "criticalkv": CriticalKV,
     "kvzip": KVzip,
+    "kvzip_plus": KVzipPlus,
     "attention_matching": AttentionMatching,
+    "rereading_matching": RereadingMatching,
     "query_wildcat": QueryWildCat,
     "rereading_wildcat": RereadingWildCat,
 }

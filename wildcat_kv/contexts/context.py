@@ -6,18 +6,23 @@ Any method and any budget will do.
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import Self
 
 from wildcat_kv.cache.caches import CompressedCache
 from wildcat_kv.cache.layer import WildCatLayer
 from wildcat_kv.compressors import Compressor, Everything
 from wildcat_kv.compressors.registry import AUTO, find
+from wildcat_kv.compressors.repetition import Repetition
 from wildcat_kv.config import WildCatConfig
 from wildcat_kv.contexts.prompts import repeat_request
 from wildcat_kv.contexts.reading import read
+from wildcat_kv.models.attention_module import AttentionModule, watched_inputs
 from wildcat_kv.models.support import check_prompt
 
 # Tokens that are repeated at once; as in KVzip's paper, arXiv 2505.23416.
@@ -53,7 +58,7 @@ class Context:
         self.input_ids = input_ids
         self.attention_mask = attention_mask
         self._exact = CompressedCache(model.config, compressor=Everything(queries=True), ratio=1.0)
-        self._reread: tuple[Compressor, list[Tensor]] | None = None  # once it was asked for
+        self._reread: tuple[Compressor, list[_Reread]] | None = None  # once it was asked for
         self._next = read(model, self._exact, input_ids, attention_mask)[:, -1]
 
     @property
@@ -87,13 +92,14 @@ class Context:
         Raises:
             ValueError: errors of `CompressedCache`; or a method that reads twice without a tokenizer, or with padding.
         """
-        states: list[Tensor] = []
+        again: list[_Reread] = []
         if (twice := reads_twice(compressor)) is not None:
             _check(self.model, self.attention_mask, settings, compressor, tokenizer, fields)
-            compressor, states = twice, self.reread(twice, tokenizer)
+            compressor, again = twice, self._reread_by(twice, tokenizer)
         cache = CompressedCache(self.model.config, settings, compressor=compressor, **fields)
         if cache.compressor.needs_output_projection:
-            self._introduce(cache)
+            for layer, met in zip(_compressed_layers(cache), self._met_by(cache.compressor), strict=True):
+                layer.state.model.attention, layer.needs_module = met, False
         mask = None if self.attention_mask is None else self.attention_mask.bool()
         announced = False
         for index, source in enumerate(self._exact.layers):
@@ -107,21 +113,15 @@ class Context:
                 layer.announce(self.input_ids.shape[0], self.input_ids.shape[1], mask)
                 announced = True
             cache.update(*state.storage.view(), index)
-            if states and layer.state.compressor.state_size:
-                layer.state.carry(states[layer.state.place])
             queries = state.log.recent()
+            if again and layer.state.compressor.state_size:
+                found = again[layer.state.place]
+                layer.state.carry(found.state)
+                queries = queries if found.queries is None else found.queries
             assert queries is not None
             layer.after_attention(queries, state.progress.scale)
         cache.go_on_from(self._exact)
         return cache
-
-    def _introduce(self, cache: CompressedCache) -> None:
-        """Let an empty cache meet the attention modules: a twin of it reads one token."""
-        twin = cache.clone()
-        read(self.model, twin, self.input_ids[:, :1])
-        for layer, met in zip(cache.layers, twin.layers, strict=True):
-            if isinstance(layer, WildCatLayer):
-                layer.state.model, layer.needs_module = met.state.model, False
 
     def reread(self, compressor: Compressor, tokenizer: Any) -> list[Tensor]:
         """Let the model repeat the context, once for a method that reads it twice.
@@ -133,13 +133,25 @@ class Context:
         Returns:
             Carried state of each layer that can be compressed, float32 (rows, heads, n, state_size).
         """
+        return [found.state for found in self._reread_by(compressor, tokenizer)]
+
+    def _reread_by(self, compressor: Compressor, tokenizer: Any) -> list[_Reread]:
+        """Give what a second reading has each layer carry, and learn from."""
         if self._reread is None or self._reread[0] != compressor:
             self._reread = compressor, self._repeat(compressor, tokenizer)
         return self._reread[1]
 
-    def _repeat(self, compressor: Compressor, tokenizer: Any) -> list[Tensor]:
+    def _met_by(self, compressor: Compressor) -> list[AttentionModule]:
+        """Find the attention modules: let an empty cache read one token."""
+        cache = CompressedCache(self.model.config, compressor=compressor, ratio=1.0)
+        read(self.model, cache, self.input_ids[:, :1])
+        found = [layer.state.model.attention for layer in _compressed_layers(cache)]
+        return [attention for attention in found if attention is not None]
+
+    def _repeat(self, compressor: Compressor, tokenizer: Any) -> list[_Reread]:
         """Read the context again, chunk by chunk."""
         n, parts = self.input_ids.shape[1], []
+        met = self._met_by(compressor) if compressor.needs_output_projection else []
         for start in range(0, n, _CHUNK):
             stop = min(start + _CHUNK, n)
             request, answer = (
@@ -149,10 +161,43 @@ class Context:
             lead = self.input_ids[:, max(0, start - _LEAD) : start]
             again = torch.cat((request, lead, answer, self.input_ids[:, start:stop]), dim=1)
             fork = self._exact.clone()  # not every layer could take the tokens back
-            read(self.model, fork, torch.cat((self.input_ids, again), dim=1))
-            layers = [layer for layer in fork.layers if isinstance(layer, WildCatLayer)]
-            parts.append([_seen_by(compressor, layer, again.shape[1], start, stop) for layer in layers])
-        return [torch.cat(states, dim=2) for states in zip(*parts, strict=True)]
+            with watched_inputs(met) as norms:
+                read(self.model, fork, torch.cat((self.input_ids, again), dim=1))
+            seen = [_repetition(layer, again.shape[1], start, stop) for layer in _compressed_layers(fork)]
+            if met:
+                weights = [attention.output_projection() for attention in met]
+                seen = [
+                    replace(each, output_projection=weight, input_norms=norm)
+                    for each, weight, norm in zip(seen, weights, norms, strict=True)
+                ]
+            parts.append([_Reread.of(compressor, repetition) for repetition in seen])
+        return [_Reread.joined(each) for each in zip(*parts, strict=True)]
+
+
+@dataclass(frozen=True)
+class _Reread:
+    """What one layer takes from a second reading.
+
+    Attributes:
+        state: carried state of the tokens, float32 (rows, heads, n, state_size).
+        queries: queries of the repeated tokens (rows, query_heads, n, d); None for a method that learns from others.
+    """
+
+    state: Tensor
+    queries: Tensor | None
+
+    @classmethod
+    def of(cls, compressor: Compressor, repetition: Repetition) -> Self:
+        return cls(
+            compressor.reread(repetition),
+            repetition.repeated.clone() if compressor.learns_from_repetition else None,
+        )
+
+    @classmethod
+    def joined(cls, parts: Sequence[Self]) -> Self:
+        """Join the parts of a text."""
+        queries = [part.queries for part in parts if part.queries is not None]
+        return cls(torch.cat([part.state for part in parts], 2), torch.cat(queries, 2) if queries else None)
 
 
 def reads_twice(compressor: str | Compressor) -> Compressor | None:
@@ -188,13 +233,22 @@ def _check(
         )
 
 
-def _seen_by(compressor: Compressor, layer: WildCatLayer, again: int, start: int, stop: int) -> Tensor:
-    """Give the carried state of [start, stop) in one layer.
+def _compressed_layers(cache: CompressedCache) -> list[WildCatLayer]:
+    """List the layers that can be compressed."""
+    return [layer for layer in cache.layers if isinstance(layer, WildCatLayer)]
 
-    The layer's last `again` tokens have just repeated that part.
-    """
+
+def _repetition(layer: WildCatLayer, again: int, start: int, stop: int) -> Repetition:
+    """Collect what a layer shows, whose last `again` tokens have just repeated [start, stop)."""
     state = layer.state
     assert state.storage is not None and state.log is not None
-    queries, keys = state.log.recent(), state.storage.entries.keys
+    queries, entries = state.log.recent(), state.storage.entries
     assert queries is not None
-    return compressor.reread(queries[:, :, -again:], keys, start=start, stop=stop, scale=state.progress.scale)
+    return Repetition(
+        queries=queries[:, :, -again:],
+        keys=entries.keys,
+        values=entries.values,
+        start=start,
+        stop=stop,
+        scale=state.progress.scale,
+    )

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
@@ -66,6 +69,30 @@ class AttentionModule:
     def output_projection(self) -> Tensor:
         """View the weights of the projection, (query_heads, d_v, hidden)."""
         return self.projection.weight.detach().mT.unflatten(0, (self.heads, -1))
+
+
+@contextmanager
+def watched_inputs(modules: Sequence[AttentionModule]) -> Iterator[list[Tensor]]:
+    """Watch what attention modules read in a forward pass.
+
+    Args:
+        modules: attention modules, in the order of their layers.
+
+    Yields:
+        Norms of the hidden states that each module reads, float32 (rows, tokens), filled as the pass goes on.
+    """
+    norms: list[Tensor] = []
+
+    def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        norms.append(torch.linalg.vector_norm(hidden.to(torch.float32), dim=-1))
+
+    handles = [each.module.register_forward_pre_hook(note, with_kwargs=True) for each in modules]
+    try:
+        yield norms
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _describe(layer: Any) -> str:

@@ -12,6 +12,7 @@ from wildcat_kv.compressors.base import KVBlock
 from wildcat_kv.compressors.kvzip import SINK, reconstruction_scores
 from wildcat_kv.compressors.query_wildcat.method import QueryWildCat
 from wildcat_kv.compressors.query_wildcat.survey import Survey, survey_block
+from wildcat_kv.compressors.repetition import Repetition
 
 
 @dataclass(frozen=True)
@@ -36,8 +37,8 @@ class RereadingWildCat(QueryWildCat):
     recalled: float = 0.625
 
     @override
-    def reread(self, queries: Tensor, keys: Tensor, *, start: int, stop: int, scale: float) -> Tensor:
-        return reconstruction_scores(queries, keys, sink=SINK, start=start, stop=stop, scale=scale).unsqueeze(-1)
+    def reread(self, repetition: Repetition) -> Tensor:
+        return reconstruction_scores(repetition, sink=SINK).unsqueeze(-1)
 
     @override
     def survey(self, block: KVBlock) -> Survey:
