@@ -132,21 +132,28 @@ class Cell:
     def _compressor(self) -> str | Compressor:
         """Make the method, with its changed parameters."""
         assert self.compressor is not None
-        settings = self._config()
+        settings = self._config()  # wrong ones are refused without parameters, too
         if not self.parameters:
             return self.compressor
-        method = resolve(self.compressor, settings)
+        return self._made({"name": self.compressor, **self.parameters}, settings)
+
+    def _made(self, given: str | Mapping[str, Any], settings: WildCatConfig) -> Compressor:
+        """Make a method by its name, or by its name and changed parameters."""
+        if not isinstance(given, Mapping):
+            return resolve(given, settings)
+        parameters = dict(given)
+        method = resolve(str(parameters.pop("name", "")), settings)
         known: list[str] = [field.name for field in fields(method)] if is_dataclass(method) else []
-        for name, value in self.parameters.items():
+        for name, value in parameters.items():
             if name not in known:
                 raise ValueError(
                     f"methods={self.method!r}: parameters={name!r}={value!r}: {type(method).__name__} has no such "
                     f"parameter; it has {', '.join(known) or 'none'}"
                 )
-        # A method among the parameters, such as the scorer of AdaKV, goes by its name.
+        # A method among the parameters, such as the scorer of AdaKV, goes by its name, or has parameters in its turn.
         changed = {
-            name: resolve(value, settings) if isinstance(getattr(method, name), Compressor) else value
-            for name, value in self.parameters.items()
+            name: self._made(value, settings) if isinstance(getattr(method, name), Compressor) else value
+            for name, value in parameters.items()
         }
         return replace(method, **changed)  # type: ignore[type-var]
 

@@ -18,7 +18,7 @@ from eval.tasks.needle import Needle
 from eval.tasks.perplexity import Perplexity
 from tests.driver import assert_same, state
 from wildcat_kv import CompressedCache
-from wildcat_kv.compressors import AdaKV, Compactor, available
+from wildcat_kv.compressors import AdaKV, Compactor, CriticalKV, ExpectedAttention, available
 from wildcat_kv.contexts.prompts import encode_question
 from wildcat_kv.data.haystack import make_needles
 from wildcat_kv.hook.keyword import CACHE
@@ -434,10 +434,19 @@ def test_a_method_among_the_parameters_goes_by_its_name(model):
     assert cell.compressor == AdaKV(Compactor(seed=3), safeguard=0.0)
 
 
+def test_a_method_among_the_parameters_may_have_parameters(model):
+    scorer = {"name": "expected_attention", "value_norm": False}
+    variant = {"name": "critical", "compressor": "criticalkv", "parameters": {"scorer": scorer, "first": 0.25}}
+    (_, cell) = (cell.empty(model.config) for cell in make_cells([variant], [0.5], [], {}))
+    assert cell.compressor == CriticalKV(ExpectedAttention(value_norm=False), first=0.25)
+
+
 @pytest.mark.parametrize(
     ("methods", "message"),
     [
         ([{"compressor": "adakv", "parameters": {"scorer": "snapvk"}}], "no such method; did you mean 'snapkv'"),
+        ([{"compressor": "adakv", "parameters": {"scorer": {"name": "snapkv", "kernl": 9}}}], "SnapKV has no such"),
+        ([{"compressor": "adakv", "parameters": {"scorer": {"kernel": 9}}}], "compressor='': no such method"),
         ([{"compressor": "adakv", "parameters": {"scorer": "balancekv"}}], "gives no scores; pass a Scorer"),
         (["snapkv", "snapkv"], "methods: 'snapkv' is there twice"),
         (["wildcat", {"compressor": "wildcat", "sink": 4}], "methods: 'wildcat' is there twice"),

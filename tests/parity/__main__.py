@@ -12,7 +12,7 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -179,20 +179,22 @@ def as_block(case: Case, found: dict[str, Tensor], layer: int) -> KVBlock:
     return replace(block, carried_state=method.remember(block))
 
 
-def choose(case: Case, found: dict[str, Tensor], layer: int, budget: int) -> Tensor:
-    """The tokens of a layer that our method keeps, bool (heads, n)."""
-    if case.slots:
-        budget = int(found[f"kept.{case.name}"][layer, 0].sum())
-    block, rank, method = as_block(case, found, layer), budget - case.sink, case.method
+def choose(case: Case, found: dict[str, Tensor], budget: int) -> Iterator[Tensor]:
+    """The tokens of each layer that our method keeps, bool (heads, n)."""
+    method, shares, layers = case.method, [], range(len(found["keys"]))
     if isinstance(method, SharingCompressor):
-        surveys = [method.survey(as_block(case, found, other)) for other in range(len(found["keys"]))]
-        coreset = method.compress_share(block, rank, method.deal(surveys, rank)[layer]).coreset
-    else:
-        coreset = method.compress(block, rank).coreset
-    kept = [keys[valid] for keys, valid in zip(coreset.keys[0], coreset.valid[0], strict=True)]
-    mask = kept_mask(block.keys[0], kept)
-    mask[:, : case.sink] = True
-    return mask
+        shares = method.deal([method.survey(as_block(case, found, layer)) for layer in layers], budget - case.sink)
+    for layer in layers:
+        rank = (int(found[f"kept.{case.name}"][layer, 0].sum()) if case.slots else budget) - case.sink
+        block = as_block(case, found, layer)
+        if isinstance(method, SharingCompressor):
+            coreset = method.compress_share(block, rank, shares[layer]).coreset
+        else:
+            coreset = method.compress(block, rank).coreset
+        kept = [keys[valid] for keys, valid in zip(coreset.keys[0], coreset.valid[0], strict=True)]
+        mask = kept_mask(block.keys[0], kept)
+        mask[:, : case.sink] = True
+        yield mask
 
 
 def repeated(case: Case, found: dict[str, Tensor], layer: int, chunk: int = 2048) -> Tensor:
@@ -237,8 +239,7 @@ def compare(results: Sequence[Path]) -> list[Agreement]:
         for case, agreement in zip(CASES, agreements, strict=True):
             if text not in case.texts:
                 continue
-            for layer in range(len(found["keys"])):
-                ours = choose(case, found, layer, int(length * ratio))
+            for layer, ours in enumerate(choose(case, found, int(length * ratio))):
                 theirs, scores = (found[f"{what}.{case.name}"][layer] for what in ("kept", "scores"))
                 agreement.add(case, ours, theirs, scores)
     return agreements
