@@ -98,8 +98,7 @@ class Context:
             compressor, again = twice, self._reread_by(twice, tokenizer)
         cache = CompressedCache(self.model.config, settings, compressor=compressor, **fields)
         if cache.compressor.needs_output_projection:
-            for layer, met in zip(_compressed_layers(cache), self._met_by(cache.compressor), strict=True):
-                layer.state.model.attention, layer.needs_module = met, False
+            self._introduce(cache)
         mask = None if self.attention_mask is None else self.attention_mask.bool()
         announced = False
         for index, source in enumerate(self._exact.layers):
@@ -140,6 +139,11 @@ class Context:
         if self._reread is None or self._reread[0] != compressor:
             self._reread = compressor, self._repeat(compressor, tokenizer)
         return self._reread[1]
+
+    def _introduce(self, cache: CompressedCache) -> None:
+        """Let the layers of an empty cache meet their attention modules."""
+        for layer, met in zip(_compressed_layers(cache), self._met_by(cache.compressor), strict=True):
+            layer.state.model.attention, layer.needs_module = met, False
 
     def _met_by(self, compressor: Compressor) -> list[AttentionModule]:
         """Find the attention modules: let an empty cache read one token."""
