@@ -15,11 +15,11 @@ from wildcat_kv.compressors.repetition import Repetition
 
 @dataclass(frozen=True)
 class KVzipPlus(KVzip):
-    """KVzip by attention times ||W_O v|| over the norm of the asking token's hidden state.
+    """Keep what changes the model's stream most as it repeats the context.
 
-    The score of a token is the largest of these over the queries of the repetition and the query heads that share it:
-    the part that its value has in what is added to the model's stream. Norms are Euclidean; the hidden state is the one
-    that the attention module reads.
+    As KVzip, but each probability is multiplied with ||W_O v||, of the token that is attended to, and divided by ||h||,
+    of the token that attends. A token's score is the largest product over the queries and heads of a group. Norms are
+    Euclidean, and h is the hidden state that the attention module reads.
 
     Needs what KVzip needs, and the weights of the model's output projections.
 

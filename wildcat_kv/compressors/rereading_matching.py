@@ -16,11 +16,11 @@ from wildcat_kv.compressors.repetition import Repetition
 
 @dataclass(frozen=True)
 class RereadingMatching(AttentionMatching):
-    """Attention Matching, which learns from the model as it repeats the text.
+    """Fit keys, weights and values to what the model's repetition attends to.
 
-    Its reference queries are those of the repeated tokens, as in the paper, at most `queries` of them, evenly spread.
-    It needs the model, and reads a text twice: `wildcat_kv.compress_context` does so. What is generated later is
-    compressed as by Attention Matching.
+    This is Attention Matching, and its reference queries are those of the repeated tokens, as in the paper: at most
+    `queries` of them, evenly spread. It needs the model, and reads a text twice: `wildcat_kv.compress_context` does so.
+    What is generated later is compressed as by Attention Matching.
 
     The carried state of a token is 1 once it was repeated.
 
