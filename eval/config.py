@@ -15,6 +15,7 @@ from eval.tasks.attention_error import AttentionError
 from eval.tasks.base import Protocol, Task
 from eval.tasks.drift import Drift
 from eval.tasks.harness import HarnessTask
+from eval.tasks.long_answer import LongAnswer
 from eval.tasks.lookup import Lookup
 from eval.tasks.needle import Needle
 from eval.tasks.perplexity import Perplexity
@@ -31,6 +32,7 @@ OURS: dict[str, type[Task]] = {
     "perplexity": Perplexity,
     "decoding": Perplexity,
     "attention_error": AttentionError,
+    "long_answer": LongAnswer,
 }
 
 
