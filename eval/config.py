@@ -15,6 +15,7 @@ from eval.tasks.attention_error import AttentionError
 from eval.tasks.base import Protocol, Task
 from eval.tasks.drift import Drift
 from eval.tasks.harness import HarnessTask
+from eval.tasks.instructions import Instructions
 from eval.tasks.long_answer import LongAnswer
 from eval.tasks.lookup import Lookup
 from eval.tasks.needle import Needle
@@ -33,6 +34,7 @@ OURS: dict[str, type[Task]] = {
     "decoding": Perplexity,
     "attention_error": AttentionError,
     "long_answer": LongAnswer,
+    "instructions": Instructions,
 }
 
 
