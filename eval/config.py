@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from eval.cells import Cell, make_cells
 from eval.lm_eval_tasks import members
+from eval.tasks.arithmetic import Arithmetic
 from eval.tasks.attention_error import AttentionError
 from eval.tasks.base import Protocol, Task
 from eval.tasks.drift import Drift
@@ -35,6 +36,7 @@ OURS: dict[str, type[Task]] = {
     "attention_error": AttentionError,
     "long_answer": LongAnswer,
     "instructions": Instructions,
+    "arithmetic": Arithmetic,
 }
 
 
