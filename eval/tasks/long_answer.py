@@ -24,7 +24,7 @@ class LongAnswer(Task):
     """A long text is compressed; then the model writes a summary of it, and the cache compresses on.
 
     All answers have the same number of tokens: one that ends a text is never chosen. The exact cache of the same text
-    reads every answer and says how likely it is. Its own answer is scored in the same way.
+    reads every answer and says how likely it is, with the text and without. Its own answer is scored in the same way.
 
     Args:
         lengths: tokens of the texts.
@@ -47,13 +47,13 @@ class LongAnswer(Task):
 
     @property
     def metrics(self) -> dict[str, Metric]:
-        """The likelihood of what is new, of all, and the share of phrases that were written before.
+        """What the text adds to the likelihood of the answer, that likelihood, and the share of repeated phrases.
 
-        A model in a loop is sure of the next word, with the exact cache too. So `nll` falls where an answer repeats
-        itself, and `nll_new` leaves out the tokens that end a phrase of 8 tokens which was written before.
+        The likelihood alone takes a fluent answer about something else for a good one, and a loop for a better one:
+        the exact cache follows both. `gain` is the likelihood with the text over that without it, 0 for either.
         """
         return {
-            "nll_new": Metric(False, "nats of the exact cache a token that repeats nothing", 3),
+            "gain": Metric(True, "nats of the exact cache a token that the text adds", 3),
             "nll": Metric(False, "nats of the exact cache a token", 3),
             "repeated": Metric(False, f"share of the phrases of {NGRAM} tokens that were written before"),
         }
@@ -73,6 +73,7 @@ class LongAnswer(Task):
             prompt=f"{text}\n\n{REQUEST}",
             tokens=context.shape[1] + question.shape[1] + self.tokens,
             asked=Prompt.of(context[0], question[0], setting.protocol),
+            bare=Prompt.of(encode_question(setting.tokenizer, "", REQUEST)[0][0], question[0], setting.protocol),
             new_tokens=self.tokens,
             temperature=self.temperature,
             seed=setting.seed_of(index),
@@ -81,13 +82,16 @@ class LongAnswer(Task):
 
 @dataclass(frozen=True, kw_only=True)
 class _LongAnswerSample(Sample):
+    """A text and the request; `bare` is the request without the text."""
+
     asked: Prompt
+    bare: Prompt
     new_tokens: int
     temperature: float
     seed: int
 
     def open(self, model: Any, tokenizer: Any) -> Measure:
-        asked = Asked(model, tokenizer, self.asked)
+        asked, bare = (Asked(model, tokenizer, prompt) for prompt in (self.asked, self.bare))
 
         def measure(cell: Cell) -> Outcome:
             clock = Clock()
@@ -96,15 +100,11 @@ class _LongAnswerSample(Sample):
                 written = self._write(asked, cache)
             # Counted here, and not after the context: the answer is a part of what a cache has to hold.
             held, seen = held_by(cache, cell), cache.get_seq_length()
-            losses = asked.losses(asked.context.exact.clone(), torch.tensor(written))
-            again = repeats(written)
-            new = losses[[not repeat for repeat in again]]
+            with_text, without = (
+                float(each.losses(each.context.exact.clone(), torch.tensor(written)).mean()) for each in (asked, bare)
+            )
             return Outcome(
-                scores={
-                    "nll_new": float(new.mean()),
-                    "nll": float(losses.mean()),
-                    "repeated": sum(again) / (len(written) - NGRAM + 1),
-                },
+                scores={"gain": without - with_text, "nll": with_text, "repeated": share_repeated(written)},
                 seen_tokens=seen,
                 **held,
                 prediction=tokenizer.decode(written),
@@ -122,11 +122,7 @@ class _LongAnswerSample(Sample):
             return asked.write(cache, self.new_tokens, **options)
 
 
-def repeats(tokens: Sequence[int]) -> list[bool]:
-    """Tell of each token whether it ends a phrase of 8 tokens that was written before."""
-    phrases, found = set[tuple[int, ...]](), []
-    for end in range(1, len(tokens) + 1):
-        phrase = tuple(tokens[max(0, end - NGRAM) : end])
-        found.append(phrase in phrases)
-        phrases |= {phrase} if len(phrase) == NGRAM else set()
-    return found
+def share_repeated(tokens: Sequence[int]) -> float:
+    """Count the phrases of 8 tokens that were written before, as a share of all phrases; at least 8 tokens."""
+    phrases = [tuple(tokens[start : start + NGRAM]) for start in range(len(tokens) - NGRAM + 1)]
+    return 1 - len(set(phrases)) / len(phrases)

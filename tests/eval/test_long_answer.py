@@ -6,7 +6,7 @@ from pydantic import ValidationError
 
 from eval.cells import EXACT, Cell
 from eval.tasks.asking import Asked
-from eval.tasks.long_answer import NGRAM, REQUEST, LongAnswer, repeats
+from eval.tasks.long_answer import NGRAM, REQUEST, LongAnswer, share_repeated
 
 pytest_plugins = ["tests.eval_fixtures"]
 
@@ -46,6 +46,9 @@ def test_the_request_comes_after_the_text(protocol, setting, tokenizer):
         context, question = (tokenizer.decode(part) for part in (sample.asked.context, sample.asked.question))
         assert (REQUEST in context, REQUEST in question) == (protocol == "full-prompt", protocol == "context-only")
         assert sample.tokens == len(sample.asked) + TOKENS
+        bare = tokenizer.decode(torch.cat((sample.bare.context, sample.bare.question)))
+        text = sample.prompt.removesuffix(f"\n\n{REQUEST}")
+        assert tokenizer.decode(torch.cat((sample.asked.context, sample.asked.question))).replace(text, "") == bare
 
 
 @pytest.mark.parametrize("fields", [{"tokens": NGRAM}, {"temperature": -1}, {"repeats": 0}, {"lengths": []}])
@@ -91,10 +94,9 @@ def test_the_exact_cache_scores_what_a_compressed_one_wrote(task, model, plain, 
     torch.manual_seed(setting().seed_of(sample.index))
     written = asked.write(cache, TOKENS, suppress_tokens=asked.ends, **options)
     assert outcome.prediction == tokenizer.decode(written)
-    expected = losses(plain, sample.asked, written)
-    new = expected[[not again for again in repeats(written)]]
-    assert outcome.scores["nll"] == pytest.approx(expected.mean().item(), rel=1e-4)
-    assert outcome.scores["nll_new"] == pytest.approx(new.mean().item(), rel=1e-4)
+    with_text, without = (losses(plain, prompt, written).mean().item() for prompt in (sample.asked, sample.bare))
+    assert outcome.scores["nll"] == pytest.approx(with_text, rel=1e-4)
+    assert outcome.scores["gain"] == pytest.approx(without - with_text, abs=1e-3)
     assert task.metrics.keys() == outcome.scores.keys()
 
 
@@ -140,23 +142,21 @@ def test_samples_have_the_same_random_numbers_for_all_methods(model, tokenizer, 
 
 
 @pytest.mark.parametrize(
-    ("tokens", "again"),
+    ("tokens", "share"),
     [
-        (list(range(20)), []),
-        ([7] * 20, list(range(NGRAM, 20))),
-        ([*range(10), *range(10)], [17, 18, 19]),  # phrases of 8 from 0 to 7, 1 to 8 and 2 to 9
-        ([*range(7), 50, *range(7)], []),
+        (list(range(20)), 0),
+        ([7] * 20, 12 / 13),
+        ([*range(10), *range(10)], 3 / 13),  # phrases of 8 from 0 to 7, 1 to 8 and 2 to 9
+        ([*range(7), 50, *range(7)], 0),
+        (list(range(NGRAM)), 0),
     ],
 )
-def test_a_token_repeats_if_it_ends_a_phrase_that_was_there(tokens, again):
-    assert [place for place, repeat in enumerate(repeats(tokens)) if repeat] == again
+def test_a_phrase_that_was_there_counts(tokens, share):
+    assert share_repeated(tokens) == pytest.approx(share)
 
 
-def test_a_loop_shows(model, plain, tokenizer, setting, monkeypatch):
+def test_a_loop_shows(model, tokenizer, setting, monkeypatch):
     sample = TASK.samples(setting())[0]
     monkeypatch.setattr(Asked, "write", lambda *_, **__: [5, 6, 7] * (TOKENS // 3))
     scores = sample.open(model, tokenizer)(EXACT_CELL).scores
-    # 3 of the 113 phrases are new.
-    assert scores["repeated"] == pytest.approx(110 / 113)
-    expected = losses(plain, sample.asked, [5, 6, 7] * (TOKENS // 3))
-    assert scores["nll_new"] == pytest.approx(expected[:10].mean().item(), rel=1e-4)
+    assert scores["repeated"] == pytest.approx(110 / 113)  # 3 of the 113 phrases are new
