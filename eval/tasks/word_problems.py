@@ -31,7 +31,7 @@ class WordProblem:
         question: text of the problem.
         solution: one line a step, and the answer in the last one.
         answer: the last total.
-        given: for each number of the solution, True if the problem says it.
+        given: for each number of the solution, True where it comes from the problem first.
         days: for each number of the solution, True if it is the number of a day.
     """
 
@@ -61,15 +61,17 @@ def make_problem(rng: random.Random, steps: int) -> WordProblem:
         change = rng.randint(2, _LARGEST_STEP) * rng.choice((-1, 1))
         if not _LEAST <= total + change <= _MOST:
             change = -change
-        told.append(f"On day {day} it {more if change > 0 else less} {abs(change)} {things}.")
-        worked.append(f"Day {day}: {total} {'+' if change > 0 else '-'} {abs(change)} = {total + change}.")
+        event = f"On day {day} it {more if change > 0 else less} {abs(change)} {things}"
+        told.append(f"{event}.")
+        # In the problem's words, so that a small model finds the number again.
+        worked.append(f"{event}: {total} {'+' if change > 0 else '-'} {abs(change)} = {total + change}.")
         total += change
     told.append(f"How many {things} does it have then?")
-    # In a line: the day, the total before, the change, the total after.
+    # In a line: the day, the change, the total before, the change again, the total after.
     return WordProblem(
         question=" ".join(told),
         solution="\n".join([*worked, f"{_FINAL} {total}."]),
         answer=total,
-        given=(True, *(False, False, True, False) * steps, False),
-        days=(False, *(True, False, False, False) * steps, False),
+        given=(True, *(False, True, False, False, False) * steps, False),
+        days=(False, *(True, False, False, False, False) * steps, False),
     )

@@ -37,7 +37,9 @@ def test_a_solution_follows_from_its_problem(seed):
     assert numbers_in(first) == [start] and days[::2] == list(range(1, 11)) and len(lines) == 10
     total = start
     for day, (line, change) in enumerate(zip(lines, changes, strict=True), 1):
-        before, operator, after = re.fullmatch(rf"Day {day}: (\d+) ([+-]) {change} = (\d+)\.", line).groups()
+        event, worked = line.split(": ")
+        assert event.startswith(f"On day {day} it ") and f" {event}." in problem.question
+        before, operator, after = re.fullmatch(rf"(\d+) ([+-]) {change} = (\d+)\.", worked).groups()
         assert int(before) == total
         total += change if operator == "+" else -change
         assert int(after) == total and 10 <= total <= 99
