@@ -97,9 +97,11 @@ class Cell:
                 )
             return
         method = next(known for known in available() if known.name == self.compressor)
-        if (method.decodes and not method.reads_twice) or not (streams or self.max_tokens is not None):
+        later = method.decodes and not (streams and method.reads_twice)
+        if later or not (streams or self.max_tokens is not None):
             return
-        reason = "reads a text twice and compresses nothing later" if method.reads_twice else "compresses nothing later"
+        reasons = ["reads a text twice"] * method.reads_twice + ["compresses nothing later"] * (not method.decodes)
+        reason = " and ".join(reasons)
         raise ValueError(
             f"methods={self.method!r} {reason}; leave it out, or leave out max_tokens and the tasks that compress "
             "while they read (perplexity, decoding, wikitext)"

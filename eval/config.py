@@ -11,10 +11,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from eval.cells import Cell, make_cells
 from eval.lm_eval_tasks import members
+from eval.tasks.arithmetic import Arithmetic
 from eval.tasks.attention_error import AttentionError
 from eval.tasks.base import Protocol, Task
 from eval.tasks.drift import Drift
 from eval.tasks.harness import HarnessTask
+from eval.tasks.instructions import Instructions
+from eval.tasks.long_answer import LongAnswer
 from eval.tasks.lookup import Lookup
 from eval.tasks.needle import Needle
 from eval.tasks.perplexity import Perplexity
@@ -31,6 +34,9 @@ OURS: dict[str, type[Task]] = {
     "perplexity": Perplexity,
     "decoding": Perplexity,
     "attention_error": AttentionError,
+    "long_answer": LongAnswer,
+    "instructions": Instructions,
+    "arithmetic": Arithmetic,
 }
 
 

@@ -17,7 +17,8 @@ from eval.cells import Cell
 from eval.tasks.base import Protocol
 from wildcat_kv import CompressedCache, Context
 from wildcat_kv.cache.sizes import cache_bytes, layer_tensors, stored_tokens
-from wildcat_kv.contexts.reading import Likelihood, generate, generate_tokens, loglikelihood
+from wildcat_kv.contexts.answering import AnswerOptions
+from wildcat_kv.contexts.reading import Likelihood, generate, generate_tokens, loglikelihood, read
 
 
 @dataclass(frozen=True)
@@ -111,11 +112,45 @@ class Asked:
             cache = cell.compress(self.context, self._tokenizer)
         return cache, held_by(cache, cell)
 
-    def write(self, cache: CompressedCache, max_new_tokens: int) -> list[int]:
-        """Write the tokens of the answer, without an end token; uses the cache up."""
+    def write(self, cache: CompressedCache, max_new_tokens: int, **options: Any) -> list[int]:
+        """Write the tokens of the answer, without an end token; uses the cache up.
+
+        Args:
+            cache: cache that holds the context.
+            max_new_tokens: most tokens of the answer.
+            **options: options of `generate()`; decoding is greedy by default.
+        """
+        after, never = self._next, options.get("suppress_tokens")
+        if after is not None and never:  # the first token is chosen before generate() begins
+            after = after.index_fill(-1, torch.tensor(never, device=after.device), -torch.inf)
         return generate_tokens(
-            self._model, self._tokenizer, cache, self._ids, max_new_tokens=max_new_tokens, next_logits=self._next
+            self._model, self._tokenizer, cache, self._ids, max_new_tokens=max_new_tokens, next_logits=after, **options
         )[0]
+
+    @property
+    def ends(self) -> list[int]:
+        """Tokens that end an answer."""
+        return sorted(AnswerOptions.of(self._model, self._tokenizer).ends)
+
+    def losses(self, cache: CompressedCache, answer: Tensor, *, chunk: int | None = None) -> Tensor:
+        """Measure the loss of each token of an answer; uses the cache up.
+
+        Args:
+            cache: cache that holds the context.
+            answer: tokens of the answer, int64 (m,).
+            chunk: tokens of the answer to read at once, all by default. With 1 it is read as it would be generated.
+
+        Returns:
+            Negative log-likelihood of each token after the prompt and those before it, in nats, float32 (m,).
+        """
+        prompt, answer = self._ids.shape[1], answer.to(self._ids)
+        text = torch.cat((self._ids, answer[None]), dim=1)[:, :-1]
+        first = read(self._model, cache, self._ids)[:, -1] if self._next is None else self._next.float()
+        logits = [first]
+        for start in range(prompt, text.shape[1], chunk or len(answer)):
+            stop = min(start + (chunk or len(answer)), text.shape[1])
+            logits.append(read(self._model, cache, text[:, :stop], last=stop - start)[0])
+        return torch.nn.functional.cross_entropy(torch.cat(logits), answer, reduction="none")
 
     def generate(self, cache: CompressedCache, max_new_tokens: int, until: Sequence[str]) -> str:
         """Write the answer; uses the cache up."""

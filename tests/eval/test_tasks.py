@@ -543,7 +543,11 @@ def test_a_method_that_reads_twice_measures_no_stream(model):
         zipped.check_tasks(streams=True)
     with pytest.raises(ValueError, match="methods='kvzip' reads a text twice"):
         Cell("kvzip", "kvzip", max_tokens=100).check_tasks(streams=False)
-    for cell in (EXACT_CELL, zipped, Cell("wildcat", "wildcat", max_tokens=100)):
+    again = Cell("rereading_wildcat", "rereading_wildcat", max_tokens=100)
+    again.check_tasks(streams=False)
+    with pytest.raises(ValueError, match="methods='rereading_wildcat' reads a text twice; leave"):
+        again.check_tasks(streams=True)
+    for cell in (EXACT_CELL, zipped, again, Cell("wildcat", "wildcat", max_tokens=100)):
         cell.check_model(model.config)
     Cell("wildcat", "wildcat", max_tokens=100).check_tasks(streams=True)
 
