@@ -22,11 +22,11 @@ from benchmarks.options import Options, Subject
 from benchmarks.records import Label, Record
 from benchmarks.turns import take_turns
 from wildcat_kv import CompressedCache
-from wildcat_kv.compressors import QueryWildCat
+from wildcat_kv.compressors.registry import AUTO
 from wildcat_kv.hook.keyword import CACHE
 
 TOKENS = (8000,)
-QUERY_WILDCAT, PROFILED = "query_wildcat", "query_wildcat with a profile"
+OURS = ("query_wildcat", AUTO)  # measured beside WildCat where they are asked for
 _WARM_UP_TOKENS = 16
 _PROC = Path("/proc/self")
 # glibc raises this threshold as a process frees large tensors, and keeps what it frees below it: by chance, twice as
@@ -38,9 +38,8 @@ def measure(options: Options) -> Iterator[Record]:
     """Measure the bytes held after a prefill, and its peak above what was there before."""
     for dtype in options.dtypes:
         for tokens in options.lengths(*TOKENS):
-            names = [*theirs(None, tokens), WILDCAT]
-            if QUERY_WILDCAT in options.methods:  # its peak depends on a profile, which the default model has
-                names += [QUERY_WILDCAT, PROFILED] if options.model is None else [QUERY_WILDCAT]
+            # The peak of Query WildCat depends on a profile, which the default has where the package knows the model.
+            names = [*theirs(None, tokens), WILDCAT, *(name for name in OURS if name in options.methods)]
             contenders = {name: _child(options, dtype, tokens, name) for name in names}
             turns = take_turns(contenders, options.turns, warm_ups=0, title=f"memory, {dtype}, {tokens} tokens")
             for name, quantities in turns.items():
@@ -85,9 +84,7 @@ def prefill_memory(options: Options, dtype: str, tokens: int, name: str) -> dict
 
 
 def _make(config: Any, options: Options, tokens: int, name: str) -> Cache:
-    if name == PROFILED:
-        return CompressedCache(config, options.settings, compressor=QueryWildCat(profile="smollm2-135m"))
-    if name in (WILDCAT, QUERY_WILDCAT):
+    if name in (WILDCAT, *OURS):
         return CompressedCache(config, options.settings, compressor=name)
     return theirs(config, tokens)[name]()
 

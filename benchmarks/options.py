@@ -11,6 +11,7 @@ import torch
 
 from wildcat_kv import WildCatConfig
 from wildcat_kv.compressors import available
+from wildcat_kv.compressors.registry import AUTO
 from wildcat_kv.data.haystack import build_context
 from wildcat_kv.models import load_model
 
@@ -27,7 +28,7 @@ class Options:
         dtypes: dtypes of model and cache.
         tokens: lengths; None for the benchmark's own.
         turns: turns to count.
-        methods: names of methods to compare with WildCat.
+        methods: names of methods to compare with WildCat; "auto" is the default of the model.
         model: hub id, folder or GGUF file; None for the default model.
         device: device to measure on.
         threads: threads of torch; None for torch's own choice.
@@ -63,7 +64,7 @@ class Options:
         for rows in self.rows:
             if rows < 1:
                 raise ValueError(f"rows={rows} must be at least 1")
-        names = [method.name for method in available()]
+        names = [*(method.name for method in available()), AUTO]
         for method in self.methods:
             if method not in names:
                 raise ValueError(f"methods={method!r}: no such method; there are {', '.join(names)}")

@@ -22,6 +22,7 @@ from benchmarks.turns import Stopwatch, take_turns
 from wildcat_kv import CompressedCache, Context, WildCatCache, WildCatConfig
 from wildcat_kv.cache.budget import exact_ends, kept_tokens
 from wildcat_kv.cache.caches import WildCatLayer
+from wildcat_kv.compressors.registry import AUTO
 from wildcat_kv.hook.keyword import CACHE
 from wildcat_kv.lm_eval.options import reads_twice
 
@@ -87,7 +88,7 @@ def _ours(model: Any, ids: Tensor, settings: WildCatConfig) -> Callable[[], dict
 def _method(subject: Subject, ids: Tensor, name: str, settings: WildCatConfig) -> Callable[[], dict[str, float]]:
     """Make a contender of another method; KVzip, which reads twice, compresses after the prompt."""
     model = subject.model
-    if not reads_twice(name):
+    if name == AUTO or not reads_twice(name):
         return lambda: _prefill(model, ids, CompressedCache(model.config, settings, compressor=name))
     return lambda: _read_twice(subject, ids, name, settings)
 

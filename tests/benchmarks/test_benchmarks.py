@@ -203,17 +203,15 @@ def test_memory_asks_a_process_for_every_prefill(measured, monkeypatch):
     assert (folder / "memory-ratios.png").read_bytes().startswith(PNG)
 
 
-def test_memory_measures_query_wildcat_with_and_without_a_profile(monkeypatch):
+def test_memory_measures_the_default_and_query_wildcat_where_they_are_asked_for(monkeypatch):
     def child(options, dtype, tokens, name):
         return lambda: {"held_bytes": 1.0, "peak_bytes": 2.0}
 
     monkeypatch.setattr(memory, "_child", child)
-    chosen = {"dtypes": ("float32",), "tokens": (256,), "turns": 1, "methods": ("query_wildcat",)}
-    names = {record.labels["contender"] for record in memory.measure(Options(**chosen))}
-    assert {"query_wildcat", "query_wildcat with a profile", WILDCAT} <= names
-    # The profile is the default model's.
-    names = {record.labels["contender"] for record in memory.measure(Options(**chosen, model="another/model"))}
-    assert "query_wildcat" in names and "query_wildcat with a profile" not in names
+    chosen = {"dtypes": ("float32",), "tokens": (256,), "turns": 1}
+    for methods in ((), ("query_wildcat",), ("query_wildcat", "auto", "snapkv")):
+        names = {record.labels["contender"] for record in memory.measure(Options(**chosen, methods=methods))}
+        assert names & {"query_wildcat", "auto", "snapkv"} == set(methods) - {"snapkv"} and WILDCAT in names
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="no peak that can be reset")
