@@ -34,7 +34,7 @@ def test_exact_attention_changes_nothing(name, implementation):
         for one, other in zip(before, inside, strict=True):
             if other.shape[:2] != (2, 30):
                 real = ...
-            torch.testing.assert_close(other[real], one[real], rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(other[real], one[real], rtol=5e-4, atol=5e-4)
         for one, other in zip(before, outputs(model, inputs), strict=True):
             assert torch.equal(one, other)
 

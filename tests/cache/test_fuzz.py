@@ -11,7 +11,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from tests.driver import EVEN, METHODS, SCALE
+from tests.driver import EVEN, METHODS, SCALE, Projecting
 from tests.tiny import SMALL
 from wildcat_kv import WildCatCache, WildCatConfig, weighted_attention
 from wildcat_kv.cache.budget import block_size, share_budget
@@ -91,6 +91,8 @@ class Caches(RuleBasedStateMachine):
             self.cache.update(new[0][index], new[1][index], index)
             if not hasattr(layer, "announce"):
                 continue
+            if layer.needs_module:
+                layer.meet(Projecting(), 4, 16)
             queries = new[0][index].repeat_interleave(2, 1)
             if not announced.uses_fallback:
                 self.check_attention(layer, queries)
