@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import DynamicCache
+from transformers.cache_utils import DynamicSlidingWindowLayer
 from transformers.masking_utils import create_causal_mask
 
 from tests.driver import SCALE, small_cache, tokens
@@ -158,6 +159,21 @@ def test_max_tokens_is_never_exceeded(llama, prompt):
     columns = max(100 + 1, prompt) + block_size(cache.settings)  # the prompt's own are free room afterwards, at most
     assert max(held) <= 3 * (2 * columns * (2 * 16 * 4 + 5) + 2 * 2 * 16 * 4)
     assert cache.get_seq_length() == prompt + 249
+
+
+def test_layers_with_a_window_hold_no_more_than_it_after_a_prompt():
+    model = tiny_model("gemma3")
+    window = model.config.sliding_window
+    ids, more = random_ids(1, 200), random_ids(1, 20, seed=1)
+    ours, theirs = WildCatCache(model.config, compressor="wildcat", ratio=1.0), DynamicCache(config=model.config)
+    for part in (ids, more):
+        model(part, **{CACHE: ours})
+        model(part, **{CACHE: theirs})
+        for layer, other in zip(ours.layers, theirs.layers, strict=True):
+            if isinstance(other, DynamicSlidingWindowLayer):
+                assert torch.equal(layer.keys, other.keys) and torch.equal(layer.values, other.values)
+                assert layer.keys.shape[2] == window - 1
+                assert layer.keys.untyped_storage().nbytes() == layer.keys.nbytes
 
 
 def test_memory_is_counted_and_falls(llama):

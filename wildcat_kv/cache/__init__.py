@@ -12,5 +12,5 @@ one_token.py, opened.py       all bands of a layer together, for one token
 budget.py, byte_budget.py     how many entries; value_range.py their box
 positions.py, rereading.py, read_check.py   inputs that would be read wrongly
 static.py                     fixed shapes, compiled; kernel_way.py decoding on GPUs; joining.py parts in one
-sizes.py, error_report.py     what a cache reports; disk/ saves, loads, inspects
+window_layer.py               a sliding window that holds no more; sizes.py, error_report.py report; disk/ saves, loads
 """

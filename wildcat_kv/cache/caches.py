@@ -22,6 +22,7 @@ from wildcat_kv.cache.layer import WildCatLayer
 from wildcat_kv.cache.positions import RopeDeltas
 from wildcat_kv.cache.sizes import cache_bytes, stored_entries, stored_tokens
 from wildcat_kv.cache.static import StaticPassState, StaticWildCatLayer
+from wildcat_kv.cache.window_layer import hold_windows
 from wildcat_kv.compressors import Compressor
 from wildcat_kv.config import BUDGETS, WildCatConfig
 from wildcat_kv.hook.attention import switch
@@ -98,6 +99,7 @@ class WildCatCache(CacheContract):
         sharing = [place for place, index in enumerate(plan.full) if index not in plan.exact]
         for place, index in enumerate(plan.full):
             layers[index] = kind(self._pass_state, index, place, sharing, plan.rotations.get(index))
+        hold_windows(layers)
         super().__init__(layers=layers, offloading=offloading, offload_only_non_sliding=offload_only_non_sliding)
         # `reset` copies these: in some versions not every layer of Transformers can be reset.
         self._beside = {index: copy.deepcopy(layer) for index, layer in enumerate(layers) if index not in plan.full}
