@@ -16,6 +16,9 @@ class DynamicSlidingWindowLayer(cache_utils.DynamicSlidingWindowLayer):
     A context that is compressed and kept would hold them as long.
     """
 
+    keys: Tensor
+    values: Tensor
+
     @override
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         found = super().update(key_states, value_states, *args, **kwargs)
