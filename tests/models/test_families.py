@@ -142,7 +142,7 @@ def test_generation_stays_within_its_share(family):
     assert cache.get_seq_length() == 259 and compressed_layers(cache)
     assert_kept(cache, 259)
     for ours, plain in zip(cache.layers, DynamicCache(config=model.config).layers, strict=True):
-        assert type(ours).__name__ == "WildCatLayer" or type(ours) is type(plain)
+        assert type(ours).__name__ == "WildCatLayer" or isinstance(ours, type(plain))
 
 
 @every_family
