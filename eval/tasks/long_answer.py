@@ -47,7 +47,7 @@ class LongAnswer(Task):
 
     @property
     def metrics(self) -> dict[str, Metric]:
-        """What the text adds to the likelihood of the answer, that likelihood, and the share of repeated phrases.
+        """Measure the gain by the text, the likelihood of the answer, and the share of repeated phrases.
 
         The likelihood alone takes a fluent answer about something else for a good one, and a loop for a better one:
         the exact cache follows both. `gain` is the likelihood with the text over that without it, 0 for either.

@@ -14,7 +14,7 @@ from tests.tiny import SMALL, random_ids, tiny_config, tiny_model
 from wildcat_kv import CompressedCache, WildCatCache
 from wildcat_kv.cache.sizes import stored_tokens
 from wildcat_kv.compressors import QueryWildCat
-from wildcat_kv.compressors.query_wildcat import Profile, load_profile, profile_names
+from wildcat_kv.compressors.query_wildcat import Profile, load_profile, load_scorer, profile_names, scorer_names
 from wildcat_kv.compressors.query_wildcat.model_match import fingerprint
 from wildcat_kv.compressors.query_wildcat.profile import apportion
 from wildcat_kv.contexts.profiling import measure_profile
@@ -316,6 +316,7 @@ def test_profiles_of_the_package_hold_a_share_for_each_head():
     measured = {"smollm2-135m": (3,) * 30, "qwen2.5-coder-0.5b": (2,) * 24}
     with_scorer = {f"{name}-with-scorer": heads for name, heads in measured.items()}
     assert shapes == {**measured, **with_scorer, "gemma3-270m": (1,) * 3}
+    assert {load_profile(name).scorer for name in with_scorer} == {load_scorer(name).digest for name in scorer_names()}
     for name in profile_names():
         for point in load_profile(name).points:
             for part in (point.attended, point.recalled):

@@ -19,7 +19,7 @@ def llama():
 
 
 def watched_queries(model):
-    """What the attention modules ask from now on, by pass and layer."""
+    """Record the queries of the attention modules from now on, by pass and layer."""
     asked = []
 
     def note(module, args, kwargs):

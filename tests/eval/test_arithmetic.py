@@ -143,7 +143,7 @@ def test_the_cache_compresses_while_the_solution_is_read(model, tokenizer, setti
     small, exact = map(sample.open(model, tokenizer), (SMALL, EXACT_CELL))
     assert small.seen_tokens == exact.seen_tokens == len(sample.asked) + len(sample.answer) - 1
     assert exact.stored_tokens == exact.seen_tokens and 20 < small.stored_tokens <= 70
-    # What comes last in a solution is scored after folds that one pass over it does not have.
+    # The end of a solution is scored after folds. One pass over all of it has none.
     asked = Asked(model, tokenizer, sample.asked)
     steps, once = (
         asked.losses(SMALL.compress(asked.context, tokenizer), sample.answer, chunk=chunk) for chunk in (1, None)

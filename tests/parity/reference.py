@@ -128,7 +128,7 @@ def read(model: Any, ids: list[int], ratio: float) -> dict[str, Tensor]:
 
 
 def zipped(model: Any, ids: list[int], press: KVzip) -> tuple[list[Tensor], list[Tensor]]:
-    """What KVzip keeps in each layer, bool (heads, n), and its scores (heads, n)."""
+    """Give the tokens that KVzip keeps in each layer, bool (heads, n), and its scores (heads, n)."""
     cache = DynamicCache(config=model.config)
     with press(model):
         model(torch.tensor([ids]), past_key_values=cache, logits_to_keep=1)

@@ -180,7 +180,7 @@ class Context:
 
 @dataclass(frozen=True)
 class _Reread:
-    """What one layer takes from a second reading.
+    """Hold what one layer learns from a second reading.
 
     Attributes:
         state: carried state of the tokens, float32 (rows, heads, n, state_size).
