@@ -16,7 +16,7 @@ class Repetition:
     Attributes:
         queries: (rows, query_heads, q, d), those of the newest tokens.
         keys: (rows, heads, n + q, d), those of the text and of the newest tokens.
-        values: (rows, heads, n + q, d_v), likewise.
+        values: (rows, heads, n + q, d_v), those of the same tokens.
         start: first token of the part.
         stop: token after its last one.
         scale: b, the factor of the attention scores.
