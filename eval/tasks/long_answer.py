@@ -97,7 +97,7 @@ class _LongAnswerSample(Sample):
             clock = Clock()
             cache, _ = asked.compress(cell, clock)
             with clock("answer", model.device):
-                written = self._write(asked, cache)
+                written = self._write(asked, cache, model.device)
             # Counted here, and not after the context: the answer is a part of what a cache has to hold.
             held, seen = held_by(cache, cell), cache.get_seq_length()
             with_text, without = (
@@ -113,11 +113,13 @@ class _LongAnswerSample(Sample):
 
         return measure
 
-    def _write(self, asked: Asked, cache: CompressedCache) -> list[int]:
+    def _write(self, asked: Asked, cache: CompressedCache, device: torch.device) -> list[int]:
         options: dict[str, Any] = {"suppress_tokens": asked.ends or None}
         if self.temperature:
             options |= {"do_sample": True, "temperature": self.temperature, "top_k": 0, "top_p": 1.0}
-        with torch.random.fork_rng():
+        # The model's own device: by default every device of the current accelerator is asked for its state.
+        devices = [] if device.type == "cpu" else [device]
+        with torch.random.fork_rng(devices, device_type=device.type):
             torch.manual_seed(self.seed)
             return asked.write(cache, self.new_tokens, **options)
 
