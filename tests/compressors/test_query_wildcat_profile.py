@@ -1,6 +1,7 @@
 """A profile of a model for Query WildCat: what each layer gets by it, when, and which models it refuses."""
 
 import json
+import math
 from dataclasses import replace
 
 import pytest
@@ -17,6 +18,7 @@ from wildcat_kv.compressors import QueryWildCat
 from wildcat_kv.compressors.query_wildcat import Profile, load_profile, load_scorer, profile_names, scorer_names
 from wildcat_kv.compressors.query_wildcat.model_match import fingerprint
 from wildcat_kv.compressors.query_wildcat.profile import apportion
+from wildcat_kv.compressors.query_wildcat.sharing import take_counted
 from wildcat_kv.contexts.profiling import measure_profile
 from wildcat_kv.hook.keyword import CACHE
 from wildcat_kv.models import default_model_path
@@ -76,6 +78,17 @@ def test_with_room_for_all_each_gets_its_share_but_for_rounding(shares, slots):
 def test_what_full_ones_cannot_take_goes_to_the_others_by_their_shares():
     assert apportion([10.0, 1.0, 2.0, 0.0], 10, [10, 30, 30, 30]) == [10, 10, 20, 0]
     assert apportion([10.0, 0.0, 0.0], 10, [10, 30, 30]) == [10, 10, 10]
+
+
+@given(
+    scores=st.lists(st.sampled_from([-math.inf, 0.0, 0.5, 1.0]), min_size=1, max_size=12),
+    counts=st.tuples(st.integers(0, 12), st.integers(0, 12)),
+)
+def test_of_equal_items_the_earlier_is_taken_and_padding_never(scores, counts):
+    taken = take_counted(torch.tensor([[scores, scores[::-1]]]), counts)
+    for head, (own, count) in enumerate(zip((scores, scores[::-1]), counts, strict=True)):
+        best = sorted(range(len(own)), key=lambda item: -own[item])[:count]
+        assert taken[0, head].nonzero().flatten().tolist() == sorted(item for item in best if own[item] > -math.inf)
 
 
 def test_between_two_ratios_shares_are_interpolated():

@@ -37,12 +37,17 @@ class Rotation:
 
         They stand at positions int64 (rows, n).
         """
+        return self.undoing(positions)(vectors)
+
+    def undoing(self, positions: Tensor) -> Callable[[Tensor], Tensor]:
+        """Make the function that undoes the rotation of vectors at positions int64 (rows, n), as `back` does."""
         if self._angles is None:
-            return vectors
+            return lambda vectors: vectors
         cos, sin = self._angles(positions)
         # Scaled rotations stretch as well: cosine and sine square up to the square of the factor.
-        stretch = (cos[..., :1].square() + sin[..., :1].square()).unsqueeze(1)
-        return self._part(vectors, cos, -sin, stretch)
+        stretch = cos[..., :1].square() + sin[..., :1].square()
+        cos, sin = cos / stretch, sin / -stretch
+        return lambda vectors: self._part(vectors, cos, sin)
 
     def forward(self, vectors: Tensor, by: Tensor) -> Tensor:
         """Rotate vectors (rows, heads, n, d) on from where they stand.
@@ -84,11 +89,9 @@ class Rotation:
         lengths = ((rotated.square() + quarter.square()) / 2).sqrt()
         return lengths if channels == vectors.shape[-1] else torch.cat((lengths, vectors[..., channels:].abs()), -1)
 
-    def _part(self, vectors: Tensor, cos: Tensor, sin: Tensor, stretch: Tensor | None = None) -> Tensor:
+    def _part(self, vectors: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """Turn the channels that are rotated, and leave the others."""
         assert self._turn is not None
         channels = cos.shape[-1]
         turned = self._turn(vectors[..., :channels], cos, sin)
-        if isinstance(stretch, Tensor):
-            turned = turned / stretch
         return turned if channels == vectors.shape[-1] else torch.cat((turned, vectors[..., channels:]), dim=-1)

@@ -6,14 +6,42 @@ that its layer estimates. The logit of the fit is linear in them.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from wildcat_kv.compressors.base import KVBlock
+from wildcat_kv.compressors.rotation import Rotation
 from wildcat_kv.coreset.tensors import full_precision
 
 # Recall below this counts as none.
 _LEAST_RECALL = 1e-6
+
+
+class _Items(NamedTuple):
+    """What a layer holds of the last k items, those that have a position and a query.
+
+    Attributes:
+        keys: float32 (rows, heads, k, d), rotated.
+        values: float32 (rows, heads, k, d_v).
+        queries: float32 (rows, heads, k, d), the mean of each group, rotated.
+        recalled: float32 (rows, heads, k), the logarithm of the recall.
+        positions: int64 (rows, k).
+        before: number of the items before these.
+    """
+
+    keys: Tensor
+    values: Tensor
+    queries: Tensor
+    recalled: Tensor
+    positions: Tensor
+    before: int
+
+    def unrotated(self, rotation: Rotation) -> tuple[Tensor, Tensor]:
+        """Undo the rotation of keys and queries."""
+        back = rotation.undoing(self.positions)
+        return back(self.keys), back(self.queries)
 
 
 def fitted_scores(block: KVBlock, recall: Tensor, weights: Tensor) -> Tensor:
@@ -25,26 +53,32 @@ def fitted_scores(block: KVBlock, recall: Tensor, weights: Tensor) -> Tensor:
     Args:
         block: entries; positions count from each row's first token.
         recall: float32 (rows, heads, items), of a survey; -inf for padding.
-        weights: float32 (heads, features + 1), the constant last.
+        weights: float32 (heads, features + 1), of the features of `item_features`, the constant last.
 
     Returns:
         float32 (rows, heads, items), in [0, 1]; -inf for padding.
     """
-    features, known = item_features(block, recall)
-    if not features.shape[2]:
-        return recall
-    # (rows, heads, k, f) times (heads, f, 1)
+    assert block.rotation is not None
     with torch.no_grad(), full_precision(block.keys.device):
-        weights = weights.to(features.device)
-        logits = torch.matmul(features, weights[:, :-1, None]).squeeze(-1) + weights[:, -1:]
-        own = recall[..., known:]
+        items = _items(block, recall)
+        if not items.positions.shape[1]:
+            return recall
+        widths = items.keys.shape[-1], items.values.shape[-1], items.queries.shape[-1], 1, 1
+        of_key, of_value, of_query, of_recall, constant = weights.to(recall.device).split(widths, dim=-1)
+        logits = torch.addcmul(constant, items.recalled, of_recall)
+        keys, queries = items.unrotated(block.rotation)
+        # One product for each part of the features: side by side they are as large as all that the layer holds.
+        for part, weight in ((keys, of_key), (items.values, of_value), (queries, of_query)):
+            # This way around: a column takes a slow path of torch's on CPU.
+            logits += torch.matmul(weight.unsqueeze(-2), part.mT).squeeze(-2)
+        own = recall[..., items.before :]
         # What the estimate finds and the fit does not is kept too: the drift is lower.
-        found = torch.where(own > -torch.inf, torch.maximum(logits.sigmoid(), own), own)
-    return torch.cat((recall[..., :known], found), dim=-1)
+        found = torch.where(own > -torch.inf, torch.maximum(logits.sigmoid_(), own), own)
+    return torch.cat((recall[..., : items.before], found), dim=-1)
 
 
 def item_features(block: KVBlock, recall: Tensor) -> tuple[Tensor, int]:
-    """Gather the features of the items that have a position and a query.
+    """Gather the features of the items that have a position and a query, for a fit.
 
     Args:
         block: entries, as in `fitted_scores`.
@@ -53,17 +87,26 @@ def item_features(block: KVBlock, recall: Tensor) -> tuple[Tensor, int]:
     Returns:
         float32 (rows, heads, k, 2 d + d_v + 1), of the last k items, and the number of items before these.
     """
-    assert block.queries is not None and block.rotation is not None
+    assert block.rotation is not None
+    with torch.no_grad(), full_precision(block.keys.device):
+        items = _items(block, recall)
+        keys, queries = items.unrotated(block.rotation)
+        return torch.cat((keys, items.values, queries, items.recalled.unsqueeze(-1)), dim=-1), items.before
+
+
+def _items(block: KVBlock, recall: Tensor) -> _Items:
+    """Take what is known of the items from a block and their recall."""
+    assert block.queries is not None
     n, end = block.keys.shape[2], block.first + block.items
     first = min(end, max(block.first, n - min(block.exact, block.queries.shape[2])))
-    behind, length, known = n - first, end - first, first - block.first
-    with torch.no_grad(), full_precision(block.keys.device):
-        keys, values = (tensor.narrow(2, first, length).to(torch.float32) for tensor in (block.keys, block.values))
-        queries = block.queries.narrow(2, block.queries.shape[2] - behind, length)
-        # A rotation is linear: the mean is turned back, not every query.
-        queries = queries.unflatten(1, (keys.shape[1], -1)).mean(2, dtype=torch.float32)
-        positions = block.seen - behind + torch.arange(length, device=keys.device)
-        positions = positions.expand(keys.shape[0], -1)
-        keys, queries = (block.rotation.back(vectors, positions) for vectors in (keys, queries))
-        recalled = recall[..., known:].clamp_min(_LEAST_RECALL).log().unsqueeze(-1)
-        return torch.cat((keys, values, queries, recalled), dim=-1), known
+    behind, length, before = n - first, end - first, first - block.first
+    keys, values = (tensor.narrow(2, first, length).to(torch.float32) for tensor in (block.keys, block.values))
+    queries = block.queries.narrow(2, block.queries.shape[2] - behind, length).unflatten(1, (keys.shape[1], -1))
+    # A rotation is linear: the mean is turned back, not every query.
+    mean = queries[:, :, 0].to(torch.float32, copy=True)
+    for query in queries.unbind(2)[1:]:
+        mean += query
+    mean /= queries.shape[2]
+    positions = block.seen - behind + torch.arange(length, device=keys.device)
+    recalled = recall[..., before:].clamp_min(_LEAST_RECALL).log_()
+    return _Items(keys, values, mean, recalled, positions.expand(keys.shape[0], -1), before)

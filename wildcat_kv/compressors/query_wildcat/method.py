@@ -212,9 +212,8 @@ class QueryWildCat(SharingCompressor):
         counts = profile.counts(block.layer_index, block.sharing, rank / tokens, (attended, both - attended), room)
         if len(counts[0]) not in (1, block.keys.shape[1]):  # a process has a share of the heads: their average
             counts = tuple([sum(part) // len(part)] for part in counts)  # type: ignore[assignment]
-        first, second = (torch.tensor(part, device=block.keys.device).view(1, -1, 1) for part in counts)
-        kept = take_counted(survey.attention, first)
-        return kept | take_counted(survey.recall.masked_fill(kept, -torch.inf), second)
+        kept = take_counted(survey.attention, counts[0])
+        return kept | take_counted(survey.recall.masked_fill(kept, -torch.inf), counts[1])
 
     @override
     def compress_share(self, block: KVBlock, rank: int, share: tuple[Tensor, Survey]) -> Compressed:

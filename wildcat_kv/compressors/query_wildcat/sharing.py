@@ -30,19 +30,24 @@ def best_items(scores: Sequence[Tensor], slots: int, share: Share) -> list[Tenso
     return (_best_by_layer if share == "layers" else _best_by_head)(scores, slots)
 
 
-def take_counted(scores: Tensor, counts: Tensor) -> Tensor:
+def take_counted(scores: Tensor, counts: Sequence[int]) -> Tensor:
     """Choose the best items of each head, a number for each.
 
     Of equal ones the earlier is taken.
 
     Args:
         scores: (rows, heads, n), -inf for what cannot be taken.
-        counts: int64, to be broadcast to (rows, heads, 1).
+        counts: numbers of the heads, or one for all of them.
 
     Returns:
         Bool (rows, heads, n).
     """
-    return _take(*scores.sort(dim=-1, descending=True, stable=True), counts)
+    most = min(max(1, *counts), scores.shape[-1])
+    total = torch.tensor(counts, device=scores.device).view(-1, 1)
+    least = scores.topk(most, dim=-1).values.gather(-1, (total - 1).clamp(0, most - 1).expand(*scores.shape[:2], 1))
+    more, equal = scores > least, scores == least
+    more |= equal & (equal.cumsum(-1) <= total - more.sum(-1, keepdim=True))
+    return more & (scores > -torch.inf)
 
 
 def _take(values: Tensor, indices: Tensor, counts: Tensor) -> Tensor:

@@ -126,8 +126,8 @@ def _recall(block: KVBlock, mean: Tensor, mass: Tensor, apart: int) -> Tensor:
     assert block.queries is not None and block.rotation is not None
     rows, heads, n = mean.shape
     likely = mean.topk(min(_NORMALISING, n), dim=-1).indices
-    level = mass.gather(-1, likely).log_()[:, :, None, None]
-    reference = (take_columns(block.keys, likely).to(torch.float32) * block.scale).mT.unsqueeze(2)
+    level = mass.gather(-1, likely).log_()[:, :, None, :, None]
+    reference = (take_columns(block.keys, likely).to(torch.float32) * block.scale).unsqueeze(2)
     recall = torch.zeros_like(mean)
     # Query -j and key -j are of one token. Keys step back: there are fewer of them than of queries.
     queries = block.queries.unflatten(1, (heads, -1))
@@ -139,8 +139,9 @@ def _recall(block: KVBlock, mean: Tensor, mass: Tensor, apart: int) -> Tensor:
         follower = block.rotation.forward(follower, back).transpose(1, 2).unsqueeze(-1)
         # As products of matrices, one a token and head: queries of a head are far apart in memory.
         own = torch.matmul(asking.permute(0, 3, 1, 2, 4), follower).squeeze(-1).mul_(block.scale)
-        others = torch.matmul(asking, reference).add_(level).logsumexp(-1)
-        score = own.permute(0, 2, 3, 1).sub(others).sigmoid_().amax(2)
+        # Positions last: sums over the few others are then sums of whole rows.
+        others = torch.matmul(reference, asking.mT).add_(level).logsumexp(-2)
+        score = own.permute(0, 2, 3, 1).sub(others).amax(2).sigmoid_()
         recall.narrow(2, n - behind, length).copy_(score)
     return recall
 
