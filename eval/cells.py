@@ -11,7 +11,7 @@ from transformers import Cache, DynamicCache
 from eval.baselines import METHODS, QuantizedBaseline, find_baseline
 from wildcat_kv import CompressedCache, Context
 from wildcat_kv.compressors import Compressor, available
-from wildcat_kv.compressors.registry import resolve
+from wildcat_kv.compressors.registry import find, resolve
 from wildcat_kv.config import WildCatConfig
 from wildcat_kv.lm_eval.options import EXACT, reads_twice
 from wildcat_kv.validation import did_you_mean
@@ -144,7 +144,9 @@ class Cell:
         if not isinstance(given, Mapping):
             return resolve(given, settings)
         parameters = dict(given)
-        method = resolve(str(parameters.pop("name", "")), settings)
+        name = str(parameters.pop("name", ""))
+        kind = find(name)  # `resolve` refuses methods that read a text twice: a cache cannot use them by itself
+        method = resolve(name, settings) if kind is None else kind.of(settings)
         known: list[str] = [field.name for field in fields(method)] if is_dataclass(method) else []
         for name, value in parameters.items():
             if name not in known:

@@ -17,8 +17,8 @@ from eval.tasks.drift import Drift
 from eval.tasks.needle import Needle
 from eval.tasks.perplexity import Perplexity
 from tests.driver import assert_same, state
-from wildcat_kv import CompressedCache
-from wildcat_kv.compressors import AdaKV, Compactor, CriticalKV, ExpectedAttention, available
+from wildcat_kv import CompressedCache, Context
+from wildcat_kv.compressors import AdaKV, Compactor, CriticalKV, ExpectedAttention, RereadingWildCat, available
 from wildcat_kv.contexts.prompts import encode_question
 from wildcat_kv.data.haystack import make_needles
 from wildcat_kv.hook.keyword import CACHE
@@ -426,6 +426,14 @@ def test_a_variant_may_have_parameters_of_its_method(model):
     methods = ["snapkv", {"name": "wider", "compressor": "snapkv", "parameters": {"kernel": 9}, "sink": 4}]
     _, plain, wider = (cell.empty(model.config) for cell in make_cells(methods, [0.5], [], {}))
     assert wider.compressor == replace(plain.compressor, kernel=9) != plain.compressor and wider.settings.sink == 4
+
+
+def test_a_method_that_reads_twice_may_have_parameters(model, tokenizer):
+    variant = {"name": "more", "compressor": "rereading_wildcat", "parameters": {"recalled": 0.75}}
+    _, cell = make_cells([variant], [0.5], [], {"window": 8, "sink": 4})
+    cell.check_model(model.config)
+    cache = cell.compress(Context(model, torch.arange(100)[None] % 60 + 3), tokenizer)
+    assert cache.compressor == RereadingWildCat(recalled=0.75)
 
 
 def test_a_method_among_the_parameters_goes_by_its_name(model):
