@@ -48,7 +48,13 @@ def _command(*names: str) -> Callable[..., None]:
             typer.Option(help="Length of prompt, synthetic data or generation, repeatable. Default: by benchmark."),
         ] = None,
         turns: Annotated[int, typer.Option(help="Turns to count.", min=1)] = 3,
-        methods: Annotated[str | None, typer.Option(help="Names with commas between. Default: all.")] = None,
+        methods: Annotated[
+            str | None,
+            typer.Option(
+                help="Of prefill and decode: names with commas between. Default: all. Memory has query_wildcat and auto of "
+                "them, beside wildcat."
+            ),
+        ] = None,
         model: Annotated[str | None, typer.Option(help="Hub id, folder or GGUF file.")] = None,
         device: Annotated[str | None, typer.Option(help="cpu, cuda, ... Default: cuda if there is one.")] = None,
         threads: Annotated[int | None, typer.Option(help="Of torch.", min=1)] = None,
