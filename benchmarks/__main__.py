@@ -51,8 +51,8 @@ def _command(*names: str) -> Callable[..., None]:
         methods: Annotated[
             str | None,
             typer.Option(
-                help="Of prefill and decode: names with commas between. Default: all. Memory has query_wildcat and auto "
-                "of them, beside wildcat."
+                help="Of prefill and decode: names with commas between. Default: all. Memory has query_wildcat and "
+                "auto of them, beside wildcat."
             ),
         ] = None,
         model: Annotated[str | None, typer.Option(help="Hub id, folder or GGUF file.")] = None,
