@@ -1,8 +1,8 @@
 """Attention methods inside Transformers models, through Transformers' attention interface.
 
 An attention module looks up its implementation by a name in its config. A layer that is replaced gets a copy of this
-config, with a name that carries the method. Nothing else changes: not the model's config, which an encoder may share
-with a decoder, not the masks, and no other layer.
+config with another name, and carries its method itself. Nothing else changes: not the model's config, which an encoder
+may share with a decoder, not the masks, and no other layer.
 """
 
 from __future__ import annotations
@@ -11,14 +11,15 @@ import copy
 import inspect
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedConfig
-from typing_extensions import Self
 
 from wildcat_kv.attention.base import Attention
+from wildcat_kv.attention.layers import methods_by_layer
+from wildcat_kv.attention.masks import key_padding
 
 NAME = "wildcat_attention"
 
@@ -31,8 +32,9 @@ _SCORE_CHANGES = {
 }
 
 
-class MethodName(str):
-    """Name "wildcat_attention", which carries a layer's method.
+@dataclass(frozen=True)
+class Replaced:
+    """What a replaced attention module carries, as its attribute "wildcat_attention".
 
     Attributes:
         method: the method, with the layer's own seed.
@@ -43,16 +45,6 @@ class MethodName(str):
     method: Attention
     layer: str
     config: Any
-
-    def __new__(cls, method: Attention, layer: str, config: Any) -> Self:
-        """Make a str equal to `NAME`."""
-        name = super().__new__(cls, NAME)
-        name.method, name.layer, name.config = method, layer, config
-        return name
-
-    def __getnewargs__(self) -> tuple[Attention, str, Any]:  # type: ignore[override]
-        """Return the arguments that copy and pickle make it anew from."""
-        return self.method, self.layer, self.config
 
 
 def enable(
@@ -81,7 +73,7 @@ def enable(
             enabled already. The model is left as it was.
     """
     found = attention_layers(model)
-    taken = next((name for name, module in found.items() if isinstance(_implementation(module), MethodName)), None)
+    taken = next((name for name, module in found.items() if _replaced(module) is not None), None)
     if taken is not None:
         raise ValueError(f"model={type(model).__name__} has a method in {taken!r} already; disable(model) first")
     able = _able(found)
@@ -90,12 +82,13 @@ def enable(
         known = (f"{name!r} {reason}" for name, reason in reasons if reason is not None)
         reason = next(known, "none dispatches through Transformers' AttentionInterface")
         raise ValueError(f"model={type(model).__name__} has no attention layer to replace: {reason}")
-    methods = _methods_by_layer(method, layers, able, found)
+    methods = methods_by_layer(method, layers, able, found, _obstacle)
     for name, chosen in methods.items():
         module: Any = found[name]
         config = copy.copy(module.config)
         # The property would set it in the configs of the model's parts, too.
-        config._attn_implementation_internal = MethodName(chosen, name, module.config)
+        config._attn_implementation_internal = NAME
+        setattr(module, NAME, Replaced(chosen, name, module.config))
         module.config = config
     return tuple(methods)
 
@@ -109,11 +102,11 @@ def disable(model: nn.Module) -> None:
     Raises:
         ValueError: a model that is not enabled.
     """
-    replaced = [module for module in model.modules() if isinstance(_implementation(module), MethodName)]
+    replaced = [module for module in model.modules() if _replaced(module) is not None]
     if not replaced:
         raise ValueError(f"model={type(model).__name__} has no method of attention; there is nothing to disable")
     for module in replaced:
-        module.config = _implementation(module).config
+        module.config = vars(module).pop(NAME).config
 
 
 @contextmanager
@@ -165,7 +158,7 @@ def method_attention(
     Raises:
         ValueError: what cannot be followed; names the layer.
     """
-    name = _implementation(module)
+    replaced: Replaced = vars(module)[NAME]
     reasons = [does for keyword, does in _SCORE_CHANGES.items() if kwargs.get(keyword) is not None]
     if kwargs.get("is_causal"):
         reasons.append("is causal in this call")
@@ -174,61 +167,16 @@ def method_attention(
     if kwargs.get("dropout"):
         reasons.append(f"drops probabilities in training (dropout={kwargs['dropout']}); set it to 0 or call eval()")
     if reasons:
-        method = type(name.method).__name__
-        raise ValueError(f"layer {name.layer!r} {reasons[0]}, which {method} cannot follow; leave it out of `layers`")
+        method = type(replaced.method).__name__
+        raise ValueError(
+            f"layer {replaced.layer!r} {reasons[0]}, which {method} cannot follow; leave it out of `layers`"
+        )
     try:
         padding = key_padding(attention_mask, query.shape[0], key.shape[2])
     except ValueError as error:
-        raise ValueError(f"layer {name.layer!r}: {error}") from None
-    output = name.method(query, key, value, scale=kwargs.get("scaling"), key_padding_mask=padding)
+        raise ValueError(f"layer {replaced.layer!r}: {error}") from None
+    output = replaced.method(query, key, value, scale=kwargs.get("scaling"), key_padding_mask=padding)
     return output.transpose(1, 2).contiguous(), None
-
-
-def key_padding(mask: Any, rows: int, n: int) -> Tensor | None:
-    """Read which keys are padding from a mask of Transformers.
-
-    Args:
-        mask: None, numbers or bool (rows, n) with 1 for tokens, bool (rows, heads, q, n) with True for what is seen, or
-            the same as numbers to add to the scores.
-        rows: rows of the batch.
-        n: number of keys.
-
-    Returns:
-        bool (rows, n), True for padding; None if there is none.
-
-    Raises:
-        ValueError: a mask that is more than padding.
-
-    Example:
-        >>> key_padding(torch.tensor([[1, 1, 0]]), 1, 3)
-        tensor([[False, False,  True]])
-    """
-    if mask is None:
-        return None
-    if isinstance(mask, Tensor) and mask.dim() not in (2, 4):
-        raise ValueError(f"attention_mask has shape {tuple(mask.shape)}; it must be (rows, n) or (rows, heads, q, n)")
-    if not isinstance(mask, Tensor):
-        raise ValueError(f"attention_mask is a {type(mask).__name__}; load the model with attn_implementation='sdpa'")
-    seen = mask.bool() if mask.dim() == 2 else _seen_by_all(mask)
-    return None if bool(seen.all()) else ~seen[..., -n:].expand(rows, n)
-
-
-def _seen_by_all(mask: Tensor) -> Tensor:
-    """Read the keys (rows, n) that a mask (rows, heads, q, n) shows to all queries alike."""
-    first = mask[:, :1, :1]
-    expanded = all(mask.stride(dim) == 0 or mask.shape[dim] == 1 for dim in (1, 2))
-    if not expanded and not torch.equal(mask, first.expand_as(mask)):
-        raise ValueError(
-            f"attention_mask {tuple(mask.shape)} differs between queries or heads, and only padding can be followed; "
-            "for causal models use the cache, else leave the layer out of `layers`"
-        )
-    seen = first[:, 0, 0]
-    if mask.dtype == torch.bool:
-        return seen
-    hidden = seen <= torch.finfo(mask.dtype).min / 2
-    if not bool((hidden | (seen == 0)).all()):
-        raise ValueError("attention_mask adds a bias to scores, and only padding can be followed; leave the layer out")
-    return ~hidden
 
 
 def _dispatches(cls: type) -> bool:
@@ -273,46 +221,8 @@ def _block(name: str) -> str:
     return ".".join(parts[: last + 1])
 
 
-def _methods_by_layer(
-    method: Attention | Mapping[int | str, Attention],
-    layers: Iterable[int | str] | None,
-    able: list[str],
-    found: Mapping[str, nn.Module],
-) -> dict[str, Attention]:
-    """Choose the layers and give each its method, in the order of the model."""
-    if isinstance(method, Mapping):
-        if layers is not None:
-            raise ValueError("layers is given beside a method for each layer; give one of them")
-        chosen = {_named(number, able, found): one for number, one in method.items()}
-    else:
-        chosen = {_named(layer, able, found): method for layer in (able if layers is None else layers)}
-    if not chosen:
-        raise ValueError("layers names no layer; leave it out for all of them")
-    for one in chosen.values():
-        if not isinstance(one, Attention):
-            raise TypeError(f"method={one!r} is no Attention; give one of wildcat_kv.attention's, such as Exact()")
-    return {name: chosen[name].for_layer(number) for number, name in enumerate(found) if name in chosen}
-
-
-def _named(layer: int | str, able: list[str], found: Mapping[str, nn.Module]) -> str:
-    """Find the name of a layer that is given by name or number.
-
-    Raises:
-        ValueError: there is no such layer, or it cannot be replaced.
-    """
-    if isinstance(layer, int):
-        if not -len(able) <= layer < len(able):
-            raise ValueError(f"layers: {layer} is none of the {len(able)} layers that can be replaced, counted from 0")
-        return able[layer]
-    if layer not in found:
-        raise ValueError(f"layers: there is no attention layer {layer!r}; the first is {next(iter(found))!r}")
-    if (reason := _obstacle(found[layer])) is not None:
-        raise ValueError(f"layers: {layer!r} {reason}")
-    return layer
-
-
-def _implementation(module: nn.Module) -> Any:
-    return getattr(vars(module).get("config"), "_attn_implementation", None)
+def _replaced(module: nn.Module) -> Replaced | None:
+    return vars(module).get(NAME)
 
 
 AttentionInterface.register(NAME, method_attention)
