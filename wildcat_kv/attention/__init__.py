@@ -7,11 +7,13 @@ uniform.py, stratified.py, thinformer.py, balancekv.py     methods that keep som
 performer.py, scatterbrain.py    random features: features.py
 reformer.py, kdeformer.py, hyperattention.py               sorted blocks: hashing.py
 registry.py                      the methods by name, also those of installed packages
-encoders.py                      a method inside a Transformers model: use, enable, disable
+encoders.py, diffusers.py        a method inside a model: use, enable, disable; layers.py, masks.py
+calibration.py, comparison.py    a plan for a model's layers, and its check: plan.py, per_head.py
 
 A method is one file. All take (query, key, value) as torch's scaled_dot_product_attention does.
 """
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from wildcat_kv.attention.balancekv import BalanceKV, balance_attention
@@ -20,7 +22,9 @@ from wildcat_kv.attention.exact import Exact, exact_attention
 from wildcat_kv.attention.hyperattention import HyperAttention, hyper_attention
 from wildcat_kv.attention.kdeformer import KDEformer, kdeformer_attention
 from wildcat_kv.attention.near_wildcat import NearWildCat, near_wildcat_attention
+from wildcat_kv.attention.per_head import PerHead
 from wildcat_kv.attention.performer import Performer, performer_attention
+from wildcat_kv.attention.plan import LayerPlan, Plan
 from wildcat_kv.attention.reformer import Reformer, reformer_attention
 from wildcat_kv.attention.registry import AttentionMethod, attention_method, available
 from wildcat_kv.attention.scatterbrain import ScatterBrain, scatterbrain_attention
@@ -30,6 +34,8 @@ from wildcat_kv.attention.uniform import Uniform, uniform_attention
 from wildcat_kv.attention.wildcat import WildCatAttention, wildcat_attention
 
 if TYPE_CHECKING:
+    from wildcat_kv.attention.calibration import calibrate
+    from wildcat_kv.attention.comparison import OutputErrors, compare_outputs
     from wildcat_kv.attention.encoders import attention_layers, disable, enable, use
 
 __all__ = [
@@ -39,8 +45,12 @@ __all__ = [
     "Exact",
     "HyperAttention",
     "KDEformer",
+    "LayerPlan",
     "NearWildCat",
+    "OutputErrors",
+    "PerHead",
     "Performer",
+    "Plan",
     "Reformer",
     "ScatterBrain",
     "Stratified",
@@ -51,6 +61,8 @@ __all__ = [
     "attention_method",
     "available",
     "balance_attention",
+    "calibrate",
+    "compare_outputs",
     "disable",
     "enable",
     "exact_attention",
@@ -68,10 +80,16 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    """Import what needs Transformers when it is first used: the methods need torch alone."""
-    if name in ("attention_layers", "disable", "enable", "use"):
-        from wildcat_kv.attention import encoders
+# What needs Transformers: the methods need torch alone.
+_MODULES = {
+    **dict.fromkeys(("attention_layers", "disable", "enable", "use"), "encoders"),
+    **dict.fromkeys(("OutputErrors", "compare_outputs"), "comparison"),
+    "calibrate": "calibration",
+}
 
-        return getattr(encoders, name)
+
+def __getattr__(name: str) -> Any:
+    """Import what needs Transformers when it is first used."""
+    if name in _MODULES:
+        return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
