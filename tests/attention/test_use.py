@@ -261,7 +261,7 @@ def test_masks_that_are_more_than_padding_are_refused():
 
 
 def test_the_wing_names_them_and_imports_transformers_for_them_alone():
-    names = ("attention_layers", "disable", "enable", "use")
+    names = ("attention_layers", "calibrate", "compare_outputs", "disable", "enable", "use")
     assert set(names) <= set(wildcat_kv.attention.__all__)
     assert [getattr(wildcat_kv.attention, name).__name__ for name in names] == list(names)
     with pytest.raises(AttributeError, match=r"'wildcat_kv\.attention' has no attribute 'uses'"):
@@ -269,6 +269,16 @@ def test_the_wing_names_them_and_imports_transformers_for_them_alone():
     code = (
         "import sys, wildcat_kv.attention as attention; assert 'transformers' not in sys.modules; "
         "attention.use; assert 'transformers' in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_without_diffusers_its_models_are_refused_in_a_sentence():
+    code = (
+        "import sys, torch; sys.modules['diffusers'] = None; from wildcat_kv.attention import Exact, diffusers\n"
+        "try: diffusers.enable(torch.nn.Linear(2, 2), Exact())\n"
+        "except ImportError as error: assert \"pip install 'wildcat-kv[diffusers]'\" in str(error)\n"
+        "else: raise AssertionError"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 
