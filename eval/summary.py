@@ -147,11 +147,11 @@ def summarise(manifest: dict[str, Any], records: Sequence[dict[str, Any]]) -> pd
         records: records of the run.
 
     Returns:
-        One row a task, group, metric, budget and method, and the exact cache at every budget. `mean` is over the scores
-        that are finite; `n` counts them, `not_finite` the others. `difference`, `low`, `high`, `tie`: to the baseline
-        at the same budget, as in `eval.statistics.Difference`, over `pairs` samples, without `pairs_left_out`; missing
-        where there is no baseline, and in its own row. `kept`, `stored_tokens`, `seen_tokens`, `memory_bytes`, `held`
-        and the `seconds_` columns are means over the samples.
+        One row a task, group, metric, budget and method, and the exact cache at every budget. `mean`, `lowest` and
+        `highest` are of the scores that are finite; `n` counts them, `not_finite` the others. `difference`, `low`,
+        `high`, `tie`: to the baseline at the same budget, as in `eval.statistics.Difference`, over `pairs` samples,
+        without `pairs_left_out`; missing where there is no baseline, and in its own row. `kept`, `stored_tokens`,
+        `seen_tokens`, `memory_bytes`, `held` and the `seconds_` columns are means over the samples.
 
     Raises:
         ValueError: no records, or a task that the manifest does not describe.
@@ -188,12 +188,12 @@ def summarise(manifest: dict[str, Any], records: Sequence[dict[str, Any]]) -> pd
                         }
                     )
                     if task in AVERAGES:
-                        for field in ("mean", "difference", "low", "high"):
+                        for field in ("mean", "lowest", "highest", "difference", "low", "high"):
                             rows[-1][field] *= 100
     table = pd.DataFrame(rows)
-    order = ["task", "group", "metric", "budget", "ratio", "max_tokens", "method", "mean", "n", "not_finite"]
-    order += ["difference", "low", "high", "pairs", "pairs_left_out", "tie", "kept", "stored_tokens", "seen_tokens"]
-    order += ["memory_bytes", "held"]
+    order = ["task", "group", "metric", "budget", "ratio", "max_tokens", "method", "mean", "lowest", "highest"]
+    order += ["n", "not_finite", "difference", "low", "high", "pairs", "pairs_left_out", "tie", "kept"]
+    order += ["stored_tokens", "seen_tokens", "memory_bytes", "held"]
     types = {"ratio": "float64", "max_tokens": "Int64", "tie": "boolean"}
     return table[order + seconds].astype(types)
 
@@ -257,6 +257,8 @@ def _scores(strata: list[pd.DataFrame], baseline: list[pd.DataFrame] | None) -> 
     n = sum(map(len, finite))
     row = {
         "mean": sum(scores.mean() for scores in finite) / len(finite),
+        "lowest": min((scores.min() for scores in finite if len(scores)), default=math.nan),
+        "highest": max((scores.max() for scores in finite if len(scores)), default=math.nan),
         "n": n,
         "not_finite": sum(map(len, strata)) - n,
         "difference": math.nan,

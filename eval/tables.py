@@ -166,13 +166,16 @@ def _task_table(manifest: dict[str, Any], task: str, budget: Budget, part: pd.Da
     columns = [(f"{name} {_arrow(metric)}", part[part["metric"] == name], metric) for name, metric in metrics.items()]
     seconds = [name for name in part if name.startswith("seconds_") and part[name].notna().any()]
     extra = ["n"] if "to" in _samples(part) else []
+    first, metric = next(iter(metrics.items()))
+    worst = part[part["metric"] == first].set_index("method")["lowest" if metric["higher_is_better"] else "highest"]
     sized = part["memory_bytes"].notna().any()
     header, rows = _compared(manifest, part, columns)
     whole = []
     for row in rows:
         entry = part[part["method"] == row[0].text].iloc[0]
         samples = int(entry["n"] + entry["not_finite"])
-        cells = [TableCell(f"{samples:,}", order=samples)] if extra else []
+        cells = [_worst_cell(worst.get(row[0].text), metric)]
+        cells += [TableCell(f"{samples:,}", order=samples)] if extra else []
         cells.append(
             TableCell(
                 f"{entry['kept']:.1%} ({entry['stored_tokens']:,.0f} of {entry['seen_tokens']:,.0f})",
@@ -197,7 +200,7 @@ def _task_table(manifest: dict[str, Any], task: str, budget: Budget, part: pd.Da
                 *([bytes_note(manifest, "cache")] if part["held"].notna().any() else []),
             ]
         ),
-        (*header, *extra, *kept, *took),
+        (*header, f"worst {first}", *extra, *kept, *took),
         tuple(whole),
     )
 
@@ -289,6 +292,13 @@ def _mean_cell(entry: dict[str, Any], metric: dict[str, Any], entries: Any) -> T
         text += f" ({entry['not_finite']} not finite)"
     best = entry["method"] != EXACT and mean == (max if metric["higher_is_better"] else min)(means)
     return TableCell(text, best=best and len(means) > 1, order=entry["mean"])
+
+
+def _worst_cell(score: float | None, metric: dict[str, Any]) -> TableCell:
+    """Write the worst score of a sample."""
+    if score is None or not math.isfinite(score):
+        return TableCell(_NOTHING)
+    return TableCell(f"{score + 0.0:.{metric['digits']}f}", order=score)
 
 
 def _difference_cell(entry: dict[str, Any], metric: dict[str, Any]) -> TableCell:

@@ -213,6 +213,7 @@ def test_summary_says_what_was_measured():
     assert list(summary["method"]) == ["exact", "wildcat", "snapkv"]
     ours, theirs, exact = (row(summary, method=method) for method in ("wildcat", "snapkv", "exact"))
     assert ours["mean"] == 2.5 and ours["n"] == 4 and math.isnan(ours["difference"])
+    assert (ours["lowest"], ours["highest"]) == (1, 4)
     assert theirs["difference"] == 0.75 and 0.5 <= theirs["low"] < theirs["high"] <= 1 and not theirs["tie"]
     assert exact["difference"] == -2.5 and exact["kept"] == 1 and theirs["kept"] == 0.25
     assert ours["seconds_compress"] == 0.25 and math.isnan(exact["seconds_compress"])
@@ -239,6 +240,16 @@ def test_a_cell_with_fewer_samples_is_paired_over_those_it_has():
     table = make_tables(run(), summary)[1]
     assert "n = 3 to 5" in table.title
     assert line(table, "snapkv")["n"].text == "3"
+
+
+@pytest.mark.parametrize(("higher", "worst"), [(False, "4.000"), (True, "1.000")])
+def test_the_worst_sample_stands_beside_the_mean(higher, worst):
+    manifest = run()
+    task = next(iter(manifest["metrics"]))
+    name, metric = next(iter(manifest["metrics"][task].items()))
+    manifest["metrics"] = {**manifest["metrics"], task: {name: {**metric, "higher_is_better": higher, "digits": 3}}}
+    table = make_tables(manifest, summarise(manifest, cell([1.0, math.nan, 4.0, 2.0])))[1]
+    assert line(table, "wildcat")[f"worst {name}"].text == worst
 
 
 def test_the_same_number_of_another_prompt_is_no_pair():
