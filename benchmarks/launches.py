@@ -1,15 +1,17 @@
 """Count what a prefill makes a device do: operations that launch a kernel, and reads that the host waits for.
 
-Counted at torch's dispatcher, on any device alike. Views, allocations and operations without a result in memory do not
-count. An operation counts once, whatever number of kernels it takes on a device, and so does a launch of Triton's. What
-the host does in tensors of its own, like the lengths of bins, counts too: the numbers are upper bounds. Models of two
-depths tell apart what every layer takes and what a pass takes once; what the exact cache takes is subtracted.
+Counted at torch's dispatcher, on the CPU, which is made to compute as a device does. Views, allocations and operations
+without a result in memory do not count. An operation counts once, whatever number of kernels it takes on a device, and
+so does a launch of Triton's. What the host does in tensors of its own counts too. Models of two depths tell apart what
+every layer takes and what a pass takes once; what the exact cache takes is subtracted.
 """
 
 from __future__ import annotations
 
 import traceback
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -23,6 +25,7 @@ from transformers import Cache, DynamicCache, LlamaConfig, LlamaForCausalLM
 import wildcat_kv
 from benchmarks.options import split_names
 from wildcat_kv import CompressedCache
+from wildcat_kv.coreset import launching
 from wildcat_kv.hook.keyword import CACHE
 
 DEPTHS = (2, 4)  # layers of the models to count in
@@ -39,12 +42,14 @@ class Cost(NamedTuple):
         launches_per_layer: operations.
         launches_per_pass: operations that a pass takes once.
         reads_per_layer: times that the host waits for the device.
+        reads_per_pass: times that it waits once a pass.
         places: where it does, "file:line".
     """
 
     launches_per_layer: float
     launches_per_pass: float
     reads_per_layer: float
+    reads_per_pass: float
     places: tuple[str, ...]
 
 
@@ -55,8 +60,9 @@ def show(
     """Count what compressing makes a device launch and the host wait for, a layer of a prefill."""
     for method in split_names(methods):
         cost = prefill_cost(method, tokens)
-        layer, one = f"{cost.launches_per_layer:g} launches a layer", f"{cost.launches_per_pass:g} a pass"
-        print(f"{method}, {tokens} tokens: {layer}, {one}; {cost.reads_per_layer:g} reads a layer")
+        launches = f"{cost.launches_per_layer:g} launches a layer, {cost.launches_per_pass:g} a pass"
+        reads = f"{cost.reads_per_layer:g} reads a layer, {cost.reads_per_pass:g} a pass"
+        print(f"{method}, {tokens} tokens: {launches}; {reads}")
         print("    " + ", ".join(cost.places))
 
 
@@ -72,13 +78,24 @@ def prefill_cost(method: str, tokens: int, ratio: float = 0.25) -> Cost:
     few, many = DEPTHS
     layer = (extra[1] - extra[0]) / (many - few)
     waits = (reads[1].total() - reads[0].total()) / (many - few)
-    return Cost(layer, extra[0] - few * layer, waits, tuple(sorted(reads[1])))
+    one = reads[0].total() - few * waits
+    return Cost(layer, extra[0] - few * layer, waits, one, tuple(sorted(reads[1])))
+
+
+@contextmanager
+def as_on_a_device() -> Iterator[None]:
+    """Compute on the CPU in the way that devices do, see `wildcat_kv/coreset/launching.py`."""
+    launching.HOSTS.remove("cpu")
+    try:
+        yield
+    finally:
+        launching.HOSTS.add("cpu")
 
 
 @torch.no_grad()
 def _count(model: Any, cache: Cache, tokens: int) -> Launches:
     ids = torch.randint(1, 50, (1, tokens), generator=torch.Generator().manual_seed(0))
-    with Launches() as launches:
+    with as_on_a_device(), Launches() as launches:
         model(ids, **{CACHE: cache}, logits_to_keep=1)
     return launches
 

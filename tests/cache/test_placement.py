@@ -20,6 +20,7 @@ from tests.tiny import random_ids, tiny_model
 from wildcat_kv import WildCatCache
 from wildcat_kv.cache import refilling
 from wildcat_kv.cache.state import LayerState
+from wildcat_kv.coreset import bins
 from wildcat_kv.coreset.wtdattn import WeightSigns
 from wildcat_kv.hook.keyword import CACHE
 
@@ -44,9 +45,11 @@ def fake(monkeypatch, toy_backend, request):
     # What a fold looks at on the host; fake tensors have nothing to look at.
     monkeypatch.setattr(LayerState, "check_finite", lambda self, keys: None)
     monkeypatch.setattr(WeightSigns, "of", staticmethod(lambda weights, valid: request.param))
-    monkeypatch.setattr(refilling, "is_unequal", lambda valid: False)
+    monkeypatch.setattr(refilling, "_read_signs", lambda state, pending, parts: request.param)
+    monkeypatch.setattr(refilling, "_counts", lambda part: [[0]])
     # Small constants would be computed with after all, and there is nothing to compute with.
     monkeypatch.setattr(FakeTensorMode, "may_turn_const", lambda self, tensor: False)
+    monkeypatch.setattr(bins, "_shared_layout", bins._layout)  # a fake tensor must not outlive its mode
     with FakeTensorMode(allow_non_fake_inputs=True):
         yield
 

@@ -173,7 +173,7 @@ def test_layers_share_slots_by_what_the_next_items_of_their_heads_are_worth(draw
             worth = [(max(a, 0) + max(b, 0)) / 2 for a, b in zip(first, second, strict=True)]
             offers += [(-worth[k], layer, k) for k in range(there)]
         taken = [layer for _, layer, _ in sorted(offers)[: slots * len(scores)]]
-        for layer, (attention, (kept, _)) in enumerate(zip(scores, shares, strict=True)):
+        for layer, (attention, (kept, *_)) in enumerate(zip(scores, shares, strict=True)):
             for head, chosen in zip(attention[row], kept[row], strict=True):
                 order = head.argsort(descending=True, stable=True)[: taken.count(layer)]
                 assert set(chosen.nonzero().flatten().tolist()) == {int(i) for i in order if head[i] > -torch.inf}
@@ -197,7 +197,7 @@ def test_heads_share_slots_by_what_their_items_are_worth(drawn):
         expected = {offer[1:] for offer in sorted(offers)[: 2 * slots * len(scores)]}
         found = {
             (layer, *place)
-            for layer, (kept, _) in enumerate(shares)
+            for layer, (kept, *_) in enumerate(shares)
             for place in map(tuple, kept[row].nonzero().tolist())
         }
         assert found == expected

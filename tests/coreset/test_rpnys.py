@@ -1,15 +1,25 @@
 """RPNYS in float32 batches: the pivots, their law and the weights against the reference."""
 
+from contextlib import nullcontext
+
 import pytest
 import scipy.stats
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from benchmarks.launches import Launches, as_on_a_device
 from wildcat_kv import weighted_attention
-from wildcat_kv.coreset import reference
+from wildcat_kv.coreset import launching, reference
 from wildcat_kv.coreset.noise import gumbel_noise
 from wildcat_kv.coreset.rpnys import nystrom_weights, pivoted_cholesky
+
+
+@pytest.fixture(params=["host", "device"], scope="module", autouse=True)
+def way(request):
+    """Pivots are drawn in the way of a host, and in that of a device."""
+    with as_on_a_device() if request.param == "device" else nullcontext():
+        yield request.param
 
 
 def points_and_noise(seed, n, d, rank, spread, batch=()):
@@ -177,6 +187,31 @@ def test_slots_past_the_numerical_rank_stay_empty(points):
     weights = nystrom_weights(points, factor)
     assert not weights[~factor.valid].any()
     torch.testing.assert_close(weights.sum(0), torch.ones(len(points)))
+
+
+def test_a_step_takes_seven_launches_on_a_device(way):
+    (points, noise), counts = points_and_noise(1, 40, 8, 12, 1.0), []
+    for rank in (6, 12):
+        with Launches() as launches:
+            pivoted_cholesky(points, noise[:rank])
+        counts.append(launches.operations.total())
+    one_more = (counts[1] - counts[0]) / 6
+    assert one_more == 7 if way == "device" else one_more > 14
+
+
+def test_both_ways_draw_the_same(monkeypatch):
+    points, noise = points_and_noise(4, 50, 16, 12, 1.0, batch=(3, 2))
+    valid = torch.rand(3, 2, 50, generator=torch.Generator().manual_seed(9)) < 0.8
+    importance = torch.linspace(-2.0, 2.0, 50).expand(3, 2, -1)
+    ranks = torch.tensor([[12, 3], [0, 12], [7, 1]])
+    arguments = {"valid": valid, "log_importance": importance, "ranks": ranks}
+    found = pivoted_cholesky(points, noise, **arguments)
+    monkeypatch.setattr(launching, "HOSTS", launching.HOSTS ^ {"cpu"})
+    other = pivoted_cholesky(points, noise, **arguments)
+    assert torch.equal(found.valid, other.valid) and found.valid.sum() == ranks.sum()
+    assert torch.equal(found.pivots[found.valid], other.pivots[other.valid])
+    torch.testing.assert_close(found.rows, other.rows, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found.triangle.triu(), other.triangle.triu(), rtol=1e-4, atol=1e-5)
 
 
 def test_large_norms_neither_overflow_nor_vanish():

@@ -12,7 +12,8 @@ from wildcat_kv.attention.fixed_pivots import FixedPivots
 from wildcat_kv.coreset.binned import BLOCKED_RANK
 from wildcat_kv.coreset.bins import BinLayout
 from wildcat_kv.coreset.draws import Draws
-from wildcat_kv.coreset.rpnys import TOLERANCE, Factor, not_drawn, nystrom_sums, pivoted_cholesky
+from wildcat_kv.coreset.pivots import TOLERANCE
+from wildcat_kv.coreset.rpnys import Factor, not_drawn, nystrom_sums, pivoted_cholesky
 from wildcat_kv.coreset.rpnys_blocked import accelerated_cholesky
 from wildcat_kv.coreset.tensors import full_precision
 

@@ -8,34 +8,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from wildcat_kv.cache.banding_at_once import ROOM, Line, bands_at_once
 from wildcat_kv.cache.bands import Band, BandedStorage
 from wildcat_kv.cache.entries import Entries
 from wildcat_kv.cache.packed import Segment, add_segments, pack
-from wildcat_kv.cache.storage import Room, Storage
+from wildcat_kv.cache.storage import Storage
+from wildcat_kv.coreset.launching import is_launched
 from wildcat_kv.coreset.quantised import OCTET
+from wildcat_kv.coreset.slot_facts import SlotFacts
+from wildcat_kv.coreset.wtdattn import WeightSigns
 
-# Bands are small, and allocated anew at every fold.
-ROOM = Room(least=8)
 # Heads share a band while the one with fewest lacks at most this many slots, or the most over this divisor.
 _FEW = 4
 _FEW_PART = 64
-
-
-@dataclass(frozen=True)
-class Line:
-    """Columns of one row of a rectangle: padding, sink, slots, exact tokens.
-
-    Attributes:
-        sink: exact tokens at the beginning.
-        kept: slots that were there before, behind the sink.
-        slots: all slots, padding included.
-        exact: exact tokens behind the slots.
-    """
-
-    sink: int
-    kept: int
-    slots: int
-    exact: int
 
 
 @dataclass(frozen=True)
@@ -55,15 +40,18 @@ class _Part:
     waiting: int
 
 
-def is_unequal(valid: Tensor) -> bool:
-    """Tell if heads hold so unequally many slots, of bool (rows, heads, c), that bands take less memory."""
-    counts = valid.sum(-1)
-    most = counts.amax(-1)
-    return bool((most - counts.amin(-1) > (most // _FEW_PART).clamp_min(_FEW)).any())
+def is_unequal(counts: Sequence[Sequence[int]]) -> bool:
+    """Tell if heads hold so unequally many slots, rows of heads, that bands take less memory."""
+    return any(max(heads) - min(heads) > max(_FEW, max(heads) // _FEW_PART) for heads in counts)
 
 
 def sort_into_bands(
-    whole: Entries, lines: Sequence[Line], before: Storage | BandedStorage, bits: int | None, group: int
+    whole: Entries,
+    lines: Sequence[Line],
+    before: Storage | BandedStorage,
+    bits: int | None,
+    group: int,
+    facts: SlotFacts | None = None,
 ) -> BandedStorage:
     """Sort the heads of a rectangle into bands that hold equally many entries.
 
@@ -75,8 +63,15 @@ def sort_into_bands(
         before: storage that the kept slots come from; what is quantised there stays as it is.
         bits: bits of a number, None for the dtype of the model.
         group: slots of a group.
+        facts: facts of all slots, where no exact token is padding; read by default.
     """
     rows, heads = whole.keys.shape[:2]
+    if facts is not None and bits is None and len(set(lines)) == 1 and is_launched(whole.keys.device):
+        counts = [count for row in facts.counts for count in row]
+        groups = _alike(range(rows * heads), counts)
+        signs = [_signs(facts, places, counts, lines[0]) for places in groups]
+        widths = [max(counts[place] for place in places) for places in groups]
+        return BandedStorage((rows, heads), bands_at_once(whole, lines[0], groups, widths, signs))
     parts = _parts(lines, before, heads)
     fresh = [0] * (rows * heads)
     for part in parts:
@@ -92,6 +87,12 @@ def sort_into_bands(
             most = max(counts[place] for place in places)
             bands.append(_band(whole, places, part.line, packed, most, counts, index, bits, group))
     return BandedStorage((rows, heads), bands)
+
+
+def _signs(facts: SlotFacts, places: Sequence[int], counts: Sequence[int], line: Line) -> WeightSigns:
+    """Tell the signs of a band's weights without a look at them."""
+    padded = min(counts[place] for place in places) < max(counts[place] for place in places)
+    return facts.signs(places, padded=padded, exact=line.sink + line.exact > 0)
 
 
 def _parts(lines: Sequence[Line], before: Storage | BandedStorage, heads: int) -> list[_Part]:
@@ -188,7 +189,7 @@ def _gather(whole: Entries, places: Sequence[int], index: Tensor, real: Tensor) 
     real = real.unsqueeze(1)
 
     def taken(tensor: Tensor) -> Tensor:
-        if tensor.device.type == "cpu":  # whole runs of memory at a time
+        if not is_launched(tensor.device):  # whole runs of memory at a time
             pairs = zip(places, index, strict=True)
             lines = [tensor[place // heads, place % heads].index_select(0, at) for place, at in pairs]
             return torch.stack(lines).unsqueeze(1)

@@ -273,20 +273,19 @@ class BandedStorage:
 
     def exact_box(self, rows: Sequence[Row], later: int, masked: bool) -> ValueRange:
         """Find the box around the values of exact tokens; arguments as of `Storage.exact_box`."""
-        boxes = []
+        by_length: dict[tuple[int, int], list[Band]] = {}
         for band in self.bands:
-            held = band.open.entries
-            parts = [held.slice(0, band.sink), held.slice(band.sink + band.waiting, band.open.length)]
-            found = [ValueRange.of(part.values, part.valid) for part in parts]
-            boxes.append(found[0].join(found[1]))
-        sides = []
-        for side in ("lowest", "highest"):
-            first = getattr(boxes[0], side)
-            whole = first.new_empty(self._shape[0] * self._shape[1], *first.shape[2:])
-            for band, box in zip(self.bands, boxes, strict=True):
-                whole[band.select] = getattr(box, side).squeeze(1)
-            sides.append(whole.unflatten(0, self._shape))
-        return ValueRange(*sides)
+            by_length.setdefault((band.sink, band.open.length - band.waiting), []).append(band)
+        boxes = [_exact_box(alike, masked) for alike in by_length.values()]
+        places = [place for alike in by_length.values() for band in alike for place in band.places]
+        if len(boxes) == 1 and places == list(range(len(places))):
+            [box] = boxes
+            return ValueRange(*(side.view(*self._shape, 1, -1) for side in box.tensors()))
+        # Where each head stands among the bands.
+        order = torch.tensor(sorted(range(len(places)), key=places.__getitem__))
+        order = order.to(boxes[0].lowest.device, non_blocking=True)
+        sides = zip(*(box.tensors() for box in boxes), strict=True)
+        return ValueRange(*(torch.cat(side).index_select(0, order).view(*self._shape, 1, -1) for side in sides))
 
     def truncate(self, length: int) -> None:
         """Free the columns from `length` on; they are exact tokens."""
@@ -339,3 +338,19 @@ class BandedStorage:
         packed = [tensor for band in self.bands for segment in band.packed for tensor in segment.tensors()]
         held = [tensor for band in self.bands for tensor in band.open.tensors()]
         return [*held, *packed, *self._way.tensors()]
+
+
+def _exact_box(bands: Sequence[Band], masked: bool) -> ValueRange:
+    """Find the boxes around the values of exact tokens of bands that hold equally many, (heads, 1, 1, d_v).
+
+    Some of the tokens may be padding if `masked`.
+    """
+    spans = [[(band.sink + band.waiting, band.open.length) for band in bands]]
+    if bands[0].sink:
+        spans.append([(0, band.sink) for band in bands])
+    boxes = []
+    for span in spans:
+        parts = [band.open.allocated.slice(*columns) for band, columns in zip(bands, span, strict=True)]
+        valid = torch.cat([part.valid for part in parts]) if masked else None
+        boxes.append(ValueRange.of(torch.cat([part.values for part in parts]), valid))
+    return boxes[0].join(boxes[1]) if len(boxes) > 1 else boxes[0]

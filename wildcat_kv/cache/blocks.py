@@ -15,6 +15,7 @@ from wildcat_kv.cache.rows import RowGroup, align_right, group_rows, take_rows
 from wildcat_kv.cache.state import LayerState
 from wildcat_kv.cache.value_range import exact_range, range_of
 from wildcat_kv.compressors.base import KVBlock
+from wildcat_kv.coreset.launching import is_launched
 from wildcat_kv.coreset.tensors import ordinary_tensors
 
 
@@ -26,9 +27,14 @@ def prepare(state: LayerState, rows: list[Row], plans: list[FoldPlan], end: int)
     """
     cut, appended = state.stored_at(end), end - state.progress.folded_at
     newest = state.held.newest(state.progress.since_fold).slice(0, appended)
+    key_sum = None
     if unchecked := end - max(state.checked, state.progress.folded_at):
-        state.check_finite(newest.keys[:, :, appended - unchecked :])
-        state.checked = end
+        keys = newest.keys[:, :, appended - unchecked :]
+        if is_launched(keys.device):  # read with what the fold must read anyway
+            key_sum = keys.sum(dtype=torch.float32)
+        else:
+            state.check_finite(keys)
+            state.checked = end
     queries, queried = _queries_until(state, end, newest.valid[:, 0])
     entries, moved = _entries_at(state, rows, end)
     with ordinary_tensors():
@@ -36,9 +42,12 @@ def prepare(state: LayerState, rows: list[Row], plans: list[FoldPlan], end: int)
         folded = range_of(entries.values, leaving)
         if state.folded_range is not None:
             folded = folded.join(state.folded_range)
-        bound = folded.join(exact_range(entries.values, rows)).squared_norm()
-        groups = group_rows(rows, plans, queried)
-        pending = PendingFold(rows, plans, end, entries, moved, folded, bound, queries, queried, groups)
+        groups, bound = group_rows(rows, plans, queried), None
+        if any(group.weighted for group in groups):
+            bound = folded.join(exact_range(entries.values, rows)).squared_norm()
+        pending = PendingFold(
+            rows, plans, end, entries, moved, folded, bound, queries, queried, groups, key_sum=key_sum
+        )
         if state.compressor.state_size:
             pending.entries, pending.moved = replace(entries, carried_state=_remembered(state, pending)), True
     return pending

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -40,7 +41,7 @@ class Entries:
         return Entries(
             coreset.keys,
             saturate_(values, like.values.dtype),
-            coreset.weights.masked_fill(~coreset.valid, 0.0),
+            torch.where(coreset.valid, coreset.weights, 0.0),
             coreset.valid,
             carried_state,
         )
@@ -77,3 +78,8 @@ class Entries:
             moving = self.tensors()[: 2 if numbers_only else 5]
             moved = [tensor.to(device, non_blocking=True) for tensor in moving]
             return Entries(*moved, *self.tensors()[len(moving) :])
+
+
+def weights_of(parts: Sequence[Entries]) -> tuple[Tensor, Tensor]:
+    """Join the weights and the validity of parts side by side, both (rows, heads, n)."""
+    return torch.cat([part.weights for part in parts], dim=2), torch.cat([part.valid for part in parts], dim=2)

@@ -17,7 +17,7 @@ from wildcat_kv.cache.bands import BandedStorage
 from wildcat_kv.cache.blocks import block_of, prepare
 from wildcat_kv.cache.pending import PendingFold
 from wildcat_kv.cache.planning import next_fold
-from wildcat_kv.cache.refilling import carry_out, fold_log, trim_queries
+from wildcat_kv.cache.refilling import carry_out, check_sums, fold_log, trim_queries
 from wildcat_kv.cache.rows import common_groups, take_rows
 from wildcat_kv.cache.state import LayerState
 from wildcat_kv.compressors.base import Compressed, KVBlock, SharingCompressor
@@ -79,6 +79,7 @@ def fold_together(states: Sequence[LayerState], until: int) -> None:
         if not all(ready):
             break
         pending = [state.pending for state in states if state.pending is not None]
+        _check_keys(states, pending)
         dealt = _deal(compressor, pending)
         for place, (state, each) in enumerate(zip(states, pending, strict=True)):
             found = []
@@ -99,6 +100,19 @@ def will_fold(state: LayerState, until: int) -> bool:
     Ends that fold nothing are decided on the way.
     """
     return next_fold(state, until) is not None
+
+
+def _check_keys(states: Sequence[LayerState], pending: Sequence[PendingFold]) -> None:
+    """Read at once whether the keys of all layers are finite, where that is still open.
+
+    Raises:
+        ValueError: NaN or infinity among the keys; names the layer.
+    """
+    open_ = [(state, each, each.key_sum) for state, each in zip(states, pending, strict=True)]
+    open_ = [one for one in open_ if one[2] is not None]
+    if open_:
+        owners, folds, sums = zip(*open_, strict=True)
+        check_sums(owners, folds, torch.stack([each.to(sums[0].device) for each in sums]).tolist())
 
 
 # Coresets

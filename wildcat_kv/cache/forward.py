@@ -16,6 +16,7 @@ from wildcat_kv.cache.rereading import rereading_fault
 from wildcat_kv.cache.state import LayerState
 from wildcat_kv.compressors import Compressor
 from wildcat_kv.config import WildCatConfig
+from wildcat_kv.coreset.launching import is_launched
 from wildcat_kv.hook.marks import NAME, Forward
 
 
@@ -280,7 +281,7 @@ def check_update(shared: PassState, index: int, served: Forward | None, keys: Te
 
     Raises:
         RuntimeError: the keys did not come through the "wildcat" attention, or an earlier pass failed half-way.
-        ValueError: shapes or dtypes do not fit, or the keys of a prompt have NaN or infinity.
+        ValueError: shapes or dtypes do not fit, or on a CPU the keys of a prompt have NaN or infinity.
     """
     forward, state = shared.forward, shared.states[index]
     if forward is None or forward is served or shared.waiting is not None or forward.seen != state.progress.seen:
@@ -300,7 +301,8 @@ def check_update(shared: PassState, index: int, served: Forward | None, keys: Te
                     f"channels or another dtype than the {tuple(known)} in {old.dtype} held; call "
                     "cache.reset(), or build a cache for this model"
                 )
-    if forward.queries > 1:  # a single token is checked when it folds: reading it now would stall the device
+    # On a device keys are checked when they fold, as a single token always is: reading them now would stall it.
+    if forward.queries > 1 and not is_launched(keys.device):
         state.check_finite(keys)
     return forward
 

@@ -40,8 +40,8 @@ class WildCatLayer(LayerContract):
 
         Raises:
             RuntimeError: the forward pass did not come through the "wildcat" attention.
-            ValueError: shapes or a dtype that do not fit, another batch size than before, or NaN or infinity
-                in the keys of a prompt. The layer is left as it was then.
+            ValueError: shapes or a dtype that do not fit, another batch size than before, or on a CPU NaN or
+                infinity in the keys of a prompt. The layer is left as it was then.
         """
         shared, state = self._pass_state, self._state
         forward = check_update(shared, self._index, self._forward, key_states, value_states)

@@ -27,12 +27,13 @@ class PendingFold:
         entries: entries held then, rows right-aligned; None while they are left to the storage.
         moved: True if these are not the stored ones: rows were moved, or their state brought up to date.
         folded_range: box around the values of the tokens that are exact no longer afterwards.
-        value_bound: float32 (rows, heads), as in `KVBlock`.
+        value_bound: float32 (rows, heads), as in `KVBlock`; None where no slots are folded again.
         queries: queries (rows, query_heads, m, d) to learn from, right-aligned.
         queried: queries of each row.
         groups: rows that fold, by what they have in common.
         surveys: surveys of the groups, of a method whose layers share a budget.
         forgotten: True if the query log has folded.
+        key_sum: sum of the keys that nobody has looked at, float32 (): finite if they are. None if there are none.
         carried_state: what the method remembers of the entries, while these are left to the storage.
     """
 
@@ -42,12 +43,13 @@ class PendingFold:
     entries: Entries | None
     moved: bool
     folded_range: ValueRange
-    value_bound: Tensor
+    value_bound: Tensor | None
     queries: Tensor | None
     queried: list[int]
     groups: list[RowGroup]
     surveys: list[Any] = field(default_factory=list)
     forgotten: bool = False
+    key_sum: Tensor | None = None
     carried_state: Tensor | None = None
 
     def release(self, *, banded: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -12,14 +13,16 @@ from wildcat_kv.cache.banding import Line, is_unequal, sort_into_bands
 from wildcat_kv.cache.bands import BandedStorage
 from wildcat_kv.cache.blocks import entries_of
 from wildcat_kv.cache.budget import Row
-from wildcat_kv.cache.entries import Entries
+from wildcat_kv.cache.entries import Entries, weights_of
 from wildcat_kv.cache.pending import PendingFold
 from wildcat_kv.cache.planning import mark_decided
 from wildcat_kv.cache.rows import join_groups, replace_items
 from wildcat_kv.cache.state import LayerState
 from wildcat_kv.compressors.base import Compressed
 from wildcat_kv.coreset.quantised import fits_half
+from wildcat_kv.coreset.slot_facts import SlotFacts
 from wildcat_kv.coreset.tensors import ordinary_tensors
+from wildcat_kv.coreset.wtdattn import WeightSigns
 
 
 @torch.no_grad()
@@ -34,11 +37,16 @@ def carry_out(state: LayerState, pending: PendingFold, found: Sequence[Compresse
         parts.append(state.held.newest(state.progress.seen - end))
         after = [plan.apply(row, taken) for plan, row, taken in zip(plans, rows, columns, strict=True)]
         if _needs_bands(state, found):
-            after = _rebuild(state, pending, [entries.slice(0, start), *parts], columns, after)
-        elif pending.moved:  # what is held before `start` is no longer what it should be
-            state.plain.rewrite(0, [entries.slice(0, start), *parts])
+            if pending.key_sum is not None:
+                check_sums([state], [pending], [float(pending.key_sum)])
+            facts = None if joined is None else joined.facts
+            after = _rebuild(state, pending, [entries.slice(0, start), *parts], columns, after, facts)
         else:
-            state.plain.rewrite(start, parts)
+            signs = _read_signs(state, pending, [entries.slice(0, start), *parts])
+            if pending.moved:  # what is held before `start` is no longer what it should be
+                state.plain.rewrite(0, [entries.slice(0, start), *parts], signs)
+            else:
+                state.plain.rewrite(start, parts, signs)
     state.folded_range = pending.folded_range
     if joined is not None and joined.error is not None:
         _note_error(state, joined.error, [plan.items > 0 for plan in plans])
@@ -69,12 +77,25 @@ def _needs_bands(state: LayerState, found: Sequence[Compressed]) -> bool:
     """Tell if a layer is to be held in bands: it is already, or heads are unequal, or slots quantised."""
     if state.settings.bits is not None or isinstance(state.held, BandedStorage):
         return True
-    dealt = [part.coreset.valid for part in found if part.columns is not None]
-    return not state.fixed and any(is_unequal(valid) for valid in dealt)
+    dealt = [part for part in found if part.columns is not None]
+    return not state.fixed and any(is_unequal(_counts(part)) for part in dealt)
+
+
+def _counts(part: Compressed) -> Sequence[Sequence[int]]:
+    """Count the valid slots of each row and head."""
+    if part.facts is not None:
+        return part.facts.counts
+    counts: list[list[int]] = part.coreset.valid.sum(-1).tolist()
+    return counts
 
 
 def _rebuild(
-    state: LayerState, pending: PendingFold, parts: Sequence[Entries], columns: Sequence[int], after: Sequence[Row]
+    state: LayerState,
+    pending: PendingFold,
+    parts: Sequence[Entries],
+    columns: Sequence[int],
+    after: Sequence[Row],
+    facts: SlotFacts | None,
 ) -> list[Row]:
     """Sort the heads into bands; return the rows with the columns that they take now."""
     later = state.progress.seen - pending.end
@@ -88,8 +109,36 @@ def _rebuild(
         _check_range(state, whole)
     if state.compressor.reads_twice:  # the text that the second reading was about is compressed now
         whole = replace(whole, carried_state=whole.carried_state[..., :0])
-    state.storage = storage = sort_into_bands(whole, lines, state.held, settings.bits, settings.group)
+    if state.progress.masked or any(plan.kept or plan.spare for plan in pending.plans):
+        facts = None  # they do not tell of all slots, or some exact tokens are padding
+    state.storage = storage = sort_into_bands(whole, lines, state.held, settings.bits, settings.group, facts)
     return [replace(row, spare=taken - row.slots) for row, taken in zip(after, storage.slots_of_rows, strict=True)]
+
+
+def _read_signs(state: LayerState, pending: PendingFold, parts: Sequence[Entries]) -> WeightSigns:
+    """Read the signs of the weights to hold, and whether the folded keys are finite, at once.
+
+    Raises:
+        ValueError: NaN or infinity among the keys.
+    """
+    weights, valid = weights_of(parts)
+    if pending.key_sum is None:
+        return WeightSigns.of(weights, valid)
+    least, most, key_sum = torch.stack((*WeightSigns.bounds(weights, valid), pending.key_sum)).tolist()
+    check_sums([state], [pending], [key_sum])
+    return WeightSigns.within(least, most)
+
+
+def check_sums(states: Sequence[LayerState], pending: Sequence[PendingFold], sums: Sequence[float]) -> None:
+    """Refuse the keys of folds whose `key_sum`, as read, is not finite.
+
+    Raises:
+        ValueError: NaN or infinity among the keys; names the layer.
+    """
+    for state, each, key_sum in zip(states, pending, sums, strict=True):
+        if not math.isfinite(key_sum):  # or finite keys with a large sum
+            state.check_finite(entries_of(state, each).keys)
+        state.checked, each.key_sum = each.end, None
 
 
 def _check_range(state: LayerState, entries: Entries) -> None:

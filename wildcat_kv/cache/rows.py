@@ -16,6 +16,7 @@ from wildcat_kv.cache.budget import FoldPlan, Row
 from wildcat_kv.cache.entries import Entries
 from wildcat_kv.compressors.base import Compressed
 from wildcat_kv.coreset.compresskv import Coreset
+from wildcat_kv.coreset.slot_facts import SlotFacts
 
 
 @dataclass(frozen=True)
@@ -104,12 +105,14 @@ class JoinedSlots:
         columns: columns that each row takes, of the last ones; 0 for a row that does not fold.
         carried_state: float32 (rows, heads, width, m), None for zeros.
         error: float32 (rows, query_heads), 0 for a row that does not fold; None where the method makes no estimate.
+        facts: facts of all slots, where the method has read them.
     """
 
     coreset: Coreset
     columns: list[int]
     carried_state: Tensor | None
     error: Tensor | None
+    facts: SlotFacts | None = None
 
 
 def join_groups(groups: Sequence[RowGroup], parts: Sequence[Compressed], total: int) -> JoinedSlots | None:
@@ -122,7 +125,7 @@ def join_groups(groups: Sequence[RowGroup], parts: Sequence[Compressed], total: 
     taken = [_columns_taken(group, part) for group, part in zip(groups, parts, strict=True)]
     if len(groups) == 1 and len(groups[0].rows) == total:
         [part] = parts
-        return JoinedSlots(part.coreset, taken[0], part.carried_state, part.error)
+        return JoinedSlots(part.coreset, taken[0], part.carried_state, part.error, part.facts)
     columns = [0] * total
     for group, counts in zip(groups, taken, strict=True):
         for row, count in zip(group.rows, counts, strict=True):

@@ -8,6 +8,7 @@ take the same columns in all of them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -24,6 +25,7 @@ from wildcat_kv.cache.storage import Room, Storage
 from wildcat_kv.cache.value_range import ValueRange
 from wildcat_kv.compressors.base import Compressor
 from wildcat_kv.config import WildCatConfig
+from wildcat_kv.coreset.launching import is_launched
 from wildcat_kv.coreset.tensors import ordinary_tensors
 
 
@@ -119,7 +121,7 @@ class LayerState:
         assert self.storage is not None, "allocate() comes first"
         self.storage.append(keys, values, valid)
         progress, new = self.progress, keys.shape[2]
-        if new > 1 and self.checked == progress.seen:  # the layer has looked at them
+        if new > 1 and self.checked == progress.seen and not is_launched(keys.device):  # the layer has looked at them
             self.checked += new
         progress.seen += new  # as `Progress.read` does, without a call on the path of one token
         progress.masked = progress.masked or valid is not None
@@ -282,4 +284,4 @@ class LayerState:
 def finite(keys: Tensor) -> bool:
     """Tell if keys of any shape hold neither NaN nor infinity."""
     # A sum is one pass. Only if it overflows is every key looked at, in the dtype that folds compute in.
-    return bool(torch.isfinite(keys.sum(dtype=torch.float32))) or bool(torch.isfinite(keys.to(torch.float32)).all())
+    return math.isfinite(keys.sum(dtype=torch.float32).item()) or bool(torch.isfinite(keys.to(torch.float32)).all())

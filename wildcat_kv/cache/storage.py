@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from wildcat_kv.cache.budget import Row
-from wildcat_kv.cache.entries import Entries
+from wildcat_kv.cache.entries import Entries, weights_of
 from wildcat_kv.cache.kernel_way import KernelWay, Lines
 from wildcat_kv.cache.value_range import ValueRange, exact_range
 from wildcat_kv.coreset import decoding
@@ -85,20 +85,18 @@ class Storage:
     ) -> None:
         self._room, self._way = room, KernelWay()
         first, needed = parts[0], sum(part.keys.shape[2] for part in parts)
-        shape, device = (*first.keys.shape[:2], self._room.capacity(needed + extra)), first.keys.device
-        # A traced step attends to free columns too, with weight 0, so they must hold finite numbers.
-        allocate = torch.zeros if room.fixed else torch.empty
+        capacity, self.length = self._room.capacity(needed + extra), needed
         with ordinary_tensors():
-            self.allocated = Entries(
-                allocate(*shape, first.keys.shape[-1], dtype=first.keys.dtype, device=device),
-                allocate(*shape, first.values.shape[-1], dtype=first.values.dtype, device=device),
-                torch.zeros(shape, dtype=torch.float32, device=device),
-                torch.zeros(shape, dtype=torch.bool, device=device),
-                torch.zeros(*shape, first.carried_state.shape[-1], dtype=torch.float32, device=device),
-            )
-            self.length = self._write(0, parts)
+            free = [
+                tensor.new_empty(*tensor.shape[:2], capacity - needed, *tensor.shape[3:]) for tensor in first.tensors()
+            ]
+            # A traced step attends to free columns too, with weight 0, so they must hold finite numbers.
+            for tensor in free if room.fixed else free[2:]:
+                tensor.zero_()
+            pieces = zip(*(part.tensors() for part in parts), free, strict=True)
+            self.allocated = Entries(*(torch.cat(tensors, dim=2) for tensors in pieces) if needed else free)
         # A fixed storage leaves this memory only for more tokens at once than the limit, and returns to it.
-        self._home = self.allocated if room.fixed and shape[2] == room.limit else None
+        self._home = self.allocated if room.fixed and capacity == room.limit else None
         self.weighting = WeightSigns.of(self.entries.weights, self.entries.valid) if weighting is None else weighting
 
     @staticmethod
@@ -134,7 +132,7 @@ class Storage:
         """Copy the columns in use, with a few free ones behind them."""
         return self.entries.with_room(self._room.least)
 
-    def rewrite(self, start: int, parts: Sequence[Entries]) -> None:
+    def rewrite(self, start: int, parts: Sequence[Entries], weighting: WeightSigns | None = None) -> None:
         """Replace the columns from `start` on by `parts`.
 
         It writes in place if the columns are enough and not too many of them stay free.
@@ -142,14 +140,14 @@ class Storage:
         Args:
             start: first column to replace.
             parts: new entries, one part after the other; may be views of the columns in use.
+            weighting: signs of all weights then; by default read from the weights.
         """
         needed, held = start + sum(part.keys.shape[2] for part in parts), self.allocated.keys.shape[2]
         with ordinary_tensors():
             whole = [self.allocated.slice(0, start), *parts]
             # Done before anything is written: an error here leaves everything as it was.
-            weighting = WeightSigns.of(
-                torch.cat([part.weights for part in whole], dim=2), torch.cat([part.valid for part in whole], dim=2)
-            )
+            if weighting is None:
+                weighting = WeightSigns.of(*weights_of(whole))
             if needed <= held and (
                 self.allocated is self._home if self._room.fixed else held <= self._room.most_to_keep(needed)
             ):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from wildcat_kv.cache.budget import Row
+from wildcat_kv.coreset.launching import is_launched
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,8 @@ class ValueRange:
         if not values.shape[-2]:
             shape = (*values.shape[:-2], 1, values.shape[-1])
             return ValueRange(values.new_full(shape, limit.max), values.new_full(shape, limit.min))
+        if valid is None and is_launched(values.device):
+            return ValueRange(*values.aminmax(dim=-2, keepdim=True))
         if valid is None:
             return ValueRange(values.amin(-2, keepdim=True), values.amax(-2, keepdim=True))
         hidden = ~valid.unsqueeze(-1)
@@ -105,5 +108,7 @@ def exact_range(values: Tensor, rows: Sequence[Row]) -> ValueRange:
     The values are (rows, kv_heads, n, d_v).
     """
     end = values.shape[2]
-    sinks = [(end - row.stored, end - row.stored + row.sink) for row in rows]
-    return range_of(values, sinks).join(range_of(values, [(end - row.exact, end) for row in rows]))
+    newest = range_of(values, [(end - row.exact, end) for row in rows])
+    if not any(row.sink for row in rows):
+        return newest
+    return newest.join(range_of(values, [(end - row.stored, end - row.stored + row.sink) for row in rows]))

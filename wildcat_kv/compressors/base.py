@@ -17,6 +17,7 @@ from wildcat_kv.compressors.repetition import Repetition
 from wildcat_kv.compressors.rotation import Rotation
 from wildcat_kv.config import WildCatConfig
 from wildcat_kv.coreset.compresskv import Coreset
+from wildcat_kv.coreset.slot_facts import SlotFacts
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,8 @@ class KVBlock:
         layer_index: place of this layer among those that can be compressed.
         sharing: `layer_index` of each layer that is compressed, this one among them: they share one budget.
         weights: float32 (rows, heads, n), 1 for exact tokens; None where all items are exact.
-        value_bound: float32 (rows, heads), sum over channels of the largest squared value seen.
+        value_bound: float32 (rows, heads), sum over channels of the largest squared value seen; None where all items
+            are exact.
         queries: (rows, query_heads, m, d), the newest queries that the method asked for: query -j belongs to the token
             which is entry -j while j <= exact. None where the method asked for none.
         carried_state: float32 (rows, heads, n, m), numbers that the method keeps of each entry; m is its `state_size`.
@@ -120,12 +122,14 @@ class Compressed:
         carried_state: float32 (rows, heads, c, m), numbers to keep of each slot; None for zeros.
         error: float32 (rows, query_heads), estimated error of the attention, over the norm of its output; None where
             the method makes no estimate.
+        facts: facts of the slots, where the method has read them; the cache reads what it needs by default.
     """
 
     coreset: Coreset
     columns: Sequence[int] | None = None
     carried_state: Tensor | None = None
     error: Tensor | None = None
+    facts: SlotFacts | None = None
 
 
 class Compressor(ABC):

@@ -15,8 +15,8 @@ def spread_evenly(total: int, count: int, device: torch.device, *, centred: bool
         device: device of the result.
         centred: True for the middles of equal parts, False for their beginnings.
     """
-    step = 2 * torch.arange(count, device=device) + int(centred)
-    return step * total // max(2 * count, 1)
+    places = [(2 * step + centred) * total // (2 * count) for step in range(count)]
+    return torch.tensor(places, dtype=torch.int64).to(device, non_blocking=True)
 
 
 def solve_ridge(gram: Tensor, target: Tensor, level: Tensor | float) -> Tensor:

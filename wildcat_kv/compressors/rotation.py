@@ -54,12 +54,17 @@ class Rotation:
 
         They move by int64 (rows, n) or (rows, 1) positions.
         """
+        return self.forwarding(by)(vectors)
+
+    def forwarding(self, by: Tensor) -> Callable[[Tensor], Tensor]:
+        """Make the function that rotates vectors on by int64 (rows, n) or (rows, 1) positions, as `forward` does."""
         if self._angles is None:
-            return vectors
-        cos, sin = (angle.expand(-1, vectors.shape[2], -1) for angle in self._angles(by))
-        # Scaled rotations have stretched them already.
+            return lambda vectors: vectors
+        cos, sin = self._angles(by)
+        # Scaled rotations have stretched the vectors already.
         stretch = (cos[..., :1].square() + sin[..., :1].square()).sqrt_()
-        return self._part(vectors, cos / stretch, sin / stretch)
+        cos, sin = cos / stretch, sin / stretch
+        return lambda vectors: self._part(vectors, *(angle.expand(-1, vectors.shape[2], -1) for angle in (cos, sin)))
 
     def average(self, vectors: Tensor, positions: Tensor) -> Tensor:
         """Rotate each vector to all positions, and average it over them.

@@ -12,6 +12,7 @@ from typing_extensions import override
 
 from wildcat_kv.cache.caches import CompressedCache
 from wildcat_kv.compressors.query_wildcat import FittedScorer, Profile, QueryWildCat
+from wildcat_kv.compressors.query_wildcat.method import Chosen
 from wildcat_kv.compressors.query_wildcat.model_match import fingerprint
 from wildcat_kv.compressors.query_wildcat.profile import Point
 from wildcat_kv.compressors.query_wildcat.survey import Survey
@@ -40,7 +41,7 @@ class _Recorder(QueryWildCat):
     found: list[Tensor] = field(default_factory=list, compare=False)
 
     @override
-    def deal(self, surveys: Sequence[Survey], rank: int) -> list[tuple[Tensor, Survey]]:
+    def deal(self, surveys: Sequence[Survey], rank: int) -> list[Chosen]:
         items = surveys[0].attention.shape[-1]
         dealt = [self._shares(surveys, max(1, int(ratio * items))) for ratio in self.ratios]
         self.found.append(torch.stack(dealt))

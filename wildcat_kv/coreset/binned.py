@@ -17,14 +17,9 @@ from torch import Tensor
 
 from wildcat_kv.coreset.bins import BinLayout
 from wildcat_kv.coreset.draws import Draws
-from wildcat_kv.coreset.rpnys import (
-    WHOLE_KERNEL,
-    Factor,
-    half_squares,
-    nystrom_sums,
-    nystrom_weights,
-    pivoted_cholesky,
-)
+from wildcat_kv.coreset.launching import is_launched
+from wildcat_kv.coreset.pivots import half_squares, kernel_columns
+from wildcat_kv.coreset.rpnys import Factor, nystrom_sums, nystrom_weights, pivoted_cholesky
 from wildcat_kv.coreset.rpnys_blocked import accelerated_cholesky
 from wildcat_kv.coreset.temperature import constant_temperature, squared_temperature
 from wildcat_kv.coreset.tensors import saturate_
@@ -33,8 +28,9 @@ from wildcat_kv.coreset.tokens import KernelOptions, Slots, WeightedTokens
 # From this rank of a bin on, drawing in blocks is faster than one step a pivot.
 BLOCKED_RANK = 64
 
-# Bytes to work with at a time: a quarter of the keys and values, within these bounds.
+# Bytes to work with at a time: a quarter of the keys and values, within these bounds; on a device always as many.
 _WORKSPACE = (32 * 2**20, 128 * 2**20)
+_WORKSPACE_ON_DEVICE = 256 * 2**20
 
 # Arrays (bin_rank, t) for every bin that are alive at once.
 _FACTOR_BUFFERS = 5
@@ -46,6 +42,7 @@ class _Options(TypedDict):
     valid: Tensor | None
     log_importance: Tensor | None
     log_scale: Tensor
+    half_square: Tensor
     ranks: Tensor | None
 
 
@@ -77,6 +74,14 @@ class BinnedCompression:
         valid = self.tokens.valid
         return used if valid is None else used & self.layout.gather(_take_heads(valid, heads), bins)
 
+    def _present(self, heads: range, bins: range) -> tuple[Tensor, Tensor]:
+        """Mark the places that take part by 1, float32 (rows, heads, bins, t), and count them (..., bins, 1)."""
+        if self.tokens.valid is not None:
+            present = self.used(heads, bins).to(torch.float32)
+            return present, present.sum(-1, keepdim=True)
+        chosen, batch = slice(bins.start, bins.stop), (self.tokens.keys.shape[0], len(heads), -1, -1)
+        return self.layout.present[chosen].expand(batch), self.layout.counts[chosen].expand(batch)
+
     def _spans(self) -> tuple[list[range], list[range]]:
         """Choose heads and bins to take at once.
 
@@ -85,11 +90,11 @@ class BinnedCompression:
         keys, values, layout, blocked = self.tokens.keys, self.tokens.values, self.layout, self.options.blocked
         rows, heads = keys.shape[:2]
         size = keys.numel() * keys.element_size() + values.numel() * values.element_size()
-        least, most = _WORKSPACE
+        least, most = _WORKSPACE if not is_launched(keys.device) else (_WORKSPACE_ON_DEVICE,) * 2
         numbers = (most if blocked else min(max(size // 4, least), most)) // 4
         # Numbers for each token: the factor once, or more and a row of G where that is computed whole.
         factor = layout.bin_rank if blocked else _FACTOR_BUFFERS * layout.bin_rank
-        kernel = 0 if blocked else min(layout.longest, WHOLE_KERNEL * layout.bin_rank)
+        kernel = 0 if blocked else kernel_columns(layout.longest, layout.bin_rank, layout.device)
         per_token = keys.shape[-1] + 2 * values.shape[-1] + factor + kernel
         bins = numbers // (rows * layout.longest * per_token)  # of a single head
         if bins >= heads:
@@ -101,12 +106,13 @@ class BinnedCompression:
         sums, counts = [], []
         for bins in spans:
             keys = self._gather(self.tokens.keys, heads, bins)
-            used = self.used(heads, bins).to(torch.float32)
-            sums.append(torch.matmul(used.unsqueeze(-2), keys).squeeze(-2))
-            counts.append(used.sum(-1, keepdim=True))
+            present, count = self._present(heads, bins)
+            sums.append(torch.matmul(present.unsqueeze(-2), keys).squeeze(-2))
+            counts.append(count)
         total, count = (torch.cat(parts, dim=2) if len(parts) > 1 else parts[0] for parts in (sums, counts))
-        mean = total / count.clamp_min(1)
-        offset = mean - (total.sum(2) / count.sum(2).clamp_min_(1)).unsqueeze(2)
+        mean = total / (count if self.tokens.valid is None else count.clamp_min(1))
+        whole = self.layout.tokens.total if self.tokens.valid is None else count.sum(2).clamp_min_(1)
+        offset = mean - (total.sum(2) / whole).unsqueeze(2)
         parts = []
         for bins in spans:
             if len(spans) > 1:
@@ -128,7 +134,7 @@ class BinnedCompression:
         tokens = self.tokens
         used = self.used(heads, bins)
         ranks = self.layout.rank[bins.start : bins.stop].expand(used.shape[:-1])
-        points, log_scale = self._scaled(keys, used, mean, offset, heads)
+        points, log_scale, half_square = self._scaled(keys, used, mean, offset, heads)
         values = self._gather(tokens.values, heads, bins)
         mass = None if tokens.weights is None else self._gather(tokens.weights, heads, bins)
         importance = None if mass is None else _log_importance(mass, values, _bound(tokens.value_bound, heads))
@@ -137,6 +143,7 @@ class BinnedCompression:
             valid=None if everywhere else used,
             log_importance=importance,
             log_scale=log_scale,
+            half_square=half_square,
             ranks=None if self.layout.slots.even else ranks,
         )
         factor = self._factorise(points, options, heads, bins)
@@ -164,8 +171,10 @@ class BinnedCompression:
         uniforms = partial(self.draws.uniform, heads, bins)
         return accelerated_cholesky(points, uniforms, self.layout.bin_rank, **options)
 
-    def _scaled(self, keys: Tensor, used: Tensor, mean: Tensor, offset: Tensor, heads: range) -> tuple[Tensor, Tensor]:
-        """Compute the scaled keys z and log D^2.
+    def _scaled(
+        self, keys: Tensor, used: Tensor, mean: Tensor, offset: Tensor, heads: range
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Compute the scaled keys z, log D^2 and |z|^2 / 2.
 
         z is around the mean of each bin, log D^2 around the mean of the head, up to a constant of the bin. G knows no
         centre, and is most precise around a near one; D is what the centre of the head makes it.
@@ -177,16 +186,16 @@ class BinnedCompression:
         if known is not None:  # in one pass
             root = (scale / known) ** 0.5
             points = torch.add(mean * -root, keys, alpha=root, out=keys)
-            return points, _log_scale(points, offset * root)
+            return points, *_log_scale(points, offset * root)
         points = keys.sub_(mean)
-        square = _log_scale(points, offset).add_(offset.squeeze(-1).square().sum(-1, keepdim=True))
+        square = _log_scale(points, offset)[0].add_(offset.squeeze(-1).square().sum(-1, keepdim=True))
         key_norm = square.masked_fill_(~used, 0.0).amax(-1).clamp_min_(0.0).sqrt_()
         if query_norm is not None:
             query_norm = query_norm.unsqueeze(-1).expand_as(key_norm)
         tau2 = squared_temperature(key_norm, query_norm, used.sum(-1), scale, rule)
         roots = (scale / tau2).sqrt_()[..., None, None]
         points = points.mul_(roots)
-        return points, _log_scale(points, offset * roots)
+        return points, *_log_scale(points, offset * roots)
 
     def _sums(
         self, points: Tensor, factor: Factor, log_scale: Tensor, values: Tensor, mass: Tensor | None, order: Tensor
@@ -213,7 +222,7 @@ class BinnedCompression:
 
 def position_order(pivots: Tensor, found: Tensor) -> Tensor:
     """Sort slots (..., r) of bins by position, empty ones last."""
-    return pivots.masked_fill(~found, torch.iinfo(torch.int64).max).argsort(dim=-1, stable=True)
+    return torch.where(found, pivots, torch.iinfo(torch.int64).max).argsort(dim=-1, stable=True)
 
 
 def take_all(used: Tensor, slots: int) -> tuple[Tensor, Tensor]:
@@ -224,14 +233,15 @@ def take_all(used: Tensor, slots: int) -> tuple[Tensor, Tensor]:
     return places, fits
 
 
-def _log_scale(points: Tensor, offset: Tensor) -> Tensor:
-    """Compute |z + o|^2 - |o|^2 (..., t).
+def _log_scale(points: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:
+    """Compute |z + o|^2 - |o|^2, and |z|^2 / 2, both (..., t).
 
     Args:
         points: z, float32 (..., t, d).
         offset: o, float32 (..., d, 1).
     """
-    return torch.matmul(offset.mT, points.mT).squeeze(-2).add_(half_squares(points)).mul_(2)
+    half_square = half_squares(points)
+    return torch.matmul(offset.mT, points.mT).squeeze(-2).add_(half_square).mul_(2), half_square
 
 
 def _log_importance(weights: Tensor, values: Tensor, value_bound: Tensor | None) -> Tensor:

@@ -9,11 +9,14 @@ length are laid out in a rectangle with unused places.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from wildcat_kv.coreset.launching import is_launched
+from wildcat_kv.coreset.tensors import ordinary_tensors
 
 
 class Split(NamedTuple):
@@ -99,26 +102,46 @@ class BinLayout:
     def build(length: int, rank: int, bins: int, device: torch.device | str = "cpu") -> BinLayout:
         """Lay out `length` tokens and `rank` slots in `bins` bins.
 
-        It runs on the host, once a fold.
+        It runs on the host. On a device the layers of a model share a layout, and its tensors.
         """
-        pairs = zip(split_evenly(length, bins), split_evenly(rank, bins), strict=True)
-        unchanged = [size <= slots for size, slots in pairs]
-        mixed = any(unchanged) and not all(unchanged)
-        return BinLayout(Split(length, bins), Split(rank, bins), device, lossless=all(unchanged), mixed=mixed)
+        return (_shared_layout if is_launched(device) else _layout)(length, rank, bins, device)
 
-    # What not every fold needs is made when it is asked for, on the host.
+    # What not every fold needs is made when it is asked for, on the host: for layers in whatever mode.
 
     @cached_property
+    @ordinary_tensors()
     def used(self) -> Tensor:
         """Mark the places of tokens: bool (bins, t)."""
         return (torch.arange(self.tokens.longest) < self.tokens.sizes.unsqueeze(-1)).to(self.device, non_blocking=True)
 
     @cached_property
+    @ordinary_tensors()
+    def present(self) -> Tensor:
+        """Mark the places of tokens by 1, others by 0: float32 (bins, t)."""
+        return self.used.to(torch.float32)
+
+    @cached_property
+    @ordinary_tensors()
+    def counts(self) -> Tensor:
+        """Count the tokens of each bin: float32 (bins, 1)."""
+        return self.tokens.sizes.unsqueeze(-1).to(self.device, torch.float32, non_blocking=True)
+
+    @cached_property
+    @ordinary_tensors()
+    def filled(self) -> Tensor:
+        """Find the places that slots fill, side by side: int64 (rank,)."""
+        sizes = split_evenly(self.slots.total, self.slots.parts)
+        places = [number * self.bin_rank + place for number, size in enumerate(sizes) for place in range(size)]
+        return torch.tensor(places).to(self.device, non_blocking=True)
+
+    @cached_property
+    @ordinary_tensors()
     def start(self) -> Tensor:
         """Count the tokens before each bin: int64 (bins,)."""
         return (self.tokens.sizes.cumsum(-1) - self.tokens.sizes).to(self.device, non_blocking=True)
 
     @cached_property
+    @ordinary_tensors()
     def rank(self) -> Tensor:
         """Count the slots of each bin: int64 (bins,)."""
         return self.slots.sizes.to(self.device, non_blocking=True)
@@ -160,7 +183,19 @@ class BinLayout:
 
         They are (rows, heads, bins, r, ...), the line (rows, heads, rank, ...).
         """
+        if is_launched(slots.device):
+            return slots.flatten(2, 3).index_select(2, self.filled)
         return self.slots.line(slots)
+
+
+def _layout(length: int, rank: int, bins: int, device: torch.device | str) -> BinLayout:
+    pairs = zip(split_evenly(length, bins), split_evenly(rank, bins), strict=True)
+    unchanged = [size <= slots for size, slots in pairs]
+    mixed = any(unchanged) and not all(unchanged)
+    return BinLayout(Split(length, bins), Split(rank, bins), device, lossless=all(unchanged), mixed=mixed)
+
+
+_shared_layout = lru_cache(maxsize=8)(_layout)
 
 
 def split_evenly(total: int, parts: int) -> list[int]:

@@ -19,7 +19,7 @@ from wildcat_kv.coreset.draws import Draws, GivenDraws, GlobalDraws
 from wildcat_kv.coreset.kernels import device
 from wildcat_kv.coreset.rpnys import Weights
 from wildcat_kv.coreset.temperature import Temperature
-from wildcat_kv.coreset.tensors import full_precision, take_columns
+from wildcat_kv.coreset.tensors import full_precision, keep_where_, take_columns
 from wildcat_kv.coreset.tokens import KernelOptions, WeightedTokens
 
 
@@ -185,7 +185,7 @@ def compress_bins(
         valid = layout.collect(slots.found)
         source = layout.collect(layout.columns(slots.pivots))
         coreset = Coreset(
-            keys=take_columns(keys, source).mul_(valid.unsqueeze(-1).to(keys.dtype)),
+            keys=keep_where_(take_columns(keys, source), valid.unsqueeze(-1)),
             values=layout.collect(slots.values),
             weights=layout.collect(slots.weights),
             valid=valid,

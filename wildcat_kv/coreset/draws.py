@@ -68,19 +68,22 @@ class KeyedDraws:
     def gumbel(self, heads: range, bins: range) -> Tensor:
         """Draw Gumbel noise, see `Draws`."""
         steps = torch.arange(self._layout.bin_rank, device=self._device)
-        noise = gumbel_rows(self.key, *self._counters(heads, bins), steps, columns=self._layout.longest)
+        noise = gumbel_rows(self._hashes(heads), self._places(bins), steps, columns=self._layout.longest)
         return noise.expand(self._rows, *noise.shape[1:])
 
     def uniform(self, heads: range, bins: range, turn: int) -> Tensor:
         """Draw uniform noise, see `Draws`."""
         words = torch.arange(3 * turn, 3 * turn + 3, device=self._device)
-        noise = uniform_rows(self.key, *self._counters(heads, bins), words, columns=BLOCK)
+        noise = uniform_rows(self._hashes(heads), self._places(bins), words, columns=BLOCK)
         return noise.expand(self._rows, *noise.shape[1:])
 
-    def _counters(self, heads: range, bins: range) -> tuple[Tensor, ...]:
-        head = torch.arange(heads.start, heads.stop, device=self._device).view(1, -1, 1, 1)
-        place = torch.arange(bins.start, bins.stop, device=self._device).view(-1, 1)
-        return head, place
+    def _hashes(self, heads: range) -> Tensor:
+        """Hash the heads on the host, which knows them: int64 (1, heads, 1, 1)."""
+        hashes = torch.tensor([fold_key(self.key, head) for head in heads])
+        return hashes.view(1, -1, 1, 1).to(self._device, non_blocking=True)
+
+    def _places(self, bins: range) -> Tensor:
+        return torch.arange(bins.start, bins.stop, device=self._device).view(-1, 1)
 
 
 class GlobalDraws:

@@ -24,13 +24,13 @@ def gumbel_noise(seed: int, *counters: Tensor) -> Tensor:
     return _gumbel_(uniform_noise(seed, *counters))
 
 
-def gumbel_rows(seed: int, *counters: Tensor, columns: int) -> Tensor:
+def gumbel_rows(seed: int | Tensor, *counters: Tensor, columns: int) -> Tensor:
     """Draw rows of standard Gumbel noise, keyed by counters and column.
 
     The law of `gumbel_noise` with the column as the last counter, in a stream of its own, for a third of the work.
 
     Args:
-        seed: any integer in [0, 2**63).
+        seed: any integer in [0, 2**63), or int64 hashes of `fold_key`, to which the counters broadcast.
         *counters: integer tensors, see `uniform_noise`.
         columns: length of each row. A shorter row is the beginning of a longer one.
 
@@ -55,11 +55,11 @@ def uniform_noise(seed: int, *counters: Tensor) -> Tensor:
     return _shift(_hash(seed, counters), 41).to(torch.float32).add_(0.5).mul_(2.0**-23)
 
 
-def uniform_rows(seed: int, *counters: Tensor, columns: int) -> Tensor:
+def uniform_rows(seed: int | Tensor, *counters: Tensor, columns: int) -> Tensor:
     """Draw rows of uniform noise in (0, 1), keyed like `gumbel_rows`."""
     # A number of 64 bits makes two columns.
     pairs = torch.arange((columns + 1) // 2, device=counters[0].device)
-    state = _mix_(_hash(seed, counters).unsqueeze(-1) + pairs * GOLDEN)
+    state = _mix_(torch.add(_hash(seed, counters).unsqueeze(-1), pairs, alpha=GOLDEN))
     bits = state.view(torch.int32)[..., :columns]
     return bits.bitwise_and_(2**23 - 1).to(torch.float32).add_(0.5).mul_(2.0**-23)
 
@@ -81,10 +81,12 @@ def _gumbel_(uniform: Tensor) -> Tensor:
     return uniform.log_().neg_().log_().neg_()
 
 
-def _hash(seed: int, counters: tuple[Tensor, ...]) -> Tensor:
-    state = torch.full((), seed, dtype=torch.int64, device=counters[0].device)
+def _hash(seed: int | Tensor, counters: tuple[Tensor, ...]) -> Tensor:
+    if isinstance(seed, int):
+        seed = torch.full((), seed, dtype=torch.int64, device=counters[0].device)
+    state = seed
     for counter in counters:
-        state = _mix_(state + counter.to(torch.int64) * GOLDEN + 1)
+        state = _mix_(torch.add(state, counter.to(torch.int64), alpha=GOLDEN).add_(1))
     return state
 
 

@@ -1,7 +1,8 @@
 """RPNYS: randomly pivoted Cholesky and Nystrom weights, in batches.
 
 `reference.rpnys` says what is computed: pivots S drawn in proportion to the residual diagonal, then W = H_SS^-1 H_S.
-`pivoted_cholesky` draws (the loop of the paper's RPNYS), `nystrom_weights` and `nystrom_sums` solve (its last line).
+`pivoted_cholesky` draws (the loop of the paper's RPNYS, see `pivots.py`), `nystrom_weights` and `nystrom_sums` solve
+(its last line).
 
 The kernel is H_ij = exp(<z_i, z_j>) = D_i G_ij D_j with the Gaussian kernel G_ij = exp(-|z_i - z_j|^2 / 2)
 and D_i = exp(|z_i|^2 / 2). G has entries in [0, 1] and is what gets factorised; D overflows float32 for
@@ -17,34 +18,20 @@ randomly pivoted Cholesky is Chen, Epperly, Tropp and Webber, arXiv 2207.06503.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from wildcat_kv.coreset.choices import Weights as Weights
-
-# A residual of G at or below this is rounding: float32 squares and sums leave about 1e-6 at rank 100.
-TOLERANCE = 1e-5
-
-# Rounding of an entry of G in float32, for every unit of |z|^2 in its distance.
-ROUNDING = 8 * 2.0**-23
+from wildcat_kv.coreset.pivots import TINY, TOLERANCE, Kernel, draw_pivots, half_squares
+from wildcat_kv.coreset.tensors import keep_where_
 
 LARGEST_WEIGHT = 1e4
 LARGEST_EXPONENT = 80.0  # its exponential, and that of its negative, are normal numbers of float32
-NEVER = -1e36  # a score that loses to every other one; infinity times 0 would be NaN
-TINY = 1e-30
 
 # Rows of a large factor at a time: their temporaries stay in the cache.
 _SLOTS_AT_ONCE = 64
-
-# With at most this many points for each step, one product for all of G is faster than a row at every step.
-WHOLE_KERNEL = 6
-
-# Products with fewer terms take a slow path of torch's on CPU; rows of zeros cost less.
-_FEWEST_TERMS = 8
 
 
 class Factor(NamedTuple):
@@ -65,44 +52,6 @@ class Factor(NamedTuple):
     triangle: Tensor
 
 
-class Kernel(NamedTuple):
-    """The kernel of a flat batch of points.
-
-    Attributes:
-        points: float32 (batch, n, d), z.
-        half_square: float32 (batch, n), |z|^2 / 2.
-        floor: float32 (batch, n), the residual of G at which a point is exhausted; infinite for points that do not
-            take part.
-        log_mass: float32 (batch, n), log D^2 and the log importance: with the log residual, the log probability of a
-            draw up to a constant.
-    """
-
-    points: Tensor
-    half_square: Tensor
-    floor: Tensor
-    log_mass: Tensor
-
-    @staticmethod
-    def of(
-        points: Tensor,
-        valid: Tensor | None,
-        log_importance: Tensor | None,
-        log_scale: Tensor | None,
-        tolerance: float,
-    ) -> Kernel:
-        """Flatten the batch of `pivoted_cholesky`'s arguments."""
-        n = points.shape[-2]
-        z = points.reshape(-1, n, points.shape[-1])
-        half_square = half_squares(z)
-        floor = (half_square * (2 * ROUNDING)).clamp_(tolerance, max(tolerance, 0.5))
-        if valid is not None:
-            floor = floor.masked_fill_(~valid.reshape(floor.shape), math.inf)
-        log_mass = 2 * half_square if log_scale is None else log_scale.reshape(-1, n)
-        if log_importance is not None:
-            log_mass = log_mass + log_importance.reshape(-1, n)
-        return Kernel(z, half_square, floor, log_mass)
-
-
 def pivoted_cholesky(
     points: Tensor,
     noise: Tensor,
@@ -111,6 +60,7 @@ def pivoted_cholesky(
     log_importance: Tensor | None = None,
     log_scale: Tensor | None = None,
     ranks: Tensor | None = None,
+    half_square: Tensor | None = None,
     tolerance: float = TOLERANCE,
 ) -> Factor:
     """Draw pivots by the residual diagonal of H, and factorise G.
@@ -125,6 +75,7 @@ def pivoted_cholesky(
         log_importance: float32 (..., n), added to the log of the residual diagonal (weighted points).
         log_scale: float32 (..., n), log D^2 up to a constant of the batch entry; |z|^2 by default.
         ranks: int64 (...), a rank of its own, at most r, for each batch entry.
+        half_square: float32 (..., n), |z|^2 / 2 where it is known already.
         tolerance: residual of G at or below which a point is exhausted. So is a point at or below the rounding of
             its own distances, which is more where |z|^2 is above 10.
 
@@ -132,80 +83,16 @@ def pivoted_cholesky(
         A Factor with as many slots as `noise` has steps.
     """
     *batch, rank, n = noise.shape
-    kernel = Kernel.of(points, valid, log_importance, log_scale, tolerance)
-    pivots, found, rows = _draw(kernel, noise.reshape(-1, rank, n), tolerance)
+    kernel = Kernel.of(points, valid, log_importance, log_scale, tolerance, half_square)
+    drawn = draw_pivots(kernel, noise.reshape(-1, rank, n), tolerance)
+    pivots, found, rows = (tensor.unflatten(0, batch) if batch else tensor.squeeze(0) for tensor in drawn)
     if ranks is not None:
-        found = found & (torch.arange(rank, device=rows.device) < ranks.reshape(-1, 1))
-        rows.mul_(found.unsqueeze(-1).to(rows.dtype))
+        found = found & (torch.arange(rank, device=rows.device) < ranks.unsqueeze(-1))
+        keep_where_(rows, found.unsqueeze(-1))
     if valid is not None:
-        rows.mul_(valid.reshape(-1, 1, n).to(rows.dtype))
-    triangle = rows.gather(-1, pivots.unsqueeze(-2).expand(-1, rank, -1)).mul_(found.unsqueeze(-2).to(rows.dtype))
-    return Factor(
-        pivots.view(*batch, rank),
-        found.view(*batch, rank),
-        rows.view(*batch, rank, n),
-        triangle.view(*batch, rank, rank),
-    )
-
-
-def _draw(kernel: Kernel, noise: Tensor, tolerance: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Run the steps of a flat batch.
-
-    Returns:
-        Pivots int64 (batch, r), found bool (batch, r), and rows float32 (batch, r, n).
-    """
-    z, _, floor, log_mass = kernel
-    batch, rank, n = noise.shape
-    entries = torch.arange(batch, device=z.device)
-    kernel_row = _kernel_rows(kernel, whole=n <= WHOLE_KERNEL * rank)
-    # Steps first: what a step reads and writes is contiguous. Masks are numbers: on CPU much faster than bool ones.
-    score = z.new_empty(rank, batch, n)
-    torch.add(noise.transpose(0, 1), log_mass, out=score)
-    rows = z.new_zeros(max(rank, _FEWEST_TERMS), batch, n)
-    residual = torch.ones_like(log_mass)
-    exhausted = torch.empty_like(residual)
-    pivots = torch.empty(rank, batch, 1, dtype=torch.int64, device=z.device)
-    found = z.new_empty(rank, batch, 1)
-    for step in range(rank):
-        torch.le(residual, floor, out=exhausted)
-        candidates = score[step].add_(residual.clamp_min(TINY).log_()).add_(exhausted, alpha=NEVER)
-        best, pivot = candidates.max(-1, keepdim=True)
-        pivots[step] = pivot
-        torch.gt(best, NEVER / 2, out=found[step])
-
-        row = kernel_row(pivot)
-        if step:
-            before = rows[: max(step, _FEWEST_TERMS)].transpose(0, 1)
-            row = torch.baddbmm(row, before[entries, :, pivot.squeeze(-1)].unsqueeze(1), before, alpha=-1)
-        height = residual.gather(-1, pivot).clamp_min_(tolerance)
-        row = torch.mul(row.squeeze(1), height.rsqrt_().mul_(found[step]), out=rows[step])
-        residual.addcmul_(row, row, value=-1).scatter_(-1, pivot, 0.0)
-    return pivots.squeeze(-1).T.contiguous(), found.squeeze(-1).T > 0, rows[:rank].transpose(0, 1)
-
-
-def _kernel_rows(kernel: Kernel, *, whole: bool) -> Callable[[Tensor], Tensor]:
-    """Make the function from points to rows of G.
-
-    The function takes int64 (batch, 1) and gives float32 (batch, 1, n).
-
-    Args:
-        kernel: points of a flat batch.
-        whole: True to compute all of G at once.
-    """
-    z, half_square = kernel.points, kernel.half_square
-    first = torch.arange(z.shape[0], device=z.device).unsqueeze(-1) * z.shape[1]
-
-    def between(points: Tensor, half_squares: Tensor) -> Tensor:
-        products = torch.baddbmm(half_square.unsqueeze(1), points, z.mT, beta=-1)
-        return products.sub_(half_squares.unsqueeze(2)).clamp_max_(0.0).exp_()
-
-    def at(pivot: Tensor, numbers: Tensor) -> Tensor:
-        return numbers.flatten(0, 1).index_select(0, (first + pivot).view(-1)).unsqueeze(1)
-
-    if whole:
-        all_rows = between(z, half_square)
-        return lambda pivot: at(pivot, all_rows)
-    return lambda pivot: between(at(pivot, z), half_square.gather(-1, pivot))
+        keep_where_(rows, valid.unsqueeze(-2))
+    triangle = keep_where_(rows.gather(-1, pivots.unsqueeze(-2).expand(*batch, rank, -1)), found.unsqueeze(-2))
+    return Factor(pivots, found, rows, triangle)
 
 
 def nystrom_weights(
@@ -234,7 +121,9 @@ def nystrom_weights(
     log_scale = 2 * half_squares(points) if log_scale is None else log_scale
     level = slot_levels(factor, log_scale)
     relative = relative_rows(rows, log_scale, level)
-    triangle = relative_triangle(factor, log_scale, level)
+    # T, as `relative_triangle` computes it from fewer numbers.
+    triangle = relative.gather(-1, pivots.unsqueeze(-2).expand(*pivots.shape, -1))
+    triangle = keep_where_(triangle, found.unsqueeze(-2))
     if order is None:
         order = torch.arange(rank, device=rows.device).expand(pivots.shape)
     permutation = torch.zeros_like(triangle).scatter_(-1, order.unsqueeze(-1), 1.0)
@@ -242,7 +131,7 @@ def nystrom_weights(
     weights = torch.matmul(unmix, relative).nan_to_num_(0.0).clamp_(-LARGEST_WEIGHT, LARGEST_WEIGHT)
 
     others = not_drawn(factor)
-    weights = weights.mul_((others if valid is None else others * valid.to(rows.dtype)).unsqueeze(-2))
+    weights = weights.mul_((others if valid is None else keep_where_(others, valid)).unsqueeze(-2))
     drawn = found.to(rows.dtype)
     pivots, drawn = pivots.gather(-1, order), drawn.gather(-1, order)
     return weights.scatter_add_(-1, pivots.unsqueeze(-1), drawn.unsqueeze(-1))
@@ -312,9 +201,5 @@ def relative_triangle(factor: Factor, log_scale: Tensor, level: Tensor) -> Tenso
 def not_drawn(factor: Factor) -> Tensor:
     """Mark pivots by 0, other points by 1: float32 (..., n)."""
     ones = torch.ones_like(factor.rows[..., 0, :])
-    return ones.scatter_reduce(-1, factor.pivots, 1 - factor.valid.to(ones.dtype), "prod")
-
-
-def half_squares(points: Tensor) -> Tensor:
-    """Compute |z|^2 / 2 of points (..., d)."""
-    return torch.linalg.vector_norm(points, dim=-1).square_().div_(2)
+    others = torch.logical_not(factor.valid, out=torch.empty_like(factor.valid, dtype=ones.dtype))
+    return ones.scatter_reduce_(-1, factor.pivots, others, "prod")

@@ -15,7 +15,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from wildcat_kv.coreset.rpnys import TOLERANCE, Factor, Kernel
+from wildcat_kv.coreset.pivots import TOLERANCE, Kernel
+from wildcat_kv.coreset.rpnys import Factor
 
 # Proposals of a round. It must not depend on the rest of a batch, or neither would the draws.
 BLOCK = 64
@@ -32,6 +33,7 @@ def accelerated_cholesky(
     log_importance: Tensor | None = None,
     log_scale: Tensor | None = None,
     ranks: Tensor | None = None,
+    half_square: Tensor | None = None,
     tolerance: float = TOLERANCE,
 ) -> Factor:
     """Draw pivots by the residual diagonal of H, in blocks.
@@ -48,13 +50,15 @@ def accelerated_cholesky(
         log_importance: float32 (..., n).
         log_scale: float32 (..., n).
         ranks: int64 (...).
+        half_square: float32 (..., n).
         tolerance: residual of G at or below which a point is exhausted.
 
     Returns:
         A Factor with `rank` slots.
     """
     *batch, n, _ = points.shape
-    growing = _GrowingFactor(Kernel.of(points, valid, log_importance, log_scale, tolerance), valid, rank, ranks)
+    kernel = Kernel.of(points, valid, log_importance, log_scale, tolerance, half_square)
+    growing = _GrowingFactor(kernel, valid, rank, ranks)
     turn = 0
     while growing.incomplete:
         growing.round(uniforms(turn).reshape(-1, 3, BLOCK))

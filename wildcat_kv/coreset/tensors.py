@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from wildcat_kv.coreset.launching import is_launched
+
 
 def at_least_float32(dtype: torch.dtype) -> torch.dtype:
     """Name the dtype to compute in: float64 for float64, else float32."""
@@ -41,15 +43,21 @@ def take_columns(tensor: Tensor, index: Tensor) -> Tensor:
         (rows, heads, k, ...).
     """
     rows, heads = tensor.shape[:2]
-    if tensor.device.type == "cpu":  # whole runs of memory at a time: several times as fast
+    if not is_launched(tensor.device):  # whole runs of memory at a time: several times as fast
         taken = tensor.new_empty(rows, heads, index.shape[-1], *tensor.shape[3:])
         index = index.expand(rows, heads, -1)
         for row in range(rows):
             for head in range(heads):
                 torch.index_select(tensor[row, head], 0, index[row, head], out=taken[row, head])
         return taken
-    every_row, every_head = (torch.arange(size, device=tensor.device) for size in (rows, heads))
-    return tensor[every_row[:, None, None], every_head[:, None], index]
+    index = index.view(*index.shape, *[1] * (tensor.dim() - 3))
+    return tensor.gather(2, index.expand(rows, heads, -1, *tensor.shape[3:]))
+
+
+def keep_where_(numbers: Tensor, mask: Tensor) -> Tensor:
+    """Multiply finite numbers by 0 where a bool mask of a shape that broadcasts is False, in place."""
+    # Processors multiply by numbers much faster than by bools; a device would launch the conversion.
+    return numbers.mul_(mask if is_launched(numbers.device) else mask.to(numbers.dtype))
 
 
 # Switched one by one: torch refuses its older global switch once a program has used these.

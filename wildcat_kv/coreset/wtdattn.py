@@ -40,8 +40,20 @@ class WeightSigns(Enum):
         """Look at `weights` and `valid` (...), on the host."""
         if not weights.numel():
             return WeightSigns.NONE
-        # In few steps and one read. What is not valid counts as a weight that is positive, and not 1.
-        least, most = torch.stack(torch.where(valid, weights, 2.0).aminmax()).tolist()
+        return WeightSigns.within(*torch.stack(WeightSigns.bounds(weights, valid)).tolist())
+
+    @staticmethod
+    def bounds(weights: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+        """Find the least and the largest weight (), for `within`; there must be some.
+
+        What is not valid counts as a weight that is positive, and not 1.
+        """
+        least, most = torch.where(valid, weights, 2.0).aminmax()
+        return least, most
+
+    @staticmethod
+    def within(least: float, most: float) -> WeightSigns:
+        """Tell the signs of weights within `bounds`."""
         if least == most == 1:
             return WeightSigns.NONE
         return WeightSigns.POSITIVE if least >= LEAST_MASS else WeightSigns.SIGNED

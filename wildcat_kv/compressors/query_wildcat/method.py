@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, get_args
+from typing import Any, ClassVar, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -21,16 +21,37 @@ from wildcat_kv.compressors.query_wildcat.fitted_scorer import FittedScorer, loa
 from wildcat_kv.compressors.query_wildcat.fitted_scores import fitted_scores
 from wildcat_kv.compressors.query_wildcat.profile import Profile, load_profile
 from wildcat_kv.compressors.query_wildcat.sharing import Share, best_items, take_counted
-from wildcat_kv.compressors.query_wildcat.slots import first_within, merge_parts, take_kept
+from wildcat_kv.compressors.query_wildcat.slots import (
+    Counts,
+    first_within,
+    merge_parts,
+    narrowed,
+    take_kept,
+)
 from wildcat_kv.compressors.query_wildcat.survey import Questions, Survey, survey_block
 from wildcat_kv.compressors.wildcat import WildCat
 from wildcat_kv.config import WildCatConfig
 from wildcat_kv.coreset.rpnys import Weights
+from wildcat_kv.coreset.slot_facts import SlotFacts
 from wildcat_kv.coreset.temperature import Temperature
 from wildcat_kv.coreset.tensors import full_precision
 
 # Shares of the items that are tried until a tolerance is met.
 _TRIED = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1)
+
+
+class Chosen(NamedTuple):
+    """A layer's share of the slots.
+
+    Attributes:
+        kept: bool (rows, heads, m), True for items that stay as they are.
+        survey: survey of the layer.
+        counts: items of each head; None to be read.
+    """
+
+    kept: Tensor
+    survey: Survey
+    counts: Counts | None = None
 
 
 @dataclass(frozen=True)
@@ -158,7 +179,7 @@ class QueryWildCat(SharingCompressor):
         if not isinstance(self.profile, Profile):
             return super().compress(block, rank)
         survey = self.survey(block)
-        return self.compress_share(block, rank, (self._profiled(self.profile, block, rank, survey), survey))
+        return self.compress_share(block, rank, self._profiled(self.profile, block, rank, survey))
 
     @override
     def survey(self, block: KVBlock) -> Survey:
@@ -173,16 +194,16 @@ class QueryWildCat(SharingCompressor):
         """Questions of a survey."""
         return Questions(self.queries, self.judges, self.ahead, self.apart)
 
-    def deal(self, surveys: Sequence[Survey], rank: int) -> list[tuple[Tensor, Survey]]:
+    def deal(self, surveys: Sequence[Survey], rank: int) -> list[Chosen]:
         """Choose the items of each layer that stay as they are.
-
-        A share is bool (rows, heads, m), True for these items, and the layer's survey.
 
         With a tolerance no layer has to do with others, and finds in `compress_share` what it needs.
         """
         if self.tolerance is not None:
-            return [(survey.attention > -torch.inf, survey) for survey in surveys]
-        return list(zip(self._choose(surveys, rank), surveys, strict=True))
+            return [Chosen(survey.attention > -torch.inf, survey) for survey in surveys]
+        kept = self._choose(surveys, rank)
+        counts = Counts.read(kept, [survey.attention > -torch.inf for survey in surveys])
+        return [Chosen(*layer) for layer in zip(kept, surveys, counts, strict=True)]
 
     def _choose(self, surveys: Sequence[Survey], rank: int) -> list[Tensor]:
         """Choose the items of each layer that stay, of both parts."""
@@ -204,7 +225,7 @@ class QueryWildCat(SharingCompressor):
         recalled = best_items(rest, self._kept(rank) - attended, self.share)
         return kept, recalled
 
-    def _profiled(self, profile: Profile, block: KVBlock, rank: int, survey: Survey) -> Tensor:
+    def _profiled(self, profile: Profile, block: KVBlock, rank: int, survey: Survey) -> Chosen:
         """Choose the items of a layer that stay, as many as the profile says."""
         attended, both, tokens = int(rank * self.attended), self._kept(rank), block.item_tokens
         # WildCat makes slots of what is left, as many of every head: a head that keeps more would leave it too little.
@@ -213,13 +234,18 @@ class QueryWildCat(SharingCompressor):
         if len(counts[0]) not in (1, block.keys.shape[1]):  # a process has a share of the heads: their average
             counts = tuple([sum(part) // len(part)] for part in counts)  # type: ignore[assignment]
         kept = take_counted(survey.attention, counts[0])
-        return kept | take_counted(survey.recall.masked_fill(kept, -torch.inf), counts[1])
+        kept = kept | take_counted(survey.recall.masked_fill(kept, -torch.inf), counts[1])
+        if block.weights is not None:  # some items may be padding
+            return Chosen(kept, survey)
+        rows, heads = kept.shape[:2]
+        own = [min(sum(pair), block.items) for pair in zip(*counts, strict=True)] * (heads // len(counts[0]))
+        return Chosen(kept, survey, Counts([own] * rows, [[block.items - count for count in own]] * rows))
 
     @override
-    def compress_share(self, block: KVBlock, rank: int, share: tuple[Tensor, Survey]) -> Compressed:
-        kept, survey = share
+    def compress_share(self, block: KVBlock, rank: int, share: Chosen) -> Compressed:
+        kept, survey = share.kept, share.survey
         if self.tolerance is None:
-            return self._compress(block, rank, kept, survey)
+            return self._compress(block, rank, share)
         # Each row takes the first rank that meets the tolerance, so that it keeps what it would keep alone.
         found: Compressed | None = None
         for tried in dict.fromkeys(int(block.items * part) for part in _TRIED):
@@ -227,9 +253,9 @@ class QueryWildCat(SharingCompressor):
                 continue
             if tried < block.items:
                 [chosen] = self._choose([survey], tried)
-                new = self._compress(block, tried, chosen, survey)
+                new = self._compress(block, tried, Chosen(chosen, survey))
             else:
-                new = self._compress(block, 0, kept, survey)
+                new = self._compress(block, 0, Chosen(kept, survey))
             found = new if found is None else first_within(self.tolerance, found, new)
             assert found.error is not None
             if bool((found.error.mean(-1) <= self.tolerance).all()):
@@ -237,22 +263,32 @@ class QueryWildCat(SharingCompressor):
         assert found is not None
         return found
 
-    def _compress(self, block: KVBlock, rank: int, kept: Tensor, survey: Survey) -> Compressed:
+    def _compress(self, block: KVBlock, rank: int, chosen: Chosen) -> Compressed:
         """Keep some items and make slots of the others.
 
         As many slots are made as are left of `rank`; 0 where all items are kept.
         """
-        left, rest = block.slice_items(block.valid) & ~kept, rank - self._kept(rank)
-        few = left.sum(-1, keepdim=True) <= rest  # they stay as they are: some bins would have fewer than their slots
-        parts = [take_kept(block, kept | (left & few))]
+        kept, survey, rest = chosen.kept, chosen.survey, rank - self._kept(rank)
+        there = block.slice_items(block.valid)
+        counts = Counts.of(kept, there) if chosen.counts is None else chosen.counts
+        left = there & ~kept
+        # Few that are left stay as they are: some bins would have fewer than their slots.
+        few = left.sum(-1, keepdim=True) <= rest
+        pairs = [pair for row in zip(*counts, strict=True) for pair in zip(*row, strict=True)]
+        taken = max(own + (others if others <= rest else 0) for own, others in pairs)
+        most = max(own + min(others, rest) for own, others in pairs)
+        parts = [take_kept(block, kept | (left & few), taken)]
         if rest:
             wildcat = WildCat(self.bin_rank, self.temperature, self.weights, self.seed)
             parts.append(wildcat.compress_some(block, rest, left & ~few))
-        coreset, columns = merge_parts(parts)
+        coreset = merge_parts(parts, most)
         with torch.no_grad(), full_precision(block.keys.device):
             if self.ridge and rank:
                 coreset = fit_slots(coreset, survey.fitted, self.ridge)
-            return Compressed(coreset, columns, error=estimate_error(coreset, survey.judges, survey.group))
+            error = estimate_error(coreset, survey.judges, survey.group)
+        facts = SlotFacts.read(coreset.weights, coreset.valid)
+        columns = [max(heads) for heads in facts.counts]
+        return Compressed(narrowed(coreset, max(columns)), columns, error=error, facts=facts)
 
     def _kept(self, rank: int) -> int:
         """Count the slots of `rank` for items that stay as they are."""

@@ -13,14 +13,17 @@ from torch import Tensor
 
 from wildcat_kv.compressors.base import KVBlock
 from wildcat_kv.compressors.fitting import spread_evenly
+from wildcat_kv.coreset.launching import is_launched
 from wildcat_kv.coreset.tensors import full_precision, take_columns
 
 # Share of the newest queries among the reference queries: one in so many.
 _NEWEST = 3
 # Entries that stand for all others in a query's normaliser; they hold most of its mass.
 _NORMALISING = 16
-# Positions of the queries whose followers are scored at once: they stay in a processor's cache.
-_POSITIONS_AT_ONCE = 1024
+# Positions of the queries whose followers are scored at once: they stay in a processor's cache, and a device has room.
+_POSITIONS_AT_ONCE, _POSITIONS_ON_DEVICE = 1024, 8192
+# Scores of reference queries that a device holds at once: 64 MiB, and about four times that beside them.
+_SCORES_ON_DEVICE = 2**24
 _TINY = 1e-20
 # Logarithm of the mass of padding: finite, for numbers that stay so.
 _NOTHING = -1e4
@@ -92,10 +95,10 @@ def survey_block(block: KVBlock, questions: Questions, recall: Tensor | None = N
         parts = _places(block, questions)
         queries, mass = _moved(block, torch.cat(parts), questions.ahead), _mass(block)
         counts = [len(part) for part in parts]
-        found = [_attend(block, head, queries[:, head], counts, mass) for head in range(mass.shape[1])]
-        attention, mean = (torch.stack(scores, dim=1) for scores in zip(*(each[:2] for each in found), strict=True))
+        found = [_attend(block, heads, queries[:, heads], counts, mass) for heads in _spans(queries, mass)]
+        attention, mean = (_joined(scores) for scores in zip(*(each[:2] for each in found), strict=True))
         fitted, judges = (
-            Asked(*(torch.stack(tensors, dim=1) for tensors in zip(*(each[place] for each in found), strict=True)))
+            Asked(*(_joined(tensors) for tensors in zip(*(each[place] for each in found), strict=True)))
             for place in (2, 3)
         )
         judges = _with_company(block, judges, parts[2], mass, questions.ahead)
@@ -131,12 +134,13 @@ def _recall(block: KVBlock, mean: Tensor, mass: Tensor, apart: int) -> Tensor:
     recall = torch.zeros_like(mean)
     # Query -j and key -j are of one token. Keys step back: there are fewer of them than of queries.
     queries = block.queries.unflatten(1, (heads, -1))
-    back = torch.full((rows, 1), -apart, device=mean.device)
-    for behind in range(min(block.exact, queries.shape[3]) - 1, 0, -_POSITIONS_AT_ONCE):
-        length = min(_POSITIONS_AT_ONCE, behind)
+    step_back = block.rotation.forwarding(torch.full((rows, 1), -apart, device=mean.device))
+    at_once = _POSITIONS_ON_DEVICE if is_launched(mean.device) else _POSITIONS_AT_ONCE
+    for behind in range(min(block.exact, queries.shape[3]) - 1, 0, -at_once):
+        length = min(at_once, behind)
         asking = queries.narrow(3, queries.shape[3] - behind - 1, length).to(torch.float32)
         follower = block.keys.narrow(2, n - behind, length).to(torch.float32)
-        follower = block.rotation.forward(follower, back).transpose(1, 2).unsqueeze(-1)
+        follower = step_back(follower).transpose(1, 2).unsqueeze(-1)
         # As products of matrices, one a token and head: queries of a head are far apart in memory.
         own = torch.matmul(asking.permute(0, 3, 1, 2, 4), follower).squeeze(-1).mul_(block.scale)
         # Positions last: sums over the few others are then sums of whole rows.
@@ -177,48 +181,66 @@ def _moved(block: KVBlock, places: Tensor, ahead: int) -> Tensor:
     return queries.unflatten(1, (block.keys.shape[1], -1)).mul_(block.scale)
 
 
-def _attend(
-    block: KVBlock, head: int, queries: Tensor, counts: Sequence[int], mass: Tensor
-) -> tuple[Tensor, Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
-    """Compute what one key head's reference queries pay and get.
+def _spans(queries: Tensor, mass: Tensor) -> list[slice]:
+    """Choose the key heads to ask at once: one on a host, as many as there is room for on a device.
 
-    Memory is O(q n).
+    Args:
+        queries: float32 (rows, heads, g, q, d).
+        mass: float32 (rows, heads, n).
+    """
+    rows, heads, group, count, _ = queries.shape
+    scores = rows * group * count * mass.shape[2]
+    most = max(1, _SCORES_ON_DEVICE // max(1, scores)) if is_launched(mass.device) else 1
+    return [slice(start, min(start + most, heads)) for start in range(0, heads, most)]
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    """Join what was found of some heads each, (rows, some, ...)."""
+    return torch.cat(tuple(parts), dim=1) if len(parts) > 1 else parts[0]
+
+
+def _attend(
+    block: KVBlock, heads: slice, queries: Tensor, counts: Sequence[int], mass: Tensor
+) -> tuple[Tensor, Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """Compute what some key heads' reference queries pay and get.
+
+    Memory is O(q n) a head.
 
     Args:
         block: entries.
-        head: index of the key head.
-        queries: float32 (rows, g, q, d), scaled.
+        heads: key heads, h of them.
+        queries: float32 (rows, h, g, q, d), scaled.
         counts: numbers of the q that are fitted to, that are not, and that judge.
         mass: float32 (rows, heads, n), of `_mass`.
 
     Returns:
-        Root-mean-square and summed attention to each entry, both (rows, n), of those that do not judge; and this head's
-        part of `Asked` for those that are fitted to, and for those that judge.
+        Root-mean-square and summed attention to each entry, both (rows, h, n), of those that do not judge; and these
+        heads' part of `Asked` for those that are fitted to, and for those that judge.
     """
-    keys, values, mass = (tensor[:, head].to(torch.float32) for tensor in (block.keys, block.values, mass))
-    group, learners = queries.shape[1], counts[0] + counts[1]
+    keys, values, mass = (tensor[:, heads].to(torch.float32) for tensor in (block.keys, block.values, mass))
+    group, learners = queries.shape[2], counts[0] + counts[1]
     # Empty entries get a large negative score, not -inf.
-    scores = torch.matmul(queries.flatten(1, 2), keys.mT).add_(mass.log().clamp_min_(_NOTHING).unsqueeze(1))
+    scores = torch.matmul(queries.flatten(2, 3), keys.mT).add_(mass.log().clamp_min_(_NOTHING).unsqueeze(2))
     most = scores.amax(-1, keepdim=True)
     # softmax is torch's fastest exp.
     terms = torch.maximum(scores, most + NEGLIGIBLE, out=scores).softmax(-1)
-    log_total = most.sub_(terms.amax(-1, keepdim=True).log_()).view(queries.shape[:3])
-    terms = terms.unflatten(1, (group, -1))
+    log_total = most.sub_(terms.amax(-1, keepdim=True).log_()).view(queries.shape[:4])
+    terms = terms.unflatten(2, (group, -1))
     # Values of slots are numerators: what a slot gives is its numerator over its mass.
     there = (mass > 0).to(torch.float32).unsqueeze(-1)
-    paid = torch.cat((values * (there / mass.clamp_min(_TINY).unsqueeze(-1)), there), dim=-1).unsqueeze(1)
-    offered, kept = block.slice_items(paid).squeeze(1), block.without_items(paid).squeeze(1)[..., :-1]
+    paid = torch.cat((values * (there / mass.clamp_min(_TINY).unsqueeze(-1)), there), dim=-1)
+    offered, kept = block.slice_items(paid), block.without_items(paid)[..., :-1]
 
     def asked(part: slice) -> tuple[Tensor, ...]:
-        by_entry = terms[:, :, part].flatten(1, 2).mT.unsqueeze(1)
-        items = torch.matmul(block.slice_items(by_entry).squeeze(1).mT, offered)
-        others = torch.matmul(block.without_items(by_entry).squeeze(1).mT, kept)
-        return queries[:, :, part].flatten(1, 2), log_total[:, :, part].flatten(1), items, others
+        by_entry = terms[:, :, :, part].flatten(2, 3).mT
+        items = torch.matmul(block.slice_items(by_entry).mT, offered)
+        others = torch.matmul(block.without_items(by_entry).mT, kept)
+        return queries[:, :, :, part].flatten(2, 3), log_total[:, :, :, part].flatten(2), items, others
 
     found = asked(slice(0, counts[0])), asked(slice(learners, None))
-    learning = terms[:, :, :learners].flatten(1, 2)
-    mean = learning.sum(1)
-    return learning.square_().sum(1).div_(max(1, learners * group)).sqrt_(), mean, *found
+    learning = terms[:, :, :, :learners].flatten(2, 3)
+    mean = learning.sum(2)
+    return learning.square_().sum(2).div_(max(1, learners * group)).sqrt_(), mean, *found
 
 
 def _with_company(block: KVBlock, judges: Asked, places: Tensor, mass: Tensor, ahead: int) -> Asked:

@@ -10,15 +10,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from wildcat_kv.coreset import rpnys
+from wildcat_kv.coreset import pivots, rpnys
 from wildcat_kv.coreset.kernels.noise import absorb, gumbel_row
 
-_TOLERANCE = tl.constexpr(rpnys.TOLERANCE)
-_ROUNDING = tl.constexpr(2 * rpnys.ROUNDING)
+_TOLERANCE = tl.constexpr(pivots.TOLERANCE)
+_ROUNDING = tl.constexpr(2 * pivots.ROUNDING)
 _LARGEST_WEIGHT = tl.constexpr(rpnys.LARGEST_WEIGHT)
 _LARGEST_EXPONENT = tl.constexpr(rpnys.LARGEST_EXPONENT)
-_NEVER = tl.constexpr(rpnys.NEVER)
-_TINY = tl.constexpr(rpnys.TINY)
+_NEVER = tl.constexpr(pivots.NEVER)
+_TINY = tl.constexpr(pivots.TINY)
 _LEAST_IMPORTANCE = tl.constexpr(-80.0)
 _LAST = tl.constexpr(2**30)  # sorts after every place
 
