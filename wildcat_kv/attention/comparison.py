@@ -16,7 +16,7 @@ from wildcat_kv.attention.runs import Run, Use, call, check_runs
 
 @dataclass(frozen=True)
 class OutputErrors:
-    """What a method does to a model's own output.
+    """Change of a model's own output under a method.
 
     Attributes:
         errors: for every input the relative error, ||with - without|| / ||without||.

@@ -34,7 +34,7 @@ _SCORE_CHANGES = {
 
 @dataclass(frozen=True)
 class Replaced:
-    """What a replaced attention module carries, as its attribute "wildcat_attention".
+    """Record that a replaced attention module carries as its attribute "wildcat_attention".
 
     Attributes:
         method: the method, with the layer's own seed.

@@ -1,4 +1,4 @@
-"""What a fold leaves: slots in the place of their items, quantised or in bands where that is due."""
+"""Slots that a fold puts in the place of their items, quantised or in bands where that is due."""
 
 from __future__ import annotations
 

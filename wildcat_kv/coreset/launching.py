@@ -1,4 +1,4 @@
-"""What costs time where the tensors are: arithmetic on a host, launches on a device.
+"""Costs of time by place of the tensors: arithmetic on a host, launches on a device.
 
 A processor wants few numbers, in whole runs of memory. A device has a host that launches each operation, which takes
 longer than most of them run: it wants few operations.

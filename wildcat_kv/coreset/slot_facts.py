@@ -1,4 +1,4 @@
-"""What the host must know of slots, from one read."""
+"""Facts of slots that the host must know, from one read."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ _LEAST_RECALL = 1e-6
 
 
 class _Items(NamedTuple):
-    """What a layer holds of the last k items, those that have a position and a query.
+    """Last k items of a layer, those that have a position and a query.
 
     Attributes:
         keys: float32 (rows, heads, k, d), rotated.
