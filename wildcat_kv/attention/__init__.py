@@ -80,7 +80,7 @@ __all__ = [
 ]
 
 
-# What needs Transformers: the methods need torch alone.
+# These names need Transformers, where the methods need torch alone.
 _MODULES = {
     **dict.fromkeys(("attention_layers", "disable", "enable", "use"), "encoders"),
     **dict.fromkeys(("OutputErrors", "compare_outputs"), "comparison"),

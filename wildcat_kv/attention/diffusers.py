@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from wildcat_kv.attention.base import Attention
-from wildcat_kv.attention.layers import methods_by_layer
+from wildcat_kv.attention.layers import check_able, methods_by_layer
 from wildcat_kv.attention.masks import key_padding
 
 # diffusers marks padding by a bias of -10000 on the scores, in bfloat16 -9984.
@@ -153,10 +153,7 @@ def enable(
     if taken is not None:
         raise ValueError(f"model={type(model).__name__} has a method in {taken!r} already; disable(model) first")
     able = [name for name, module in found.items() if _obstacle(module) is None and not module.is_cross_attention]
-    if not able:
-        known = (f"{name!r} {reason}" for name, module in found.items() if (reason := _obstacle(module)) is not None)
-        reason = next(known, "none is self-attention of diffusers' Attention module")
-        raise ValueError(f"model={type(model).__name__} has no attention layer to replace: {reason}")
+    check_able(model, able, found, _obstacle, "none is self-attention of diffusers' Attention module")
     methods = methods_by_layer(method, layers, able, found, _obstacle)
     for name, chosen in methods.items():
         module: Any = found[name]

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedConfig
 
 from wildcat_kv.attention.base import Attention
-from wildcat_kv.attention.layers import methods_by_layer
+from wildcat_kv.attention.layers import check_able, methods_by_layer
 from wildcat_kv.attention.masks import key_padding
 
 NAME = "wildcat_attention"
@@ -77,11 +77,7 @@ def enable(
     if taken is not None:
         raise ValueError(f"model={type(model).__name__} has a method in {taken!r} already; disable(model) first")
     able = _able(found)
-    if not able:
-        reasons = ((name, _obstacle(module)) for name, module in found.items())
-        known = (f"{name!r} {reason}" for name, reason in reasons if reason is not None)
-        reason = next(known, "none dispatches through Transformers' AttentionInterface")
-        raise ValueError(f"model={type(model).__name__} has no attention layer to replace: {reason}")
+    check_able(model, able, found, _obstacle, "none dispatches through Transformers' AttentionInterface")
     methods = methods_by_layer(method, layers, able, found, _obstacle)
     for name, chosen in methods.items():
         module: Any = found[name]

@@ -9,6 +9,32 @@ from torch import nn
 from wildcat_kv.attention.base import Attention
 
 
+def check_able(
+    model: nn.Module,
+    able: list[str],
+    found: Mapping[str, nn.Module],
+    obstacle: Callable[[nn.Module], str | None],
+    otherwise: str,
+) -> None:
+    """Refuse a model without a layer to replace.
+
+    Args:
+        model: the model, to be named.
+        able: names of the layers that can be replaced.
+        found: modules of all attention layers by name.
+        obstacle: says why a layer cannot be replaced; None where it can.
+        otherwise: the reason where no layer has an obstacle.
+
+    Raises:
+        ValueError: `able` is empty; names the first layer with an obstacle.
+    """
+    if able:
+        return
+    reasons = ((name, obstacle(module)) for name, module in found.items())
+    reason = next((f"{name!r} {reason}" for name, reason in reasons if reason is not None), otherwise)
+    raise ValueError(f"model={type(model).__name__} has no attention layer to replace: {reason}")
+
+
 def methods_by_layer(
     method: Attention | Mapping[int | str, Attention],
     layers: Iterable[int | str] | None,

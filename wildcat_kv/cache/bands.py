@@ -281,7 +281,7 @@ class BandedStorage:
         if len(boxes) == 1 and places == list(range(len(places))):
             [box] = boxes
             return ValueRange(*(side.view(*self._shape, 1, -1) for side in box.tensors()))
-        # Where each head stands among the bands.
+        # Find each head's place among the bands.
         order = torch.tensor(sorted(range(len(places)), key=places.__getitem__))
         order = order.to(boxes[0].lowest.device, non_blocking=True)
         sides = zip(*(box.tensors() for box in boxes), strict=True)

@@ -106,7 +106,7 @@ class BinLayout:
         """
         return (_shared_layout if is_launched(device) else _layout)(length, rank, bins, device)
 
-    # What not every fold needs is made when it is asked for, on the host: for layers in whatever mode.
+    # Few folds need the following tensors: make them when they are asked for, on the host, for layers in any mode.
 
     @cached_property
     @ordinary_tensors()
