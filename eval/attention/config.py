@@ -9,11 +9,12 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from typing_extensions import Self
 
+from eval.attention.digits import Digits
 from eval.attention.layers import Guarantee, Layers
 from eval.attention.methods import Choice
 from eval.attention.tasks import Pictures, Speech, Texts
 
-AnyTask = Annotated[Pictures | Speech | Texts | Layers | Guarantee, Field(discriminator="task")]
+AnyTask = Annotated[Pictures | Digits | Speech | Texts | Layers | Guarantee, Field(discriminator="task")]
 
 
 class RunConfig(BaseModel):
@@ -21,7 +22,7 @@ class RunConfig(BaseModel):
 
     Args:
         name: name of the run; the file's, by default.
-        tasks: mappings of a task, "pictures", "speech", "texts", "layers" or "guarantee", and its options.
+        tasks: mappings of a task, "pictures", "digits", "speech", "texts", "layers" or "guarantee", and its options.
         methods: methods to measure, each a name or a mapping of the name and its settings.
         seeds: seeds of every method that draws.
         threads: threads of the processor.

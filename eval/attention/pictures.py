@@ -1,7 +1,8 @@
-"""Photographs out of the wheels of scikit-image and scikit-learn; both ship them as examples."""
+"""Photographs and digits out of the wheels of scikit-image and scikit-learn; both ship them as examples."""
 
 from __future__ import annotations
 
+import gzip
 import io
 import zipfile
 
@@ -9,6 +10,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn import functional as F
 
 from wildcat_kv.data.downloads import Wheel, fetch_wheel
 
@@ -41,6 +43,7 @@ _MEMBERS: dict[str, tuple[Wheel, str]] = {
     "ihc": (_SKIMAGE, "skimage/data/ihc.png"),
 }
 PICTURES = tuple(_MEMBERS)
+_DIGITS, _DIGIT_SIDE, _WHITE = "sklearn/datasets/data/digits.csv.gz", 8, 16
 
 
 def picture(name: str, pixels: int) -> Tensor:
@@ -63,3 +66,23 @@ def picture(name: str, pixels: int) -> Tensor:
     left, top = ((size - side) // 2 for size in whole.size)
     square = whole.crop((left, top, left + side, top + side)).resize((pixels, pixels), Image.Resampling.BICUBIC)
     return torch.from_numpy(np.array(square)).permute(2, 0, 1).float().div_(255)
+
+
+def digits(count: int, pixels: int) -> tuple[Tensor, Tensor]:
+    """Load handwritten digits, the first ones of UCI's set, white on black.
+
+    Args:
+        count: number of digits.
+        pixels: side in pixels; they are drawn from 8 by 8.
+
+    Returns:
+        float32 (count, 3, pixels, pixels), between 0 and 1, and their labels int64 (count,).
+
+    Raises:
+        DownloadError: the wheel is not in the cache and could not be fetched.
+    """
+    with zipfile.ZipFile(fetch_wheel(_SKLEARN)) as archive:
+        table = np.loadtxt(io.BytesIO(gzip.decompress(archive.read(_DIGITS))), delimiter=",", max_rows=count)
+    drawn = torch.from_numpy(table[:, :-1]).float().view(-1, 1, _DIGIT_SIDE, _DIGIT_SIDE) / _WHITE
+    drawn = F.interpolate(drawn, (pixels, pixels), mode="bilinear")
+    return drawn.expand(-1, 3, -1, -1), torch.from_numpy(table[:, -1]).long()

@@ -246,11 +246,8 @@ class Speech(Task):
         for one in wanted:
             found = run(one.build(case.n, None))
             written = model.write(found.result)
-            rates = [
-                errors / max(1, words)
-                for errors, words in (word_errors(text, written), word_errors(clip.text, written))
-            ]
-            scores = {"to_exact": rates[0], "to_truth": rates[1], "states": cosine(found.result, exact.result)}
+            scores = {"to_exact": _error_rate(text, written), "to_truth": _error_rate(clip.text, written)}
+            scores["states"] = cosine(found.result, exact.result)
             yield Measured(one.method, one.seed, scores, *found.over(exact))
 
 

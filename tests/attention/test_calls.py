@@ -211,6 +211,8 @@ def test_dropout_is_without_effect_out_of_training():
         ("NearWildCat", {"near": -1}, "near=-1 must be at least 0"),
         ("NearWildCat", {"residual": 1.0}, r"residual=1.0 must be in \[0, 1\)"),
         ("NearWildCat", {"grid": (0, 3)}, r"grid=\(0, 3\) must be a height and a width, each at least 1"),
+        ("NearWildCat", {"grid": "tiles"}, "grid='tiles' must be a height and a width, each at least 1; or 'auto'"),
+        ("Stratified", {"grid": "auto", "prefix": 1}, "prefix=1 with grid='auto', which finds the prefix itself"),
         ("Uniform", {"rank": 0}, "rank=0 must be at least 1"),
         ("Stratified", {"rank": -1}, "rank=-1 must be at least 1"),
         ("Thinformer", {"g": -1}, "g=-1 must be at least 0"),
@@ -234,6 +236,14 @@ def test_more_bins_than_keys_are_refused():
         WildCatAttention(bins=71)(*heads())
     with pytest.raises(ValueError, match="bins=30 with rank=20 and 70 keys: every bin takes at least one slot"):
         NearWildCat(rank=20, bins=30)(*heads())
+
+
+@pytest.mark.parametrize("kind", [NearWildCat, Stratified])
+def test_keys_that_are_no_square_are_refused(kind):
+    method = kind(rank=20, grid="auto")
+    method(*heads(n=80))
+    with pytest.raises(ValueError, match="grid='auto' finds no square grid in 98 keys with at most 16 before it"):
+        method(*heads(n=98))
 
 
 @pytest.mark.parametrize("kind", [NearWildCat, Stratified])

@@ -80,6 +80,15 @@ def test_a_grid_is_the_line_in_the_order_of_its_tiles(kind):
     assert not torch.allclose(on_grid, method(query, key, value), atol=1e-3)
 
 
+@pytest.mark.parametrize("kind", [NearWildCat, Stratified])
+@pytest.mark.parametrize("prefix", [0, 1, 5])
+def test_a_square_grid_is_found(kind, prefix):
+    query, key, value = heads(144 + prefix, 144 + prefix)
+    found, given = kind(rank=40, grid="auto"), kind(rank=40, grid=(12, 12), prefix=prefix)
+    assert torch.equal(found(query, key, value), given(query, key, value))
+    assert found.cost(144 + prefix, 8) == given.cost(144 + prefix, 8)
+
+
 def test_queries_before_the_grid_see_every_key_and_its_keys_are_seen_by_all():
     query, key, value = heads(66, 66, dtype=torch.float32)
     value = value * 0 + (torch.arange(66) == 0).view(-1, 1)  # outputs are the shares of the first key

@@ -10,6 +10,7 @@ import pytest
 import torch
 import yaml
 
+import eval.attention.digits
 import eval.attention.run
 from eval.__main__ import main
 from eval.attention import layers, tasks
@@ -20,7 +21,7 @@ from eval.attention.methods import Choice, Clocked, Recorded
 from eval.attention.minilm import WHEEL as TEXT_WHEEL
 from eval.attention.minilm import minilm
 from eval.attention.onnx_file import read_onnx
-from eval.attention.pictures import PICTURES, picture
+from eval.attention.pictures import _SKLEARN, PICTURES, digits, picture
 from eval.attention.report import write_report
 from eval.attention.scores import correlation, cosine, output_errors, same_neighbours
 from eval.attention.speech import clips, passages
@@ -287,6 +288,45 @@ def test_pictures_are_compared_with_what_exact_attention_sees(tiny_dinov2):
     assert all(share > 0 for share in few.shares.values())
     with pytest.raises(ValueError, match="pixels=60 must be a multiple of 14"):
         tasks.Pictures(pixels=[60]).cases()
+
+
+def test_digits_are_read_by_a_probe_of_exact_features(tiny_dinov2, monkeypatch):
+    labels = torch.arange(60) % 3
+    drawn = torch.rand(60, 3, 56, 56, generator=_generator("china")) * 0.2
+    drawn[torch.arange(60), labels] += 0.8  # a colour for each class
+    monkeypatch.setattr(eval.attention.digits, "dinov2_small", lambda: tiny_dinov2)
+    monkeypatch.setattr(eval.attention.digits, "digits", lambda count, pixels: (drawn[:count], labels[:count]))
+    task = eval.attention.digits.Digits(pixels=56, inputs=2, batch=10, fitted=40)
+    cases = task.cases()
+    assert [(case.input, case.n, case.grid) for case in cases] == [("batch 1", 17, (4, 4)), ("batch 2", 17, (4, 4))]
+    blind = Stub()
+    wanted = [tasks.Wanted(name, 0, lambda n, grid, one=one: one) for name, one in (("a", Exact()), ("b", blind))]
+    exact, poor = task.measure(cases[1], wanted)
+    assert exact.scores == {"right": 1.0, "same": 1.0}
+    assert poor.scores["right"] <= 0.5 and poor.scores["same"] == poor.scores["right"]
+
+
+class Stub(Exact):
+    """Attends to nothing."""
+
+    def attend(self, query, key, value, scale):
+        return torch.zeros(*query.shape[:-1], value.shape[-1]) + 100 * torch.randn(
+            value.shape[-1], generator=_generator("coins")
+        )
+
+
+def test_a_probe_tells_classes_apart_that_a_line_can():
+    features = torch.randn(40, 6, generator=_generator("china"))
+    labels = (features[:, 0] > 0).long() * 3 + 1
+    probe = eval.attention.digits.Probe.fit(features + 10 * torch.eye(6)[5], labels)
+    assert (probe.read(features + 10 * torch.eye(6)[5]) == labels).double().mean() > 0.85
+
+
+@here(_SKLEARN)
+def test_digits_come_out_of_a_wheel():
+    drawn, labels = digits(10, 28)
+    assert drawn.shape == (10, 3, 28, 28) and labels.tolist() == list(range(10))
+    assert drawn.min() == 0 and 0.9 < drawn.max() <= 1 and torch.equal(drawn[:, 0], drawn[:, 2])
 
 
 def test_what_the_model_saw_is_drawn_side_by_side(tiny_dinov2, tmp_path):

@@ -16,7 +16,7 @@ from wildcat_kv.attention.bin_slots import BinSlots, bin_slots
 from wildcat_kv.attention.kernels import softmax_attention, take, weighted_softmax_attention
 from wildcat_kv.attention.metric import balanced_metric
 from wildcat_kv.attention.near import Entries, near_attention
-from wildcat_kv.attention.order import check_grid, tile_order
+from wildcat_kv.attention.order import Grid, check_grid, settled, tile_order
 from wildcat_kv.coreset.bins import BinLayout
 from wildcat_kv.coreset.draws import KeyedDraws
 from wildcat_kv.coreset.noise import uniform_rows
@@ -42,8 +42,9 @@ class NearWildCat(Attention):
         residual: share of the slots that are samples, in [0, 1). They make numerator and denominator unbiased, and are
             safe only where near bins hold the large terms.
         dims: directions of the metric that distances of keys are measured in; all where there are fewer.
-        grid: height and width of the patches of an image, to cut into tiles; None for keys in a line. With as many
-            queries as keys, blocks of queries are tiles, too.
+        grid: height and width of the patches of an image, to cut into tiles; "auto" for the largest square that the
+            keys can end with, those before it being the prefix; None for keys in a line. With as many queries as keys,
+            blocks of queries are tiles, too.
         prefix: tokens before the grid, such as a class token: every query sees these keys, and with as many queries as
             keys these queries see every key.
         seed: seed of pivots and samples.
@@ -65,7 +66,7 @@ class NearWildCat(Attention):
     near: int = 1
     residual: float = 0.75
     dims: int | None = 32
-    grid: tuple[int, int] | None = None
+    grid: Grid = None
     prefix: int = 0
     seed: int = 0
 
@@ -79,25 +80,29 @@ class NearWildCat(Attention):
 
     @override
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        n, length, first = key.shape[2], query.shape[3], self.prefix
+        n, length = key.shape[2], query.shape[3]
+        own = settled(self, n)
+        if own is not self:
+            return own.attend(query, key, value, scale)
+        first = self.prefix
         check_grid(self.grid, first, n)
         plan = self.plan(n)
         if plan is None:
             return softmax_attention(query, key, value, scale)
         asked, keys, values = wide(query), wide(key), wide(value)
-        own = length == n  # queries of the keys' own tokens
+        same = length == n  # queries of the keys' own tokens
         order = None
-        if self.grid is not None:
+        if self.grid is not None and not isinstance(self.grid, str):
             order = torch.arange(n, device=key.device)
             order[first:] = tile_order(*self.grid, key.device) + first
             keys, values = (take(tensor, order.view(1, 1, -1)) for tensor in (keys, values))
-            asked = take(asked.flatten(1, 2), order.view(1, 1, -1)).view_as(asked) if own else asked
-        output = self._approximate(asked[:, :, :, first if own else 0 :], keys, values, scale, plan)
+            asked = take(asked.flatten(1, 2), order.view(1, 1, -1)).view_as(asked) if same else asked
+        output = self._approximate(asked[:, :, :, first if same else 0 :], keys, values, scale, plan)
         output = output.clamp(values.amin(2)[:, :, None, None], values.amax(2)[:, :, None, None])
-        if own and first:
+        if same and first:
             exact = softmax_attention(asked[:, :, :, :first], keys, values, scale)
             output = torch.cat((exact.unflatten(2, (-1, first)), output), dim=3)
-        if own and order is not None:
+        if same and order is not None:
             output = take(output.flatten(1, 2), order.argsort().view(1, 1, -1)).view_as(output)
         return output
 
@@ -138,7 +143,7 @@ class NearWildCat(Attention):
         Raises:
             ValueError: there are more bins than keys or slots.
         """
-        body = n - self.prefix
+        body = n - settled(self, n).prefix
         rank = min(_MOST_SLOTS, max(1, body // _SLOTS_OF)) if self.rank is None else self.rank
         if rank >= body:
             return None
@@ -165,7 +170,7 @@ class NearWildCat(Attention):
         slots, near = plan.pivots + plan.samples * plan.bins, plan.near
         metric = 2 * min(n, 1024) * d * d + n * d * dims
         compression = n * bin_rank * (dims + d_v + bin_rank + 3)
-        seen = slots * (plan.bins - near) // plan.bins + near * n // plan.bins + self.prefix
+        seen = slots * (plan.bins - near) // plan.bins + near * n // plan.bins + settled(self, n).prefix
         asked = 4 * min(plan.bins, q) * slots * d if near else 0
         return metric + compression + asked + q * seen * (d + d_v + 3)
 

@@ -2,8 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
+from typing import Any, Literal, TypeVar
+
 import torch
 from torch import Tensor
+
+AUTO: Literal["auto"] = "auto"
+Grid = tuple[int, int] | Literal["auto"] | None
+
+# Class tokens and registers that may stand before a grid. From 8 x 8 on, one square and the next are further apart.
+_MOST_BEFORE = 16
 
 
 def tile_order(height: int, width: int, device: torch.device | str = "cpu") -> Tensor:
@@ -31,7 +41,49 @@ def tile_order(height: int, width: int, device: torch.device | str = "cpu") -> T
     return code.flatten().argsort()
 
 
-def check_grid(grid: tuple[int, int] | None, prefix: int, n: int | None = None) -> None:
+def square_grid(n: int) -> tuple[tuple[int, int], int]:
+    """Find the largest square grid that n tokens can end with.
+
+    Args:
+        n: number of tokens.
+
+    Returns:
+        Height and width of the grid, and the number of tokens before it, such as a class token and registers.
+
+    Raises:
+        ValueError: more than 16 tokens would stand before the grid, so it is no square.
+
+    Example:
+        >>> square_grid(4097), square_grid(261)
+        (((64, 64), 1), ((16, 16), 5))
+    """
+    side = math.isqrt(n)
+    before = n - side * side
+    if before > _MOST_BEFORE:
+        raise ValueError(
+            f"grid='auto' finds no square grid in {n} keys with at most {_MOST_BEFORE} before it; give grid=(height, "
+            "width) and prefix, or None for keys in a line"
+        )
+    return (side, side), before
+
+
+Gridded = TypeVar("Gridded", bound=Any)
+
+
+def settled(method: Gridded, n: int) -> Gridded:
+    """Give a method whose `grid` is "auto" the grid and the prefix of n tokens; others as they are.
+
+    Raises:
+        ValueError: there is no such grid, see `square_grid`.
+    """
+    if method.grid != AUTO:
+        return method
+    grid, prefix = square_grid(n)
+    replaced: Gridded = dataclasses.replace(method, grid=grid, prefix=prefix)
+    return replaced
+
+
+def check_grid(grid: Grid, prefix: int, n: int | None = None) -> None:
     """Refuse a grid without cells, and one that does not hold the n tokens after the prefix.
 
     Raises:
@@ -39,8 +91,12 @@ def check_grid(grid: tuple[int, int] | None, prefix: int, n: int | None = None) 
     """
     if prefix < 0:
         raise ValueError(f"prefix={prefix} must be at least 0, the number of tokens before the grid")
-    if grid is not None and (len(grid) != 2 or min(grid) < 1):
-        raise ValueError(f"grid={grid} must be a height and a width, each at least 1")
+    if grid == AUTO:
+        if prefix:
+            raise ValueError(f"prefix={prefix} with grid='auto', which finds the prefix itself; leave it out")
+        return
+    if grid is not None and (isinstance(grid, str) or len(grid) != 2 or min(grid) < 1):
+        raise ValueError(f"grid={grid!r} must be a height and a width, each at least 1, or 'auto' for a square")
     if n is not None and grid is not None and grid[0] * grid[1] + prefix != n:
         raise ValueError(
             f"grid={grid} with prefix={prefix} holds {grid[0] * grid[1] + prefix} keys, and there are {n} without "

@@ -11,7 +11,7 @@ from typing_extensions import override
 
 from wildcat_kv.attention.base import Attention, at_least, function_form, wide
 from wildcat_kv.attention.kernels import softmax_attention, take
-from wildcat_kv.attention.order import cells, check_grid, tile_order
+from wildcat_kv.attention.order import Grid, cells, check_grid, settled, tile_order
 from wildcat_kv.coreset.noise import uniform_rows
 
 
@@ -23,7 +23,8 @@ class Stratified(Attention):
 
     Attributes:
         rank: r, the number of cells; all keys where there are no more.
-        grid: height and width of the patches of an image, to cut into tiles; None for keys in a line.
+        grid: height and width of the patches of an image, to cut into tiles; "auto" for the largest square that the
+            keys can end with, those before it being the prefix; None for keys in a line.
         prefix: tokens before the grid, such as a class token, which are kept besides.
         seed: seed of the draw.
     """
@@ -32,7 +33,7 @@ class Stratified(Attention):
     complexity: ClassVar[str] = "O(n r d)"
 
     rank: int = 512
-    grid: tuple[int, int] | None = None
+    grid: Grid = None
     prefix: int = 0
     seed: int = 0
 
@@ -44,21 +45,25 @@ class Stratified(Attention):
     @override
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         heads, n = key.shape[1:3]
-        check_grid(self.grid, self.prefix, n)
-        if self.rank + self.prefix >= n:
+        own = settled(self, n)
+        check_grid(own.grid, own.prefix, n)
+        if own.rank + own.prefix >= n:
             return softmax_attention(query, key, value, scale)
-        chosen, sizes = self.draw(heads, n, key.device)
+        chosen, sizes = own.draw(heads, n, key.device)
         query, keys, values = wide(query), wide(take(key, chosen)), wide(take(value, chosen))
         return softmax_attention(query, keys, values, scale, sizes.to(query.dtype).log())
 
     def draw(self, heads: int, n: int, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
-        """Draw the keys of every head, int64 (1, heads, prefix + r), and what they weigh, (prefix + r,)."""
+        """Draw the keys of every head, int64 (1, heads, prefix + r), and what they weigh, (prefix + r,).
+
+        The grid is one of numbers here, not "auto".
+        """
         places, used, _ = cells(n - self.prefix, self.rank, device)
         sizes = used.sum(-1)
         noise = uniform_rows(self.seed, torch.arange(heads, device=device).view(1, -1), columns=self.rank)
         # Rounding may reach the size itself, and no more.
         chosen = places[:, 0] + torch.minimum((noise * sizes).long(), sizes - 1)
-        if self.grid is not None:
+        if self.grid is not None and not isinstance(self.grid, str):
             chosen = tile_order(*self.grid, device)[chosen]
         first = torch.arange(self.prefix, device=device)
         chosen = torch.cat((first.expand(1, heads, -1), chosen + self.prefix), dim=-1)
@@ -66,7 +71,7 @@ class Stratified(Attention):
 
     @override
     def operations(self, q: int, n: int, d: int, d_v: int) -> int:
-        kept = self.rank + self.prefix
+        kept = self.rank + settled(self, n).prefix
         return q * n * (d + d_v + 1) if kept >= n else q * kept * (d + d_v + 1)
 
 
