@@ -21,7 +21,7 @@ from wildcat_kv.coreset.bins import BinLayout
 from wildcat_kv.coreset.draws import KeyedDraws
 from wildcat_kv.coreset.noise import uniform_rows
 
-_KEYS_OF_A_BIN = 128
+_KEYS_OF_A_BIN = 256
 _MOST_SLOTS = 512
 _SLOTS_OF = 8  # keys for each slot
 
@@ -37,7 +37,7 @@ class NearWildCat(Attention):
 
     Attributes:
         rank: r, the number of slots, samples included; an eighth of the keys by default, at most 512.
-        bins: number of bins; by default a power of two that makes bins of about 128 keys.
+        bins: number of bins; by default a power of two that makes bins of about 256 keys.
         near: number of bins that a block of queries attends to exactly; exact where it is all of them.
         residual: share of the slots that are samples, in [0, 1). They make numerator and denominator unbiased, and are
             safe only where near bins hold the large terms.
@@ -57,14 +57,14 @@ class NearWildCat(Attention):
     complexity: ClassVar[str] = "O(n r d + n^2 near d / bins)"
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "fast": {"near": 0, "residual": 0.0},
-        "balanced": {"near": 1, "residual": 0.75},
-        "accurate": {"near": 2, "residual": 0.0},
+        "balanced": {"near": 1, "residual": 0.9},
+        "accurate": {"near": 2, "residual": 0.9},
     }
 
     rank: int | None = None
     bins: int | None = None
     near: int = 1
-    residual: float = 0.75
+    residual: float = 0.9
     dims: int | None = 32
     grid: Grid = None
     prefix: int = 0
