@@ -211,7 +211,7 @@ def test_dropout_is_without_effect_out_of_training():
         ("NearWildCat", {"near": -1}, "near=-1 must be at least 0"),
         ("NearWildCat", {"residual": 1.0}, r"residual=1.0 must be in \[0, 1\)"),
         ("NearWildCat", {"grid": (0, 3)}, r"grid=\(0, 3\) must be a height and a width, each at least 1"),
-        ("NearWildCat", {"grid": "tiles"}, "grid='tiles' must be a height and a width, each at least 1; or 'auto'"),
+        ("NearWildCat", {"grid": "tiles"}, "grid='tiles' must be a height and a width, each at least 1, or 'auto'"),
         ("Stratified", {"grid": "auto", "prefix": 1}, "prefix=1 with grid='auto', which finds the prefix itself"),
         ("Uniform", {"rank": 0}, "rank=0 must be at least 1"),
         ("Stratified", {"rank": -1}, "rank=-1 must be at least 1"),

@@ -188,8 +188,8 @@ def test_any_settings_give_averages(height, width, prefix, on_grid, own, rank, b
 
 def test_defaults_follow_the_number_of_keys():
     plan = NearWildCat().plan(4097)
-    assert (plan.bins, plan.pivots, plan.samples) == (32, 128, 12)
-    assert NearWildCat().plan(9217).bins == 64
+    assert (plan.bins, plan.pivots, plan.samples) == (16, 48, 29)
+    assert NearWildCat().plan(9217).bins == 32
     assert NearWildCat().plan(1) is None
     plan = NearWildCat(rank=100, bins=8, residual=0.25).plan(1000)
     assert (plan.pivots, plan.samples) == (76, 3) and plan.pivots + 8 * plan.samples == 100
