@@ -241,9 +241,9 @@ def test_more_bins_than_keys_are_refused():
 @pytest.mark.parametrize("kind", [NearWildCat, Stratified])
 def test_keys_that_are_no_square_are_refused(kind):
     method = kind(rank=20, grid="auto")
-    method(*heads(n=80))
-    with pytest.raises(ValueError, match="grid='auto' finds no square grid in 98 keys with at most 16 before it"):
-        method(*heads(n=98))
+    method(*heads(n=82))
+    with pytest.raises(ValueError, match="grid='auto' finds no square grid in 96 keys with at most 8 before it"):
+        method(*heads(n=96))
 
 
 @pytest.mark.parametrize("kind", [NearWildCat, Stratified])

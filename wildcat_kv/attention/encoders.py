@@ -159,9 +159,9 @@ def method_attention(
     if kwargs.get("is_causal"):
         reasons.append("is causal in this call")
     if kwargs.get("output_attentions"):
-        reasons.append("is asked for attention probabilities, which do not exist")
+        reasons.append("is asked for attention probabilities")
     if kwargs.get("dropout"):
-        reasons.append(f"drops probabilities in training (dropout={kwargs['dropout']}); set it to 0 or call eval()")
+        reasons.append(f"drops probabilities in training (dropout={kwargs['dropout']}; eval() drops none)")
     if reasons:
         method = type(replaced.method).__name__
         raise ValueError(

@@ -13,7 +13,7 @@ AUTO: Literal["auto"] = "auto"
 Grid = tuple[int, int] | Literal["auto"] | None
 
 # Class tokens and registers that may stand before a grid. From 8 x 8 on, one square and the next are further apart.
-_MOST_BEFORE = 16
+_MOST_BEFORE = 8
 
 
 def tile_order(height: int, width: int, device: torch.device | str = "cpu") -> Tensor:
@@ -51,7 +51,7 @@ def square_grid(n: int) -> tuple[tuple[int, int], int]:
         Height and width of the grid, and the number of tokens before it, such as a class token and registers.
 
     Raises:
-        ValueError: more than 16 tokens would stand before the grid, so it is no square.
+        ValueError: more than 8 tokens would stand before the grid, so it is no square.
 
     Example:
         >>> square_grid(4097), square_grid(261)
