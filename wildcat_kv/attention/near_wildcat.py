@@ -22,7 +22,7 @@ from wildcat_kv.coreset.draws import KeyedDraws
 from wildcat_kv.coreset.noise import uniform_rows
 
 _KEYS_OF_A_BIN = 256
-_MOST_SLOTS = 512
+_MOST_SLOTS = 768
 _SLOTS_OF = 8  # keys for each slot
 
 
@@ -36,7 +36,7 @@ class NearWildCat(Attention):
     share of its attention (`near`).
 
     Attributes:
-        rank: r, the number of slots, samples included; an eighth of the keys by default, at most 512.
+        rank: r, the number of slots, samples included; an eighth of the keys by default, at most 768.
         bins: number of bins; by default a power of two that makes bins of about 256 keys.
         near: number of bins that a block of queries attends to exactly; exact where it is all of them.
         residual: share of the slots that are samples, in [0, 1). They make numerator and denominator unbiased, and are
