@@ -1,4 +1,4 @@
-"""The figures of the documentation, made anew from the records in results/eval and results/benchmarks.
+"""The figures of the documentation, made anew from the records in results.
 
 Run it from a checkout that has the extra `eval` (matplotlib comes with it); nothing is measured, it takes seconds:
 
@@ -24,6 +24,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
 
 from docs.kept_tokens import picture
+from eval.attention.views import side_by_side, view_path
 from eval.frontier import frontier_points
 from eval.frontier_plot import frontier_plot
 from eval.records import Folder
@@ -40,6 +41,22 @@ _FRONTIER = _ROOT / "results" / "eval" / "frontier"
 # Runs of one frontier: the default, all methods without what was measured of the model, and RULER.
 _PARTS = ("frontier_default", "frontier", "frontier_ruler")
 _BENCHMARKS = _ROOT / "results" / "benchmarks"
+_DINOV2 = _ROOT / "results" / "attention" / "dinov2"
+# Methods of that run, by their names in the figure.
+_SEEN = {
+    "exact": "exact",
+    "uniform, 1,024 keys": "uniform rank 1024",
+    "stratified, 1,024 keys": "stratified rank 1024",
+    "WildCat as published": "wildcat rank 256 bins 16",
+    "Performer": "performer features 256",
+    "ScatterBrain": "scatterbrain band 64 features 128",
+    "Reformer": "reformer chunk 64 rounds 4",
+    "KDEformer": "kdeformer block 64 samples 128",
+    "HyperAttention": "hyperattention block 256 samples 256 exact_below 0",
+    "Thinformer": "thinformer g 3",
+    "NearWildCat, A+B": "near_wildcat A+B 512",
+    "NearWildCat, A+B+C+D": "near_wildcat A+B+C+D 512",
+}
 
 _OURS, _SECOND, _THIRD, _FOURTH, _GREY = BLUE, ORANGE, GREEN, PINK, GREY
 
@@ -57,6 +74,7 @@ def main() -> None:
         "budget-short": budget_short,
         "travel": travel,
         "kept": picture,
+        "views": views,
     }
     for suffix in ("", "_qwen"):
         if (_FRONTIER.parent / f"frontier{suffix}").is_dir():
@@ -71,6 +89,16 @@ def main() -> None:
             if folder is not None:
                 folder.mkdir(parents=True, exist_ok=True)
                 save(figure, folder / f"{name}.png")
+
+
+# Encoders
+
+
+def views() -> Figure:
+    """Draw what DINOv2 sees of a photograph by every method."""
+    group, name = "896 px, 4,097 tokens", "china"
+    paths = {title: view_path(_DINOV2, group, name, method) for title, method in _SEEN.items()}
+    return side_by_side(f"{name}, {group}", paths, columns=4)
 
 
 # Accuracy

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -19,7 +19,7 @@ def save_view(output: Path, case: Case, measured: Measured) -> None:
     """Write a measurement's view, that of the first seed that has one."""
     if measured.view is None:
         return
-    path = _path(output, case.group, case.input, measured.method)
+    path = view_path(output, case.group, case.input, measured.method)
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(measured.view).save(path)
@@ -31,14 +31,21 @@ def view_figures(
     """Draw one figure for each group and input that has views: saliency and features, a panel for each method."""
     for group in groups:
         for name in inputs:
-            paths = {method: _path(output, group, name, method) for method in methods}
+            paths = {method: view_path(output, group, name, method) for method in methods}
             found = {method: path for method, path in paths.items() if path.is_file()}
             if found:
-                yield f"views-{_plain(group)}-{_plain(name)}", _side_by_side(f"{name}, {group}", found)
+                yield f"views-{_plain(group)}-{_plain(name)}", side_by_side(f"{name}, {group}", found)
 
 
-def _side_by_side(title: str, paths: dict[str, Path]) -> Figure:
-    columns = min(3, len(paths))
+def side_by_side(title: str, paths: Mapping[str, Path], columns: int = 3) -> Figure:
+    """Draw views, a panel for each method.
+
+    Args:
+        title: input and group.
+        paths: files of the views by the panels' titles.
+        columns: most panels in a row.
+    """
+    columns = min(columns, len(paths))
     rows = math.ceil(len(paths) / columns)
     figure = Figure(figsize=(3.2 * columns, 1.9 * rows + 0.3), layout="constrained")
     figure.suptitle(f"{title}: saliency, and principal components of the patches' features")
@@ -52,7 +59,8 @@ def _side_by_side(title: str, paths: dict[str, Path]) -> Figure:
     return figure
 
 
-def _path(output: Path, group: str, name: str, method: str) -> Path:
+def view_path(output: Path, group: str, name: str, method: str) -> Path:
+    """Give the file of a method's view of an input."""
     return output / FOLDER / f"{_plain(group)}-{_plain(name)}-{_plain(method)}.png"
 
 
