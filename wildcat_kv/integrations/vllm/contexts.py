@@ -29,16 +29,18 @@ class ContextFolder:
     Args:
         root: folder of the contexts.
         model: model that is served.
+        weighted: True if attention knows weights; a context that has some is refused otherwise.
 
     Raises:
         ValueError: there is no such folder.
     """
 
-    def __init__(self, root: Path, model: ServedModel) -> None:
+    def __init__(self, root: Path, model: ServedModel, *, weighted: bool = True) -> None:
         if not root.is_dir():
             raise ValueError(f"contexts={str(root)!r} is no folder; make one, and export contexts into it")
         self.root = root.resolve()
         self.model = model
+        self.weighted = weighted
         self._seen: dict[str, _Seen] = {}
         self._lock = threading.Lock()
 
@@ -70,7 +72,7 @@ class ContextFolder:
             seen = self._seen.get(name)
             if seen is None or seen.stamps != stamps or seen.context.digest != context.digest:
                 self._seen.pop(name, None)
-                self.model.check(name, context.header)
+                self._check_fits(name, context)
                 context.check_tensors()
                 self._seen[name] = _Seen(stamps, context)
             return self._seen[name].context
@@ -93,6 +95,15 @@ class ContextFolder:
                 if name in known:
                     raise
         raise FileNotFoundError(f"no context of {str(self.root)!r} has digest {digest.hex()}; it has changed or is gone")
+
+    def _check_fits(self, name: str, context: StoredContext) -> None:
+        """Refuse a context of another model, or one whose weights have no place."""
+        self.model.check(name, context.header)
+        if context.header.weighted and not self.weighted:
+            raise ValueError(
+                f"context={name!r} has weights, and the engine's attention knows none; export it with --stock, or serve "
+                "with weights"
+            )
 
     def _check_inside(self, name: str, path: Path) -> None:
         """Refuse a path that leads out of the folder."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -95,6 +96,23 @@ class ContextHeader(BaseModel):
 
 
 @dataclass(frozen=True)
+class LayerTensors:
+    """Entries of some heads of one layer.
+
+    Attributes:
+        index: index of the layer.
+        keys: (heads, slots, d).
+        values: (heads, slots, d_v); the numerators, where there are weights.
+        weights: float32 (heads, slots); None where all are 1.
+    """
+
+    index: int
+    keys: Tensor
+    values: Tensor
+    weights: Tensor | None
+
+
+@dataclass(frozen=True)
 class StoredContext:
     """An exported context in its folder.
 
@@ -126,32 +144,35 @@ class StoredContext:
         if found != self.header.sha256:
             raise ValueError(f"{self._named} is damaged: {self.path.name} has another SHA-256; export it again")
 
-    def layer(self, index: int, heads: slice = slice(None)) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Read the entries of some heads of one layer.
+    def layers(self, indices: Iterable[int], heads: slice = slice(None)) -> Iterator[LayerTensors]:
+        """Read the entries of some heads, layer by layer.
 
         Args:
-            index: index of the layer.
+            indices: indices of the layers.
             heads: key heads to read.
-
-        Returns:
-            Keys (heads, slots, d), values (heads, slots, d_v), and weights float32 (heads, slots) or None. With
-            weights, the values are the numerators.
 
         Raises:
             ValueError: the file is missing, or does not fit the header.
         """
-        header = self.header
         try:
             with safe_open(self.path, framework="pt") as file:
-                keys = file.get_slice(f"layers.{index}.keys")[heads]
-                values = file.get_slice(f"layers.{index}.values")[heads]
-                weights = file.get_slice(f"layers.{index}.weights")[heads] if header.weighted else None
+                for index in indices:
+                    yield self._layer(file, index, heads)
         except (OSError, SafetensorError) as error:
             raise ValueError(f"{self._named} is damaged: {' '.join(str(error).split())}; export it again") from None
-        for found, channels in ((keys, header.key_channels), (values, header.value_channels)):
-            if found.shape[1:] != (header.slots, channels) or found.dtype != getattr(torch, header.dtype):
-                raise ValueError(f"{self._named} is damaged: layer {index} does not fit its header; export it again")
-        return keys, values, weights
+
+    def _layer(self, file: Any, index: int, heads: slice) -> LayerTensors:
+        header = self.header
+
+        def read(name: str) -> Tensor:
+            return file.get_slice(f"layers.{index}.{name}")[heads]
+
+        found = LayerTensors(index, read("keys"), read("values"), read("weights") if header.weighted else None)
+        expected = {(header.slots, header.key_channels), (header.slots, header.value_channels)}
+        fits = {tuple(tensor.shape[1:]) for tensor in (found.keys, found.values)} == expected
+        if not fits or {found.keys.dtype, found.values.dtype} != {getattr(torch, header.dtype)}:
+            raise ValueError(f"{self._named} is damaged: layer {index} does not fit its header; export it again")
+        return found
 
     @property
     def _named(self) -> str:
