@@ -1,0 +1,77 @@
+"""Start vLLM's own server with the plugin."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from wildcat_kv.integrations.vllm.contexts import ContextFolder
+from wildcat_kv.integrations.vllm.export import BLOCK
+from wildcat_kv.integrations.vllm.identity import ServedModel
+from wildcat_kv.integrations.vllm.versions import check_version
+
+CONNECTOR = "WildCatConnector"
+MIDDLEWARE = "wildcat_kv.integrations.vllm.middleware.ContextMiddleware"
+# Arguments of vLLM's that this command sets itself.
+_OURS = ("--kv-transfer-config", "--no-enable-prefix-caching")
+
+
+def server_arguments(model: str, contexts: Path, *, weighted: bool = True, more: Sequence[str] = ()) -> list[str]:
+    """Make the arguments of `vllm serve`.
+
+    Args:
+        model: folder or hub id.
+        contexts: folder of exported contexts.
+        weighted: False to leave vLLM's attention as it is.
+        more: further arguments of `vllm serve`, which come last.
+
+    Raises:
+        ValueError: an argument that is set already.
+    """
+    own = next((given for given in more if given.split("=")[0].replace("_", "-") in _OURS), None)
+    if own is not None:
+        raise ValueError(f"{own} is set by `wildcat-kv serve` itself; leave it out")
+    transfer = {
+        "kv_connector": CONNECTOR,
+        "kv_role": "kv_consumer",
+        "kv_load_failure_policy": "fail",
+        "kv_connector_extra_config": {"contexts": str(contexts.resolve()), "weighted": weighted},
+    }
+    arguments = ["serve", model, "--kv-transfer-config", json.dumps(transfer), "--middleware", MIDDLEWARE]
+    arguments.append("--enable-prefix-caching")
+    if not any(given.split("=")[0].replace("_", "-") == "--block-size" for given in more):
+        arguments += ["--block-size", str(BLOCK)]
+    return [*arguments, *more]
+
+
+def serve(model: str, contexts: Path, *, weighted: bool = True, more: Sequence[str] = ()) -> None:
+    """Run vLLM's OpenAI-compatible server with contexts, until it is stopped.
+
+    Args:
+        model: folder or hub id.
+        contexts: folder of exported contexts.
+        weighted: False to leave vLLM's attention as it is; contexts with weights are refused then.
+        more: further arguments of `vllm serve`.
+
+    Raises:
+        ValueError: no vLLM or another version, no such folder, or a model that cannot be served. Nothing is started.
+    """
+    try:
+        import vllm
+    except ImportError as error:
+        raise ValueError(f"{error}; install it: pip install 'wildcat-kv[vllm]'") from None
+    check_version(vllm.__version__)
+    ContextFolder(contexts, ServedModel.of(model), weighted=weighted)
+    arguments = server_arguments(model, contexts, weighted=weighted, more=more)
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cuda() and weighted and not any(given.startswith("--attention-backend") for given in more):
+        arguments += ["--attention-backend", "CUSTOM"]
+    from vllm.entrypoints.cli.main import main
+
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    sys.argv = ["vllm", *arguments]
+    main()
