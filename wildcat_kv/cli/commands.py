@@ -279,9 +279,7 @@ def export(
 def serve(
     context: typer.Context,
     model: Annotated[str, typer.Argument(help="Hub id or folder of the model.")],
-    contexts: Annotated[
-        Path | None, typer.Option(help="Folder of exported contexts.", show_default="required")
-    ] = None,
+    contexts: Annotated[Path | None, typer.Option(help="Folder of exported contexts.", show_default="required")] = None,
     stock: Annotated[
         bool, typer.Option("--stock", help="Leave vLLM's attention as it is; contexts with weights are refused.")
     ] = False,

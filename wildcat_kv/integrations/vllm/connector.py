@@ -21,7 +21,7 @@ from vllm.model_executor.models.utils import extract_layer_index
 
 from wildcat_kv.integrations.vllm.backend import wants_weights
 from wildcat_kv.integrations.vllm.contexts import ContextFolder
-from wildcat_kv.integrations.vllm.folder import LayerTensors, StoredContext
+from wildcat_kv.integrations.vllm.folder import LayerTensors
 from wildcat_kv.integrations.vllm.heads import heads_of_rank
 from wildcat_kv.integrations.vllm.identity import ServedModel
 from wildcat_kv.integrations.vllm.placeholders import read_placeholder

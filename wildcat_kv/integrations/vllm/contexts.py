@@ -94,15 +94,17 @@ class ContextFolder:
             except ValueError:
                 if name in known:
                     raise
-        raise FileNotFoundError(f"no context of {str(self.root)!r} has digest {digest.hex()}; it has changed or is gone")
+        raise FileNotFoundError(
+            f"no context of {str(self.root)!r} has digest {digest.hex()}; it has changed or is gone"
+        )
 
     def _check_fits(self, name: str, context: StoredContext) -> None:
         """Refuse a context of another model, or one whose weights have no place."""
         self.model.check(name, context.header)
         if context.header.weighted and not self.weighted:
             raise ValueError(
-                f"context={name!r} has weights, and the engine's attention knows none; export it with --stock, or serve "
-                "with weights"
+                f"context={name!r} has weights, and the engine's attention knows none; export it with --stock, or "
+                "serve with weights"
             )
 
     def _check_inside(self, name: str, path: Path) -> None:

@@ -62,51 +62,59 @@ def export_context(
     check_name(folder.name)
     if block_size < 1:
         raise ValueError(f"block_size={block_size} must be a positive number of tokens")
-    model = context.model
-    _check_sinks(model)
+    _check_sinks(context.model)
     _check_adapters(context)
-    config = decoder_config(model.config)
+    config = decoder_config(context.model.config)
     layers = entries_of(context.cache)
     rotations = fixed_rotations(config, range(len(layers)))
-    longest, seen = max(layer.longest for layer in layers), context.cache.get_seq_length()
-    plain = not any(layer.is_weighted for layer in layers)
+    longest = max(layer.longest for layer in layers)
     # Padding is free of weight; attention without weights has none to spare, so that the last block stays part-filled.
     slots = longest if stock else -(-longest // block_size) * block_size
     slots = max(slots, spelling_length(config.vocab_size))
     level = all(len(head.weights) == slots for layer in layers for head in layer.heads)
-    weighted, cost, tensors = not stock and not (plain and level), None, {}
-    if stock and not (plain and level):
+    plain, cost = level and not any(layer.is_weighted for layer in layers), None
+    if stock and not plain:
         tensors, cost = _folded(context, layers, rotations, slots)
     else:
-        for index, layer in enumerate(layers):
-            keys, values, weights = layer.padded(slots)
-            tensors[f"layers.{index}.keys"] = keys
-            tensors[f"layers.{index}.values"] = values
-            if weighted:
-                tensors[f"layers.{index}.weights"] = weights
+        tensors = _padded(layers, slots, weighted=not plain)
+    by = slots - context.cache.get_seq_length()
     for index in range(len(layers)):
         name = f"layers.{index}.keys"
-        tensors[name] = moved(tensors[name], rotations[index], slots - seen)
-    first = layers[0].heads[0]
-    heads = len(layers[0].heads)
+        tensors[name] = moved(tensors[name], rotations[index], by)
+    header = _described(context, layers, slots)
+    weighted = not stock and not plain
+    made = write_context(folder, {**header, "weighted": weighted, "folding": cost}, tensors)
+    return Exported(made, 1 - header["stored"] / slots)
+
+
+def _padded(layers: list[LayerEntries], slots: int, *, weighted: bool) -> dict[str, Tensor]:
+    """Pad the entries of all layers to one length."""
+    tensors: dict[str, Tensor] = {}
+    for index, layer in enumerate(layers):
+        keys, values, weights = layer.padded(slots)
+        tensors |= {f"layers.{index}.keys": keys, f"layers.{index}.values": values}
+        if weighted:
+            tensors[f"layers.{index}.weights"] = weights
+    return tensors
+
+
+def _described(context: CompressedContext, layers: list[LayerEntries], slots: int) -> dict[str, Any]:
+    """Give the fields of the header that do not depend on how weights are told."""
+    heads, first = len(layers[0].heads), layers[0].heads[0]
     count = sum(len(head.weights) for layer in layers for head in layer.heads)
-    stored = count / (len(layers) * heads)
-    header = {
+    return {
         "model": context.cache.model,
         "samples": context.weights.samples,
         "method": type(context.cache.compressor).__name__,
         "tokens": context.tokens,
         "slots": slots,
-        "stored": stored,
+        "stored": count / (len(layers) * heads),
         "layers": len(layers),
         "heads": heads,
         "key_channels": first.keys.shape[1],
         "value_channels": first.numerators.shape[1],
         "dtype": str(first.keys.dtype).removeprefix("torch."),
-        "weighted": weighted,
-        "folding": cost,
     }
-    return Exported(write_context(folder, header, tensors), 1 - stored / slots)
 
 
 def _check_sinks(model: Any) -> None:
@@ -132,8 +140,8 @@ def _check_adapters(context: CompressedContext) -> None:
     name = next((name for name in context.weights.samples if name.startswith(ADAPTER)), None)
     if name is not None:
         raise ValueError(
-            f"the context was read with an adapter ({name}), and an engine loads a checkpoint alone; merge the adapter, "
-            "save the model, and compress the text with that"
+            f"the context was read with an adapter ({name}), and an engine loads a checkpoint alone; merge the "
+            "adapter, save the model, and compress the text with that"
         )
 
 
@@ -141,7 +149,8 @@ def _folded(
     context: CompressedContext, layers: list[LayerEntries], rotations: dict[int, Rotation], slots: int
 ) -> tuple[dict[str, Tensor], FoldingCost]:
     """Fold the weights of all layers; the keys stay where they are."""
-    tensors, squares, worst, count = {}, 0.0, 0.0, 0
+    tensors: dict[str, Tensor] = {}
+    squares, worst, count = 0.0, 0.0, 0
     for index, queries in enumerate(_queries(context, rotations)):
         layer = layers[index]
         groups = queries.reshape(len(layer.heads), -1, *queries.shape[1:])  # (heads, group, m, d)

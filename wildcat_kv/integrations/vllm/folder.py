@@ -23,8 +23,8 @@ from torch import Tensor
 from wildcat_kv.files import replacing
 from wildcat_kv.models.identity import ModelIdentity
 
-FORMAT = "wildcat_kv context for vLLM"
-VERSION = 1
+FORMAT: Literal["wildcat_kv context for vLLM"] = "wildcat_kv context for vLLM"
+VERSION: Literal[1] = 1
 HEADER = "context.json"
 # A header is small; a larger file is none.
 _MOST_HEADER_BYTES = 1 << 22

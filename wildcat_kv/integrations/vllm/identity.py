@@ -87,9 +87,7 @@ class ServedModel:
         if path is None:
             return False
         found = _numbers(path, name, len(numbers))
-        return found is not None and not all(
-            is_near(here, there) for here, there in zip(found, numbers, strict=True)
-        )
+        return found is not None and not all(is_near(here, there) for here, there in zip(found, numbers, strict=True))
 
     @cached_property
     def _files(self) -> dict[str, Path]:

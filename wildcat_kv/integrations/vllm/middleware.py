@@ -70,20 +70,21 @@ class ContextMiddleware:
         path, method = scope["path"].removeprefix(scope.get("root_path") or ""), scope["method"]
         if path == LISTING and method == "GET":
             return await self._list(scope, receive, send)
-        header = next((value for name, value in scope["headers"] if name.lower() == HEADER), None)
-        if method != "POST" or (path not in (_CHAT, _TEXT) and header is None):
+        header, kind = (_header(scope, name) for name in (HEADER, b"content-type"))
+        if method != "POST" or (path not in (_CHAT, _TEXT) and header is None and b"json" not in (kind or b"")):
             return await self.app(scope, receive, send)
-        body = await _read(receive)
-        if body is None:  # the client has gone
+        read = await _read(receive)
+        if read is None:  # the client has gone
             return None
+        body = read
         try:
             given = _parsed(body)
-            named = given is not None and _named(given, header, chat=path == _CHAT)
-            if named:
+            named = None if given is None else _named(given, header, chat=path == _CHAT)
+            if given is not None and named is not None:
                 if not await self._may(scope, send):
                     return None
                 await self._ready(scope)
-                body = await asyncio.to_thread(self._rewritten, given, str(named), path)
+                body = await asyncio.to_thread(self._rewritten, given, named, path)
         except RequestError as error:
             return await _refuse(send, error.status, str(error))
         headers = [(name, value) for name, value in scope["headers"] if name.lower() != b"content-length"]
@@ -212,6 +213,11 @@ def _opened(arguments: Any) -> tuple[ContextFolder, Any]:
     model = ServedModel.of(arguments.model, arguments.revision)
     tokenizer = AutoTokenizer.from_pretrained(arguments.tokenizer or arguments.model, revision=arguments.revision)
     return ContextFolder(Path(extra["contexts"]), model, weighted=bool(extra.get("weighted", True))), tokenizer
+
+
+def _header(scope: MutableMapping[str, Any], name: bytes) -> bytes | None:
+    """Give the value of a request's header; None without it."""
+    return next((value for other, value in scope["headers"] if other.lower() == name), None)
 
 
 def _parsed(body: bytes) -> dict[str, Any] | None:

@@ -39,7 +39,8 @@ class Turns:
         """
         if not isinstance(messages, list) or not messages:
             raise ValueError("messages must be a list with a question")
-        named, others, said = None, False, []
+        said: list[tuple[str, str]] = []
+        named, others = None, False
         for message in messages:
             role, text = _message(message)
             if role in ("system", "developer") and not said:
@@ -102,7 +103,9 @@ def _message(message: Any) -> tuple[str, str]:
         raise ValueError("tool_calls cannot be told beside a context; leave them out")
     content = message.get("content")
     if isinstance(content, list):
-        parts = [part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None for part in content]
+        parts = [
+            part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None for part in content
+        ]
         content = "".join(parts) if all(isinstance(part, str) for part in parts) else None  # type: ignore[arg-type]
     if not isinstance(content, str):
         raise ValueError("content of a message about a context must be text")

@@ -20,5 +20,7 @@ def check_version(version: str) -> None:
     found = tuple(int(part) if part.isdecimal() else -1 for part in parts[:2])
     if not first <= found <= last:
         tested = ".".join(map(str, first)) if first == last else f"{first[0]}.{first[1]} to {last[0]}.{last[1]}"
-        raise ValueError(f"vllm={version} was not tested with this release of wildcat_kv, which knows {tested}; "
-                         f"pip install 'vllm=={tested}.*'")
+        raise ValueError(
+            f"vllm={version} was not tested with this release of wildcat_kv, which knows {tested}; "
+            f"pip install 'vllm=={tested}.*'"
+        )
