@@ -254,3 +254,51 @@ def test_other_connections_go_through(contexts):
 
     asyncio.run(ContextMiddleware(app, contexts, WORDS)({"type": "lifespan"}, None, None))
     assert seen == ["lifespan"]
+
+
+class Failing:
+    """A server whose first answers fail, as where the entries of a context cannot be loaded."""
+
+    def __init__(self, meanwhile, *, stream, failures=1):
+        self.meanwhile, self.stream, self.failures = meanwhile, stream, failures
+
+    async def __call__(self, scope, receive, send):
+        if scope["path"] == "/v1/models":
+            await Behind()(scope, receive, send)
+            return
+        ids = json.loads((await receive())["body"])["kv_transfer_params"]["prompt_token_ids"]
+        fails, self.failures = self.failures > 0, self.failures - 1
+        if fails:
+            self.meanwhile()
+        parts = [b'data: {"role"}', b'data: {"error": 1}' if fails else b"data: " + bytes(ids[:1])]
+        await send({"type": "http.response.start", "status": 200 if self.stream or not fails else 500, "headers": []})
+        for place, part in enumerate(parts):
+            await send({"type": "http.response.body", "body": part, "more_body": place == 0})
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_context_that_changes_while_it_is_asked_is_asked_again(contexts, stream):
+    folder = contexts.root / "changing"
+    shutil.copytree(contexts.root / "first", folder)
+
+    def change():
+        shutil.rmtree(folder)
+        shutil.copytree(contexts.root / "second", folder)
+
+    try:
+        status, content = ask(contexts, body=chat("w5", **named("changing")), behind=Failing(change, stream=stream))
+        assert status == 200 and b"error" not in content
+        restless = Failing(lambda: (folder / "context.json").write_text("{}"), stream=stream, failures=2)
+        assert "is damaged" in error(ask(contexts, body=chat("w5", **named("changing")), behind=restless), 400)
+        gone = Failing(lambda: shutil.rmtree(contexts.root / "second2"), stream=stream)
+        shutil.copytree(contexts.root / "second", contexts.root / "second2")
+        assert "no such context" in error(ask(contexts, body=chat("w5", **named("second2")), behind=gone), 404)
+    finally:
+        shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_other_failures_are_the_servers_to_tell(contexts, stream):
+    behind = Failing(lambda: None, stream=stream, failures=9)
+    status, content = ask(contexts, body=chat("w5", **named("first")), behind=behind)
+    assert status == (200 if stream else 500) and content.endswith(b'data: {"error": 1}')

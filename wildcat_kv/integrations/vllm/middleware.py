@@ -8,17 +8,25 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Awaitable, Callable, MutableMapping
 from pathlib import Path
 from typing import Any
 
+from wildcat_kv.integrations.vllm.asgi import (
+    App,
+    HeldAnswer,
+    Message,
+    Receive,
+    Scope,
+    Send,
+    again,
+    header,
+    read,
+    respond,
+    sized,
+)
 from wildcat_kv.integrations.vllm.contexts import ContextFolder
+from wildcat_kv.integrations.vllm.folder import StoredContext
 from wildcat_kv.integrations.vllm.prompts import Turns, prompt_ids, question_ids
-
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
-App = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
 
 HEADER = b"x-wildcat-context"
 # The key of a request's kv_transfer_params.
@@ -63,53 +71,84 @@ class ContextMiddleware:
         self._tokenizer = tokenizer
         self._lock = asyncio.Lock()
 
-    async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one connection."""
         if scope["type"] != "http":
-            return await self.app(scope, receive, send)
+            await self.app(scope, receive, send)
+            return
         path, method = scope["path"].removeprefix(scope.get("root_path") or ""), scope["method"]
+        told, kind = (header(scope, name) for name in (HEADER, b"content-type"))
         if path == LISTING and method == "GET":
-            return await self._list(scope, receive, send)
-        header, kind = (_header(scope, name) for name in (HEADER, b"content-type"))
-        if method != "POST" or (path not in (_CHAT, _TEXT) and header is None and b"json" not in (kind or b"")):
-            return await self.app(scope, receive, send)
-        read = await _read(receive)
-        if read is None:  # the client has gone
-            return None
-        body = read
-        try:
-            given = _parsed(body)
-            named = None if given is None else _named(given, header, chat=path == _CHAT)
-            if given is not None and named is not None:
-                if not await self._may(scope, send):
-                    return None
-                await self._ready(scope)
-                body = await asyncio.to_thread(self._rewritten, given, named, path)
-        except RequestError as error:
-            return await _refuse(send, error.status, str(error))
-        headers = [(name, value) for name, value in scope["headers"] if name.lower() != b"content-length"]
-        headers.append((b"content-length", str(len(body)).encode()))
-        return await self.app({**scope, "headers": headers}, _again(body, receive), send)
+            await self._list(scope, receive, send)
+        elif method != "POST" or (path not in (_CHAT, _TEXT) and told is None and b"json" not in (kind or b"")):
+            await self.app(scope, receive, send)
+        elif (body := await read(receive)) is not None:  # otherwise the client has gone
+            try:
+                await self._handle(scope, receive, send, body, path)
+            except RequestError as error:
+                await _refuse(send, error.status, str(error))
 
-    def _rewritten(self, given: dict[str, Any], name: str, path: str) -> bytes:
-        """Put the prompt's ids into a request.
+    async def _handle(self, scope: Scope, receive: Receive, send: Send, body: bytes, path: str) -> None:
+        """Handle a request whose body was read.
+
+        Raises:
+            RequestError: it names a context, and cannot be served.
+        """
+        given = _parsed(body)
+        name = None if given is None else _named(given, header(scope, HEADER), chat=path == _CHAT)
+        if given is None or name is None:
+            await self.app(sized(scope, body), again(body, receive), send)
+        elif await self._may(scope, send):
+            await self._ready(scope)
+            await self._ask(scope, receive, send, given, name, path)
+
+    async def _ask(
+        self, scope: Scope, receive: Receive, send: Send, given: dict[str, Any], name: str, path: str
+    ) -> None:
+        """Ask the server behind about a context; once more if the context changes meanwhile.
 
         Raises:
             RequestError: the context or the request cannot be served.
         """
+        for _ in range(2):
+            body, asked = await asyncio.to_thread(self._rewritten, given, name, path)
+            answer = HeldAnswer(send)
+            await self.app(sized(scope, body), again(body, receive), answer)
+            if not answer.failed:
+                return
+            found = await asyncio.to_thread(self._context, name)
+            if found.digest == asked:  # for another reason, which the server tells
+                await answer.release()
+                return
+        raise RequestError(409, f"context={name!r} changes while it is asked; ask again")
+
+    def _context(self, name: str) -> StoredContext:
+        """Give a context.
+
+        Raises:
+            RequestError: it cannot be served.
+        """
         assert self._folder is not None
+        try:
+            return self._folder.get(name)
+        except FileNotFoundError as error:
+            raise RequestError(404, str(error)) from None
+        except (ValueError, OSError) as error:
+            raise RequestError(400, " ".join(str(error).split())) from None
+
+    def _rewritten(self, given: dict[str, Any], name: str, path: str) -> tuple[bytes, bytes]:
+        """Put the prompt's ids into a request; give its body, and the digest of the context.
+
+        Raises:
+            RequestError: the context or the request cannot be served.
+        """
         if path not in (_CHAT, _TEXT):
             raise RequestError(400, f"path={path!r} takes no context; ask through {_CHAT}")
         foreign = next((field for field in _FOREIGN if given.get(field) is not None), None)
         foreign = foreign or next((field for field in _FOREIGN_FLAGS if given.get(field)), None)
         if foreign is not None:
             raise RequestError(400, f"{foreign} cannot be given beside a context; leave it out")
-        try:
-            context = self._folder.get(name)
-        except FileNotFoundError as error:
-            raise RequestError(404, str(error)) from None
-        except (ValueError, OSError) as error:
-            raise RequestError(400, " ".join(str(error).split())) from None
+        context = self._context(name)
         try:
             following = self._following(given, chat=path == _CHAT)
         except ValueError as error:
@@ -122,7 +161,7 @@ class ContextMiddleware:
         else:
             changed.pop("kv_transfer_params", None)
             changed["prompt"] = ids
-        return json.dumps(changed).encode()
+        return json.dumps(changed).encode(), context.digest
 
     def _following(self, given: dict[str, Any], *, chat: bool) -> list[int]:
         """Encode what follows the context.
@@ -142,12 +181,12 @@ class ContextMiddleware:
             raise ValueError("prompt about a context must be one text that is not empty")
         return list(self._tokenizer(prompt, add_special_tokens=False).input_ids)
 
-    async def _list(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
+    async def _list(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer with the list of contexts, to those who may see the list of models."""
         if not await self._may(scope, send):
             return
         await self._ready(scope)
-        await _respond(send, 200, {"object": "list", "data": await asyncio.to_thread(self._described)})
+        await respond(send, 200, {"object": "list", "data": await asyncio.to_thread(self._described)})
 
     def _described(self) -> list[dict[str, Any]]:
         assert self._folder is not None
@@ -167,7 +206,7 @@ class ContextMiddleware:
             found.append(entry)
         return found
 
-    async def _may(self, scope: MutableMapping[str, Any], send: Send) -> bool:
+    async def _may(self, scope: Scope, send: Send) -> bool:
         """Ask the server behind for its list of models; hand over its answer if it refuses, for want of a key say."""
         messages: list[Message] = []
 
@@ -187,7 +226,7 @@ class ContextMiddleware:
             await send(message)
         return False
 
-    async def _ready(self, scope: MutableMapping[str, Any]) -> None:
+    async def _ready(self, scope: Scope) -> None:
         """Open the folder and the tokenizer at the first request about a context."""
         async with self._lock:
             if self._folder is None or self._tokenizer is None:
@@ -215,11 +254,6 @@ def _opened(arguments: Any) -> tuple[ContextFolder, Any]:
     return ContextFolder(Path(extra["contexts"]), model, weighted=bool(extra.get("weighted", True))), tokenizer
 
 
-def _header(scope: MutableMapping[str, Any], name: bytes) -> bytes | None:
-    """Give the value of a request's header; None without it."""
-    return next((value for other, value in scope["headers"] if other.lower() == name), None)
-
-
 def _parsed(body: bytes) -> dict[str, Any] | None:
     """Parse a body; None for what is no object, which the server refuses itself."""
     try:
@@ -229,7 +263,7 @@ def _parsed(body: bytes) -> dict[str, Any] | None:
     return found if isinstance(found, dict) else None
 
 
-def _named(given: dict[str, Any], header: bytes | None, *, chat: bool) -> str | None:
+def _named(given: dict[str, Any], told: bytes | None, *, chat: bool) -> str | None:
     """Find the name of the context that a request is about; None for a request about none.
 
     Raises:
@@ -241,8 +275,8 @@ def _named(given: dict[str, Any], header: bytes | None, *, chat: bool) -> str | 
         if not isinstance(transfer[FIELD], str):
             raise RequestError(400, "kv_transfer_params.context must be the name of a context")
         names.append(transfer[FIELD])
-    if header is not None:
-        names.append(header.decode("latin-1").strip())
+    if told is not None:
+        names.append(told.decode("latin-1").strip())
     if chat:
         try:
             named = Turns.of(given.get("messages")).named
@@ -255,40 +289,6 @@ def _named(given: dict[str, Any], header: bytes | None, *, chat: bool) -> str | 
     return names[0] if names else None
 
 
-async def _read(receive: Receive) -> bytes | None:
-    """Read the body of a request; None if the client hangs up before its end."""
-    parts, size = [], 0
-    while True:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            return None
-        parts.append(message.get("body", b""))
-        size += len(parts[-1])
-        if not message.get("more_body"):
-            return b"".join(parts)
-
-
-def _again(body: bytes, receive: Receive) -> Receive:
-    """Give a body that was read already, and then what the client sends: that it hangs up, say."""
-    given = False
-
-    async def next_message() -> Message:
-        nonlocal given
-        if given:
-            return await receive()
-        given = True
-        return {"type": "http.request", "body": body, "more_body": False}
-
-    return next_message
-
-
 async def _refuse(send: Send, status: int, message: str) -> None:
     kind = "NotFoundError" if status == 404 else "BadRequestError"
-    await _respond(send, status, {"error": {"message": message, "type": kind, "param": FIELD, "code": status}})
-
-
-async def _respond(send: Send, status: int, content: dict[str, Any]) -> None:
-    body = json.dumps(content).encode()
-    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-    await send({"type": "http.response.start", "status": status, "headers": headers})
-    await send({"type": "http.response.body", "body": body})
+    await respond(send, status, {"error": {"message": message, "type": kind, "param": FIELD, "code": status}})
