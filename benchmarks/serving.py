@@ -119,7 +119,8 @@ def run_load(load: Load) -> list[Round]:
 
 def _round(engine: Any, prompts: Sequence[list[int]], sampling: Any, all_blocks: int, name: str) -> Round:
     """Send all prompts at once, and wait for all answers."""
-    start, seen, share = time.perf_counter(), {}, 0.0
+    seen: dict[str, float] = {}
+    start, share = time.perf_counter(), 0.0
     for number, ids in enumerate(prompts):
         engine.add_request(f"{name}-{number}", {"prompt_token_ids": ids}, sampling)
     while engine.has_unfinished_requests():
