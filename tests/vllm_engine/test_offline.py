@@ -1,6 +1,9 @@
 """vLLM's engine in this process: tokens and log-probabilities are those of the compressed context."""
 
+from types import SimpleNamespace
+
 import pytest
+import torch
 
 from tests.vllm_engine.conftest import ANSWER, QUESTIONS
 from wildcat_kv.integrations.vllm.contexts import ContextFolder
@@ -99,3 +102,28 @@ def test_prompts_that_cannot_be_loaded_fail_alone(engine, exports, folder, fault
 def test_text_is_answered_as_ever(engine):
     found = engine.generate(["The capital of France is"], use_tqdm=False)
     assert found[0].outputs[0].text
+
+
+def test_a_backend_that_knows_no_weights_gets_none(folder):
+    """It would answer wrongly; its request fails instead."""
+    from wildcat_kv.integrations.vllm.connector import Load, _write, slots_of
+
+    context = folder.get("wildcat")
+    (found,) = context.layers([0])
+    load = Load(context.digest, context.header.slots, 32, list(range(40, 60)))
+    assert slots_of(load, 32)[:2].tolist() == [41 * 32, 41 * 32 + 1]
+    layer = SimpleNamespace(kv_cache=torch.zeros(1), kv_cache_torch_dtype=torch.float32, impl=SimpleNamespace())
+    with pytest.raises(ValueError, match="knows no weights"):
+        _write(layer, found, load, 32)
+
+
+def test_heads_without_room_for_weights_are_refused():
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+
+    from wildcat_kv.integrations.vllm.backend import weighted, width
+
+    assert [width(CPUAttentionBackend, size) for size in (64, 80, 128, 254)] == [80, 96, 160, 256]
+    with pytest.raises(ValueError, match="leaves no room for weights"):
+        width(CPUAttentionBackend, 512)
+    assert weighted(CPUAttentionBackend).supports_head_size(64)
+    assert not weighted(CPUAttentionBackend).supports_head_size(512)

@@ -173,7 +173,11 @@ def slots_of(load: Load, block_size: int) -> Tensor:
 
 
 def _write(layer: Any, found: LayerTensors, load: Load, block_size: int) -> None:
-    """Write entries of one layer through the backend's own update of its cache."""
+    """Write entries of one layer through the backend's own update of its cache.
+
+    Raises:
+        ValueError: the entries have weights, and the backend knows none.
+    """
     cache, impl = layer.kv_cache, layer.impl
     slots = slots_of(load, block_size).to(cache.device)
 
@@ -184,5 +188,10 @@ def _write(layer: Any, found: LayerTensors, load: Load, block_size: int) -> None
     if hasattr(impl, "write_entries"):
         weights = None if found.weights is None else placed(found.weights)
         impl.write_entries(layer, keys, values, weights, cache, slots)
+    elif found.weights is not None:
+        raise ValueError(
+            f"backend={type(impl).__name__} knows no weights; start the engine with --attention-backend CUSTOM, or "
+            "export the context with --stock"
+        )
     else:
         impl.do_kv_cache_update(layer, keys, values, cache, slots)
