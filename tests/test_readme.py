@@ -27,6 +27,7 @@ PAGES = [
             "use",
             "budget",
             "integrations",
+            "serving",
             "encoders",
             "method",
             "guarantee",

@@ -47,9 +47,11 @@ for command in (
     commands.patch,
     commands.profile,
     commands.fit_scorer,
+    commands.export,
     commands.custom_generate,
 ):
     app.command()(command)
+app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(commands.serve)
 app.command(
     name="lm-eval",
     add_help_option=False,

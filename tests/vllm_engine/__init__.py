@@ -1,0 +1,1 @@
+"""Tests that need vLLM, in an environment of its own: `make test-vllm`."""
