@@ -210,6 +210,20 @@ def test_where_layers_share_all_heads_of_a_layer_keep_equally_many(llama):
         assert layer.state.entries.valid.all()
 
 
+def test_with_equal_shares_all_heads_of_all_layers_hold_equally_many_and_no_layer_waits(llama):
+    method = replace(OURS, share="equal")
+    assert OURS.waits and not method.waits
+    cache = build(llama.config, method, ratio=0.25)
+    llama(random_ids(1, 200), **{CACHE: cache})
+    held = [layer.state.entries.valid.sum(-1) for layer in cache.layers]
+    assert len({int(count) for layer in held for count in layer.flatten()}) == 1
+    shared = build(llama.config, OURS, ratio=0.25)
+    llama(random_ids(1, 200), **{CACHE: shared})
+    assert sum(int(layer.sum()) for layer in held) == sum(
+        int(layer.state.entries.valid.sum()) for layer in shared.layers
+    )
+
+
 def pointing(block, target, method, strength=25.0):
     """The block with its queries dull, but that of the token before `target`, which points at it from afar."""
     queries = 0.01 * block.queries

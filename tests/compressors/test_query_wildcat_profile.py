@@ -316,6 +316,11 @@ def test_a_profile_beside_a_tolerance_is_refused():
         QueryWildCat(profile=profile_of(tf.LlamaConfig(**SMALL), LAYERS), tolerance=0.1)
 
 
+def test_a_profile_beside_equal_shares_is_refused():
+    with pytest.raises(ValueError, match=r"profile=.* with share='equal': a profile gives each head its own share"):
+        QueryWildCat(profile=profile_of(tf.LlamaConfig(**SMALL), LAYERS), share="equal")
+
+
 def test_a_share_that_does_not_exist_is_refused():
     with pytest.raises(ValueError, match="share='rows' must be one of 'layers', 'heads'"):
         QueryWildCat(share="rows")

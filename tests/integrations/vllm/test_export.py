@@ -9,6 +9,7 @@ from tests.integrations.vllm.engine import next_logits
 from tests.tiny import tiny_model
 from tests.words import tokenizer, words
 from wildcat_kv import compress_context
+from wildcat_kv.compressors import QueryWildCat
 from wildcat_kv.contexts.prompts import encode_follow_up
 from wildcat_kv.hook.keyword import CACHE
 from wildcat_kv.integrations.vllm.entries import HeadEntries
@@ -74,6 +75,14 @@ def test_other_families(tmp_path, family):
 def test_scaled_rotary_positions(tmp_path, name):
     context = compressed(tiny_model("llama", rope_parameters=ROPES[name]))
     assert difference(context, export_context(context, tmp_path / "context").stored) < 1e-3
+
+
+def test_equal_shares_need_no_padding(llama, tmp_path):
+    context, shared = (compressed(llama, QueryWildCat(bin_rank=4, share=share)) for share in ("equal", "heads"))
+    made = export_context(context, tmp_path / "equal", block_size=1)
+    assert made.padding == 0 and made.stored.header.slots == context.cache.stored_length()
+    assert difference(context, made.stored) < 1e-3
+    assert export_context(shared, tmp_path / "shared", block_size=1).padding > 0
 
 
 def test_packed_slots_are_unpacked(llama, tmp_path):

@@ -91,7 +91,8 @@ class QueryWildCat(SharingCompressor):
         ridge: pull of the fit to WildCat's own weights and values; 0 for no fit.
         tolerance: largest estimated error of a layer, on average over its heads; None for a budget that the layers
             share.
-        share: "layers" where all heads of a layer keep equally many items, "heads" where each competes by itself.
+        share: "layers" where all heads of a layer keep equally many items, "heads" where each competes by itself,
+            "equal" where all heads of all layers keep equally many, as serving engines want it. Then no layer waits.
         profile: shares of the model's layers, so that no layer waits for others: a `Profile`, the name of one that
             comes with the package (`profile_names()`), or a file of `wildcat-kv profile`. None to deal the slots out by
             what is found in each text. One that was measured with a scorer needs this scorer.
@@ -145,6 +146,11 @@ class QueryWildCat(SharingCompressor):
                     f"profile={self.profile!r} with tolerance={self.tolerance}: a tolerance finds each layer's slots "
                     "by itself; leave one of them out"
                 )
+            if self.share == "equal":
+                raise ValueError(
+                    f"profile={self.profile!r} with share='equal': a profile gives each head its own share; leave one "
+                    "of them out"
+                )
             object.__setattr__(self, "profile", load_profile(self.profile))
         if self.scorer is not None:
             object.__setattr__(self, "scorer", load_scorer(self.scorer))
@@ -164,8 +170,8 @@ class QueryWildCat(SharingCompressor):
 
     @property
     def waits(self) -> bool:  # type: ignore[override]
-        """True if the layers must deal the slots out: without a profile or a tolerance."""
-        return self.profile is None and self.tolerance is None
+        """True if the layers must deal the slots out: without a profile, a tolerance or equal shares."""
+        return self.profile is None and self.tolerance is None and self.share != "equal"
 
     @override
     def check_model(self, decoder: Any, layers: int) -> None:

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Parties that compete for slots.
-Share = Literal["layers", "heads"]
+# Parties that compete for slots; "equal" where none do.
+Share = Literal["layers", "heads", "equal"]
 
 
 def best_items(scores: Sequence[Tensor], slots: int, share: Share) -> list[Tensor]:
@@ -22,11 +22,14 @@ def best_items(scores: Sequence[Tensor], slots: int, share: Share) -> list[Tenso
     Args:
         scores: (rows, heads, n) of each layer, comparable between layers; -inf for what cannot be taken.
         slots: items to take in a head of a layer, on average.
-        share: "layers" where all heads of a layer keep equally many, "heads" where each head competes by itself.
+        share: "layers" where all heads of a layer keep equally many, "heads" where each head competes by itself,
+            "equal" where all heads of all layers keep equally many.
 
     Returns:
         Bool (rows, heads, n) of each layer.
     """
+    if share == "equal":
+        return [take_counted(layer, [slots]) for layer in scores]
     return (_best_by_layer if share == "layers" else _best_by_head)(scores, slots)
 
 
