@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from wildcat_kv import CompressedContext, compress_context
+from wildcat_kv.compressors import QueryWildCat
 from wildcat_kv.contexts.prompts import encode_follow_up
 from wildcat_kv.data import haystack
 from wildcat_kv.hook.keyword import CACHE
@@ -23,7 +24,12 @@ os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 
 TOKENS, ANSWER = 2000, 12
-METHODS = ("wildcat", "query_wildcat", "keydiff")
+METHODS = {
+    "wildcat": "wildcat",
+    "query_wildcat": "query_wildcat",
+    "query_wildcat-equal": QueryWildCat(share="equal"),
+    "keydiff": "keydiff",
+}
 QUESTIONS = (
     "What is the author's main point?",
     "Who is mentioned in the text?",
@@ -101,13 +107,13 @@ def exports(tmp_path_factory):
         root = tmp_path_factory.mktemp("contexts")
         text = tokenizer.decode(tokenizer(haystack.essays()[: TOKENS * 8]).input_ids[:TOKENS])
         references = {}
-        for method in METHODS:
+        for name, method in METHODS.items():
             context = compress_context(model, tokenizer, text, compressor=method, ratio=0.25)
-            export_context(context, root / method)
-            references[method] = [reference(context, question) for question in QUESTIONS]
-            if method == "keydiff":
-                export_context(context, root / f"{method}-stock", stock=True)
-                references[f"{method}-stock"] = references[method]
+            export_context(context, root / name)
+            references[name] = [reference(context, question) for question in QUESTIONS]
+            if name == "keydiff":
+                export_context(context, root / f"{name}-stock", stock=True)
+                references[f"{name}-stock"] = references[name]
         facts = {}
         for material in FACTS:
             said = f"The harbour office has one door. The door of the harbour office is made of {material}. " * 4

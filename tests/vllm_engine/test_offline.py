@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from tests.vllm_engine.conftest import ANSWER, QUESTIONS
+from tests.vllm_engine.conftest import ANSWER, METHODS, QUESTIONS
 from wildcat_kv.integrations.vllm.contexts import ContextFolder
 from wildcat_kv.integrations.vllm.identity import ServedModel
 from wildcat_kv.integrations.vllm.placeholders import placeholder_ids
@@ -51,7 +51,7 @@ def check(found, expected):
         assert abs(told[token].logprob - score) < 1e-3
 
 
-@pytest.mark.parametrize("name", ["wildcat", "query_wildcat", "keydiff", "keydiff-stock"])
+@pytest.mark.parametrize("name", [*METHODS, "keydiff-stock"])
 def test_a_batch_of_ten_is_answered_as_by_the_compressed_context(engine, exports, folder, name):
     context = folder.get(name)
     prompts = [prompt_ids(context, question_ids(exports.tokenizer, Turns([asked], []))) for asked in QUESTIONS]
