@@ -57,7 +57,7 @@ def write_export(model: Any, tokenizer: Any, file: Path, output: Path, *, stock:
     if made.padding > _MUCH_PADDING:
         print(
             f"{made.padding:.0%} of it is padding: heads hold {header.stored:.0f} entries on average, and an engine "
-            "has one length for all; a method with equal heads, such as wildcat, needs none"
+            "has one length for all; wildcat and QueryWildCat(share='equal') have equal heads and need none"
         )
     if (cost := header.folding) is not None:
         print(
