@@ -29,6 +29,7 @@ PAGES = [
             "integrations",
             "serving",
             "encoders",
+            "near-wildcat",
             "method",
             "guarantee",
             "adding-a-method",
