@@ -316,8 +316,10 @@ def test_a_profile_beside_a_tolerance_is_refused():
         QueryWildCat(profile=profile_of(tf.LlamaConfig(**SMALL), LAYERS), tolerance=0.1)
 
 
-def test_a_profile_beside_equal_shares_is_refused():
-    with pytest.raises(ValueError, match=r"profile=.* with share='equal': a profile gives each head its own share"):
+def test_a_profile_or_a_tolerance_beside_equal_shares_is_refused():
+    with pytest.raises(ValueError, match=r"tolerance=0.1 with share='equal': a tolerance gives layers shares of their"):
+        QueryWildCat(tolerance=0.1, share="equal")
+    with pytest.raises(ValueError, match=r"profile=.* with share='equal': a profile gives layers shares of their own"):
         QueryWildCat(profile=profile_of(tf.LlamaConfig(**SMALL), LAYERS), share="equal")
 
 

@@ -100,6 +100,25 @@ def reference(context: CompressedContext, question: str) -> Reference:
     return Reference(context.tokenizer.decode(tokens, skip_special_tokens=True), tokens, scores)
 
 
+def start_engine(exports, **options):
+    """Start vLLM in this process, with the exported contexts."""
+    from vllm import LLM
+
+    return LLM(
+        exports.model,
+        dtype="float32",
+        enforce_eager=True,
+        max_model_len=4096,
+        block_size=32,
+        kv_transfer_config={
+            "kv_connector": "WildCatConnector",
+            "kv_role": "kv_consumer",
+            "kv_connector_extra_config": {"contexts": str(exports.root)},
+        },
+        **options,
+    )
+
+
 @pytest.fixture(scope="session")
 def exports(tmp_path_factory):
     with torch.no_grad():

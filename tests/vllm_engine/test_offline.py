@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from tests.vllm_engine.conftest import ANSWER, METHODS, QUESTIONS
+from tests.vllm_engine.conftest import ANSWER, METHODS, QUESTIONS, start_engine
 from wildcat_kv.integrations.vllm.contexts import ContextFolder
 from wildcat_kv.integrations.vllm.identity import ServedModel
 from wildcat_kv.integrations.vllm.placeholders import placeholder_ids
@@ -14,20 +14,7 @@ from wildcat_kv.integrations.vllm.prompts import Turns, prompt_ids, question_ids
 
 @pytest.fixture(scope="module")
 def engine(exports):
-    from vllm import LLM
-
-    made = LLM(
-        exports.model,
-        dtype="float32",
-        enforce_eager=True,
-        max_model_len=4096,
-        block_size=32,
-        kv_transfer_config={
-            "kv_connector": "WildCatConnector",
-            "kv_role": "kv_consumer",
-            "kv_connector_extra_config": {"contexts": str(exports.root)},
-        },
-    )
+    made = start_engine(exports)
     yield made
     made.llm_engine.engine_core.shutdown()
 

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from tests.vllm_engine.conftest import QUESTIONS
+from tests.vllm_engine.conftest import QUESTIONS, start_engine
 from tests.vllm_engine.test_offline import answers, check
 from wildcat_kv.integrations.vllm.contexts import ContextFolder
 from wildcat_kv.integrations.vllm.identity import ServedModel
@@ -14,21 +14,7 @@ from wildcat_kv.integrations.vllm.prompts import Turns, prompt_ids, question_ids
 @pytest.mark.skipif("WILDCAT_KV_RANKS" not in os.environ, reason="takes minutes; WILDCAT_KV_RANKS=1 runs it")
 def test_three_ranks_answer_as_one(exports):
     """The default model has three key heads."""
-    from vllm import LLM
-
-    engine = LLM(
-        exports.model,
-        dtype="float32",
-        enforce_eager=True,
-        max_model_len=4096,
-        block_size=32,
-        tensor_parallel_size=3,
-        kv_transfer_config={
-            "kv_connector": "WildCatConnector",
-            "kv_role": "kv_consumer",
-            "kv_connector_extra_config": {"contexts": str(exports.root)},
-        },
-    )
+    engine = start_engine(exports, tensor_parallel_size=3)
     folder = ContextFolder(exports.root, ServedModel.of(exports.model))
     asked = [question_ids(exports.tokenizer, Turns([question], [])) for question in QUESTIONS]
     for name in ("wildcat", "query_wildcat", "keydiff"):

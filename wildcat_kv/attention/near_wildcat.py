@@ -92,7 +92,8 @@ class NearWildCat(Attention):
         asked, keys, values = wide(query), wide(key), wide(value)
         same = length == n  # queries of the keys' own tokens
         order = None
-        if self.grid is not None and not isinstance(self.grid, str):
+        if self.grid is not None:
+            assert not isinstance(self.grid, str)
             order = torch.arange(n, device=key.device)
             order[first:] = tile_order(*self.grid, key.device) + first
             keys, values = (take(tensor, order.view(1, 1, -1)) for tensor in (keys, values))

@@ -49,24 +49,23 @@ class Stratified(Attention):
         check_grid(own.grid, own.prefix, n)
         if own.rank + own.prefix >= n:
             return softmax_attention(query, key, value, scale)
-        chosen, sizes = own.draw(heads, n, key.device)
+        chosen, sizes = self.draw(heads, n, key.device)
         query, keys, values = wide(query), wide(take(key, chosen)), wide(take(value, chosen))
         return softmax_attention(query, keys, values, scale, sizes.to(query.dtype).log())
 
     def draw(self, heads: int, n: int, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
-        """Draw the keys of every head, int64 (1, heads, prefix + r), and what they weigh, (prefix + r,).
-
-        The grid is one of numbers here, not "auto".
-        """
-        places, used, _ = cells(n - self.prefix, self.rank, device)
+        """Draw the keys of every head, int64 (1, heads, prefix + r), and what they weigh, (prefix + r,)."""
+        own = settled(self, n)
+        places, used, _ = cells(n - own.prefix, self.rank, device)
         sizes = used.sum(-1)
         noise = uniform_rows(self.seed, torch.arange(heads, device=device).view(1, -1), columns=self.rank)
         # Rounding may reach the size itself, and no more.
         chosen = places[:, 0] + torch.minimum((noise * sizes).long(), sizes - 1)
-        if self.grid is not None and not isinstance(self.grid, str):
-            chosen = tile_order(*self.grid, device)[chosen]
-        first = torch.arange(self.prefix, device=device)
-        chosen = torch.cat((first.expand(1, heads, -1), chosen + self.prefix), dim=-1)
+        if own.grid is not None:
+            assert not isinstance(own.grid, str)
+            chosen = tile_order(*own.grid, device)[chosen]
+        first = torch.arange(own.prefix, device=device)
+        chosen = torch.cat((first.expand(1, heads, -1), chosen + own.prefix), dim=-1)
         return chosen, torch.cat((torch.ones_like(first), sizes))
 
     @override

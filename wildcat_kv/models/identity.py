@@ -116,7 +116,7 @@ def weight_samples(model: Any) -> dict[str, list[float]]:
     """
     own, adapters = _parameters(model)
     groups = [own, *adapters.values()]
-    return {name: _sample(group[name]) for group in groups for name in _spread(list(group), _PARAMETERS)}
+    return {name: _sample(group[name]) for group in groups for name in spread(list(group), _PARAMETERS)}
 
 
 def differing_weight(samples: dict[str, list[float]], model: Any) -> str | None:
@@ -248,11 +248,11 @@ def _can_be_read(parameter: torch.Tensor) -> bool:
 
 def _sample(parameter: torch.Tensor) -> list[float]:
     flat = parameter.detach().flatten()
-    index = torch.tensor(_spread(range(flat.numel()), _NUMBERS), device=flat.device)
+    index = torch.tensor(spread(range(flat.numel()), _NUMBERS), device=flat.device)
     return flat[index].float().tolist()
 
 
-def _spread(items: Any, count: int) -> list[Any]:
-    """At most `count` of the items, evenly spread, from within."""
+def spread(items: Any, count: int) -> list[Any]:
+    """Choose at most `count` of the items, evenly spread, from within."""
     count = min(count, len(items))
     return [items[(2 * place + 1) * len(items) // (2 * count)] for place in range(count)]

@@ -140,16 +140,17 @@ class QueryWildCat(SharingCompressor):
             )
         if self.share not in get_args(Share):
             raise ValueError(f"share={self.share!r} must be one of {', '.join(map(repr, get_args(Share)))}")
+        if self.share == "equal" and (self.profile is not None or self.tolerance is not None):
+            name = "tolerance" if self.profile is None else "profile"
+            raise ValueError(
+                f"{name}={getattr(self, name)!r} with share='equal': a {name} gives layers shares of their own; leave "
+                "one of them out"
+            )
         if self.profile is not None:
             if self.tolerance is not None:
                 raise ValueError(
                     f"profile={self.profile!r} with tolerance={self.tolerance}: a tolerance finds each layer's slots "
                     "by itself; leave one of them out"
-                )
-            if self.share == "equal":
-                raise ValueError(
-                    f"profile={self.profile!r} with share='equal': a profile gives each head its own share; leave one "
-                    "of them out"
                 )
             object.__setattr__(self, "profile", load_profile(self.profile))
         if self.scorer is not None:

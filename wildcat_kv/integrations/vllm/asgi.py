@@ -59,13 +59,12 @@ def header(scope: Scope, name: bytes) -> bytes | None:
 
 async def read(receive: Receive) -> bytes | None:
     """Read the body of a request; None if the client hangs up before its end."""
-    parts, size = [], 0
+    parts = []
     while True:
         message = await receive()
         if message["type"] == "http.disconnect":
             return None
         parts.append(message.get("body", b""))
-        size += len(parts[-1])
         if not message.get("more_body"):
             return b"".join(parts)
 

@@ -17,8 +17,8 @@ from vllm.config import get_current_vllm_config
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 
 from wildcat_kv.coreset.wtdattn import DENOMINATOR_FLOOR
+from wildcat_kv.integrations.vllm.names import CONNECTOR
 
-CONNECTOR = "WildCatConnector"
 # Channels behind the values: w and |w|.
 _EXTRA = 2
 # Head sizes of a backend that names none.

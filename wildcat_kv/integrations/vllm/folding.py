@@ -13,7 +13,7 @@ from torch import Tensor
 from wildcat_kv.coreset.wtdattn import LEAST_MASS
 from wildcat_kv.integrations.vllm.entries import HeadEntries
 
-# Of the mean square of the queries' channels.
+# Scale the ridge by the mean square of the queries' channels.
 _RIDGE = 1e-2
 # An entry that adds nothing has this score below its own key's.
 _EMPTY = -60.0

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig
 
 from wildcat_kv.integrations.vllm.folder import ContextHeader
-from wildcat_kv.models.identity import ModelIdentity, is_near
+from wildcat_kv.models.identity import ModelIdentity, is_near, spread
 from wildcat_kv.models.support import decoder_config
 
 _INDEX = "model.safetensors.index.json"
@@ -121,7 +121,7 @@ def _numbers(path: Path, name: str, count: int) -> list[float] | None:
         total = shape[0] * (shape[1] if len(shape) == 2 else 1)
         if count > total:
             return None
-        places = [(2 * place + 1) * total // (2 * count) for place in range(count)]
+        places = spread(range(total), count)
         if len(shape) == 1:
             return [float(part[place]) for place in places]
         return [float(part[place // shape[1], place % shape[1]]) for place in places]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from wildcat_kv.integrations.vllm.names import CONNECTOR
 from wildcat_kv.integrations.vllm.versions import check_version
 
 _PACKAGE = "wildcat_kv.integrations.vllm"
@@ -16,8 +17,6 @@ def register() -> None:
     import vllm
     from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
-
-    from wildcat_kv.integrations.vllm.backend import CONNECTOR
 
     check_version(vllm.__version__)
     if CONNECTOR in KVConnectorFactory._registry:  # a process may load plugins twice

@@ -10,11 +10,10 @@ from pathlib import Path
 from wildcat_kv.integrations.vllm.contexts import ContextFolder
 from wildcat_kv.integrations.vllm.export import BLOCK
 from wildcat_kv.integrations.vllm.identity import ServedModel
+from wildcat_kv.integrations.vllm.names import CONNECTOR, MIDDLEWARE
 from wildcat_kv.integrations.vllm.versions import check_version
 from wildcat_kv.models.shipped import shipped
 
-CONNECTOR = "WildCatConnector"
-MIDDLEWARE = "wildcat_kv.integrations.vllm.middleware.ContextMiddleware"
 # Arguments of vLLM's that this command sets itself.
 _OURS = ("--kv-transfer-config", "--no-enable-prefix-caching")
 
