@@ -33,6 +33,7 @@ _HELP = {
     "scaling": "Compression by tokens and by rank, on synthetic heads; its error on smooth data.",
     "generation": "A long generation under a constant budget.",
     "calls": "What the cache's own Python costs: calls and seconds of one decoded token, on a tiny model.",
+    "choices": "A prefill, a token and bytes of every preset, beside the exact cache.",
     "all": "All of them, one after the other; half an hour to an hour.",
 }
 

@@ -15,7 +15,7 @@ from wildcat_kv.compressors.registry import AUTO
 from wildcat_kv.data.haystack import build_context
 from wildcat_kv.models import load_model
 
-NAMES = ("prefill", "decode", "memory", "scaling", "generation", "calls")  # of the benchmarks
+NAMES = ("prefill", "decode", "memory", "scaling", "generation", "calls", "choices")  # of the benchmarks
 DTYPES = ("float32", "bfloat16", "float16")
 LEAST_TOKENS = 256  # below it sink and window are most of the budget
 

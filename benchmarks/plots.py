@@ -35,6 +35,7 @@ def save_plots(run: Run, folder: Path) -> list[Path]:
             "memory": memory_plots,
             "generation": generation_plots,
             "calls": lambda run: {},  # a table says it all
+            "choices": lambda run: {},
         }[run.benchmark](run)
         paths = []
         for name, canvas in canvases.items():

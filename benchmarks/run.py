@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import calls, decode, generation, memory, prefill, scaling
+from benchmarks import calls, choices, decode, generation, memory, prefill, scaling
 from benchmarks.caches import missing
 from benchmarks.figures import limited
 from benchmarks.options import NAMES, Options
@@ -29,6 +29,7 @@ BENCHMARKS: dict[str, Callable[[Options], Iterator[Record]]] = {
     "scaling": scaling.measure,
     "generation": generation.measure,
     "calls": calls.measure,
+    "choices": choices.measure,
 }
 assert tuple(BENCHMARKS) == NAMES
 

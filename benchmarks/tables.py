@@ -54,6 +54,7 @@ def make_tables(run: Run) -> list[Table]:
         "memory": memory_tables,
         "generation": generation_tables,
         "calls": call_tables,
+        "choices": choice_tables,
     }[run.benchmark](run)
     return [table for table in tables if table.rows]
 
@@ -324,6 +325,21 @@ def call_tables(run: Run) -> list[Table]:
     )
     header = ("cache", "dtype", "context", "calls a layer", "calls a pass", "token, ms", f"over {DYNAMIC}'s")
     return [Table("The cache's own Python", notes, header, rows)]
+
+
+def choice_tables(run: Run) -> list[Table]:
+    """Make a table of every choice's prefill, speed and bytes."""
+    rows = []
+    for reading in select(run.records, "prefill_seconds"):
+        (step,), (held,) = (_exactly(run, quantity, reading) for quantity in ("seconds_per_step", "cache_bytes"))
+        (exact,) = _alike(run, held, DYNAMIC)
+        place = (str(reading.labels["contender"]), str(reading.labels["dtype"]), f"{reading.labels['tokens']:,}")
+        speed = spread([1 / seconds for seconds in step.samples])
+        share = f"{100 * held.samples[0] / exact.samples[0]:.1f} %"
+        rows.append((*place, spread(reading.samples), speed, number(held.samples[0] / _MIB), share))
+    notes = "One prompt read into an empty cache, then tokens one by one, folds included; median (least to most)."
+    header = ("choice", "dtype", "tokens", "prefill, s", "tokens/s", "MiB", f"over {DYNAMIC}'s")
+    return [Table("Choices", notes, header, rows)]
 
 
 def spread(samples: Sequence[float], factor: float = 1.0) -> str:

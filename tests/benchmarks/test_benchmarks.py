@@ -9,7 +9,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks import __main__ as command
-from benchmarks import calls, figures, memory, rates, scaling, tables, turns
+from benchmarks import calls, choices, figures, memory, rates, scaling, tables, turns
 from benchmarks.caches import DYNAMIC, SAME_LENGTH, WILDCAT, fill, held_bytes, theirs
 from benchmarks.options import NAMES, Options
 from benchmarks.prefill import ONE_BIN
@@ -171,6 +171,18 @@ def test_calls(measured, monkeypatch):
     assert [r.labels["contender"] for r in seconds] == [DYNAMIC, WILDCAT, SAME_LENGTH]
     assert all(len(r.samples) == 2 and min(r.samples) > 0 for r in seconds)
     assert f"| {WILDCAT} | float32 | 256 | {layer[WILDCAT]:.0f}.0 |" in (folder / "summary.md").read_text()
+
+
+def test_choices(measured):
+    records, folder = measured("choices", "--steps", 2)
+    held = {r.labels["contender"]: r.samples[0] for r in select(records, "cache_bytes")}
+    assert list(held) == [DYNAMIC, *choices.PRESETS, choices.TWO_READINGS]
+    assert held["bytes_5"] < held["bytes_9"] < held["default"] < held[DYNAMIC]
+    for quantity in choices.UNITS:
+        assert all(len(r.samples) == 2 and min(r.samples) > 0 for r in select(records, quantity))
+    share = f"{100 * held['default'] / held[DYNAMIC]:.1f} %"
+    row = next(line for line in (folder / "summary.md").read_text().splitlines() if line.startswith("| default |"))
+    assert row.endswith(f"{share} |")
 
 
 def test_calls_are_counted_where_functions_are_defined():
