@@ -100,6 +100,7 @@ def limited(run: Run) -> list[Figure]:
         "memory": memory_ratios,
         "generation": generation_ratios,
         "calls": call_ratios,
+        "choices": lambda run: [],  # none has a limit
     }[run.benchmark](run)
     return [figure for figure in figures if figure.limit is not None]
 
