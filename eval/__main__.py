@@ -101,6 +101,20 @@ def report(
 
 
 @app.command()
+def verify(
+    folders: Annotated[list[Path], typer.Argument(help="Folders of finished runs, such as results/eval/smoke.")],
+    samples: Annotated[int, typer.Option(help="Samples of each task to make anew.", min=1)] = 2,
+) -> None:
+    """Make a few samples of finished runs anew, and note in run.json that every number agrees.
+
+    The exit status is 0 if all runs were verified and agree.
+    """
+    from eval.verify import verify_all
+
+    raise typer.Exit(int(not verify_all(folders, samples, lambda text: print(text, flush=True))))
+
+
+@app.command()
 def archive(
     folders: Annotated[list[Path], typer.Argument(help="Folders of finished runs.")],
 ) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 from transformers import Cache, DynamicCache
 
 from eval.baselines import METHODS, QuantizedBaseline, find_baseline
+from eval.code import compressor_code, fingerprint
 from wildcat_kv import CompressedCache, Context
 from wildcat_kv.compressors import Compressor, available
 from wildcat_kv.compressors.registry import find, resolve
@@ -63,6 +64,14 @@ class Cell:
     def key(self) -> tuple[str, float | None, int | None]:
         """The cell's name, unique in a run."""
         return self.method, self.ratio, self.max_tokens
+
+    def code(self) -> str | None:
+        """Make the fingerprint of the method's code and parameters; None for the exact cache and foreign packages."""
+        if self.compressor is None:
+            return None
+        if self._baseline() is not None:
+            return fingerprint([QuantizedBaseline], {**self.parameters, "method": self.compressor, "bits": self.bits})
+        return compressor_code(self._made({"name": self.compressor, **self.parameters}, self._config()))
 
     def compress(self, context: Context, tokenizer: Any) -> Any:
         """Compress a context into a cache; the context stays as it is."""
@@ -202,6 +211,11 @@ def make_cells(
             cells.append(cell)
         seen |= {cell.method for cell in cells}
     return cells
+
+
+def code_of(cells: Sequence[Cell]) -> dict[str, str]:
+    """List the fingerprints of the methods that have one, by their names in tables."""
+    return {cell.method: code for cell in cells if (code := cell.code()) is not None}
 
 
 def _variants(given: dict[str, Any], budgets: list[dict[str, Any]], settings: Mapping[str, Any]) -> list[Cell]:
