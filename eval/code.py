@@ -50,21 +50,23 @@ def fingerprint(kinds: Collection[type], parameters: Any) -> str | None:
     """
     if not all(map(_is_known, kinds)):
         return None
-    modules = sorted(set().union(*(files_of(kind.__module__) for kind in kinds)))
+    modules = sorted({module for kind in kinds for module in files_of(kind.__module__)})
     code = {module: _parsed(read_source(module))[0] for module in modules}
     whole = json.dumps([code, parameters], sort_keys=True, default=str)
     return hashlib.sha256(whole.encode()).hexdigest()[:16]
 
 
-def files_of(module: str) -> set[str]:
+@cache
+def files_of(module: str) -> frozenset[str]:
     """Name the modules that a method's module is made of, itself among them."""
-    found, waiting = set(), [module]
+    found: set[str] = set()
+    waiting = [module]
     while waiting:
         one = waiting.pop()
         if one not in found:
             found.add(one)
             waiting += [name for name in _parsed(read_source(one))[1] if _counts(name)]
-    return found
+    return frozenset(found)
 
 
 def path_of(module: str) -> Path:
