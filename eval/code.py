@@ -81,7 +81,7 @@ def read_source(module: str) -> str:
 
 
 def _is_known(kind: type) -> bool:
-    return path_of(kind.__module__).is_file()
+    return kind.__module__.startswith((*WINGS, "eval."))
 
 
 def _counts(module: str) -> bool:
@@ -108,11 +108,13 @@ def _parsed(source: str) -> tuple[str, tuple[str, ...]]:
 
 
 def _plain(node: Any) -> Any:
-    """Write a syntax tree as plain data, the same for all versions of Python: empty fields are left out."""
+    """Write a syntax tree as plain data, the same for all versions of Python: without what is empty."""
     if isinstance(node, list):
         return [_plain(one) for one in node if not _is_prose(one)]
     if isinstance(node, ast.Raise):
         return "Raise"
+    if isinstance(node, ast.JoinedStr):  # Python 3.12.0 and 3.12.1 add empty texts
+        return ["JoinedStr", [_plain(one) for one in node.values if getattr(one, "value", None) != ""]]
     if isinstance(node, ast.AST):
         fields = {name: _plain(value) for name, value in ast.iter_fields(node) if value not in (None, [])}
         return [type(node).__name__, fields]

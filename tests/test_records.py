@@ -146,7 +146,7 @@ def outdated(root, path):
     if not is_folder_of_a_run(root, folder) or not (folder / "run.json").is_file():
         return []
     manifest = json.loads((folder / "run.json").read_text())
-    recorded, today = manifest.get("code", {}), todays(json.dumps(manifest["config"]), "tasks" in manifest)
+    recorded, today = manifest.get("code", {}), todays(manifest)
     changed = {method: file for method, (print_, file) in today.items() if recorded.get(method) != print_}
     if not changed:
         return []
@@ -158,10 +158,10 @@ def outdated(root, path):
     ]
 
 
-def todays(config, attention):
+def todays(manifest):
     """Make the fingerprints of a run's methods by today's code, each with the method's file."""
-    fields = json.loads(config)
-    if attention:
+    fields = manifest["config"]
+    if "tasks" in manifest:
         chosen = RunConfig(**fields)
         kinds = {choice.name: attention_registry.OURS.get(choice.method) for choice in chosen.methods}
         prints = code_of_attention(chosen)
