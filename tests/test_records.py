@@ -30,8 +30,8 @@ FIGURE = re.compile(r"!\[[^\]]*\]\(([^)]+)\)")
 NUMBER = re.compile(r"[~±+-]*\d[\d,]*(?:\.\d|\s?%|$)")
 # Tables of settings: their numbers are chosen, not measured.
 SETTINGS = re.compile(r"\|.*\| (?:default|type) \|")
-# A section with these words may name runs of earlier code: its readers are told.
-EARLIER = re.compile(r"\b[Mm]easured (?:before|while)\b")
+# A sentence that begins so tells the readers that the runs of its section are of earlier code.
+EARLIER = re.compile(r"\bMeasured (?:before|while)\b")
 
 # Pictures that show no measurement.
 DRAWN = {
