@@ -22,6 +22,7 @@ app = typer.Typer(
 
 _LIMIT = "Most samples of a task, of each of its lengths and depths; wins over all limits of the file."
 _BASELINE = "Method that all others are compared with, such as exact. Default: wildcat."
+_RECORD = "Run to compare with instead: the same methods at the run's own commit, measured on this processor."
 
 
 @app.command()
@@ -98,6 +99,22 @@ def report(
         check_baseline(baseline, [record["method"] for record in records])
         manifest = {**manifest, "config": {**(manifest.get("config") or {}), "baseline": baseline}}
     print(write_report(manifest, records, folder))
+
+
+@app.command()
+def verify(
+    folders: Annotated[list[Path], typer.Argument(help="Folders of finished runs, such as results/eval/smoke.")],
+    samples: Annotated[int, typer.Option(help="Samples of each task to make anew.", min=1)] = 2,
+    record: Annotated[Path | None, typer.Option(help=_RECORD)] = None,
+) -> None:
+    """Make a few samples of finished runs anew, and note in run.json that every number agrees.
+
+    The exit status is 0 if all runs were verified and agree.
+    """
+    from eval.verify import verify_all
+
+    agree = verify_all(folders, samples, lambda text: print(text, flush=True), record)
+    raise typer.Exit(int(not agree))
 
 
 @app.command()

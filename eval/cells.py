@@ -9,6 +9,7 @@ from typing import Any
 from transformers import Cache, DynamicCache
 
 from eval.baselines import METHODS, QuantizedBaseline, find_baseline
+from eval.code import compressor_code, fingerprint
 from wildcat_kv import CompressedCache, Context
 from wildcat_kv.compressors import Compressor, available
 from wildcat_kv.compressors.registry import find, resolve
@@ -63,6 +64,14 @@ class Cell:
     def key(self) -> tuple[str, float | None, int | None]:
         """The cell's name, unique in a run."""
         return self.method, self.ratio, self.max_tokens
+
+    def code(self) -> str | None:
+        """Make the fingerprint of the method's code and parameters; None for the exact cache and foreign packages."""
+        if self.compressor is None:
+            return None
+        if self._baseline() is not None:
+            return fingerprint([QuantizedBaseline], {**self.parameters, "method": self.compressor, "bits": self.bits})
+        return compressor_code(self._made({"name": self.compressor, **self.parameters}, self._config()))
 
     def compress(self, context: Context, tokenizer: Any) -> Any:
         """Compress a context into a cache; the context stays as it is."""
@@ -190,12 +199,13 @@ def make_cells(
     _check_once("max_tokens", max_tokens)
     budgets: list[dict[str, Any]] = [{"ratio": ratio} for ratio in ratios]
     budgets += [{"max_tokens": most} for most in max_tokens]
+    known = _methods()
     cells, seen = [Cell(EXACT, None, family=EXACT)], {EXACT}
     for entry in methods:
         given = {"compressor": entry} if isinstance(entry, str) else dict(entry)
         if given.get("compressor") == EXACT:
             continue  # it is there already
-        for cell in _variants(given, budgets, settings):
+        for cell in _variants(given, budgets, settings, known):
             if cell.method in seen:
                 raise ValueError(f"methods: {cell.method!r} is there twice; give a variant a name of its own")
             cell.check()
@@ -204,13 +214,21 @@ def make_cells(
     return cells
 
 
-def _variants(given: dict[str, Any], budgets: list[dict[str, Any]], settings: Mapping[str, Any]) -> list[Cell]:
+def code_of(cells: Sequence[Cell]) -> dict[str, str]:
+    """List the fingerprints of the methods that have one, by their names in tables."""
+    first = {cell.method: cell for cell in reversed(cells)}  # the budgets of a method share its code
+    return {method: code for method in dict.fromkeys(cell.method for cell in cells) if (code := first[method].code())}
+
+
+def _variants(
+    given: dict[str, Any], budgets: list[dict[str, Any]], settings: Mapping[str, Any], known: list[str]
+) -> list[Cell]:
     """Make the cells of one entry: each of its bits at each of its budgets."""
     name = str(given.pop("name", given.get("compressor")))
     compressor = str(given.pop("compressor", name))
-    if compressor not in _methods():
-        hint = did_you_mean(compressor, _methods())
-        raise ValueError(f"methods={compressor!r}: no such method; {hint}there are exact, {', '.join(_methods())}")
+    if compressor not in known:
+        hint = did_you_mean(compressor, known)
+        raise ValueError(f"methods={compressor!r}: no such method; {hint}there are exact, {', '.join(known)}")
     parameters: Any = given.pop("parameters", {})
     if not isinstance(parameters, Mapping):
         raise ValueError(f"methods={name!r}: parameters={parameters!r} must be a mapping, such as {{ridge: 0.0}}")

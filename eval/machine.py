@@ -21,9 +21,10 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str | None:
-    """Name the checkout's commit, with a + if files differ from it; None outside a checkout."""
+    """Name the checkout's commit, with a + if files differ from it, records aside; None outside a checkout."""
     try:
-        return _git("rev-parse", "--short", "HEAD") + ("+" if _git("status", "--porcelain") else "")
+        changed = _git("status", "--porcelain", "--", ":(top)", ":(top,exclude)results")
+        return _git("rev-parse", "--short", "HEAD") + ("+" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return None
 

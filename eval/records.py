@@ -15,7 +15,7 @@ MANIFEST = "run.json"
 SAMPLES = "samples.jsonl"
 PACKED = f"{SAMPLES}.gz"
 # What may differ between the run that began and the one that resumes it.
-_FREE = ("command", "started", "finished", "machine", "commit")
+_FREE = ("command", "started", "finished", "machine", "commit", "code", "verified")
 
 Key = tuple[str, int, str, float | None, int | None]
 
@@ -90,7 +90,11 @@ class Folder:
 
     def finish(self, when: str) -> dict[str, Any]:
         """Write down that all is measured; returns the manifest."""
-        manifest = {**self.manifest, "finished": when}
+        return self.note(finished=when)
+
+    def note(self, **fields: Any) -> dict[str, Any]:
+        """Write fields into the run's description; returns the manifest."""
+        manifest = {**self.manifest, **fields}
         self._write(manifest)
         return manifest
 

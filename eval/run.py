@@ -15,7 +15,7 @@ from accelerate import PartialState
 from rich.console import Console
 from rich.progress import Progress, TextColumn
 
-from eval.cells import Cell
+from eval.cells import Cell, code_of
 from eval.config import RunConfig
 from eval.machine import commit, machine, versions
 from eval.progress import progress
@@ -52,7 +52,7 @@ def run(config: RunConfig, output: Path, *, command: str, resume: bool) -> None:
         cell.check_model(model.config)
     for task in tasks:
         task.check_model(model.config)
-    planned = _samples(config, tasks, model, tokenizer, show=state.is_main_process)
+    planned = plan_samples(config, tasks, model, tokenizer, show=state.is_main_process)
     for cell in cells:
         cell.check_tasks(streams=any(task.streams for task in tasks))
     manifest = _manifest(config, command, model, tasks, cells, state.num_processes)
@@ -72,7 +72,7 @@ def run(config: RunConfig, output: Path, *, command: str, resume: bool) -> None:
         Console(stderr=True).print(f"\n{output}/report.html", soft_wrap=True, highlight=False)
 
 
-def _samples(
+def plan_samples(
     config: RunConfig, tasks: list[Task], model: Any, tokenizer: Any, *, show: bool
 ) -> list[tuple[Task, Sample]]:
     """Make all samples of all tasks, in the order of the records.
@@ -135,19 +135,20 @@ def _measure(
     show: bool,
 ) -> None:
     with progress(len(planned) * len(cells), show=show) as shown, torch.no_grad():
-        missing_of = [[cell for cell in cells if _key(task, sample, cell) not in done] for task, sample in planned]
+        missing_of = [[cell for cell in cells if key_for(task, sample, cell) not in done] for task, sample in planned]
         shown.skip(len(planned) * len(cells) - sum(map(len, missing_of)))  # at once, for the estimate of what is left
         for (task, sample), missing in zip(planned, missing_of, strict=True):
             if not missing:
                 continue
             measure = sample.open(model, tokenizer)
             for cell in missing:
-                folder.append(_record(config, task, sample, cell, measure(cell)))
+                folder.append(record_of(config, task, sample, cell, measure(cell)))
                 shown.advance(task.name, str(cell))
             del measure  # two contexts at once may be more than a device holds
 
 
-def _record(config: RunConfig, task: Task, sample: Sample, cell: Cell, outcome: Outcome) -> dict[str, Any]:
+def record_of(config: RunConfig, task: Task, sample: Sample, cell: Cell, outcome: Outcome) -> dict[str, Any]:
+    """Write a measurement as a line of the records."""
     return {
         "task": task.name,
         "sample": sample.index,
@@ -172,12 +173,13 @@ def _record(config: RunConfig, task: Task, sample: Sample, cell: Cell, outcome: 
     }
 
 
-def _key(task: Task, sample: Sample, cell: Cell) -> Key:
+def key_for(task: Task, sample: Sample, cell: Cell) -> Key:
+    """Make the key of a measurement to be made."""
     return (task.name, sample.index, *cell.key)
 
 
 def _keys(planned: list[tuple[Task, Sample]], cells: list[Cell]) -> Iterator[Key]:
-    return (_key(task, sample, cell) for task, sample in planned for cell in cells)
+    return (key_for(task, sample, cell) for task, sample in planned for cell in cells)
 
 
 def _check_hashes(planned: list[tuple[Task, Sample]], found: dict[Key, str]) -> None:
@@ -206,6 +208,7 @@ def _manifest(
             "dtype": config.dtype,
         },
         "methods": list(dict.fromkeys(cell.method for cell in cells)),
+        "code": code_of(cells),
         "metrics": {task.name: {name: asdict(metric) for name, metric in task.metrics.items()} for task in tasks},
         "versions": versions(),
         "commit": commit(),
@@ -214,10 +217,15 @@ def _manifest(
     }
 
 
+def device_of(config: RunConfig) -> str:
+    """Name the device of a run in one process."""
+    return config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def _device(config: RunConfig, state: PartialState) -> torch.device | str:
     if state.num_processes > 1:
         return state.device
-    return config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return device_of(config)
 
 
 def _now() -> str:

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 from typing_extensions import Self, override
 
+from eval.code import fingerprint
 from wildcat_kv.attention import Attention, Exact, attention_method
 
 PICTURE = "picture"
@@ -91,6 +92,10 @@ class Choice(BaseModel):
         for name in self._by_work():
             own[name] = self._at_work(name, own, n)
         return attention_method(self.method, **own)
+
+    def code(self) -> str | None:
+        """Make the fingerprint of the method's code and settings; None for a foreign package's."""
+        return fingerprint([type(self.build(n=4096))], {"method": self.method, "settings": self.settings})
 
     def _by_work(self) -> list[str]:
         """List the settings that follow the work."""

@@ -53,7 +53,7 @@ def run(config: RunConfig, output: Path, *, command: str, resume: bool) -> None:
             for task, case in planned:
                 for measured in _measure(config, task, case, done):
                     save_view(output, case, measured)
-                    folder.append(_record(task, case, measured))
+                    folder.append(record_of(task, case, measured))
                     shown.advance(f"{task.task}: {case.group}", measured.method)
     finally:
         torch.set_num_threads(threads)
@@ -66,9 +66,14 @@ def key_of(record: dict[str, Any]) -> Key:
     return record["task"], record["group"], record["input"], record["method"], record["seed"]
 
 
+def code_of(config: RunConfig) -> dict[str, str]:
+    """List the fingerprints of the methods that have one, by their names in tables."""
+    return {choice.name: code for choice in config.methods if (code := choice.code()) is not None}
+
+
 def _measure(config: RunConfig, task: Any, case: Case, done: set[Key]) -> Iterator[Measured]:
     wanted = [
-        Wanted(choice.name, seed, _builder(choice, seed))
+        Wanted(choice.name, seed, builder(choice, seed))
         for choice, seed in config.plan()
         if (task.task, case.group, case.input, choice.name, seed) not in done
     ]
@@ -76,11 +81,13 @@ def _measure(config: RunConfig, task: Any, case: Case, done: set[Key]) -> Iterat
         yield from task.measure(case, wanted)
 
 
-def _builder(choice: Any, seed: int) -> Build:
+def builder(choice: Any, seed: int) -> Build:
+    """Make a function that builds a method for a number of keys."""
     return lambda n, grid: choice.build(n, seed, grid)
 
 
-def _record(task: Any, case: Case, measured: Measured) -> dict[str, Any]:
+def record_of(task: Any, case: Case, measured: Measured) -> dict[str, Any]:
+    """Write a measurement as a line of the records."""
     fields = {name: value for name, value in asdict(measured).items() if name != "view"}
     return {"task": task.task, "group": case.group, "input": case.input, "n": case.n, **fields}
 
@@ -92,6 +99,7 @@ def _manifest(config: RunConfig, command: str) -> dict[str, Any]:
         "started": _now(),
         "finished": None,
         "methods": [choice.name for choice in config.methods],
+        "code": code_of(config),
         "tasks": {task.task: _described(task) for task in config.tasks},
         "versions": versions(),
         "commit": commit(),
