@@ -80,8 +80,7 @@ def chosen(preset: str | None, compressor: str | None, *, of_text: bool = False,
     Raises:
         ValueError: no such preset or method, or a wrong setting.
     """
-    from wildcat_kv.compressors.registry import AUTO, resolve
-    from wildcat_kv.contexts.context import reads_twice
+    from wildcat_kv.compressors.registry import AUTO, reads_twice, resolve
 
     fields = {name: value for name, value in fields.items() if value is not None}
     if preset is None:  # the model's own section may begin with anything: what is wrong anyhow
