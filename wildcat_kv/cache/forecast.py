@@ -33,6 +33,8 @@ class CacheSize:
     """Bytes of a cache that has read a text, as computed beforehand.
 
     Attributes:
+        settings: settings that it is computed for; those of `max_bytes` are turned into tokens.
+        compressor: method that it is computed for.
         nbytes: bytes of the compressed cache.
         exact_nbytes: bytes of all keys and values in the dtype of the model, those behind sliding windows left out.
         estimated: True where what is read decides how many slots a head holds, as it does with `query_wildcat`; else
@@ -40,6 +42,8 @@ class CacheSize:
         not_counted: layers whose states are in neither number: each its index and kind.
     """
 
+    settings: WildCatConfig
+    compressor: Compressor
     nbytes: int
     exact_nbytes: int
     estimated: bool
@@ -87,7 +91,7 @@ def cache_size(
         >>> llama = AutoConfig.for_model("llama", num_hidden_layers=32, num_key_value_heads=8, head_dim=128)
         >>> size = cache_size(llama, 131_072, ratio=1.0, bits=4)
         >>> size.exact_nbytes // 2**30, round(size.share, 3)
-        (16, 0.282)
+        (16, 0.287)
     """
     for name, number in (("tokens", tokens), ("rows", rows)):
         if isinstance(number, bool) or not isinstance(number, int) or number < 1:
@@ -121,7 +125,7 @@ def _count(plan: Blueprint, tokens: int, rows: int, dtype: torch.dtype | None) -
             exact_nbytes += held
         elif type(layer).__name__ not in _EMPTY:
             not_counted.append(f"layer {index} ({type(layer).__name__})")
-    return CacheSize(round(nbytes), exact_nbytes, estimated, tuple(not_counted))
+    return CacheSize(chosen, plan.compressor, round(nbytes), exact_nbytes, estimated, tuple(not_counted))
 
 
 def _config_of(decoder: Any, index: int) -> Any:

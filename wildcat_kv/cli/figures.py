@@ -9,6 +9,11 @@ from wildcat_kv.cache.budget import exact_ends, share_budget
 MIB = 2**20
 
 
+def size_of(nbytes: int) -> str:
+    """Write a number of bytes in GiB, or in MiB below one."""
+    return f"{nbytes / 2**30:.2f} GiB" if nbytes >= 2**30 else f"{nbytes / MIB:.1f} MiB"
+
+
 def short_text_note(cache: Any, tokens: int) -> str | None:
     """Say how a short text is compressed otherwise than its settings say.
 

@@ -56,13 +56,23 @@ def load(model: str | None, dtype: str, device: str | None) -> tuple[Any, Any]:
         ValueError: a dtype or device that cannot be used.
         ModelError: a model that cannot be loaded; see `load_model`.
     """
-    if dtype not in ("float32", "bfloat16", "float16"):
-        raise ValueError(f"dtype={dtype!r} must be float32, bfloat16 or float16")
-    import torch
-
+    chosen_dtype = dtype_of(dtype)
     from wildcat_kv.models import load_model
 
-    return load_model(model, getattr(torch, dtype), _device(device))
+    return load_model(model, chosen_dtype, _device(device))
+
+
+def dtype_of(name: str | None) -> Any:
+    """Find a dtype of torch by its name; None stays.
+
+    Raises:
+        ValueError: another name than float32, bfloat16 and float16.
+    """
+    if name not in (None, "float32", "bfloat16", "float16"):
+        raise ValueError(f"dtype={name!r} must be float32, bfloat16 or float16")
+    import torch
+
+    return None if name is None else getattr(torch, name)
 
 
 def chosen(preset: str | None, compressor: str | None, *, of_text: bool = False, **fields: Any) -> dict[str, Any]:

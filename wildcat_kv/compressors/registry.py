@@ -133,6 +133,11 @@ def reads_twice(compressor: str | Compressor) -> Compressor | None:
     return compressor if isinstance(compressor, Compressor) and compressor.reads_twice else None
 
 
+def name_of(compressor: Compressor) -> str:
+    """Give the name of a method; of one that is none of ours, its class."""
+    return next((name for name, kind in OURS.items() if kind is type(compressor)), type(compressor).__name__)
+
+
 def _theirs() -> dict[str, EntryPoint]:
     """Methods of installed packages; one that takes a name of ours is left out."""
     return plugins.installed(GROUP, OURS)
