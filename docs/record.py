@@ -76,8 +76,14 @@ def main():
 def record(session, folder):
     """Give what a terminal shows while the lines are typed, each when the session asks for it."""
     ours, terminal = pty.openpty()
-    environment = {**os.environ, "COLUMNS": str(COLUMNS), "LINES": str(LINES), "TERM": "xterm-256color", "PROMPT_TOOLKIT_NO_CPR": "1"}
-    environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
+    environment = {
+        **os.environ,
+        "COLUMNS": str(COLUMNS),
+        "LINES": str(LINES),
+        "TERM": "xterm-256color",
+        "PROMPT_TOOLKIT_NO_CPR": "1",  # nobody is there to answer where the cursor is
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+    }
     process = subprocess.Popen(
         session.command.split(), cwd=folder, env=environment, stdin=terminal, stdout=terminal, stderr=subprocess.DEVNULL
     )
