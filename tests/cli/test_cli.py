@@ -95,6 +95,19 @@ def test_what_needs_no_model_does_not_wait_for_torch(arguments):
     assert len(done.stdout.splitlines()) > 1 and done.stdout.splitlines()[-1] == "False False"
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["demo", "--ratio", "0"], "ratio=0.0"),
+        (["chat", "--context", "gone.txt", "--method", "snapkv"], "there is no such file"),
+    ],
+)
+def test_mistakes_are_told_without_torch(arguments, message):
+    command = [sys.executable, "-c", _WITHOUT_TORCH, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and message in done.stderr and done.stdout == "False False\n"
+
+
 def test_presets_are_completed_without_torch():
     environment = {**os.environ, "COMP_WORDS": "wildcat-kv demo --preset ", "COMP_CWORD": "3"}
     environment["_WILDCAT_KV_COMPLETE"] = "complete_bash"
@@ -169,7 +182,7 @@ def test_demo_shows_answers_and_figures(monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "100")
     status, out, _ = run(monkeypatch, capsys, "demo", "--tokens", "500", "--max-new-tokens", "12")
     assert status == 0
-    for words in (
+    for text in (
         "500 tokens of essays hide 4 facts.",
         "What is the special magic number for Sanaa? (",
         "all in 4 bits all tokens, 4 bits",
@@ -179,7 +192,7 @@ def test_demo_shows_answers_and_figures(monkeypatch, capsys):
         "in bfloat16 the exact cache would take",
         "weights are 4-bit (Q4_1), dequantised",
     ):
-        assert words in " ".join(out.split())
+        assert text in " ".join(out.split())
     answers = re.findall(r"^ +([✓✗]) (exact|all in 4 bits|default|published) +(.*)$", out, flags=re.MULTILINE)
     assert len(answers) == 16
     captain = [(mark, "Maria Lund" in answer) for mark, _, answer in answers[8:12]]

@@ -74,8 +74,8 @@ def generate(
     The answer goes to stdout, the figures to stderr.
     """
     fields = _fields(ratio, compression_ratio, max_tokens, min_tokens, max_bytes, bits, seed)
-    choice = options.chosen(preset, method, **fields)
     prompt = read_text(prompt_file, "prompt_file", stdin=True)
+    choice = options.chosen(preset, method, **fields)
     loaded, tokenizer = options.load(model, dtype, device)
     from wildcat_kv.cli.generate import answer_prompt
 
@@ -104,10 +104,10 @@ def chat(
     """Talk about a document that was read once and compressed."""
     if context is None:
         raise ValueError("context is missing; give the document to talk about, such as --context report.txt")
+    if context.suffix != ".safetensors":
+        read_text(context, "context", stdin=True)  # before anything is loaded
     fields = _fields(ratio, compression_ratio, max_tokens, min_tokens, max_bytes, bits, seed)
     choice = options.chosen(preset, method, of_text=True, **fields)
-    if context.suffix != ".safetensors":
-        read_text(context, "context", stdin=True)  # before a model is loaded
     loaded, tokenizer = options.load(model, dtype, device)
     from wildcat_kv.cli.chat import Session
 

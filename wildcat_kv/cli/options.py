@@ -90,17 +90,18 @@ def chosen(preset: str | None, compressor: str | None, *, of_text: bool = False,
     Raises:
         ValueError: no such preset or method, or a wrong setting.
     """
-    from wildcat_kv.compressors.registry import AUTO, reads_twice, resolve
-
     fields = {name: value for name, value in fields.items() if value is not None}
     if preset is None:  # the model's own section may begin with anything: what is wrong anyhow
-        settings, method = WildCatConfig(ratio=1.0, sink=0, window=0, bin_rank=1), AUTO
+        settings, method = WildCatConfig(ratio=1.0, sink=0, window=0, bin_rank=1), compressor
     else:
         base = load_preset(preset)
-        settings, method = base.settings, base.compressor
-    changed, method = settings.changed(**fields), compressor or method
-    if method != AUTO and not (of_text and reads_twice(method)):
-        resolve(method, changed)
+        settings, method = base.settings, compressor or base.compressor
+    changed = settings.changed(**fields)
+    if method is not None:
+        from wildcat_kv.compressors.registry import AUTO, reads_twice, resolve  # torch comes with it
+
+        if method != AUTO and not (of_text and reads_twice(method)):
+            resolve(method, changed)
     return {"preset": preset, "compressor": compressor, **fields}
 
 
