@@ -49,7 +49,6 @@ SESSIONS = {
             "/ratio 0.25",
             "Who is the captain of the ship Aurora?",
             "/load essay.safetensors",
-            "What is the password of the library?",
             "/quit",
         ),
     ),
