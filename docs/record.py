@@ -24,7 +24,7 @@ from rich.text import Text
 from wildcat_kv.cli.demo import planted_text
 from wildcat_kv.models import default_model
 
-COLUMNS, LINES = 92, 60
+COLUMNS, LINES = 100, 60
 IMAGES = Path(__file__).parent / "images"
 PROMPT = b"\n> "
 SEQUENCE = re.compile(rb"\x1b\[[0-9;?]*[a-zA-Z]")

@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import Progress
 from rich.table import Table
+from rich.text import Text
 from transformers import Cache, DynamicCache
 
 from wildcat_kv.cache.caches import WildCatCache
@@ -104,7 +104,8 @@ def run_demo(
     )
     for index, fact in enumerate(facts):
         console.print(f"\n[bold]{fact.question}[/bold] [dim]({fact.answer})[/dim]")
-        console.print(_answers(fact, {name: run.answers[index] for name, run in runs.items()}))
+        for name, run in runs.items():
+            console.print(_answer(fact, name, max(map(len, runs)), run.answers[index]))
     console.print()
     console.print(_figures(facts, runs))
     console.print(_verdict(facts, runs, _name(choice)), soft_wrap=True)
@@ -169,22 +170,17 @@ def _run(
     return _Run(answers, keeps, cache_bytes(cache), seconds, sum(speeds) / len(speeds))
 
 
-def _answers(fact: _Fact, answers: dict[str, str]) -> Table:
-    """Make a table of what the caches answered: a line each, cut where it is long."""
-    table = Table.grid(padding=(0, 1))
-    for _ in range(3):
-        table.add_column(no_wrap=True, overflow="ellipsis")
-    for name, answer in answers.items():
-        mark = "[green]✓[/green]" if fact.answer in answer else "[red]✗[/red]"
-        table.add_row(f"  {mark}", name, escape(answer))
-    return table
+def _answer(fact: _Fact, name: str, width: int, answer: str) -> Text:
+    """Write what a cache answered in one line; its name takes `width` columns."""
+    mark = ("✓", "green") if fact.answer in answer else ("✗", "red")
+    return Text.assemble("  ", mark, f" {name:<{width}} {answer}", no_wrap=True, overflow="ellipsis")
 
 
 def _figures(facts: Sequence[_Fact], runs: dict[str, _Run]) -> Table:
     """Make a table of the caches' figures."""
     exact = runs[_EXACT]
-    table = Table("cache", "keeps", box=None, padding=(0, 2, 0, 0))
-    for heading in ("size", "of exact", "facts found", "reading", "tokens/s"):
+    table = Table("cache", "keeps", box=None, padding=(0, 2, 0, 0), pad_edge=False)
+    for heading in ("size", "of exact", "found", "reading", "tokens/s"):
         table.add_column(heading, justify="right", no_wrap=True)
     for name, run in runs.items():
         table.add_row(
