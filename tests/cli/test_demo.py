@@ -9,7 +9,7 @@ def shown(*parts):
     console = Console(width=88, no_color=True)
     with console.capture() as captured:
         for part in parts:
-            console.print(part)
+            console.print(part, no_wrap=True, overflow="ellipsis")
     return captured.get().splitlines()
 
 

@@ -105,7 +105,8 @@ def run_demo(
     for index, fact in enumerate(facts):
         console.print(f"\n[bold]{fact.question}[/bold] [dim]({fact.answer})[/dim]")
         for name, run in runs.items():
-            console.print(_answer(fact, name, max(map(len, runs)), run.answers[index]))
+            answer = _answer(fact, name, max(map(len, runs)), run.answers[index])
+            console.print(answer, no_wrap=True, overflow="ellipsis")
     console.print()
     console.print(_figures(facts, runs))
     console.print(_verdict(facts, runs, _name(choice)), soft_wrap=True)
@@ -171,9 +172,9 @@ def _run(
 
 
 def _answer(fact: _Fact, name: str, width: int, answer: str) -> Text:
-    """Write what a cache answered in one line; its name takes `width` columns."""
+    """Write what a cache answered; its name takes `width` columns."""
     mark = ("✓", "green") if fact.answer in answer else ("✗", "red")
-    return Text.assemble("  ", mark, f" {name:<{width}} {answer}", no_wrap=True, overflow="ellipsis")
+    return Text.assemble("  ", mark, f" {name:<{width}} {answer}")
 
 
 def _figures(facts: Sequence[_Fact], runs: dict[str, _Run]) -> Table:
