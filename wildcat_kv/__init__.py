@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from wildcat_kv.cache.caches import CompressedCache, WildCatCache
     from wildcat_kv.cache.error_report import ErrorReport
+    from wildcat_kv.cache.forecast import cache_size
     from wildcat_kv.cache.joining import join_caches
     from wildcat_kv.cache.static import compile_decoding
     from wildcat_kv.config import WildCatConfig
@@ -30,6 +31,7 @@ __all__ = [
     "Preset",
     "WildCatCache",
     "WildCatConfig",
+    "cache_size",
     "compile_decoding",
     "compress_context",
     "compress_kv",
@@ -55,6 +57,7 @@ _MODULES = {
     "Preset": "recipes.presets",
     "WildCatCache": "cache.caches",
     "WildCatConfig": "config",
+    "cache_size": "cache.forecast",
     "compile_decoding": "cache.static",
     "compress_context": "contexts.compressed_context",
     "compress_kv": "coreset.compresskv",

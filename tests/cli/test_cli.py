@@ -95,6 +95,19 @@ def test_what_needs_no_model_does_not_wait_for_torch(arguments):
     assert len(done.stdout.splitlines()) > 1 and done.stdout.splitlines()[-1] == "False False"
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["demo", "--ratio", "0"], "ratio=0.0"),
+        (["chat", "--context", "gone.txt", "--method", "snapkv"], "there is no such file"),
+    ],
+)
+def test_mistakes_are_told_without_torch(arguments, message):
+    command = [sys.executable, "-c", _WITHOUT_TORCH, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and message in done.stderr and done.stdout == "False False\n"
+
+
 def test_presets_are_completed_without_torch():
     environment = {**os.environ, "COMP_WORDS": "wildcat-kv demo --preset ", "COMP_CWORD": "3"}
     environment["_WILDCAT_KV_COMPLETE"] = "complete_bash"
@@ -165,24 +178,25 @@ def test_generate_takes_a_preset_and_plain_text(monkeypatch, capsys, prompt):
 
 
 @pytest.mark.real
-def test_demo_prints_one_table(monkeypatch, capsys):
+def test_demo_shows_answers_and_figures(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "100")
     status, out, _ = run(monkeypatch, capsys, "demo", "--tokens", "500", "--max-new-tokens", "12")
     assert status == 0
-    for word in (
-        "exact cache",
-        "in 4 bits",
-        "default",
-        "published",
-        "hold 4 sentences such as: The special magic number for Sanaa is",
-        "facts found",
-        "Of 4 facts: exact cache ",
-        " in 100% of the bytes; all tokens in 4 bits ",
-        "cache, MiB",
-        "reading, s",
-        "tokens/s",
+    for text in (
+        "500 tokens of essays hide 4 facts.",
+        "What is the special magic number for Sanaa? (",
+        "all in 4 bits all tokens, 4 bits",
+        "default half of the tokens, 4 bits",
+        "published a quarter of the tokens",
+        " facts, in ",
+        "in bfloat16 the exact cache would take",
         "weights are 4-bit (Q4_1), dequantised",
     ):
-        assert word in " ".join(out.split())
+        assert text in " ".join(out.split())
+    answers = re.findall(r"^ +([✓✗]) (exact|all in 4 bits|default|published) +(.*)$", out, flags=re.MULTILINE)
+    assert len(answers) == 16
+    captain = [(mark, "Maria Lund" in answer) for mark, _, answer in answers[8:12]]
+    assert captain == [("✓" if found else "✗", found) for _, found in captain]
 
 
 @pytest.mark.real
@@ -190,7 +204,7 @@ def test_the_demo_takes_every_method_and_says_when_it_fails(monkeypatch, capsys)
     for method, least, most in (("kvzip", 2, 4), ("streaming_llm", 0, 0)):
         arguments = ["--tokens", "500", "--max-new-tokens", "12", "--method", method, "--ratio", "0.25"]
         status, out, _ = run(monkeypatch, capsys, "demo", *arguments)
-        found = re.search(rf"; method {method} ratio=0.25 (\d) in ", " ".join(out.split()))
+        found = re.search(rf"^{method}: (\d) of 4 facts, in \d+ % of", out, flags=re.MULTILINE)
         assert status == 0 and found and least <= int(found[1]) <= most
 
 
@@ -389,7 +403,7 @@ def test_a_chat_answers_remembers_and_accounts(monkeypatch, capsys, folder, docu
     first, second = out.find(answers[0]), out.find(answers[1])
     assert 0 < first < second and out.count(answers[0]) == 2
     assert "151 tokens seen · 76 stored" in out and re.search(
-        r"16\d tokens seen · \d+ stored · [\d.]+ MiB · [\d.]+ tok", out
+        r"16\d tokens seen · \d+ stored · [\d.]+ MiB of [\d.]+ · [\d.]+ tok", out
     )
 
 

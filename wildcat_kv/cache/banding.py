@@ -68,7 +68,7 @@ def sort_into_bands(
     rows, heads = whole.keys.shape[:2]
     if facts is not None and bits is None and len(set(lines)) == 1 and is_launched(whole.keys.device):
         counts = [count for row in facts.counts for count in row]
-        groups = _alike(range(rows * heads), counts)
+        groups = alike(range(rows * heads), counts)
         signs = [_signs(facts, places, counts, lines[0]) for places in groups]
         widths = [max(counts[place] for place in places) for places in groups]
         return BandedStorage((rows, heads), bands_at_once(whole, lines[0], groups, widths, signs))
@@ -81,7 +81,7 @@ def sort_into_bands(
     counts, index = mask.sum(-1).flatten().tolist(), mask.to(torch.int8).argsort(dim=-1, stable=True).flatten(0, 1)
     bands = []
     for part in parts:
-        for places in [part.places] if part.packed else _alike(part.places, counts):
+        for places in [part.places] if part.packed else alike(part.places, counts):
             at = None if places == part.places else torch.tensor([part.places.index(place) for place in places])
             packed = part.packed if at is None else tuple(segment.rows(at) for segment in part.packed)
             most = max(counts[place] for place in places)
@@ -103,10 +103,10 @@ def _parts(lines: Sequence[Line], before: Storage | BandedStorage, heads: int) -
         origins = [(band.places, band.packed, band.waiting) for band in before.bands]
     parts = []
     for places, packed, waiting in origins:
-        alike: dict[Line, list[int]] = {}
+        by_line: dict[Line, list[int]] = {}
         for place in places:
-            alike.setdefault(lines[place // heads], []).append(place)
-        for line, own in alike.items():
+            by_line.setdefault(lines[place // heads], []).append(place)
+        for line, own in by_line.items():
             kept: tuple[Segment, ...] = packed if line.kept else ()
             if kept and len(own) < len(places):
                 index = torch.tensor([places.index(place) for place in own])
@@ -123,7 +123,12 @@ def _fresh(whole: Entries, fresh: Tensor, lines: Sequence[Line]) -> Tensor:
     return whole.valid & (place >= start.to(device)) & (place < stop.to(device))
 
 
-def _alike(places: Sequence[int], counts: Sequence[int]) -> list[list[int]]:
+def first_packed(most: int) -> int:
+    """Count the slots of a line that are quantised where none were before: all, in whole bytes of every plane."""
+    return -(-most // OCTET) * OCTET
+
+
+def alike(places: Sequence[int], counts: Sequence[int]) -> list[list[int]]:
     """Group heads that hold about equally many slots; each group in the order of `places`."""
     groups: list[list[int]] = []
     for place in sorted(places, key=lambda place: (-counts[place], place)):
@@ -162,7 +167,7 @@ def _band(
     """
     n, due = index.shape[1], 0
     if bits is not None:
-        due = most // group * group if packed else -(-most // OCTET) * OCTET
+        due = most // group * group if packed else first_packed(most)
     width = max(due, most)
     own = torch.tensor([counts[place] for place in places], device=index.device).unsqueeze(-1)
     wide = index[torch.tensor(places, device=index.device)][:, n - min(width, n) :]

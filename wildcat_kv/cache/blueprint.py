@@ -11,7 +11,7 @@ from typing_extensions import Self
 
 from wildcat_kv.cache.automatic import best_method
 from wildcat_kv.cache.byte_budget import ByteBudget
-from wildcat_kv.compressors import Compressor, resolve
+from wildcat_kv.compressors import Compressor, Everything, resolve
 from wildcat_kv.compressors.registry import AUTO
 from wildcat_kv.compressors.rotation import Rotation
 from wildcat_kv.config import WildCatConfig
@@ -91,6 +91,13 @@ class Blueprint:
         if settings.max_bytes is not None:
             in_bytes = ByteBudget.of(settings, compressor, decoder, layers, full)
         return cls(settings, compressor, decoder, layers, full, exact, rotations, limit, in_bytes)
+
+
+def layer_choice(settings: WildCatConfig, compressor: Compressor, *, exact: bool) -> tuple[WildCatConfig, Compressor]:
+    """Choose settings and method of one layer: an exact one keeps everything, and so does a share of 1 in bits."""
+    if exact:
+        settings = settings.model_copy(update={"ratio": 1.0, "bits": None})
+    return settings, Everything() if exact or (settings.share == 1 and settings.bits is not None) else compressor
 
 
 def check_budget(settings: WildCatConfig, compressor: Compressor) -> None:

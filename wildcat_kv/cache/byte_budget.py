@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 from typing_extensions import Self
 
@@ -50,24 +51,55 @@ class Shape:
         return Shape(rows, heads, d, values.shape[3], keys.element_size())
 
     @staticmethod
-    def expected(decoder: Any) -> Shape:
-        """Guess the sizes from a decoder's config, for one row."""
+    def expected(decoder: Any, rows: int = 1, dtype: torch.dtype | None = None) -> Shape:
+        """Read the sizes from a decoder's config; its dtype by default, or one of 2 bytes."""
         heads = decoder.num_attention_heads
         d = getattr(decoder, "head_dim", None) or decoder.hidden_size // heads
-        dtype = getattr(decoder, "dtype", None)
-        return Shape(1, getattr(decoder, "num_key_value_heads", None) or heads, d, d, getattr(dtype, "itemsize", 2))
+        itemsize = getattr(dtype or getattr(decoder, "dtype", None), "itemsize", 2)
+        return Shape(rows, getattr(decoder, "num_key_value_heads", None) or heads, d, d, itemsize)
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of a token's key and value in the dtype of the model, over all heads of a row."""
+        return self.heads * (self.d + self.d_v) * self.itemsize
+
+    @property
+    def range_bytes(self) -> int:
+        """Bytes of the two boxes around the values of a row."""
+        return 4 * self.heads * self.d_v * self.itemsize
 
     def entry_bytes(self, state_size: int) -> int:
         """Count the bytes of an entry in the dtype of the model, over all heads of a row."""
-        return self.heads * ((self.d + self.d_v) * self.itemsize + _BESIDE_ENTRY + 4 * state_size)
+        return self.token_bytes + self.heads * (_BESIDE_ENTRY + 4 * state_size)
 
-    def slot_bytes(self, bits: int | None, group: int, state_size: int) -> float:
-        """Count the bytes of a slot, over all heads of a row; without `bits` those of an entry."""
+    def slot_bytes(
+        self, bits: int | None, group: int, state_size: int, size: int | None = None, *, weighted: bool = True
+    ) -> float:
+        """Count the bytes of a slot, over all heads of a row.
+
+        Args:
+            bits: bits of a number; None for those of an entry in the dtype of the model.
+            group: slots of a group, and channels that share a scale of the values.
+            state_size: numbers that the method keeps of a slot.
+            size: slots of this slot's group, if it is a smaller one.
+            weighted: False where all slots are valid and weigh 1, which takes no bytes.
+        """
         if bits is None:
             return self.entry_bytes(state_size)
         parts = self.d_v // group if self.d_v % group == 0 else 1
-        scales = _SCALE * (self.d / group + parts)
-        return self.heads * ((self.d + self.d_v) * bits / 8 + scales + _BESIDE_SLOT + 4 * state_size)
+        scales = _SCALE * (self.d / (size or group) + parts)
+        beside = (_BESIDE_SLOT if weighted else 0) + 4 * state_size
+        return self.heads * ((self.d + self.d_v) * bits / 8 + scales + beside)
+
+    def slot_cost(self, settings: WildCatConfig, compressor: Compressor) -> float:
+        """Give the bytes of a quantised slot over those of an entry in the dtype of the model.
+
+        It is 0 where queries are kept for all exact tokens: then these are quantised as soon as possible.
+        """
+        seen, size = compressor.observation, compressor.state_size
+        if settings.bits is None or (seen is not None and seen.latest is None):
+            return 0.0
+        return self.slot_bytes(settings.bits, settings.group, size) / self.entry_bytes(size)
 
 
 @dataclass(frozen=True)
@@ -145,10 +177,9 @@ class ByteBudget:
         settings, seen = self.settings, self.compressor.observation
         block = max(BINS_A_BLOCK * settings.bin_rank, settings.group)
         dense = settings.sink + settings.window + block + LEAST_ROOM
-        boxes = 4 * shape.heads * shape.d_v * shape.itemsize
         queries = 0
         if seen is not None:  # those of the last fold, and of what came since or may be taken back
             queries = seen.carried + settings.window + (block if seen.latest is None else seen.latest) + PARTS
         asked = queries * self.query_heads * shape.d * shape.itemsize
-        beside = sum(self.windows) * shape.heads * (shape.d + shape.d_v) * shape.itemsize / self.layers
-        return dense * shape.entry_bytes(self.compressor.state_size) + boxes + asked + beside
+        beside = sum(self.windows) * shape.token_bytes / self.layers
+        return dense * shape.entry_bytes(self.compressor.state_size) + shape.range_bytes + asked + beside

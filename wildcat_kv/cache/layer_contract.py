@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
+from wildcat_kv.cache.blueprint import layer_choice
 from wildcat_kv.cache.forward import PassState, fold_layer
 from wildcat_kv.cache.model_layer import ModelLayer
 from wildcat_kv.cache.state import LayerState
-from wildcat_kv.compressors import Everything
 from wildcat_kv.compressors.rotation import Rotation
 from wildcat_kv.hook.marks import Forward
 
@@ -49,10 +49,7 @@ class LayerContract(CacheLayerMixin):
     def _clear(self) -> None:
         self.is_initialized = False
         shared, settings, compressor = self._pass_state, self._pass_state.settings, self._pass_state.compressor
-        if self._index in shared.exact_layers:
-            settings = settings.model_copy(update={"ratio": 1.0, "bits": None})
-        if self._index in shared.exact_layers or (settings.share == 1 and settings.bits is not None):
-            compressor = Everything()
+        settings, compressor = layer_choice(settings, compressor, exact=self._index in shared.exact_layers)
         self._state = LayerState(
             settings,
             compressor,

@@ -123,11 +123,18 @@ def pack(entries: Entries, bits: int, group: int) -> list[Segment]:
 
     n is a multiple of 8.
     """
-    n = entries.keys.shape[2]
-    assert n % OCTET == 0
-    whole = n - n % group
-    parts = [(slice_, size) for slice_, size in (((0, whole), group), ((whole, n), n - whole)) if size]
-    return [Segment.of(entries.slice(*slice_), bits, size, group) for slice_, size in parts if slice_[1] > slice_[0]]
+    segments, start = [], 0
+    for slots, size in groups_of(entries.keys.shape[2], group):
+        segments.append(Segment.of(entries.slice(start, start + slots), bits, size, group))
+        start += slots
+    return segments
+
+
+def groups_of(slots: int, group: int) -> list[tuple[int, int]]:
+    """Divide slots, a multiple of 8, into segments: how many slots, and how many of them a group has."""
+    assert slots % OCTET == 0
+    rest = slots % group
+    return [(count, size) for count, size in ((slots - rest, group), (rest, rest)) if count]
 
 
 def add_segments(held: Sequence[Segment], new: Sequence[Segment]) -> tuple[Segment, ...]:

@@ -59,12 +59,6 @@ def mark_decided(state: LayerState, rows: Sequence[Row], end: int) -> None:
 
 
 def _slot_cost(state: LayerState) -> float:
-    """Give the bytes of a quantised slot over those of an entry in the dtype of the model.
-
-    It is 0 where queries are kept for all exact tokens: then these are quantised as soon as possible.
-    """
-    settings, size, held = state.settings, state.compressor.state_size, state.held
-    if settings.bits is None or (state.log is not None and state.log.observation.latest is None):
-        return 0.0
-    shape = Shape.of(held.allocated.keys, held.allocated.values)
-    return shape.slot_bytes(settings.bits, settings.group, size) / shape.entry_bytes(size)
+    """Give the bytes of a quantised slot over those of an entry in the dtype of the model."""
+    held = state.held.allocated
+    return Shape.of(held.keys, held.values).slot_cost(state.settings, state.compressor)

@@ -238,9 +238,7 @@ class LayerState:
 
     @property
     def _room(self) -> Room:
-        """Columns to allocate ahead; with `max_tokens` never more than these and the newest token's."""
-        most = self.settings.max_tokens
-        return Room(None if most is None else most + 1, self.fixed)
+        return Room.under(self.settings.max_tokens, fixed=self.fixed)
 
     @property
     def held(self) -> Storage | BandedStorage:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from typing_extensions import Self
 
 from wildcat_kv.cache.budget import Row
 from wildcat_kv.cache.entries import Entries, weights_of
@@ -40,6 +41,11 @@ class Room:
     fixed: bool = False
     least: int = LEAST_ROOM
 
+    @classmethod
+    def under(cls, max_tokens: int | None, *, fixed: bool = False) -> Self:
+        """Plan for a layer: with `max_tokens` never more than these and the newest token's."""
+        return cls(None if max_tokens is None else max_tokens + 1, fixed)
+
     def capacity(self, length: int) -> int:
         """Compute the columns to allocate for `length` of them."""
         capacity = length + max(self.least, length // _ROOM_PART)
@@ -49,11 +55,11 @@ class Room:
             return length if self.fixed else capacity
         return self.limit if self.fixed else min(capacity, self.limit)
 
-    def most_to_keep(self, length: int) -> int:
-        """Compute the most columns to keep allocated for `length` of them."""
+    def suits(self, held: int, length: int) -> bool:
+        """Tell if `held` allocated columns are enough for `length` of them, and not too many to keep."""
         if self.limit is not None and length <= self.limit:
-            return self.limit
-        return length + _MOST_ROOMS * max(self.least, length // _ROOM_PART)
+            return length <= held <= self.limit
+        return length <= held <= length + _MOST_ROOMS * max(self.least, length // _ROOM_PART)
 
 
 _ANY_NUMBER = Room()
@@ -148,9 +154,8 @@ class Storage:
             # Done before anything is written: an error here leaves everything as it was.
             if weighting is None:
                 weighting = WeightSigns.of(*weights_of(whole))
-            if needed <= held and (
-                self.allocated is self._home if self._room.fixed else held <= self._room.most_to_keep(needed)
-            ):
+            at_home = needed <= held and self.allocated is self._home
+            if at_home if self._room.fixed else self._room.suits(held, needed):
                 # Joined first: the parts may be views of columns that are written here.
                 tensors = zip(*(part.tensors() for part in parts), strict=True)
                 end = self._write(start, [Entries(*(torch.cat(pieces, dim=2) for pieces in tensors))])

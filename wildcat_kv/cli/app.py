@@ -41,6 +41,7 @@ for command in (
     commands.generate,
     commands.chat,
     commands.check,
+    commands.size,
     commands.methods,
     commands.presets,
     commands.inspect,

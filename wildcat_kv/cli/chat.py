@@ -9,12 +9,13 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 
+from wildcat_kv.cache.forecast import cache_size
 from wildcat_kv.cache.sizes import stored_tokens
 from wildcat_kv.cli.figures import MIB, short_text_note
 from wildcat_kv.cli.prompting import typed_lines
 from wildcat_kv.cli.streaming import TextStream, layers_seen, steps
 from wildcat_kv.cli.timing import TimedStreamer, Timing
-from wildcat_kv.config import BUDGETS
+from wildcat_kv.config import BUDGETS, WildCatConfig
 from wildcat_kv.contexts.compressed_context import CompressedContext, compress_context
 from wildcat_kv.files import read_text
 
@@ -161,11 +162,16 @@ class Session:
         parts = [
             f"{seen:,} tokens seen",
             f"{stored_tokens(cache):,.0f} stored",
-            f"{cache.memory_bytes() / MIB:.1f} MiB",
+            f"{cache.memory_bytes() / MIB:.1f} MiB of {self._exact_bytes(seen) / MIB:.1f}",
         ]
         if timing is not None:
             parts.append(f"{timing.tokens_per_second:.1f} tokens/s")
         self._console.print(" · ".join(parts), style="dim")
+
+    def _exact_bytes(self, tokens: int) -> int:
+        """Compute what the exact cache would hold."""
+        model = self._model
+        return cache_size(model.config, tokens, WildCatConfig(ratio=1.0), dtype=model.dtype).exact_nbytes
 
 
 def _given(argument: Any, what: str) -> Any:

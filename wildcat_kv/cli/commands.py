@@ -74,8 +74,8 @@ def generate(
     The answer goes to stdout, the figures to stderr.
     """
     fields = _fields(ratio, compression_ratio, max_tokens, min_tokens, max_bytes, bits, seed)
-    choice = options.chosen(preset, method, **fields)
     prompt = read_text(prompt_file, "prompt_file", stdin=True)
+    choice = options.chosen(preset, method, **fields)
     loaded, tokenizer = options.load(model, dtype, device)
     from wildcat_kv.cli.generate import answer_prompt
 
@@ -104,10 +104,10 @@ def chat(
     """Talk about a document that was read once and compressed."""
     if context is None:
         raise ValueError("context is missing; give the document to talk about, such as --context report.txt")
+    if context.suffix != ".safetensors":
+        read_text(context, "context", stdin=True)  # before anything is loaded
     fields = _fields(ratio, compression_ratio, max_tokens, min_tokens, max_bytes, bits, seed)
     choice = options.chosen(preset, method, of_text=True, **fields)
-    if context.suffix != ".safetensors":
-        read_text(context, "context", stdin=True)  # before a model is loaded
     loaded, tokenizer = options.load(model, dtype, device)
     from wildcat_kv.cli.chat import Session
 
@@ -133,6 +133,46 @@ def check(
 
     if not check_model(loaded, dtype):
         raise typer.Exit(1)
+
+
+def size(
+    model: Annotated[
+        str | None,
+        typer.Argument(help="Hub id, local folder or GGUF file. Default: SmolLM2-135M-Instruct, from PyPI."),
+    ] = None,
+    tokens: Annotated[int, typer.Option(help="Tokens of the text.", min=1)] = 131072,
+    rows: Annotated[int, typer.Option(help="Texts at once.", min=1)] = 1,
+    layers: Annotated[int | None, typer.Option(help="Layers, of a shape instead of a model.", min=1)] = None,
+    kv_heads: Annotated[int | None, typer.Option(help="Key heads of a layer, of this shape.", min=1)] = None,
+    head_dim: Annotated[int | None, typer.Option(help="Channels of a key, of this shape.", min=1)] = None,
+    heads: Annotated[int | None, typer.Option(help="Query heads of a layer; as many as key heads if left out.")] = None,
+    preset: options.PresetOption = None,
+    method: options.MethodOption = None,
+    ratio: options.RatioOption = None,
+    compression_ratio: options.DropOption = None,
+    max_tokens: options.MaxTokensOption = None,
+    min_tokens: options.MinTokensOption = None,
+    max_bytes: options.MaxBytesOption = None,
+    bits: options.BitsOption = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, bfloat16 or float16. Default: the model's; bfloat16 for a shape.")
+    ] = None,
+) -> None:
+    """Compute how many bytes a cache will hold, before anything is read.
+
+    Beside the exact cache: all tokens in 4 bits, the default, and what you choose, or else every preset.
+    """
+    choice = options.chosen(
+        preset, method, of_text=True, **_fields(ratio, compression_ratio, max_tokens, min_tokens, max_bytes, bits, None)
+    )
+    from wildcat_kv.cli.sizing import ShapeOptions, print_sizes
+    from wildcat_kv.models import load_config
+
+    shape = ShapeOptions(layers, kv_heads, head_dim, heads)
+    if shape.given and model is not None:
+        raise ValueError(f"model={model!r} given beside a shape; leave one of them out")
+    config = shape.config(tokens) if shape.given else load_config(model)
+    print_sizes(config, tokens, rows, options.dtype_of(dtype), choice)
 
 
 def methods() -> None:

@@ -12,10 +12,12 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
+from rich.text import Text
 from transformers import Cache, DynamicCache
 
+from wildcat_kv.cache.caches import WildCatCache
 from wildcat_kv.cache.sizes import cache_bytes
-from wildcat_kv.cli.figures import MIB
+from wildcat_kv.cli.figures import MIB, kept_in_words
 from wildcat_kv.cli.generate import decode
 from wildcat_kv.cli.streaming import layers_seen, steps
 from wildcat_kv.config import BUDGETS
@@ -24,7 +26,7 @@ from wildcat_kv.contexts.prompts import encode_question
 from wildcat_kv.contexts.reading import read
 from wildcat_kv.data.haystack import build_context, make_needles
 
-_EXACT = "exact cache"
+_EXACT = "exact"
 
 
 class _Fact(NamedTuple):
@@ -55,12 +57,14 @@ class _Run:
 
     Attributes:
         answers: the answer to each question.
+        keeps: share of the tokens that is kept, in words.
         nbytes: bytes of the cache after the text.
         read_seconds: time to read the text, and to compress it.
         tokens_per_second: mean speed of the answers.
     """
 
     answers: list[str]
+    keeps: str
     nbytes: int
     read_seconds: float
     tokens_per_second: float
@@ -87,23 +91,34 @@ def run_demo(
         seed: seed of the essays and the facts.
         note: a remark on the figures; may be empty.
     """
-    (needle,) = make_needles(1, seed)
-    facts = (_Fact(needle.sentence, needle.question, needle.value), *_FACTS)
-    text = build_context(tokenizer, tokens, facts, seed=seed)
+    facts, text = planted_text(tokenizer, tokens, seed)
     with steps() as progress:
         runs = {
-            name: _run(model, tokenizer, make, text, facts, max_new_tokens, progress, name.splitlines()[0])
+            name: _run(model, tokenizer, make, text, facts, max_new_tokens, progress, name)
             for name, make in _caches(model, tokenizer, text, choice).items()
         }
     console = Console(highlight=False)
     console.print(
-        f"\n{tokens:,} tokens of essays hold {len(facts)} sentences such as: [bold]{facts[0].sentence}[/bold]\n"
-        "Each cache has read and compressed them before it is asked.\n"
+        f"\n{tokens:,} tokens of essays hide {len(facts)} facts.\n"
+        "Each cache reads and compresses the text before it is asked."
     )
-    console.print(_table(facts, runs))
-    console.print(_verdict(facts, runs), soft_wrap=True)
-    if note:
-        console.print(note, style="dim", soft_wrap=True)
+    for index, fact in enumerate(facts):
+        console.print(f"\n[bold]{fact.question}[/bold] [dim]({fact.answer})[/dim]")
+        for name, run in runs.items():
+            answer = _answer(fact, name, max(map(len, runs)), run.answers[index])
+            console.print(answer, no_wrap=True, overflow="ellipsis")
+    console.print()
+    console.print(_figures(facts, runs))
+    console.print(_verdict(facts, runs, _name(choice)), soft_wrap=True)
+    for line in filter(None, (_dtype_note(model, runs), note)):
+        console.print(line, style="dim", soft_wrap=True)
+
+
+def planted_text(tokenizer: Any, tokens: int, seed: int) -> tuple[Sequence[_Fact], str]:
+    """Plant facts in essays; give the facts, and the text of so many tokens."""
+    (needle,) = make_needles(1, seed)
+    facts = (_Fact(needle.sentence, needle.question, needle.value), *_FACTS)
+    return facts, build_context(tokenizer, tokens, facts, seed=seed)
 
 
 def _caches(model: Any, tokenizer: Any, text: str, choice: dict[str, Any]) -> dict[str, Callable[[], Cache]]:
@@ -120,9 +135,9 @@ def _caches(model: Any, tokenizer: Any, text: str, choice: dict[str, Any]) -> di
     budget = {name: choice[name] for name in (*BUDGETS, "bits") if name in choice}
     return {
         _EXACT: exact,
-        "all tokens\nin 4 bits": compressed(ratio=1.0, bits=4),
+        "all in 4 bits": compressed(ratio=1.0, bits=4),
         _name(choice): compressed(**choice),
-        "published\nmethod": compressed(preset="published", **budget),
+        "published": compressed(preset="published", **budget),
     }
 
 
@@ -152,44 +167,53 @@ def _run(
         progress.advance(asking)
         answers.append("".join(pieces).strip())
         speeds.append(timing.tokens_per_second)
-    return _Run(answers, cache_bytes(cache), seconds, sum(speeds) / len(speeds))
+    keeps = kept_in_words(cache.settings) if isinstance(cache, WildCatCache) else "all tokens"
+    return _Run(answers, keeps, cache_bytes(cache), seconds, sum(speeds) / len(speeds))
 
 
-def _table(facts: Sequence[_Fact], runs: dict[str, _Run]) -> Table:
-    """Make a table with a column a cache: answers, then figures."""
+def _answer(fact: _Fact, name: str, width: int, answer: str) -> Text:
+    """Write what a cache answered; its name takes `width` columns."""
+    mark = ("✓", "green") if fact.answer in answer else ("✗", "red")
+    return Text.assemble("  ", mark, f" {name:<{width}} {answer}")
+
+
+def _figures(facts: Sequence[_Fact], runs: dict[str, _Run]) -> Table:
+    """Make a table of the caches' figures."""
     exact = runs[_EXACT]
-    table = Table("", *runs, show_lines=True)
-    for index, fact in enumerate(facts):
-        table.add_row(f"{fact.question} ({fact.answer})", *(_marked(fact, run.answers[index]) for run in runs.values()))
-    for name, figure in (
-        ("facts found", lambda run: f"{run.found(facts)} of {len(facts)}"),
-        ("cache, MiB", lambda run: f"{run.nbytes / MIB:.1f} ({run.nbytes / exact.nbytes:.0%})"),
-        ("reading, s", lambda run: f"{run.read_seconds:.1f}"),
-        ("tokens/s", lambda run: f"{run.tokens_per_second:.1f}"),
-    ):
-        table.add_row(name, *map(figure, runs.values()))
+    table = Table("cache", "keeps", box=None, padding=(0, 2, 0, 0), pad_edge=False)
+    for heading in ("size", "of exact", "found", "reading", "tokens/s"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for name, run in runs.items():
+        table.add_row(
+            name,
+            run.keeps,
+            f"{run.nbytes / MIB:.1f} MiB",
+            f"{run.nbytes / exact.nbytes:.0%}".replace("%", " %"),
+            f"{run.found(facts)} of {len(facts)}",
+            f"{run.read_seconds:.1f} s",
+            f"{run.tokens_per_second:.1f}",
+        )
     return table
 
 
-def _marked(fact: _Fact, answer: str) -> str:
-    """Show an answer, in green where it has the fact."""
-    answer = answer.replace("[", r"\[")
-    return f"[green]{answer}[/green]" if fact.answer in answer else answer
-
-
 def _name(choice: dict[str, Any]) -> str:
-    """Name what was chosen, by preset, method and budget."""
-    words = {"preset": "preset", "compressor": "method"}
-    parts = [f"{word} {choice[name]}" for name, word in words.items() if choice[name] is not None]
-    parts += [f"{name}={choice[name]}" for name in (*sorted(BUDGETS), "min_tokens", "bits") if name in choice]
-    return "\n".join(parts) or "default"
+    """Name what was chosen: a preset, a method, or settings of one's own."""
+    names = [str(choice[name]) for name in ("preset", "compressor") if choice[name] is not None]
+    own = any(name in choice for name in (*BUDGETS, "min_tokens", "bits"))
+    return " ".join(names) or ("yours" if own else "default")
 
 
-def _verdict(facts: Sequence[_Fact], runs: dict[str, _Run]) -> str:
-    """Say in one line how many facts each cache gave, and in how many bytes."""
-    exact = runs[_EXACT]
-    told = [
-        f"{' '.join(name.split())} {run.found(facts)} in {run.nbytes / exact.nbytes:.0%} of the bytes"
-        for name, run in runs.items()
-    ]
-    return f"\nOf {len(facts)} facts: {'; '.join(told)}."
+def _verdict(facts: Sequence[_Fact], runs: dict[str, _Run], name: str) -> str:
+    """Say in one line what the chosen cache found, and in how many bytes."""
+    exact, run = runs[_EXACT], runs[name]
+    share = f"{run.nbytes / exact.nbytes:.0%}".replace("%", " %")
+    return f"\n{name}: {run.found(facts)} of {len(facts)} facts, in {share} of the exact cache's bytes."
+
+
+def _dtype_note(model: Any, runs: dict[str, _Run]) -> str:
+    """Say how large the exact cache is in half precision, where the demo does not run in it."""
+    if model.dtype.itemsize == 2:
+        return ""
+    half = runs[_EXACT].nbytes * 2 / model.dtype.itemsize
+    name = str(model.dtype).removeprefix("torch.")
+    return f"The model runs in {name}; in bfloat16 the exact cache would take {half / MIB:.1f} MiB."

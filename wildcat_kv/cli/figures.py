@@ -7,6 +7,24 @@ from typing import Any
 from wildcat_kv.cache.budget import exact_ends, share_budget
 
 MIB = 2**20
+_SHARES = {1.0: "all", 0.5: "half of the", 0.25: "a quarter of the"}
+
+
+def size_of(nbytes: int) -> str:
+    """Write a number of bytes in GiB, or in MiB below one."""
+    return f"{nbytes / 2**30:.2f} GiB" if nbytes >= 2**30 else f"{nbytes / MIB:.1f} MiB"
+
+
+def kept_in_words(settings: Any) -> str:
+    """Say how many tokens a cache keeps, and in how many bits."""
+    if settings.max_tokens is not None:
+        kept = f"at most {settings.max_tokens:,} tokens"
+    elif settings.ratio == "auto":
+        kept = f"what a tolerance of {settings.tolerance} needs"
+    else:
+        share = _SHARES.get(settings.ratio, f"{settings.ratio:.3g} of the")
+        kept = f"{share} tokens"
+    return kept if settings.bits is None else f"{kept}, {settings.bits} bits"
 
 
 def short_text_note(cache: Any, tokens: int) -> str | None:

@@ -56,13 +56,23 @@ def load(model: str | None, dtype: str, device: str | None) -> tuple[Any, Any]:
         ValueError: a dtype or device that cannot be used.
         ModelError: a model that cannot be loaded; see `load_model`.
     """
-    if dtype not in ("float32", "bfloat16", "float16"):
-        raise ValueError(f"dtype={dtype!r} must be float32, bfloat16 or float16")
-    import torch
-
+    chosen_dtype = dtype_of(dtype)
     from wildcat_kv.models import load_model
 
-    return load_model(model, getattr(torch, dtype), _device(device))
+    return load_model(model, chosen_dtype, _device(device))
+
+
+def dtype_of(name: str | None) -> Any:
+    """Find a dtype of torch by its name; None stays.
+
+    Raises:
+        ValueError: another name than float32, bfloat16 and float16.
+    """
+    if name not in (None, "float32", "bfloat16", "float16"):
+        raise ValueError(f"dtype={name!r} must be float32, bfloat16 or float16")
+    import torch
+
+    return None if name is None else getattr(torch, name)
 
 
 def chosen(preset: str | None, compressor: str | None, *, of_text: bool = False, **fields: Any) -> dict[str, Any]:
@@ -80,18 +90,18 @@ def chosen(preset: str | None, compressor: str | None, *, of_text: bool = False,
     Raises:
         ValueError: no such preset or method, or a wrong setting.
     """
-    from wildcat_kv.compressors.registry import AUTO, resolve
-    from wildcat_kv.contexts.context import reads_twice
-
     fields = {name: value for name, value in fields.items() if value is not None}
     if preset is None:  # the model's own section may begin with anything: what is wrong anyhow
-        settings, method = WildCatConfig(ratio=1.0, sink=0, window=0, bin_rank=1), AUTO
+        settings, method = WildCatConfig(ratio=1.0, sink=0, window=0, bin_rank=1), compressor
     else:
         base = load_preset(preset)
-        settings, method = base.settings, base.compressor
-    changed, method = settings.changed(**fields), compressor or method
-    if method != AUTO and not (of_text and reads_twice(method)):
-        resolve(method, changed)
+        settings, method = base.settings, compressor or base.compressor
+    changed = settings.changed(**fields)
+    if method is not None:
+        from wildcat_kv.compressors.registry import AUTO, reads_twice, resolve  # torch comes with it
+
+        if method != AUTO and not (of_text and reads_twice(method)):
+            resolve(method, changed)
     return {"preset": preset, "compressor": compressor, **fields}
 
 

@@ -31,6 +31,8 @@ class AdaKV(OverScorer):
 
     paper: ClassVar[str] = "arXiv 2407.11550"
 
+    fixed_slots: ClassVar[bool] = False
+
     safeguard: float = 0.2
 
     def __post_init__(self) -> None:

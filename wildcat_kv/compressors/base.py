@@ -145,6 +145,8 @@ class Compressor(ABC):
         needs_output_projection: True if it weighs values by the weights of the layer's output projection.
         estimates: True if it estimates its error, and can keep to a tolerance.
         takes_bits: False if its slots must stay in the dtype of the model.
+        fixed_slots: True if each head holds as many slots as `expect_slots` says, whatever is read.
+        keeps_tokens: True if its slots are tokens as they are, which weigh 1.
         waits: True if layers fold together, when the last of them has been attended to; see `SharingCompressor`.
     """
 
@@ -158,6 +160,8 @@ class Compressor(ABC):
     estimates: ClassVar[bool] = False
     waits: ClassVar[bool] = False
     takes_bits: ClassVar[bool] = True
+    fixed_slots: ClassVar[bool] = True
+    keeps_tokens: ClassVar[bool] = False
 
     @classmethod
     def of(cls, settings: WildCatConfig) -> Self:
@@ -192,6 +196,21 @@ class Compressor(ABC):
             ValueError: names the parameter that does not fit, and the way out.
         """
         return
+
+    def expect_slots(self, place: int, sharing: Sequence[int], heads: int, items: int, rank: int) -> list[int]:
+        """Expect how many slots each head of a layer will hold, before anything is read.
+
+        Args:
+            place: place of the layer among those that can be compressed.
+            sharing: `place` of each layer that is compressed.
+            heads: key heads of the layer.
+            items: tokens to compress.
+            rank: slots of each head, as in `compress`.
+
+        Returns:
+            The slots of each head; a guess without `fixed_slots`.
+        """
+        return [rank] * heads
 
     @abstractmethod
     def compress(self, block: KVBlock, rank: int) -> Compressed:
@@ -233,6 +252,7 @@ class SharingCompressor(Compressor):
     """
 
     waits: ClassVar[bool] = True
+    fixed_slots: ClassVar[bool] = False
 
     @abstractmethod
     def survey(self, block: KVBlock) -> Any:

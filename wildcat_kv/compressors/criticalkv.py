@@ -58,6 +58,11 @@ class CriticalKV(OverScorer):
         """True: it weighs values behind it."""
         return True
 
+    @property
+    def fixed_slots(self) -> bool:  # type: ignore[override]
+        """True if heads do not compete."""
+        return self.safeguard is None
+
     @override
     def compress(self, block: KVBlock, rank: int) -> Compressed:
         scores = self.scorer.scores(block)

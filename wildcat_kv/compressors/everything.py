@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from wildcat_kv.compressors.base import Compressed, Compressor, KVBlock
 from wildcat_kv.compressors.observation import Observation
@@ -15,6 +16,8 @@ class Everything(Compressor):
     Args:
         queries: True to keep all queries as well.
     """
+
+    keeps_tokens: ClassVar[bool] = True
 
     queries: bool = False
 

@@ -41,6 +41,7 @@ class KVzip(SharingCompressor):
     paper: ClassVar[str] = "arXiv 2505.23416"
     decodes: ClassVar[bool] = False
     reads_twice: ClassVar[bool] = True
+    keeps_tokens: ClassVar[bool] = True
     state_size: ClassVar[int] = 1
 
     layerwise: bool = False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from torch import Tensor
 from typing_extensions import override
@@ -20,6 +21,8 @@ class OverScorer(Compressor):
     Attributes:
         scorer: gives the scores.
     """
+
+    keeps_tokens: ClassVar[bool] = True
 
     scorer: Scorer = field(default_factory=SnapKV)
 

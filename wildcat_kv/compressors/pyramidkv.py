@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import ClassVar
@@ -42,9 +43,16 @@ class PyramidKV(SnapKV):
             raise ValueError(f"beta={self.beta} must be at least 1; 1 gives all layers the same")
 
     @override
+    def expect_slots(self, place: int, sharing: Sequence[int], heads: int, items: int, rank: int) -> list[int]:
+        return [min(items, self._slots(place, sharing, items, rank))] * heads
+
+    def _slots(self, place: int, sharing: Sequence[int], tokens: int, rank: int) -> int:
+        """Count the slots of the layer at `place`, for items that stand for so many tokens."""
+        return pyramid(rank, tokens, len(sharing), self.beta)[sharing.index(place)]
+
+    @override
     def compress(self, block: KVBlock, rank: int) -> Compressed:
-        layers, place = len(block.sharing), block.sharing.index(block.layer_index)
-        slots = min(block.items, pyramid(rank, block.item_tokens, layers, self.beta)[place])
+        slots = min(block.items, self._slots(block.layer_index, block.sharing, block.item_tokens, rank))
         return replace(keep_best(block, self.scores(block), slots), columns=[slots] * block.keys.shape[0])
 
 

@@ -121,6 +121,23 @@ def find(name: str) -> type[Compressor] | None:
     return None if point is None else _load(point)
 
 
+def reads_twice(compressor: str | Compressor) -> Compressor | None:
+    """Build the method, if it reads a text twice; None otherwise.
+
+    Raises:
+        ValueError: it is an installed package's that cannot be loaded.
+    """
+    if isinstance(compressor, str):
+        kind = find(compressor)
+        return kind() if kind is not None and kind.reads_twice else None
+    return compressor if isinstance(compressor, Compressor) and compressor.reads_twice else None
+
+
+def name_of(compressor: Compressor) -> str:
+    """Give the name of a method; of one that is none of ours, its class."""
+    return next((name for name, kind in OURS.items() if kind is type(compressor)), type(compressor).__name__)
+
+
 def _theirs() -> dict[str, EntryPoint]:
     """Methods of installed packages; one that takes a name of ours is left out."""
     return plugins.installed(GROUP, OURS)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -26,6 +27,8 @@ class Scorer(Compressor):
     A subclass says how to score. All that the layer holds takes part in the scoring, as the papers have it; what
     is kept is chosen among the items, since sinks and window stay anyway.
     """
+
+    keeps_tokens: ClassVar[bool] = True
 
     @abstractmethod
     def score(self, block: KVBlock) -> Tensor:

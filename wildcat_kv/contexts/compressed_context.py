@@ -18,10 +18,10 @@ from wildcat_kv.cache.disk.write import write
 from wildcat_kv.cache.joining import join_caches, unjoinable
 from wildcat_kv.cache.sizes import stored_tokens
 from wildcat_kv.compressors import Compressor
-from wildcat_kv.compressors.registry import AUTO
+from wildcat_kv.compressors.registry import AUTO, reads_twice
 from wildcat_kv.config import WildCatConfig
 from wildcat_kv.contexts.answering import AnswerOptions, pad_id
-from wildcat_kv.contexts.context import Context, reads_twice
+from wildcat_kv.contexts.context import Context
 from wildcat_kv.contexts.conversation import Conversation
 from wildcat_kv.contexts.held_text import HeldText, checked
 from wildcat_kv.contexts.prompts import encode_context, encode_follow_up, text_tokenizer

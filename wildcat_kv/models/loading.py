@@ -17,7 +17,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from huggingface_hub.utils import validate_repo_id
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from wildcat_kv.data.downloads import progress
@@ -26,6 +26,8 @@ from wildcat_kv.data.downloads import progress
 _NOT_FOUND = (RepositoryNotFoundError, RevisionNotFoundError)
 # Raised where the hub cannot be reached, or must not be: offline mode is a ConnectionError.
 _NOT_REACHED = (LocalEntryNotFoundError, ConnectionError, TimeoutError)
+_FOLDER_ADVICE = "check that its files are complete, or copy the folder again"
+_FILE_ADVICE = "the file may be cut short or of an unsupported kind; fetch it again or use another format"
 
 _T = TypeVar("_T")
 
@@ -36,26 +38,20 @@ class ModelError(RuntimeError):
 
 def load_folder(source: str, folder: Path, dtype: torch.dtype, device_map: str | None = None) -> tuple[Any, Any]:
     """Load a folder written by save_pretrained; `source` names it in errors."""
-    if not (folder / "config.json").is_file():
-        raise ModelError(
-            f"{source}: the folder has no config.json, so it is not a Transformers model; "
-            "name a folder written by save_pretrained, or a .gguf file by its full path"
-        )
+    _check_folder(source, folder)
 
     def load() -> tuple[Any, Any]:
         return load_weights(folder, dtype, device_map), AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
     with progress(f"Loading {source}"), quiet():
-        return guarded(source, "check that its files are complete, or copy the folder again", load)
+        return guarded(source, _FOLDER_ADVICE, load)
 
 
 def load_gguf_file(source: str, path: Path, dtype: torch.dtype, device_map: str | None = None) -> tuple[Any, Any]:
     """Load a GGUF file, dequantised; `source` names it in errors."""
-    if not path.is_file():
-        raise ModelError(f"{source}: no such file; check the path (current folder: {Path.cwd()})")
-    advice = "the file may be cut short or of an unsupported kind; fetch it again or use another format"
+    _check_file(source, path)
     with progress(f"Loading {source} (dequantising)"), quiet():
-        return guarded(source, advice, lambda: from_gguf(path, dtype, device_map))
+        return guarded(source, _FILE_ADVICE, lambda: from_gguf(path, dtype, device_map))
 
 
 def load_hub(source: str, path: Path, dtype: torch.dtype, device_map: str | None = None) -> tuple[Any, Any]:
@@ -70,6 +66,49 @@ def load_hub(source: str, path: Path, dtype: torch.dtype, device_map: str | None
     Raises:
         ModelError: there is a file, no such model, or no way to the hub.
     """
+    _check_hub_id(source, path)
+    # The hub's own progress bars stay: a download can be large.
+    try:
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, device_map=device_map)
+        return model, AutoTokenizer.from_pretrained(source)
+    except Exception as error:
+        _raise_hub_error(source, error)
+
+
+def read_config(source: str, path: Path) -> Any:
+    """Read the config of a model alone, from a folder, a GGUF file or the hub; `source` names it in errors.
+
+    Raises:
+        ModelError: there is no such model, its config cannot be read, or there is no way to the hub.
+    """
+    if path.is_dir():
+        _check_folder(source, path)
+        return guarded(source, _FOLDER_ADVICE, lambda: AutoConfig.from_pretrained(path, local_files_only=True))
+    if path.suffix.lower() == ".gguf":
+        _check_file(source, path)
+        with quiet(), contextlib.redirect_stderr(io.StringIO()):
+            return guarded(source, _FILE_ADVICE, lambda: AutoConfig.from_pretrained(path.parent, gguf_file=path.name))
+    _check_hub_id(source, path)
+    try:
+        return AutoConfig.from_pretrained(source)
+    except Exception as error:
+        _raise_hub_error(source, error)
+
+
+def _check_folder(source: str, folder: Path) -> None:
+    if not (folder / "config.json").is_file():
+        raise ModelError(
+            f"{source}: the folder has no config.json, so it is not a Transformers model; "
+            "name a folder written by save_pretrained, or a .gguf file by its full path"
+        )
+
+
+def _check_file(source: str, path: Path) -> None:
+    if not path.is_file():
+        raise ModelError(f"{source}: no such file; check the path (current folder: {Path.cwd()})")
+
+
+def _check_hub_id(source: str, path: Path) -> None:
     if path.exists():
         raise ModelError(f"{source}: a file, but not a .gguf file; name a model folder or a .gguf file")
     try:
@@ -78,12 +117,6 @@ def load_hub(source: str, path: Path, dtype: torch.dtype, device_map: str | None
         raise ModelError(
             f"{source}: no such folder, and not a hub id (owner/name); check the path or the spelling"
         ) from None
-    # The hub's own progress bars stay: a download can be large.
-    try:
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, device_map=device_map)
-        return model, AutoTokenizer.from_pretrained(source)
-    except Exception as error:
-        _raise_hub_error(source, error)
 
 
 def _raise_hub_error(source: str, error: Exception) -> NoReturn:

@@ -229,15 +229,12 @@ class QueryWildCat(SharingCompressor):
         attended = int(rank * self.attended)
         kept = best_items([survey.attention for survey in surveys], attended, self.share)
         rest = [survey.recall.masked_fill(taken, -torch.inf) for survey, taken in zip(surveys, kept, strict=True)]
-        recalled = best_items(rest, self._kept(rank) - attended, self.share)
+        recalled = best_items(rest, self.kept(rank) - attended, self.share)
         return kept, recalled
 
     def _profiled(self, profile: Profile, block: KVBlock, rank: int, survey: Survey) -> Chosen:
         """Choose the items of a layer that stay, as many as the profile says."""
-        attended, both, tokens = int(rank * self.attended), self._kept(rank), block.item_tokens
-        # WildCat makes slots of what is left, as many of every head: a head that keeps more would leave it too little.
-        room = tokens - (rank - both)
-        counts = profile.counts(block.layer_index, block.sharing, rank / tokens, (attended, both - attended), room)
+        counts = _profiled_counts(self, profile, block.layer_index, block.sharing, block.item_tokens, rank)
         if len(counts[0]) not in (1, block.keys.shape[1]):  # a process has a share of the heads: their average
             counts = tuple([sum(part) // len(part)] for part in counts)  # type: ignore[assignment]
         kept = take_counted(survey.attention, counts[0])
@@ -247,6 +244,14 @@ class QueryWildCat(SharingCompressor):
         rows, heads = kept.shape[:2]
         own = [min(sum(pair), block.items) for pair in zip(*counts, strict=True)] * (heads // len(counts[0]))
         return Chosen(kept, survey, Counts([own] * rows, [[block.items - count for count in own]] * rows))
+
+    @override
+    def expect_slots(self, place: int, sharing: Sequence[int], heads: int, items: int, rank: int) -> list[int]:
+        if not isinstance(self.profile, Profile):
+            return super().expect_slots(place, sharing, heads, items, rank)
+        counts, rest = _profiled_counts(self, self.profile, place, sharing, items, rank), rank - self.kept(rank)
+        own = [min(sum(pair), items) for pair in zip(*counts, strict=True)] * (heads // len(counts[0]))
+        return [kept + min(rest, items - kept) for kept in own]
 
     @override
     def compress_share(self, block: KVBlock, rank: int, share: Chosen) -> Compressed:
@@ -275,7 +280,7 @@ class QueryWildCat(SharingCompressor):
 
         As many slots are made as are left of `rank`; 0 where all items are kept.
         """
-        kept, survey, rest = chosen.kept, chosen.survey, rank - self._kept(rank)
+        kept, survey, rest = chosen.kept, chosen.survey, rank - self.kept(rank)
         there = block.slice_items(block.valid)
         counts = Counts.of(kept, there) if chosen.counts is None else chosen.counts
         left = there & ~kept
@@ -297,6 +302,16 @@ class QueryWildCat(SharingCompressor):
         columns = [max(heads) for heads in facts.counts]
         return Compressed(narrowed(coreset, max(columns)), columns, error=error, facts=facts)
 
-    def _kept(self, rank: int) -> int:
+    def kept(self, rank: int) -> int:
         """Count the slots of `rank` for items that stay as they are."""
         return int(rank * (self.attended + self.recalled))
+
+
+def _profiled_counts(
+    method: QueryWildCat, profile: Profile, place: int, sharing: Sequence[int], tokens: int, rank: int
+) -> tuple[list[int], list[int]]:
+    """Count the items that a layer keeps by a profile, of both parts, for all heads or for each."""
+    attended, both = int(rank * method.attended), method.kept(rank)
+    # WildCat makes slots of what is left, as many of every head: a head that keeps more would leave it too little.
+    room = tokens - (rank - both)
+    return profile.counts(place, sharing, rank / tokens, (attended, both - attended), room)
