@@ -199,11 +199,12 @@ def _draw_mass(axes: Axes, held: Sequence[Sequence[float]]) -> None:
 def _draw_heads(axes: Axes, record: dict[str, Any]) -> None:
     shares = sorted((share for layer in record["shares"] for share in layer), key=lambda share: share[0])
     places = range(len(shares))
-    axes.bar(places, [slots for slots, _ in shares], width=1, color=BLUE, label="slots")
+    axes.fill_between(places, [slots for slots, _ in shares], step="mid", color=BLUE, linewidth=0, label="slots")
     axes.plot(places, [alone for _, alone in shares], ".", color=ORANGE, markersize=4, label="pivots alone")
     axes.axhline(1, color=GREY, linewidth=0.8)
     axes.set_xlabel(f"the {len(shares)} key heads, sorted", fontsize=8)
     axes.set_ylabel("share of the mass held (median)", fontsize=8)
+    axes.set_ylim(bottom=0)
     axes.set_title("all heads: some keys stand too far apart", fontsize=9, loc="left")
     axes.legend(loc="upper left", frameon=False, fontsize=8)
 

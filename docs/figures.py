@@ -6,7 +6,8 @@ Run it from a checkout that has the extra `eval` (matplotlib comes with it); not
     python -m docs.figures --png DIR  # also as PNG, to be looked at
 
 The same records give the same bytes. `budget-short.svg` and `travel.svg` are computed from the budget's arithmetic,
-`kept.svg` and `coreset.svg` show one text; all others show means or medians of the samples on disk.
+`questions.svg` is drawn, `kept.svg` and `coreset.svg` show one text; all others show means or medians of the samples on
+disk.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from docs import coreset_example, kept_tokens, travel_picture
+from docs import coreset_example, kept_tokens, questions_picture, travel_picture
 from eval.attention.views import side_by_side, view_path
 from eval.frontier import frontier_points
 from eval.frontier_plot import frontier_plot
@@ -73,6 +74,7 @@ def main() -> None:
         "budget-short": budget_short,
         "travel": travel_picture.picture,
         "coreset": coreset_example.picture,
+        "questions": questions_picture.picture,
         "kept": kept_tokens.picture,
         "views": views,
     }

@@ -29,9 +29,9 @@ def picture() -> Figure:
     bins = -(-fold.rank // settings.bin_rank)
     edges = [fold.sink + edge for edge in _evenly(fold.items, bins)]
     slots = [fold.sink + edge for edge in _evenly(fold.rank, bins)]
-    figure = Figure(figsize=(10.4, 5.4))
+    figure = Figure(figsize=(8.2, 4.8))
     axes = figure.subplots()
-    axes.set_xlim(-2, 676)
+    axes.set_xlim(-2, 566)
     axes.set_ylim(0, 89)
     axes.set_axis_off()
     own = next(place for place in range(bins) if edges[place] <= _FOLLOWED < edges[place + 1])
@@ -51,7 +51,7 @@ def _draw_prompt(axes: Axes, fold: FoldPlan, edges: Sequence[int]) -> None:
     _say(
         axes,
         *(_READ, "1  Read", "cache.update"),
-        "The layer appends the token's key and value.\nEvery query of the prompt sees them exactly.",
+        "all exact, and seen exactly",
     )
     _arrow(axes, (_FOLLOWED, _READ - 0.6), (_FOLLOWED, _CUT + _HEIGHT + 0.6))
     _strip(axes, _CUT, 0, fold.sink, GREEN)
@@ -64,7 +64,7 @@ def _draw_prompt(axes: Axes, fold: FoldPlan, edges: Sequence[int]) -> None:
     _say(
         axes,
         *(_CUT, "2  Fold", "cache/folding.py"),
-        "After the layer's attention, if it is over its budget.\nSink and window stay. The rest is cut into bins.",
+        "after the layer's attention",
     )
 
 
@@ -82,7 +82,7 @@ def _draw_folding(axes: Axes, edges: Sequence[int], slots: Sequence[int], own: i
     _say(
         axes,
         *(_SLOTS, "3  Slots", "coreset/"),
-        "A few pivots stay of each bin. All other tokens live\non in their values, U = W V, and weights, w = W 1.",
+        "pivots, values and weights",
     )
 
 
@@ -111,7 +111,7 @@ def _draw_query(axes: Axes, fold: FoldPlan, slots: Sequence[int], own: int) -> N
     _say(
         axes,
         *(_ANSWER, "4  Attention", 'hook/, "wildcat"'),
-        "Slots and exact tokens in one softmax: a slot adds\nexp(b q·k) U above the line and exp(b q·k) w below it.",
+        "slots by weight, exact by 1",
     )
 
 
@@ -125,9 +125,9 @@ def _mark(axes: Axes, bottom: float) -> None:
 
 
 def _say(axes: Axes, bottom: float, title: str, where: str, text: str) -> None:
-    axes.text(_TEXT, bottom + _HEIGHT + 1.5, title, fontweight="bold", fontsize=10, va="top")
-    axes.text(676, bottom + _HEIGHT + 1.2, where, fontsize=8, color=GREY, va="top", ha="right", family="monospace")
-    axes.text(_TEXT, bottom + _HEIGHT - 3.2, text, fontsize=8.5, va="top", linespacing=1.4)
+    axes.text(_TEXT, bottom + _HEIGHT + 1.5, title, fontweight="bold", fontsize=11, va="top")
+    axes.text(_TEXT, bottom + _HEIGHT - 3.6, text, fontsize=9, va="top")
+    axes.text(_TEXT, bottom + _HEIGHT - 7.6, where, fontsize=8, color=GREY, va="top", family="monospace")
 
 
 def _arrow(
