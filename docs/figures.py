@@ -23,7 +23,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from docs import coreset_example, kept_tokens, questions_picture, travel_picture
+from docs import attention_pictures, coreset_example, kept_tokens, questions_picture, travel_picture
 from eval.attention.views import side_by_side, view_path
 from eval.frontier import frontier_points
 from eval.frontier_plot import frontier_plot
@@ -76,6 +76,8 @@ def main() -> None:
         "coreset": coreset_example.picture,
         "questions": questions_picture.picture,
         "kept": kept_tokens.picture,
+        "guarantee": attention_pictures.guarantee,
+        "near-wildcat": attention_pictures.near,
         "views": views,
     }
     for suffix in ("", "_qwen"):

@@ -11,6 +11,8 @@ from mkdocs.exceptions import PluginError
 # No line breaks between an inline formula and the punctuation around it.
 _INLINE = re.compile(r'(\(?)<span class="arithmatex">\\\((.+?)\\\)</span>([.,;:)]*)', re.DOTALL)
 _BLOCK = re.compile(r'<div class="arithmatex">\s*\\\[(.+?)\\\]\s*</div>', re.DOTALL)
+# The converter leaves no space between a function's name and its argument.
+_NAME = re.compile(r"(<mi>[a-z]{2,}</mi>)(?=<m(?!o))")
 
 
 def on_page_content(content: str, page: Any, config: Any, files: Any) -> str:
@@ -28,4 +30,4 @@ def _mathml(formula: str, display: str) -> str:
     converted = convert(formula, display=display)
     if unknown := re.search(r"\\\w*", converted):  # the converter writes what it does not know as text
         raise PluginError(f"{unknown[0]} in the formula {formula!r} is not known to latex2mathml; write it without")
-    return converted
+    return _NAME.sub(r'\1<mspace width="0.167em" />', converted)
