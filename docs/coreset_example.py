@@ -12,6 +12,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -83,7 +84,7 @@ def main() -> None:
     centred = drawn.keys - drawn.keys.mean(0)
     _, strengths, directions = torch.linalg.svd(centred, full_matrices=False)
     directions = directions[:2] * directions[:2].sum(-1, keepdim=True).sign()  # svd leaves the sign open
-    record = {
+    record: dict[str, Any] = {
         "model": "SmolLM2-135M-Instruct",
         "layer": LAYER,
         "head": HEAD,
@@ -101,6 +102,11 @@ def main() -> None:
     RECORD.parent.mkdir(parents=True, exist_ok=True)
     RECORD.write_text(json.dumps(record) + "\n", encoding="utf-8")
     print(RECORD)
+    slots, alone = zip(*(share for layer in record["shares"] for share in layer), strict=True)
+    print(
+        f"median head: slots hold {median(slots):.0%} of the mass, pivots alone {median(alone):.0%}; "
+        f"slots hold less than 5% in {sum(share < 0.05 for share in slots)} of {len(slots)} heads"
+    )
 
 
 def _compress(block: KVBlock, head: int) -> _Bin:
