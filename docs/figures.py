@@ -5,8 +5,9 @@ Run it from a checkout that has the extra `eval` (matplotlib comes with it); not
     python -m docs.figures            # writes docs/images/*.svg
     python -m docs.figures --png DIR  # also as PNG, to be looked at
 
-The same records give the same bytes. `budget-short.svg` is computed from the budget's arithmetic, `travel.svg` is
-drawn, `kept.svg` shows one text; all others show means or medians of the samples on disk.
+The same records give the same bytes. `budget-short.svg` and `travel.svg` are computed from the budget's arithmetic,
+`questions.svg` is drawn, `kept.svg` and `coreset.svg` show one text; all others show means or medians of the samples on
+disk.
 """
 
 from __future__ import annotations
@@ -21,14 +22,13 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
 
-from docs.kept_tokens import picture
+from docs import attention_pictures, coreset_example, kept_tokens, questions_picture, travel_picture
 from eval.attention.views import side_by_side, view_path
 from eval.frontier import frontier_points
 from eval.frontier_plot import frontier_plot
 from eval.records import Folder
-from eval.style import BLUE, GREEN, GREY, GRID, ORANGE, PALE_BLUE, PALE_PINK, PINK, house_style, save
+from eval.style import BLUE, GREEN, GREY, GRID, ORANGE, PALE_BLUE, PINK, house_style, save
 from wildcat_kv import WildCatConfig
 from wildcat_kv.cache.budget import Row, plan_fold
 
@@ -72,8 +72,12 @@ def main() -> None:
         "memory": memory,
         "speed": speed,
         "budget-short": budget_short,
-        "travel": travel,
-        "kept": picture,
+        "travel": travel_picture.picture,
+        "coreset": coreset_example.picture,
+        "questions": questions_picture.picture,
+        "kept": kept_tokens.picture,
+        "guarantee": attention_pictures.guarantee,
+        "near-wildcat": attention_pictures.near,
         "views": views,
     }
     for suffix in ("", "_qwen"):
@@ -84,7 +88,7 @@ def main() -> None:
         for name, make in figures.items():
             figure = make()
             path = _HERE / "images" / f"{name}.svg"
-            save(figure, path, small=name.startswith("frontier"))
+            save(figure, path, small=name.startswith(("frontier", "coreset")))
             print(path)
             if folder is not None:
                 folder.mkdir(parents=True, exist_ok=True)
@@ -290,88 +294,6 @@ def _after_prompt(tokens: int, settings: WildCatConfig) -> Row:
     row = Row().append(tokens)
     fold = plan_fold(row, settings, prefill=True)
     return row if fold is None else fold.apply(row)
-
-
-# What is drawn
-
-
-def travel() -> Figure:
-    """Draw a token's travel through one layer, and the parts that the layer holds."""
-    figure = Figure(figsize=(10.4, 5.6))
-    axes = figure.subplots()
-    axes.set_xlim(0, 116)
-    axes.set_ylim(2, 62)
-    axes.set_axis_off()
-    boxes = (
-        (0, 44, 22, 15, "model.forward", "the mask function tells\nthe cache that a pass\nbegins, and its padding"),
-        (26, 44, 19, 15, "projection", "q, k, v of the new\ntokens, rotary\npositions applied"),
-        (
-            49,
-            44,
-            25,
-            15,
-            "cache.update(k, v, i)",
-            "appends k and v as exact\ntokens, hands back all that\nlayer i holds",
-        ),
-        (
-            *(78, 44, 38, 15, 'attention function "wildcat"'),
-            "nothing folded yet: the model's own attention;\nlater: attention with weights, over slots\n"
-            "and exact tokens together",
-        ),
-        (
-            *(78, 5, 38, 15, "fold, if a layer is over its budget"),
-            "after the attention, so that what is read now\nwas attended to exactly; layer by layer, so\n"
-            "that one at a time is whole",
-        ),
-        (
-            *(0, 5, 72, 11.5, "what a fold does (WildCat)"),
-            "tokens older than the window → bins of consecutive tokens → 12 pivots a bin (randomly\n"
-            "pivoted Cholesky) → the others live on in the pivots' values and weights (Nyström)",
-        ),
-    )
-    for box in boxes:
-        _box(axes, *box)
-    for start, end in ((22, 26), (45, 49), (74, 78)):
-        _arrow(axes, (start, 51.5), (end, 51.5))
-    axes.text(97, 61.4, "output, to the next layer", ha="center", fontsize=8.5)
-    _arrow(axes, (97, 59), (97, 61))
-
-    # What a layer holds: sink, slots, tokens since the last fold with the window behind them.
-    strip = (
-        (0, 11, _THIRD, "sink", "first 32,\nexact"),
-        (11, 28, _OURS, "slots", "a key, a value and a weight\nfor many tokens"),
-        (39, 21, PALE_PINK, "since the last fold", "exact"),
-        (60, 12, _FOURTH, "window", "last 32,\nexact"),
-    )
-    for x, width, colour, title, text in strip:
-        axes.add_patch(Rectangle((x, 26), width, 7, facecolor=colour, edgecolor="white"))
-        dark = colour in (_OURS, _THIRD)
-        axes.text(x + width / 2, 29.5, title, ha="center", va="center", color="white" if dark else "black")
-        axes.text(x + width / 2, 25.2, text, ha="center", va="top", fontsize=8, color=_GREY)
-    axes.text(0, 34.2, "what layer i holds of a row, in this order", fontsize=8.5, va="bottom")
-    _arrow(axes, (64, 44), (64, 33.6), "append", (65, 39))
-    _arrow(axes, (72.5, 30.5), (88, 44), "read", (82, 36))
-    _arrow(axes, (102, 44), (102, 20), "then", (103, 32))
-    _arrow(axes, (78, 11), (72, 11))
-    _arrow(axes, (25, 16.5), (25, 20.5))
-    return figure
-
-
-def _box(axes: Axes, x: float, y: float, width: float, height: float, title: str, text: str) -> None:
-    shape = "round,pad=0,rounding_size=1"
-    axes.add_patch(FancyBboxPatch((x, y), width, height, boxstyle=shape, facecolor="#f4f6f8", edgecolor=_GREY))
-    axes.text(x + width / 2, y + height - 1.4, title, ha="center", va="top", fontweight="bold", fontsize=8.5)
-    axes.text(x + width / 2, y + height - 5, text, ha="center", va="top", fontsize=8, linespacing=1.35)
-
-
-def _arrow(
-    axes: Axes, start: tuple[float, float], end: tuple[float, float], text: str = "", at: tuple[float, float] = (0, 0)
-) -> None:
-    axes.add_patch(
-        FancyArrowPatch(start, end, arrowstyle="-|>", mutation_scale=10, color="black", shrinkA=0, shrinkB=0)
-    )
-    if text:
-        axes.text(*at, text, fontsize=8.5)
 
 
 # Records
