@@ -124,7 +124,9 @@ def _seconds(contender: str, quantity: str) -> float:
 
 # All methods
 
-SMOKE = RESULTS / "eval" / "smoke"
+# Runs on the same samples. The first has WildCat, which the others are held against.
+SMOKE = tuple(RESULTS / "eval" / name for name in ("smoke_query_wildcat", "smoke", "smoke_later"))
+HELD = RESULTS / "bytes" / "held.json"
 _COLUMNS = (
     ("needle", "nll", 2),
     ("needle", "exact_match", 2),
@@ -136,22 +138,44 @@ _COLUMNS = (
 
 
 def all_methods(ratio: float) -> str:
-    """Tabulate every method of the smoke run at a ratio, with verdicts against WildCat."""
-    manifest, samples = Folder(SMOKE).manifest, _samples(SMOKE)
-    base = _of(samples, "wildcat", ratio)
-    rows = []
-    for method in manifest["methods"]:
-        own = _of(samples, method, None if method == "exact" else ratio)
-        cells = []
-        for task, metric, digits in _COLUMNS:
-            mine, theirs = (_scores(cells_of, task, metric) for cells_of in (own, base))
-            better = manifest["metrics"][task][metric]["higher_is_better"]
-            mark = "" if method == "wildcat" else f" {_verdict(mine, theirs, better)}"
-            cells.append(f"{statistics.fmean(mine.values()):.{digits}f}{mark}")
-        name = "exact cache" if method == "exact" else f"`{method}`"
-        rows.append((name, f"{100 * _share(own, samples):.0f} %", *cells))
+    """Tabulate every method of the smoke runs at a ratio, with verdicts against WildCat."""
+    rows: dict[str, Row] = {}
+    base = _of(_samples(SMOKE[0]), "wildcat", ratio)
+    for run in SMOKE:
+        manifest, samples = Folder(run).manifest, _samples(run)
+        for method in manifest["methods"]:
+            if method not in rows:
+                own = _of(samples, method, None if method == "exact" else ratio)
+                rows[method] = (_named(method), _held(method, ratio, own, samples), *_cells(manifest, own, base))
     header = ("method", "bytes", "needle", "found", "drift", "error", "RULER found", "RULER")
-    return _table(header, rows, words=1)
+    return _table(header, list(rows.values()), words=1)
+
+
+def _named(method: str) -> str:
+    name, *rest = method.split(",", 1)
+    return "exact cache" if method == "exact" else f"`{name}`{''.join(f',{more}' for more in rest)}"
+
+
+def _cells(manifest: dict[str, Any], own: Sequence[Sample], base: Sequence[Sample]) -> list[str]:
+    """Write the scores of a method, each with its verdict."""
+    cells = []
+    for task, metric, digits in _COLUMNS:
+        mine, theirs = (_scores(samples, task, metric) for samples in (own, base))
+        mark = ""
+        if own[0]["method"] != "wildcat":
+            mark = f" {_verdict(mine, theirs, manifest['metrics'][task][metric]['higher_is_better'])}"
+        cells.append(f"{statistics.fmean(mine.values()):.{digits}f}{mark}")
+    return cells
+
+
+def _held(method: str, ratio: float, own: Sequence[Sample], samples: Sequence[Sample]) -> str:
+    """Write the share of the bytes: of the samples, or of a text of the same length where a run has none."""
+    if method == "exact":
+        return "100 %"
+    if any(sample.get("memory_bytes") for sample in own):
+        return f"{100 * _share(own, samples):.0f} %"
+    share = json.loads(HELD.read_text(encoding="utf-8"))["caches"][f"{method}, {ratio}"]["share"]
+    return f"{100 * share:.0f} %"
 
 
 def _verdict(mine: dict[int, float], theirs: dict[int, float], higher_is_better: bool) -> str:
@@ -187,8 +211,8 @@ def _scores(samples: Sequence[Sample], task: str, metric: str) -> dict[int, floa
 
 def _share(own: Sequence[Sample], samples: Sequence[Sample]) -> float:
     """Divide the bytes of a cell by the exact cache's on the same samples."""
-    exact = {(sample["task"], sample["sample"]): sample["memory_bytes"] for sample in _of(samples, "exact", None)}
-    held = [sample for sample in own if sample["memory_bytes"] is not None]
+    exact = {(sample["task"], sample["sample"]): sample.get("memory_bytes") for sample in _of(samples, "exact", None)}
+    held = [sample for sample in own if sample.get("memory_bytes") is not None]
     whole = sum(exact[sample["task"], sample["sample"]] for sample in held)
     return sum(sample["memory_bytes"] for sample in held) / whole
 
