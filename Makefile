@@ -28,7 +28,7 @@ lint: $(READY)
 
 # The pages of docs/ with the reference of the API, in build/site; docs/figures.py draws their figures anew.
 docs: $(READY)
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # What the README shows of accuracy: all methods on the default model.
 smoke: $(READY)

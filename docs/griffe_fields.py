@@ -5,14 +5,14 @@ from __future__ import annotations
 import ast
 from typing import Any
 
-from griffe import Expr, ExprCall, ExprKeyword, Extension
+from griffe import Expr, ExprCall, ExprKeyword, Extension, Function, Parameter, ParameterKind, Parameters
 
 # The section goes in front of the first of these.
 _LATER = ("Raises:", "Example:")
 
 
 class Fields(Extension):
-    """Adds an "Args:" section to each class that describes its fields by `Field(description=...)`."""
+    """Adds fields described by `Field(description=...)` to a class: its "Args:" section, and its signature."""
 
     def on_class(self, *, cls: Any, **kwargs: Any) -> None:
         """Describe the fields of a class that was read."""
@@ -20,7 +20,28 @@ class Fields(Extension):
             return
         values = {name: attribute.value for name, attribute in cls.attributes.items() if not attribute.is_alias}
         fields = {name: line for name, value in values.items() if (line := describe(name, value)) is not None}
-        cls.docstring.value = with_args(cls.docstring.value, fields)
+        if fields:
+            cls.docstring.value = with_args(cls.docstring.value, fields)
+            cls.set_member("__init__", constructor({name: values[name] for name in fields}))
+
+
+def constructor(fields: dict[str, Any]) -> Function:
+    """Build the constructor that pydantic gives a class: each field a keyword.
+
+    Args:
+        fields: call of `Field` by the field's name.
+    """
+    keywords = [
+        Parameter(name, kind=ParameterKind.keyword_only, default=default_of(call)) for name, call in fields.items()
+    ]
+    own = Parameter("self", kind=ParameterKind.positional_or_keyword)
+    return Function("__init__", parameters=Parameters(own, *keywords))
+
+
+def default_of(call: ExprCall) -> str | None:
+    """Find the default in a call of `Field`, its only argument without a keyword; None for a field without one."""
+    given = [str(each) for each in call.arguments if isinstance(each, (Expr, str)) and type(each) is not ExprKeyword]
+    return given[0] if given else None
 
 
 def describe(name: str, value: Any) -> str | None:
@@ -36,8 +57,8 @@ def describe(name: str, value: Any) -> str | None:
     if "description" not in named:
         return None
     text = ast.literal_eval(str(named["description"])).removeprefix(f"{name} is ").removeprefix(f"{name} are ")
-    default = [str(each) for each in value.arguments if isinstance(each, (Expr, str)) and type(each) is not ExprKeyword]
-    return f"{text}. Default: `{default[0]}`." if default else f"{text}."
+    default = default_of(value)
+    return f"{text}. Default: `{default}`." if default else f"{text}."
 
 
 def with_args(text: str, fields: dict[str, str]) -> str:

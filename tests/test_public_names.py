@@ -1,6 +1,7 @@
 """The package's public names are imported when they are asked for."""
 
 import ast
+import re
 import subprocess
 import sys
 from importlib import import_module
@@ -39,3 +40,12 @@ def test_the_package_is_imported_without_torch():
         "wildcat_kv.compressors.SnapKV; wildcat_kv.WildCatCache; assert 'torch' in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_every_public_name_is_in_the_reference():
+    pages = [Path("docs") / f"{page}.md" for page in ("api", "api-methods")]
+    text = "\n".join((Path(wildcat_kv.__file__).parents[1] / page).read_text(encoding="utf-8") for page in pages)
+    shown = set(re.findall(r"^::: wildcat_kv\.(\w+)$", text, flags=re.MULTILINE))
+    other_names = {"CompressedCache"}  # of a class that is shown
+    assert shown | other_names == set(wildcat_kv.__all__)
+    assert all(f"`{name}`" in text for name in other_names)
