@@ -23,7 +23,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from docs import attention_pictures, coreset_example, kept_tokens, questions_picture, travel_picture
+from docs import attention_pictures, coreset_example, first_figure, kept_tokens, questions_picture, travel_picture
 from eval.attention.views import side_by_side, view_path
 from eval.frontier import frontier_points
 from eval.frontier_plot import frontier_plot
@@ -67,6 +67,7 @@ def main() -> None:
     parser.add_argument("--png", type=Path, metavar="DIR", help="write PNG files as well, to this folder")
     folder = parser.parse_args().png
     figures: dict[str, Callable[[], Figure]] = {
+        "answers": first_figure.first_figure,
         "methods": methods,
         "exact-layers": exact_layers,
         "memory": memory,
@@ -88,7 +89,7 @@ def main() -> None:
         for name, make in figures.items():
             figure = make()
             path = _HERE / "images" / f"{name}.svg"
-            save(figure, path, small=name.startswith(("frontier", "coreset")))
+            save(figure, path, small=name.startswith(("answers", "coreset", "frontier")))
             print(path)
             if folder is not None:
                 folder.mkdir(parents=True, exist_ok=True)
