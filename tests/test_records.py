@@ -23,7 +23,7 @@ PAGES += [f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md"))]
 PATH = re.compile(r"(?<![\w-])(?<!eval/)(?<!benchmarks/)results/[\w.*/-]*[\w*]")
 NAME = re.compile(r"`([a-z]\w*\*?)`")
 COMMAND = re.compile(
-    r"python -m (?:eval|benchmarks|docs|tests)\b|python docs/\w+\.py|(?:`|^ {4})make [a-z]+|configs/\w+/[\w*]+\.yaml",
+    r"python -m (?:eval|benchmarks|docs|tests)\b|python docs/\w+\.py|wildcat-kv (?:size|export)\b|(?:`|^ {4})make [a-z]+|configs/\w+/[\w*]+\.yaml",
     re.M,
 )
 FIGURE = re.compile(r"!\[[^\]]*\]\(([^)]+)\)")
