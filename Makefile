@@ -12,7 +12,7 @@ CACHE_TESTS := $(addprefix tests/,attention cache compressors contexts coreset h
 
 .PHONY: demo test lint docs smoke ruler bench test-oldest test-latest test-vllm nightly test-upstream parity clean
 
-# What users install, and no more.
+# What users install to try it, and no more.
 demo: $(BASE)
 	$(BIN)/wildcat-kv demo
 
@@ -47,7 +47,7 @@ $(BASE): pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) torch
-	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable .
+	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[demo]'
 	touch $(BASE)
 
 $(READY): $(BASE)
@@ -81,7 +81,7 @@ test-vllm: .venv-vllm/.ready
 	$(PYTHON) -m venv .venv-vllm
 	.venv-vllm/bin/python -m pip install --quiet --upgrade pip
 	.venv-vllm/bin/python -m pip install --quiet $$(grep '^torch==' $(CONSTRAINTS))
-	.venv-vllm/bin/python -m pip install --quiet $(VLLM) pytest hypothesis --editable .
+	.venv-vllm/bin/python -m pip install --quiet $(VLLM) pytest hypothesis --editable '.[demo]'
 	.venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	touch $@
 
