@@ -39,8 +39,8 @@ dist: .venv-dist/.ready
 	.venv-dist/bin/python -I -m twine check --strict dist/*
 	.venv-dist/bin/python tests/installed/contents.py dist
 	$(PYTHON) -m venv .venv-installed
-	.venv-installed/bin/python -I -m pip install --quiet --no-compile $(TORCH)
-	.venv-installed/bin/python -I -m pip install --quiet --no-compile --constraint $(CONSTRAINTS) dist/*.whl
+	.venv-installed/bin/python -I -m pip install --quiet $(TORCH)
+	.venv-installed/bin/python -I -m pip install --quiet --constraint $(CONSTRAINTS) dist/*.whl
 	.venv-installed/bin/python -I tests/installed/smoke.py
 
 .venv-dist/.ready:
