@@ -299,11 +299,15 @@ def serve(
 
 def custom_generate(
     folder: Annotated[Path, typer.Argument(help="Folder to write; may be a model's.")],
+    install_from: Annotated[
+        str | None,
+        typer.Option(help="Wheel of this package, which is copied into the folder, or a URL such as git+https://..."),
+    ] = None,
 ) -> None:
     """Write a folder for generate(custom_generate=FOLDER, trust_remote_code=True), ready to be pushed to the Hub."""
     from wildcat_kv.integrations.hub_folder import write_folder
 
-    for path in write_folder(folder):
+    for path in write_folder(folder, install_from):
         print(path)
 
 
