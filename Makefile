@@ -8,11 +8,12 @@ BASE := $(VENV)/.base
 READY := $(VENV)/.ready
 OLDEST := 5.17.0
 REFERENCE := kvpress==0.5.5 transformers==5.2.0
+DIST_TOOLS := build==1.6.1 twine==7.0.0
 CACHE_TESTS := $(addprefix tests/,attention cache compressors contexts coreset hook integrations models recipes)
 
-.PHONY: demo test lint docs smoke ruler bench test-oldest test-latest test-vllm nightly test-upstream parity clean
+.PHONY: demo test lint docs dist smoke ruler bench test-oldest test-latest test-vllm nightly test-upstream parity clean
 
-# What users install, and no more.
+# What users install to try it, and no more.
 demo: $(BASE)
 	$(BIN)/wildcat-kv demo
 
@@ -29,6 +30,23 @@ lint: $(READY)
 # The pages of docs/ with the reference of the API, in build/site; docs/figures.py draws their figures anew.
 docs: $(READY)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+# Sdist and wheel in dist/. The wheel is built out of the sdist, held against the repository, installed where nothing else
+# is, and tried there. -I keeps the checkout out of sight.
+dist: .venv-dist/.ready
+	rm -rf dist .venv-installed
+	.venv-dist/bin/python -I -m build --outdir dist . > /dev/null
+	.venv-dist/bin/python -I -m twine check --strict dist/*
+	.venv-dist/bin/python tests/installed/contents.py dist
+	$(PYTHON) -m venv .venv-installed
+	.venv-installed/bin/python -I -m pip install --quiet $(TORCH)
+	.venv-installed/bin/python -I -m pip install --quiet --constraint $(CONSTRAINTS) dist/*.whl
+	.venv-installed/bin/python -I tests/installed/smoke.py
+
+.venv-dist/.ready:
+	$(PYTHON) -m venv .venv-dist
+	.venv-dist/bin/python -I -m pip install --quiet $(DIST_TOOLS)
+	touch $@
 
 # What the README shows of accuracy: all methods on the default model.
 smoke: $(READY)
@@ -47,7 +65,7 @@ $(BASE): pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) torch
-	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable .
+	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[demo]'
 	touch $(BASE)
 
 $(READY): $(BASE)
@@ -81,7 +99,7 @@ test-vllm: .venv-vllm/.ready
 	$(PYTHON) -m venv .venv-vllm
 	.venv-vllm/bin/python -m pip install --quiet --upgrade pip
 	.venv-vllm/bin/python -m pip install --quiet $$(grep '^torch==' $(CONSTRAINTS))
-	.venv-vllm/bin/python -m pip install --quiet $(VLLM) pytest hypothesis --editable .
+	.venv-vllm/bin/python -m pip install --quiet $(VLLM) pytest hypothesis --editable '.[demo]'
 	.venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	touch $@
 
@@ -110,4 +128,4 @@ parity: $(READY) .venv-parity/.ready
 	touch $@
 
 clean:
-	rm -rf .venv .venv-oldest .venv-latest .venv-parity .venv-vllm build *.egg-info
+	rm -rf .venv .venv-oldest .venv-latest .venv-parity .venv-vllm .venv-dist .venv-installed build dist *.egg-info

@@ -45,7 +45,7 @@ __all__ = [
     "wildcat_generate",
 ]
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # Each public name and its module, imported at first use: torch and Transformers take seconds (PEP 562).
 _MODULES = {

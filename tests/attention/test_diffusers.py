@@ -10,7 +10,7 @@ import torch
 from wildcat_kv.attention import Exact, Plan, Uniform, WildCatAttention, calibrate, compare_outputs
 from wildcat_kv.attention.diffusers import Processor, attention_layers, disable, enable, use
 
-diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed: pip install '.[diffusers]'")
+diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed: pip install '.[attention]'")
 processors = pytest.importorskip("diffusers.models.attention_processor")
 
 

@@ -273,16 +273,6 @@ def test_the_wing_names_them_and_imports_transformers_for_them_alone():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_without_diffusers_its_models_are_refused_in_a_sentence():
-    code = (
-        "import sys, torch; sys.modules['diffusers'] = None; from wildcat_kv.attention import Exact, diffusers\n"
-        "try: diffusers.enable(torch.nn.Linear(2, 2), Exact())\n"
-        "except ImportError as error: assert \"pip install 'wildcat-kv[diffusers]'\" in str(error)\n"
-        "else: raise AssertionError"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True)
-
-
 def test_an_enabled_model_can_be_compiled():
     model, inputs = VIT.build(), VIT.inputs(False)
     with torch.no_grad(), use(model, Uniform(rank=4)):

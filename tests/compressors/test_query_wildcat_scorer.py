@@ -108,6 +108,18 @@ def test_later_folds_score_new_tokens_by_their_positions_and_leave_slots_to_the_
     torch.testing.assert_close(features[:, :, :1, :16], unrotated, rtol=1e-4, atol=1e-5)
 
 
+def test_items_without_queries_keep_their_recall():
+    """Those of tokens that were quantised under a budget in bytes, when a question fills it."""
+    config = two_layers()
+    [block, *_], _, _ = blocks_of(config, [60], ratio=0.5)
+    recall, weights = torch.rand(1, 2, block.items), scorer_of(config).layer(0)
+    behind = block.keys.shape[2] - block.first - block.items
+    assert behind == SIZES["window"]
+    for count in (behind, 3):
+        short = replace(block, queries=block.queries[:, :, -count:])
+        assert torch.equal(fitted_scores(short, recall, weights), recall), count
+
+
 def test_padding_stays_out():
     config = two_layers()
     [block, *_], _, _ = blocks_of(config, [60], ratio=0.5)

@@ -243,6 +243,35 @@ def test_a_folder_holds_what_the_hub_wants(tmp_path):
     assert {path for path in (tmp_path / "new").rglob("*") if path.is_file()} == set(paths)
 
 
+def installing(folder):
+    """The lines of a folder's files that say how the package is installed."""
+    readme, requirements = (folder / name for name in ("README.md", "custom_generate/requirements.txt"))
+    (line,) = (line.strip() for line in readme.read_text().splitlines() if line.startswith("    "))
+    comment, package = requirements.read_text().splitlines()
+    assert comment.startswith("# ") and comment.endswith(f": {line}") and "$" not in readme.read_text()
+    assert package == "wildcat-kv"  # Transformers understands no more than a name and a version
+    return line
+
+
+def test_a_folder_says_how_the_package_is_installed(tmp_path):
+    write_folder(tmp_path / "plain")
+    assert installing(tmp_path / "plain") == "pip install ."
+    write_folder(tmp_path / "url", "git+https://example.org/wildcat_kv")
+    assert installing(tmp_path / "url") == "pip install 'wildcat-kv @ git+https://example.org/wildcat_kv'"
+    wheel = tmp_path / "wildcat_kv-9.9-py3-none-any.whl"
+    wheel.write_bytes(b"a wheel")
+    write_folder(tmp_path / "wheel", wheel)
+    assert installing(tmp_path / "wheel") == f"pip install {wheel.name}"
+    assert (tmp_path / "wheel" / wheel.name).read_bytes() == b"a wheel"
+
+
+@pytest.mark.parametrize("source", ["nowhere.whl", "dist", "wildcat_kv"])
+def test_what_is_no_wheel_is_refused_before_anything_is_written(tmp_path, source):
+    with pytest.raises(ValueError, match=f"install_from='{source}' is no wheel of wildcat-kv; give the one"):
+        write_folder(tmp_path / "folder", source)
+    assert not (tmp_path / "folder").exists()
+
+
 def test_a_folder_that_has_custom_generation_is_left_alone(tmp_path):
     path = tmp_path / "custom_generate" / "generate.py"
     path.parent.mkdir()

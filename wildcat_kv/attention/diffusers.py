@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from wildcat_kv.attention.base import Attention
 from wildcat_kv.attention.layers import check_able, methods_by_layer
 from wildcat_kv.attention.masks import key_padding
+from wildcat_kv.extras import import_extra
 
 # diffusers marks padding by a bias of -10000 on the scores, in bfloat16 -9984.
 _PADDING_BIAS = -9984.0
@@ -143,7 +144,7 @@ def enable(
         The names of the replaced layers, in order.
 
     Raises:
-        ImportError: diffusers is not installed.
+        MissingExtraError: diffusers is not installed.
         TypeError: the method is no `Attention`.
         ValueError: a model without such layers, an unknown layer or one that cannot be replaced, or a model that is
             enabled already. The model is left as it was.
@@ -201,11 +202,7 @@ def attention_layers(model: nn.Module) -> dict[str, Any]:
 
 
 def _library() -> ModuleType:
-    try:
-        from diffusers.models import attention_processor
-    except ImportError as error:
-        raise ImportError(f"{error}; install what diffusion models need: pip install 'wildcat-kv[diffusers]'") from None
-    return attention_processor
+    return import_extra("diffusers.models.attention_processor", "attention")
 
 
 def _obstacle(module: Any) -> str | None:

@@ -11,6 +11,7 @@ import typer
 
 from wildcat_kv import __version__
 from wildcat_kv.cli import commands
+from wildcat_kv.extras import MissingExtraError
 
 _NAME = "wildcat-kv"
 
@@ -81,7 +82,7 @@ def run_app(app: typer.Typer, name: str) -> None:
         sys.exit(app(standalone_mode=False))
     except (typer.Abort, KeyboardInterrupt):
         sys.exit(130)
-    except (ValueError, RuntimeError, OSError) as error:
+    except (ValueError, RuntimeError, OSError, MissingExtraError) as error:
         message = str(error)
     except Exception as error:
         if not hasattr(error, "format_message"):  # typer's errors of usage, or click's with an older typer

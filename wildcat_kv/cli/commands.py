@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from wildcat_kv.cli import options
+from wildcat_kv.extras import import_extra
 from wildcat_kv.files import read_text
 
 _ChunkOption = Annotated[int | None, typer.Option(help="Tokens to read at once, where memory is short.")]
@@ -102,6 +103,7 @@ def chat(
     seed: options.SeedOption = None,
 ) -> None:
     """Talk about a document that was read once and compressed."""
+    import_extra("prompt_toolkit", "chat")
     if context is None:
         raise ValueError("context is missing; give the document to talk about, such as --context report.txt")
     if context.suffix != ".safetensors":
@@ -337,11 +339,15 @@ def serve(
 
 def custom_generate(
     folder: Annotated[Path, typer.Argument(help="Folder to write; may be a model's.")],
+    install_from: Annotated[
+        str | None,
+        typer.Option(help="Wheel of this package, which is copied into the folder, or a URL such as git+https://..."),
+    ] = None,
 ) -> None:
     """Write a folder for generate(custom_generate=FOLDER, trust_remote_code=True), ready to be pushed to the Hub."""
     from wildcat_kv.integrations.hub_folder import write_folder
 
-    for path in write_folder(folder):
+    for path in write_folder(folder, install_from):
         print(path)
 
 
@@ -350,16 +356,11 @@ def lm_eval(context: typer.Context) -> None:
 
     All arguments are lm-eval's.
     """
-    try:
-        from lm_eval.__main__ import cli_evaluate
+    run = import_extra("lm_eval.__main__", "eval").cli_evaluate
+    import wildcat_kv.lm_eval.model  # noqa: F401  # registers itself
 
-        import wildcat_kv.lm_eval.model  # noqa: F401  # registers itself
-    except ImportError as error:
-        raise ValueError(
-            f"{error}; install what evaluations need, in the source folder: pip install '.[eval]'"
-        ) from None
     sys.argv = ["lm-eval", *context.args]
-    cli_evaluate()
+    run()
 
 
 def _fields(

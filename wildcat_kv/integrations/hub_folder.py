@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
+from string import Template
 from typing import Any, TypeVar
 
 from torch import Tensor
@@ -24,7 +25,7 @@ from wildcat_kv.recipes.recipe import chooses_a_cache
 _FIELDS = (*(name for name in WildCatConfig.model_fields if name != "temperature"), DROPPED)
 _ARGUMENTS = ("settings", "preset", "compressor", *_FIELDS)
 
-# What `write_folder` writes: copies of the files in hub-folder-files/.
+# What `write_folder` writes: the files in hub-folder-files/, with the line that installs the package.
 _TEMPLATES = files("wildcat_kv.integrations") / "hub-folder-files"
 _README = "README.md"
 _NAMES = ("custom_generate/generate.py", "custom_generate/requirements.txt", _README)
@@ -135,28 +136,53 @@ def generate(*inputs: Any, model: Any, **arguments: Any) -> Any:
     return type(model).generate(model, *inputs, **{CACHE: cache}, **given)
 
 
-def write_folder(folder: str | Path) -> list[Path]:
+def write_folder(folder: str | Path, install_from: str | Path | None = None) -> list[Path]:
     """Write a folder for `generate(custom_generate=folder, trust_remote_code=True)`.
 
     Args:
         folder: the folder, made if it is not there; may hold a model, whose README stays.
+        install_from: wheel of the package, which is copied into the folder, or a URL that pip takes, such as
+            "git+https://..."; the folder's files say so. None where readers know the repository: the package is on no
+            index.
 
     Returns:
         The files written. They can be pushed to the Hub.
 
     Raises:
-        ValueError: a folder that has custom generation already, or a file in its place.
+        ValueError: a folder that has custom generation already, a file in its place, or no wheel of the package.
         OSError: a file that cannot be written.
     """
     folder = Path(folder)
+    wheel, where, install = _installation(install_from)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"folder={str(folder)!r} is a file; name a folder")
     there = [name for name in _NAMES if (folder / name).exists()]
     if there and there != [_README]:
         raise ValueError(f"folder={str(folder)!r} has {there[0]} already; name another folder, or remove the file")
-    written = [folder / name for name in _NAMES if name not in there]
-    for path in written:
+    contents = {}
+    for name in _NAMES:
+        if name not in there:
+            text = Template(_TEMPLATES.joinpath(name).read_text(encoding="utf-8"))
+            contents[folder / name] = text.substitute(where=where, install=install).encode()
+    if wheel is not None:
+        contents[folder / wheel.name] = wheel.read_bytes()
+    for path, content in contents.items():
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as partial:
-            partial.write_bytes(_TEMPLATES.joinpath(path.relative_to(folder)).read_bytes())
-    return written
+            partial.write_bytes(content)
+    return [*contents]
+
+
+def _installation(source: str | Path | None) -> tuple[Path | None, str, str]:
+    """Give the wheel to copy, if any, and where which command installs the package."""
+    if source is None:
+        return None, "It is on no package index. In a clone of its repository", "pip install ."
+    if "://" in str(source):
+        return None, "Install it", f"pip install 'wildcat-kv @ {source}'"
+    wheel = Path(source)
+    if not (wheel.is_file() and wheel.name.startswith("wildcat_kv-") and wheel.suffix == ".whl"):
+        raise ValueError(
+            f"install_from={str(source)!r} is no wheel of wildcat-kv; give the one that `make dist` builds, or a URL "
+            "that pip takes, such as git+https://..."
+        )
+    return wheel, "Its wheel is in this folder. In the folder", f"pip install {wheel.name}"

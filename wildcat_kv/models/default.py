@@ -36,6 +36,7 @@ def default_model(
     Raises:
         DownloadError: the model is not in the cache and could not be fetched.
         ModelError: the model could not be converted, or loads wrong even after a new conversion.
+        MissingExtraError: the model is not in the cache, and the extra `demo` is not installed.
     """
     model, tokenizer = SMOLLM2.load(dtype, device_map)
     return _placed(model, None if device_map else device), tokenizer

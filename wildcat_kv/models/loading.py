@@ -21,6 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from wildcat_kv.data.downloads import progress
+from wildcat_kv.extras import MissingExtraError, import_extra
 
 # Raised where a model is not on the hub, or needs a permission.
 _NOT_FOUND = (RepositoryNotFoundError, RevisionNotFoundError)
@@ -145,6 +146,8 @@ def guarded(source: str, advice: str, load: Callable[[], _T]) -> _T:
     # Damaged files fail deep inside with almost any exception type (struct.error, ValueError, ...).
     try:
         return load()
+    except MissingExtraError:
+        raise
     except Exception as error:
         raise ModelError(f"{source}: cannot be loaded ({first_line(error)}); {advice}") from error
 
@@ -177,6 +180,7 @@ def quiet() -> Iterator[None]:
 
 def from_gguf(path: Path, dtype: torch.dtype, device_map: str | None = None) -> tuple[Any, Any]:
     """Load a GGUF file, dequantised; raises whatever Transformers raises."""
+    import_extra("gguf", "demo")
     extra: dict[str, Any] = {}
     # Releases that know GgufConfig keep the weights packed unless told otherwise; older ones never do.
     if hasattr(transformers, "GgufConfig"):

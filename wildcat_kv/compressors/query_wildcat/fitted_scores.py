@@ -101,7 +101,8 @@ def _items(block: KVBlock, recall: Tensor) -> _Items:
     first = min(end, max(block.first, n - min(block.exact, block.queries.shape[2])))
     behind, length, before = n - first, end - first, first - block.first
     keys, values = (tensor.narrow(2, first, length).to(torch.float32) for tensor in (block.keys, block.values))
-    queries = block.queries.narrow(2, block.queries.shape[2] - behind, length).unflatten(1, (keys.shape[1], -1))
+    start = max(0, block.queries.shape[2] - behind)  # with fewer queries than tokens behind the items, length is 0
+    queries = block.queries.narrow(2, start, length).unflatten(1, (keys.shape[1], -1))
     # A rotation is linear: the mean is turned back, not every query.
     mean = queries[:, :, 0].to(torch.float32, copy=True)
     for query in queries.unbind(2)[1:]:

@@ -7,6 +7,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from wildcat_kv.extras import import_extra
 from wildcat_kv.integrations.vllm.contexts import ContextFolder
 from wildcat_kv.integrations.vllm.export import BLOCK
 from wildcat_kv.integrations.vllm.identity import ServedModel
@@ -67,13 +68,10 @@ def serve(model: str, contexts: Path, *, weighted: bool = True, more: Sequence[s
         more: further arguments of `vllm serve`.
 
     Raises:
-        ValueError: no vLLM or another version, no such folder, or a model that cannot be served. Nothing is started.
+        MissingExtraError: no vLLM.
+        ValueError: another version of it, no such folder, or a model that cannot be served. Nothing is started.
     """
-    try:
-        import vllm
-    except ImportError as error:
-        raise ValueError(f"{error}; install it: pip install 'wildcat-kv[vllm]'") from None
-    check_version(vllm.__version__)
+    check_version(import_extra("vllm", "vllm").__version__)
     from_wheels = None if Path(model).exists() else shipped(model)
     if from_wheels is not None:
         model = str(from_wheels.path())
