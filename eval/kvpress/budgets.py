@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from statistics import mean
 from typing import Any
 
 EXACT, QUANTISED, QUARTER, DEFAULT, TENTH = "exact", "all tokens", "unquantised quarter", "default", "bytes_9"
@@ -74,29 +73,20 @@ TITLES = {
 }
 
 
-def shares(records: Iterable[Mapping[str, Any]]) -> dict[str, float]:
-    """Compute the mean share of the exact cache's bytes that each cell of ours takes, by its name."""
-    held: dict[str, dict[Any, int]] = {}
-    for record in records:
-        place = record["task"], record["sample"]
-        held.setdefault(record["method"], {})[place] = record["memory_bytes"]
-    exact = held[EXACT]
-    return {
-        cell.name: mean(count / exact[place] for place, count in held[cell.name].items())
-        for cell in OURS
-        if cell.name in held
-    }
+def jobs(held: Mapping[str, int], cells: Sequence[Theirs] = THEIRS) -> list[dict[str, Any]]:
+    """Describe cells of theirs for their environment, with the share of the bytes that each is to keep.
 
-
-def jobs(found: Mapping[str, float], cells: Sequence[Theirs] = THEIRS) -> list[dict[str, Any]]:
-    """Describe cells of theirs for their environment, with the share of the bytes that each is to keep."""
+    Args:
+        held: bytes of each cell of ours on the text, by name.
+        cells: cells of theirs.
+    """
     leading = {cell.budget: cell.name for cell in reversed(OURS)}
     return [
         {
             "name": cell.name,
             "press": cell.press,
             "bits": cell.bits,
-            "share": None if cell.press is None else found[leading[cell.budget]],
+            "share": None if cell.press is None else held[leading[cell.budget]] / held[EXACT],
         }
         for cell in cells
     ]

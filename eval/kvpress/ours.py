@@ -24,8 +24,6 @@ def measure(model: Any, tokenizer: Any, text: Text) -> Iterator[dict[str, Any]]:
         cache, counted = _compressed(model, tokenizer, text, cell)
         seconds = time.process_time() - started
         yield {
-            "task": text.task,
-            "sample": text.sample,
             "cell": cell.name,
             "answers": [_score(model, cache, text, question) for question in text.questions],
             "seconds": seconds,

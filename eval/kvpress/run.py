@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
@@ -13,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from typing_extensions import Self
 
-from eval.kvpress.budgets import NAMES, OURS, THEIRS, Ours, Theirs, jobs, shares
-from eval.kvpress.ours import measure as measure_ours
+from eval.kvpress.budgets import NAMES, jobs
+from eval.kvpress.ours import measure
 from eval.kvpress.table import summary
-from eval.kvpress.texts import Text, make_texts, write_texts
+from eval.kvpress.texts import Text, make_texts
 from eval.machine import commit, machine, versions
 from eval.progress import progress
 from eval.records import Folder
@@ -28,7 +28,6 @@ from wildcat_kv.models.shipped import SMOLLM2, shipped
 
 _HERE = Path(__file__).parents[2]
 _TELL = "import json, platform, importlib.metadata as m; print(json.dumps({'python': platform.python_version(), **{n: m.version(n) for n in ('kvpress', 'transformers', 'torch', 'optimum-quanto')}}))"  # noqa: E501
-Place = tuple[str, int]
 
 
 @dataclass(frozen=True)
@@ -70,41 +69,38 @@ def run(plan: Plan, output: Path, *, command: str, resume: bool) -> None:
     manifest = _manifest(plan, command, model, theirs)
     folder.compare(manifest)
     folder.begin(manifest)
-    hashes = {(text.task, text.sample): text.prompt_hash for text in texts}
-    with progress(len(texts) * len(NAMES), show=True) as shown:
-
-        def missing(cells: Sequence[Ours | Theirs]) -> list[Text]:
-            done = whole(folder.records(), [cell.name for cell in cells])
-            left = [text for text in texts if (text.task, text.sample) not in done]
-            shown.skip((len(texts) - len(left)) * len(cells))
-            return left
-
-        def write(side: str, source: Iterable[dict[str, Any]]) -> None:
-            for found in source:
-                folder.append(record_of(found, side, hashes[found["task"], found["sample"]]))
-                shown.advance(found["task"], f"{side}, {found['cell']}")
-
-        write("wildcat_kv", _ours(model, tokenizer, missing(OURS)))
-        write("kvpress", _theirs(plan, missing(THEIRS), jobs(shares(folder.records()))))
+    done = whole(folder.records())
+    left = [text for text in texts if (text.task, text.sample) not in done]
+    with progress(len(texts) * len(NAMES), show=True) as shown, Reference(plan) as reference:
+        shown.skip((len(texts) - len(left)) * len(NAMES))
+        for text in left:
+            held = {}
+            for found in measure(model, tokenizer, text):
+                folder.append(record_of(text, found, "wildcat_kv"))
+                held[found["cell"]] = found["memory_bytes"]
+                shown.advance(text.task, f"wildcat_kv, {found['cell']}")
+            for found in reference.measure(text, jobs(held)):
+                folder.append(record_of(text, found, "kvpress"))
+                shown.advance(text.task, f"kvpress, {found['cell']}")
     folder.merge((text.task, text.sample, name, None, None) for text in texts for name in NAMES)
     finished = folder.finish(_now())
     with replacing(output / SUMMARY) as new:
         new.write_text(summary(finished, folder.records()), encoding="utf-8")
 
 
-def record_of(found: Mapping[str, Any], side: str, prompt_hash: str) -> dict[str, Any]:
+def record_of(text: Text, found: Mapping[str, Any], side: str) -> dict[str, Any]:
     """Make the record of one cell on one text, as the evaluation's records are."""
     answers = found["answers"]
     return {
-        "task": found["task"],
-        "sample": found["sample"],
+        "task": text.task,
+        "sample": text.sample,
         "method": found["cell"],
         "side": side,
         "ratio": None,
         "max_tokens": None,
         "dropped": found.get("dropped"),
         "protocol": "context-only",
-        "prompt_hash": prompt_hash,
+        "prompt_hash": text.prompt_hash,
         "scores": {
             "nll": sum(each["nll"] for each in answers) / len(answers),
             "exact_match": sum(each["found"] for each in answers) / len(answers),
@@ -117,50 +113,65 @@ def record_of(found: Mapping[str, Any], side: str, prompt_hash: str) -> dict[str
     }
 
 
-def whole(records: Iterable[Mapping[str, Any]], cells: Sequence[str]) -> set[Place]:
-    """List the texts on which all of these cells were measured."""
-    found: dict[Place, set[str]] = {}
+def whole(records: Iterable[Mapping[str, Any]]) -> set[tuple[str, int]]:
+    """List the texts on which all cells of both sides were measured."""
+    found: dict[tuple[str, int], set[str]] = {}
     for record in records:
         found.setdefault((record["task"], record["sample"]), set()).add(record["method"])
-    return {place for place, names in found.items() if names >= set(cells)}
+    return {place for place, names in found.items() if names >= set(NAMES)}
 
 
-def _ours(model: Any, tokenizer: Any, texts: Sequence[Text]) -> Iterator[dict[str, Any]]:
-    for text in texts:
-        yield from measure_ours(model, tokenizer, text)
+class Reference:
+    """kvpress in a process of its environment, which gets a text a line and answers with a line a cell.
 
-
-def _theirs(plan: Plan, texts: Sequence[Text], cells: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Yield what the other side measures, as it comes."""
-    if not texts:
-        return
-    with tempfile.TemporaryDirectory() as temporary:
-        job, lines = Path(temporary) / "job.json", Path(temporary) / "texts.jsonl"
-        write_texts(lines, texts)
-        description = {
-            "model": str(model_folder(plan.model)),
-            "dtype": plan.dtype,
-            "threads": plan.threads,
-            "texts": str(lines),
-            "cells": cells,
-        }
-        job.write_text(json.dumps(description), encoding="utf-8")
-        yield from _lines_of([plan.reference, "-m", "eval.kvpress.theirs", job], plan.threads)
-
-
-def _lines_of(command: Sequence[Any], threads: int) -> Iterator[dict[str, Any]]:
-    """Run a command in the checkout, and read a JSON line at a time from it.
-
-    Raises:
-        RuntimeError: it failed.
+    Args:
+        plan: plan of the comparison.
     """
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(_HERE)}
-    with subprocess.Popen(command, cwd=_HERE, env=environment, stdout=subprocess.PIPE, text=True) as child:
-        assert child.stdout is not None
-        for line in child.stdout:
+
+    def __init__(self, plan: Plan) -> None:
+        setting = {"model": str(model_folder(plan.model)), "dtype": plan.dtype, "threads": plan.threads}
+        self._command = [str(plan.reference), "-m", "eval.kvpress.theirs", json.dumps(setting)]
+        self._threads = plan.threads
+
+    def __enter__(self) -> Self:
+        there = {"OMP_NUM_THREADS": str(self._threads), "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(_HERE)}
+        self._child = subprocess.Popen(
+            self._command,
+            cwd=_HERE,
+            env=os.environ | there,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            encoding="utf-8",
+        )
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._child.kill()
+        self._child.communicate()
+
+    def measure(self, text: Text, cells: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
+        """Measure cells on a text.
+
+        Raises:
+            RuntimeError: the process has ended; its own error is on standard error.
+        """
+        asked, answered = self._child.stdin, self._child.stdout
+        assert asked is not None and answered is not None
+        try:
+            asked.write(json.dumps({"text": asdict(text), "cells": cells}) + "\n")
+            asked.flush()
+        except BrokenPipeError:
+            raise self._ended() from None
+        for _ in cells:
+            if not (line := answered.readline()):
+                raise self._ended()
             yield json.loads(line)
-    if child.returncode:
-        raise RuntimeError(f"reference={str(command[0])!r} failed with status {child.returncode}; its error is above")
+
+    def _ended(self) -> RuntimeError:
+        return RuntimeError(
+            f"reference={self._command[0]!r} ended with status {self._child.wait()}; its error is above"
+        )
 
 
 def model_folder(model: str | None) -> Path:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import random
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, get_args
 
 import torch
@@ -83,12 +81,6 @@ def make_texts(tokenizer: Any, length: int, needles: int, lookups: int) -> list[
     made = [((number + 0.5) / needles, _needles(tokenizer, length, number)) for number in range(needles)]
     made += [((number + 0.5) / lookups, _lookups(tokenizer, length, number)) for number in range(lookups)]
     return [text for _, text in sorted(made, key=lambda place: place[0])]
-
-
-def write_texts(path: Path, texts: Iterable[Text]) -> None:
-    """Write a JSON line a text."""
-    lines = (json.dumps(asdict(text), ensure_ascii=False) + "\n" for text in texts)
-    path.write_text("".join(lines), encoding="utf-8")
 
 
 def _seed(number: int) -> int:

@@ -1,9 +1,7 @@
 """kvpress on the texts; runs in its environment, which has another Transformers, and knows no wildcat_kv.
 
-python -m eval.kvpress.theirs job.json
-
 Its own pipeline reads a text under a press and asks the questions. What differs is the last step: the right answer is
-scored instead of one being written. A line of JSON goes to standard output for each text and cell.
+scored instead of one being written. Texts come as JSON lines on standard input; a line a cell goes to standard output.
 """
 
 from __future__ import annotations
@@ -12,7 +10,6 @@ import json
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import kvpress  # type: ignore[import-not-found]
@@ -175,24 +172,22 @@ def measure(pipeline: ScoringPipeline, text: Mapping[str, Any], cells: Sequence[
         if press is None:
             without[bits] = found
         found["seconds"] += getattr(press, "spared", 0.0)
-        yield {"task": text["task"], "sample": text["sample"], "cell": cell["name"], "dropped": ratio, **found}
+        yield {"cell": cell["name"], "dropped": ratio, **found}
 
 
 @torch.no_grad()
-def main(job: Path) -> None:
-    """Measure every cell of a job on every text."""
+def main(setting: Mapping[str, Any]) -> None:
+    """Answer each line of standard input, a text and its cells, with a line a cell."""
     disable_progress_bar()
-    work = json.loads(job.read_text(encoding="utf-8"))
-    torch.set_num_threads(work["threads"])
-    dtype = getattr(torch, work["dtype"])
-    model = AutoModelForCausalLM.from_pretrained(work["model"], dtype=dtype, attn_implementation="sdpa")
-    pipeline = ScoringPipeline(model=model, tokenizer=AutoTokenizer.from_pretrained(work["model"]))
-    with Path(work["texts"]).open(encoding="utf-8") as lines:
-        texts = [json.loads(line) for line in lines]
-    for text in texts:
-        for record in measure(pipeline, text, work["cells"]):
-            print(json.dumps(record), flush=True)
+    torch.set_num_threads(setting["threads"])
+    dtype = getattr(torch, setting["dtype"])
+    model = AutoModelForCausalLM.from_pretrained(setting["model"], dtype=dtype, attn_implementation="sdpa")
+    pipeline = ScoringPipeline(model=model, tokenizer=AutoTokenizer.from_pretrained(setting["model"]))
+    for line in sys.stdin:
+        asked = json.loads(line)
+        for found in measure(pipeline, asked["text"], asked["cells"]):
+            print(json.dumps(found), flush=True)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(json.loads(sys.argv[1]))
