@@ -10,8 +10,9 @@ import torch
 from transformers import DynamicCache
 
 from eval.kvpress.budgets import OURS, Ours
-from eval.kvpress.scoring import copied, held_bytes, score
+from eval.kvpress.scoring import score
 from eval.kvpress.texts import Question, Text
+from eval.plain_caches import copied, held_bytes
 from wildcat_kv import compress_context
 from wildcat_kv.cache.sizes import stored_tokens
 from wildcat_kv.contexts.reading import read

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -16,7 +16,7 @@ from typing_extensions import Self
 
 from eval.kvpress.budgets import NAMES, jobs
 from eval.kvpress.ours import measure
-from eval.kvpress.table import summary
+from eval.kvpress.table import summary, whole
 from eval.kvpress.texts import Text, make_texts
 from eval.machine import commit, machine, versions
 from eval.progress import progress
@@ -111,14 +111,6 @@ def record_of(text: Text, found: Mapping[str, Any], side: str) -> dict[str, Any]
         "held_bytes": found["held_bytes"],
         "seconds": {"compress": round(found["seconds"], 4)},
     }
-
-
-def whole(records: Iterable[Mapping[str, Any]]) -> set[tuple[str, int]]:
-    """List the texts on which all cells of both sides were measured."""
-    found: dict[tuple[str, int], set[str]] = {}
-    for record in records:
-        found.setdefault((record["task"], record["sample"]), set()).add(record["method"])
-    return {place for place, names in found.items() if names >= set(NAMES)}
 
 
 class Reference:

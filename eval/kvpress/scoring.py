@@ -1,9 +1,8 @@
-"""Scores of answers and bytes of caches, the same in both environments; needs torch alone."""
+"""What both sides must do alike; needs torch alone."""
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterable
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -25,25 +24,36 @@ def score(logits: Tensor, answer: Tensor) -> dict[str, Any]:
     return {"nll": float(loss), "found": bool((logits.argmax(-1) == answer).all())}
 
 
-def plain_tensors(value: Any) -> list[Tensor]:
-    """List the tensors in a value, in its lists, tuples and dicts too; a subclass's inner tensors for itself."""
-    if isinstance(value, Tensor):
-        if type(value) is Tensor or not hasattr(value, "__tensor_flatten__"):
-            return [value]
-        names, _ = value.__tensor_flatten__()
-        value = [getattr(value, name) for name in names]
-    if isinstance(value, dict):
-        value = list(value.values())
-    return [tensor for item in value for tensor in plain_tensors(item)] if isinstance(value, (list, tuple)) else []
+def compression_ratio(share: float | None, bits: int | None, without: Mapping[int | None, int]) -> float:
+    """Choose the share of the tokens to drop, so that what is kept has a share of the exact cache's bytes.
+
+    Args:
+        share: share of the bytes, None to drop nothing.
+        bits: bits of a stored number; None for the model's dtype.
+        without: bytes of all tokens, by bits; those of the exact cache under None.
+
+    Raises:
+        ValueError: all tokens take no more bytes than that.
+    """
+    if share is None:
+        return 0.0
+    ratio = 1 - share * without[None] / without[bits]
+    if ratio <= 0:
+        raise ValueError(f"share={share:.3f}: all tokens in bits={bits} take no more bytes than that; give fewer")
+    return ratio
 
 
-def held_bytes(layers: Iterable[Any]) -> int:
-    """Count the bytes of all tensors that the layers of a cache hold."""
-    return sum(tensor.nbytes for layer in layers for tensor in plain_tensors(list(vars(layer).values())))
+def check_ids(encoded: Mapping[str, Any], text: Mapping[str, Any]) -> None:
+    """Refuse a text that the two sides encode differently.
 
+    Args:
+        encoded: tokens by kvpress, `context_ids` and a list `questions_ids`, int64 (1, n) each.
+        text: text with its questions, as `texts.py` describes them.
 
-def copied(cache: Any) -> Any:
-    """Copy one of Transformers' caches; the two share tensors, which no layer writes into."""
-    twin = copy.copy(cache)
-    twin.layers = [copy.copy(layer) for layer in cache.layers]
-    return twin
+    Raises:
+        ValueError: names the text.
+    """
+    wanted = [text["context_ids"], *(asked["question_ids"] for asked in text["questions"])]
+    found = [ids[0].tolist() for ids in (encoded["context_ids"], *encoded["questions_ids"])]
+    if found != wanted:
+        raise ValueError(f"task={text['task']!r}, sample {text['sample']}: kvpress encodes the prompt differently")

@@ -6,14 +6,15 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from statistics import mean
 from typing import Any
 
-from eval.kvpress.budgets import EXACT, OURS, QUANTISED, THEIRS, TITLES, Ours, Theirs
+from eval.kvpress.budgets import EXACT, NAMES, OURS, QUANTISED, THEIRS, TITLES, Ours, Theirs
 from eval.kvpress.texts import LOOKUPS, NEEDLES
 from eval.markdown import escape_markdown, markdown_table
 from eval.statistics import paired_difference
 
 Record = Mapping[str, Any]
+Place = tuple[str, int]
 _UNITS = {NEEDLES: "nats a digit", LOOKUPS: "nats a token"}
-_ABOUT = (
+ABOUT = (
     "kept: bytes of the entries that a cache attends to, over the exact cache's. held: bytes of all its tensors; a "
     "press with unequal heads masks what it drops and holds it all the same. nats: loss of the right answer, less is "
     "better, with the paired 95 % interval of the difference to the first row (bootstrap over texts): better, worse, "
@@ -36,14 +37,34 @@ def summary(manifest: Mapping[str, Any], records: Sequence[Record]) -> str:
         f"there: {_listed(theirs)}",
         f"machine: {manifest['machine']['processor']}, {manifest['config']['threads']} thread(s)",
     ]
-    parts = [f"# {escape_markdown(manifest['name'])}\n", "\n".join(f"- {escape_markdown(fact)}" for fact in facts)]
-    parts += [f"\n{escape_markdown(_ABOUT)}\n"]
+    head = "\n".join(f"- {escape_markdown(fact)}" for fact in facts)
+    return f"# {escape_markdown(manifest['name'])}\n\n{head}\n\n{escape_markdown(ABOUT)}\n\n{tables(records)}"
+
+
+def tables(records: Sequence[Record]) -> str:
+    """Write a table a budget, over the texts on which all cells were measured."""
+    done, parts = whole(records), []
+    latest = {(place_of(record), record["method"]): record for record in records}  # a text may have been begun twice
+    records = [record for (place, _), record in latest.items() if place in done]
     for budget, title in TITLES.items():
         budgets = (EXACT, QUANTISED) if budget == EXACT else (budget,)
         cells: list[Ours | Theirs] = [*(cell for cell in OURS if cell.budget in budgets)]
         cells += [cell for cell in THEIRS if cell.budget in budgets]
         parts.append(_table(title, cells, records))
     return "\n".join(parts)
+
+
+def whole(records: Iterable[Record]) -> set[Place]:
+    """List the texts on which all cells of both sides were measured."""
+    found: dict[Place, set[str]] = {}
+    for record in records:
+        found.setdefault(place_of(record), set()).add(record["method"])
+    return {place for place, names in found.items() if names >= set(NAMES)}
+
+
+def place_of(record: Record) -> Place:
+    """Name the text of a record."""
+    return record["task"], record["sample"]
 
 
 def _listed(found: Mapping[str, str]) -> str:

@@ -19,7 +19,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, QuantizedCache
 from transformers.utils.logging import disable_progress_bar
 
-from eval.kvpress.scoring import copied, held_bytes, score
+from eval.kvpress.scoring import check_ids, compression_ratio, score
+from eval.plain_caches import copied, held_bytes
 
 
 class KVzip(kvpress.KVzipPress):
@@ -115,18 +116,6 @@ class ScoringPipeline(KVPressTextGenerationPipeline):
         """Leave the cache alone: the answer was read into a copy, and quanto's tensors cannot be cut."""
 
 
-def check_ids(encoded: Mapping[str, Any], text: Mapping[str, Any]) -> None:
-    """Refuse a text that the two sides encode differently.
-
-    Raises:
-        ValueError: names the text.
-    """
-    wanted = [text["context_ids"], *(asked["question_ids"] for asked in text["questions"])]
-    found = [ids[0].tolist() for ids in (encoded["context_ids"], *encoded["questions_ids"])]
-    if found != wanted:
-        raise ValueError(f"task={text['task']!r}, sample {text['sample']}: kvpress encodes the prompt differently")
-
-
 def held(model: Any, cache: Any) -> dict[str, Any]:
     """Count what a cache holds, and how much of it a press has kept.
 
@@ -144,22 +133,9 @@ def held(model: Any, cache: Any) -> dict[str, Any]:
     }
 
 
-def compression_ratio(share: float | None, bits: int | None, found: Mapping[int | None, Mapping[str, Any]]) -> float:
-    """Choose the share of the tokens to drop, so that what is kept has a share of the exact cache's bytes.
-
-    Args:
-        share: share of the bytes, None to drop nothing.
-        bits: bits of a stored number; None for the model's dtype.
-        found: measurements without a press, by bits.
-    """
-    if share is None:
-        return 0.0
-    return 1 - share * found[None]["memory_bytes"] / found[bits]["memory_bytes"]
-
-
 def measure(pipeline: ScoringPipeline, text: Mapping[str, Any], cells: Sequence[Any]) -> Iterator[dict[str, Any]]:
     """Measure every cell on a text; those without a press come first."""
-    made, without = presses(), dict[int | None, Mapping[str, Any]]()
+    made, without = presses(), dict[int | None, int]()
     for cell in sorted(cells, key=lambda cell: (cell["press"] is not None, cell["bits"] is not None)):
         bits, press = cell["bits"], made.get(cell["press"])
         cache: Any = DynamicCache()
@@ -170,7 +146,7 @@ def measure(pipeline: ScoringPipeline, text: Mapping[str, Any], cells: Sequence[
             press.compression_ratio = ratio
         found = pipeline.measure(text, press, cache)
         if press is None:
-            without[bits] = found
+            without[bits] = found["memory_bytes"]
         found["seconds"] += getattr(press, "spared", 0.0)
         yield {"cell": cell["name"], "dropped": ratio, **found}
 
