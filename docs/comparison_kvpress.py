@@ -1,4 +1,4 @@
-"""Write the tables of the comparison with kvpress into its page: python docs/comparison_kvpress.py."""
+"""Write the tables of the comparison with kvpress into its page: python -m docs.comparison_kvpress."""
 
 from pathlib import Path
 
