@@ -109,7 +109,7 @@ parity: $(READY) .venv-parity/.ready
 	.venv-parity/bin/python -m pip install --quiet $(REFERENCE)
 	touch $@
 
-# Both packages end to end on the same texts, questions and bytes, each in its environment; an hour and a half of one core.
+# Both packages end to end on the same texts, questions and bytes, each in its environment; an hour of one core or more.
 COMPARISON ?= runs/comparison/kvpress
 compare-kvpress: $(READY) .venv-parity/.quanto
 	$(BIN)/python -m eval.kvpress --reference .venv-parity/bin/python --output $(COMPARISON)/smollm2 --resume

@@ -27,12 +27,17 @@ from wildcat_kv.models import default_model_path, load_model
 from wildcat_kv.models.shipped import SMOLLM2, shipped
 
 _HERE = Path(__file__).parents[2]
-_TELL = "import json, platform, importlib.metadata as m; print(json.dumps({'python': platform.python_version(), **{n: m.version(n) for n in ('kvpress', 'transformers', 'torch', 'optimum-quanto')}}))"  # noqa: E501
+_TELL = """
+import json, platform
+from importlib.metadata import version
+names = ("kvpress", "transformers", "torch", "optimum-quanto")
+print(json.dumps({"python": platform.python_version(), **{name: version(name) for name in names}}))
+"""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The texts of a comparison, and where the other side is.
+    """What is compared, and where the other side is.
 
     Attributes:
         reference: python of the environment with kvpress.
@@ -195,8 +200,8 @@ def _versions_of(reference: Path) -> dict[str, str]:
             f"reference={str(reference)!r} is no python with kvpress and optimum-quanto ({reason}); "
             "`make compare-kvpress` builds one"
         ) from None
-    versions: dict[str, str] = json.loads(told.stdout)
-    return versions
+    found: dict[str, str] = json.loads(told.stdout)
+    return found
 
 
 def _manifest(plan: Plan, command: str, model: Any, theirs: Mapping[str, str]) -> dict[str, Any]:

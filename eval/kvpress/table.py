@@ -25,16 +25,15 @@ ABOUT = (
 
 def summary(manifest: Mapping[str, Any], records: Sequence[Record]) -> str:
     """Write the tables of a run as Markdown."""
-    theirs = manifest["reference_versions"]
     facts = [
         f"model: {manifest['model']['name']}, {manifest['model']['parameters']:,} parameters, "
-        f"{manifest['model']['dtype']}, 4-bit weights dequantised, the same files on both sides",
+        f"{manifest['model']['dtype']}, the same files on both sides",
         f"command: {manifest['command']}",
         f"commit: {manifest['commit']}",
         f"started: {manifest['started']}",
         f"finished: {manifest['finished']}",
         f"here: {_listed(manifest['versions'])}",
-        f"there: {_listed(theirs)}",
+        f"there: {_listed(manifest['reference_versions'])}",
         f"machine: {manifest['machine']['processor']}, {manifest['config']['threads']} thread(s)",
     ]
     head = "\n".join(f"- {escape_markdown(fact)}" for fact in facts)
@@ -96,8 +95,8 @@ def _name(cell: Ours | Theirs) -> str:
 
 
 def _share(own: Iterable[Record], exact: Iterable[Record], what: str) -> str:
-    whole = _by_text(exact, lambda record: record["memory_bytes"])
-    shares = [count / whole[place] for place, count in _by_text(own, lambda record: record[what]).items()]
+    full = _by_text(exact, lambda record: record["memory_bytes"])
+    shares = [count / full[place] for place, count in _by_text(own, lambda record: record[what]).items()]
     return f"{100 * mean(shares):.1f} %"
 
 
@@ -120,4 +119,4 @@ def _found(own: Iterable[Record], task: str) -> str:
 
 
 def _by_text(records: Iterable[Record], value: Callable[[Record], Any], task: str | None = None) -> dict[Any, Any]:
-    return {(record["task"], record["sample"]): value(record) for record in records if task in (None, record["task"])}
+    return {place_of(record): value(record) for record in records if task in (None, record["task"])}

@@ -24,7 +24,7 @@ from eval.plain_caches import copied, held_bytes
 
 
 class KVzip(kvpress.KVzipPress):
-    """Their KVzip, which reads a text twice once, for all ratios.
+    """Their KVzip, whose second reading of a text serves all ratios.
 
     The scores do not depend on the ratio. They are those of exact keys: over a QuantizedCache the second reading finds
     the keys of the context alone, where it looks for those of the repetition behind them.
