@@ -84,8 +84,8 @@ def _table(title: str, cells: Sequence[Ours | Theirs], records: Sequence[Record]
         for task in tasks:
             row += [_nats(own, first, task), _found(own, task)]
         rows.append([*row, f"{mean(record['seconds']['compress'] for record in own):.1f}"])
-    counts = ", ".join(f"{len([None for record in first if record['task'] == task])} texts of {task}" for task in tasks)
-    return markdown_table(title, counts, header, rows, right=[False, *(True for _ in header[1:])])
+    counts = ", ".join(f"{sum(record['task'] == task for record in first)} of {task}" for task in tasks)
+    return markdown_table(title, f"Texts: {counts}.", header, rows, right=[False, *(True for _ in header[1:])])
 
 
 def _name(cell: Ours | Theirs) -> str:

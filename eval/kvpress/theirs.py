@@ -144,6 +144,7 @@ def measure(pipeline: ScoringPipeline, text: Mapping[str, Any], cells: Sequence[
         ratio = compression_ratio(cell["share"], bits, without)
         if press is not None:
             press.compression_ratio = ratio
+        torch.manual_seed(0)  # Compactor draws a sketch
         found = pipeline.measure(text, press, cache)
         if press is None:
             without[bits] = found["memory_bytes"]
