@@ -8,7 +8,7 @@ from eval.records import Folder
 RECORDS = Path("results/comparison/kvpress")
 PAGE = Path("docs/comparison-kvpress.md")
 START, END = "<!-- measured -->", "<!-- /measured -->"
-UNFINISHED = "**This run has not finished.** It shows that both sides run, and what a table looks like; so few texts decide nothing."
+UNFINISHED = "**This run has not finished**: both sides run, and so few texts decide nothing."
 
 
 def section(folder: Path) -> str:
