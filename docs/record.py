@@ -43,11 +43,10 @@ SESSIONS = {
     "chat": Session(
         "wildcat-kv chat --context essay.txt --max-new-tokens 16",
         (
-            "Who is the captain of the ship Aurora?",
             "What is the special magic number for Sanaa?",
             "/save essay.safetensors",
             "/ratio 0.25",
-            "Who is the captain of the ship Aurora?",
+            "What is the special magic number for Sanaa?",
             "/load essay.safetensors",
             "/quit",
         ),
