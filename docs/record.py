@@ -7,6 +7,7 @@ The model is the default one. What is drawn is what the terminal was sent, with 
 progress. The chat is about the demo's text: 1,000 tokens of essays with four facts, spread over it.
 """
 
+import io
 import os
 import pty
 import re
@@ -65,7 +66,7 @@ def main():
         _, text = planted_text(tokenizer, tokens=1000, seed=1)
         Path(folder, "essay.txt").write_text(text, encoding="utf-8")
         screen = f"$ {session.command}\r\n" + record(session, folder)
-    console = Console(record=True, width=COLUMNS, file=Path(os.devnull).open("w"))  # noqa: SIM115
+    console = Console(record=True, width=COLUMNS, file=io.StringIO())
     console.print(Text.from_ansi(screen.replace("\r\n", "\n")))
     console.save_svg(str(IMAGES / f"{name}.svg"), title=f"wildcat-kv {name}", theme=NIGHT_OWLISH)
     print(screen)
