@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from eval.cells import EXACT
+from eval.kvpress.table import tables as comparison_tables
 from eval.records import Folder
 from eval.statistics import average_difference
 from eval.summary import held_shares
@@ -195,10 +196,29 @@ def _verdict(mine: dict[int, float], theirs: dict[int, float], higher_is_better:
     return "▲" if (difference.mean > 0) == higher_is_better else "▼"
 
 
+# Beside kvpress
+
+KVPRESS = RESULTS / "comparison" / "kvpress"
+UNFINISHED = "**This run has not finished**: both sides run, and so few texts decide nothing."
+
+
+def kvpress() -> str:
+    """Write the tables of every model that was measured beside kvpress, each below its name and its record."""
+    return "\n\n".join(_beside(path.parent) for path in sorted(KVPRESS.glob("*/run.json")))
+
+
+def _beside(folder: Path) -> str:
+    run = Folder(folder)
+    parts = [f"### {run.manifest['model']['name']}", f"Record: `{folder.relative_to(ROOT)}`."]
+    parts += [] if run.manifest["finished"] else [UNFINISHED]
+    return "\n\n".join([*parts, comparison_tables(run.records()).replace("### ", "#### ").strip()])
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "choices": choices,
     "all_methods_quarter": lambda: all_methods(0.25),
     "all_methods_tenth": lambda: all_methods(0.1),
+    "kvpress": kvpress,
 }
 
 
