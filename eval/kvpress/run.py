@@ -37,7 +37,7 @@ print(json.dumps({"python": platform.python_version(), **{name: version(name) fo
 
 @dataclass(frozen=True)
 class Plan:
-    """What is compared, and where the other side is.
+    """Plan of a comparison, and where the other side is.
 
     Attributes:
         reference: python of the environment with kvpress.

@@ -1,4 +1,4 @@
-"""What both sides must do alike; needs torch alone."""
+"""Scores and bytes, the same on both sides; needs torch alone."""
 
 from __future__ import annotations
 
