@@ -211,7 +211,8 @@ def _beside(folder: Path) -> str:
     run = Folder(folder)
     parts = [f"### {run.manifest['model']['name']}", f"Record: `{folder.relative_to(ROOT)}`."]
     parts += [] if run.manifest["finished"] else [UNFINISHED]
-    return "\n\n".join([*parts, comparison_tables(run.records()).replace("### ", "#### ").strip()])
+    tables = re.sub(r"^### (.+)$", r"**\1**", comparison_tables(run.records()), flags=re.MULTILINE)
+    return "\n\n".join([*parts, tables.strip()])
 
 
 TABLES: dict[str, Callable[[], str]] = {
