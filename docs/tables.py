@@ -83,7 +83,13 @@ CHOICES = (
     Choice("**the default**", "half of the tokens, 4 bits", "default_4bit", 0.5, "default"),
     Choice('`preset="bytes_9"`', "a quarter, 4 bits", "default_4bit", 0.25, "bytes_9"),
     Choice('`preset="bytes_5"`', "an eighth, 4 bits: the gist", "default_4bit", 0.125, "bytes_5"),
-    Choice("`reads=2, ratio=0.25, bits=4`", "a quarter, 4 bits, read twice", "two readings_4bit", 0.25, "two readings, bytes_9"),
+    Choice(
+        "`reads=2, ratio=0.25, bits=4`",
+        "a quarter, 4 bits, read twice",
+        "two readings_4bit",
+        0.25,
+        "two readings, bytes_9",
+    ),
     Choice('`preset="published"`', "a quarter, the paper's method", "published", 0.25, "published"),
 )
 FIRST_PAGE = RESULTS / "eval" / "first_page"
