@@ -113,7 +113,7 @@ def methods() -> Figure:
     """Draw needle and drift of every method at a quarter and a tenth."""
     samples = _samples(_SMOKE)
     # A later run on the same samples; WildCat is in both.
-    samples += [sample for sample in _samples(_SMOKE_OURS) if sample["method"].startswith("query_wildcat")]
+    samples += [sample for sample in _samples(_SMOKE_OURS) if sample["method"].startswith(("query_wildcat", "default"))]
     panels = (
         ("needle", "nll", "needle: negative log-likelihood of the\nnumber, nats a digit"),
         ("drift", "kl", "drift: divergence from the exact cache's\npredictions, nats a token"),
