@@ -136,7 +136,8 @@ def methods() -> Figure:
         axis.grid(axis="x", color=GRID)
     axes[0].set_yticks(range(len(names)), names)
     for label in axes[0].get_yticklabels():
-        label.set_fontweight("bold" if "wildcat" in label.get_text() else "normal")
+        ours = any(word in label.get_text() for word in ("wildcat", "default"))
+        label.set_fontweight("bold" if ours else "normal")
     axes[0].plot([], [], "o", color=_OURS, label="a quarter kept")
     axes[0].plot([], [], "s", color=_SECOND, mfc="white", label="a tenth kept")
     axes[0].legend(loc="lower left", frameon=False)
