@@ -438,6 +438,13 @@ def test_a_document_is_saved_loaded_and_read_at_another_ratio(monkeypatch, capsy
     assert status == 0 and context.ask("w5", max_new_tokens=8) in out
 
 
+def test_another_ratio_keeps_the_bits(monkeypatch, capsys, folder, document, tmp_path):
+    saved = tmp_path / "saved.safetensors"
+    status, _, _ = chat(monkeypatch, capsys, folder, document, ["/ratio 0.25", f"/save {saved}"])
+    settings = CompressedContext.load(saved, tiny_model("llama"), tokenizer()).cache.settings
+    assert status == 0 and (settings.ratio, settings.bits) == (0.25, 4)
+
+
 def test_commands_and_their_files_are_completed(tmp_path):
     (tmp_path / "report.txt").touch()
     completer = CommandCompleter(["/ratio", "/save", "/load"])

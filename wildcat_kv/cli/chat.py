@@ -120,7 +120,8 @@ class Session:
         if self._text is None:
             raise ValueError("the document was loaded compressed, its text is not at hand; /load the text file first")
         kept = {name: value for name, value in self._choice.items() if name not in BUDGETS}
-        choice = {**kept, "ratio": ratio}
+        # A ratio alone would take the default's bits away, and fewer tokens take more bytes.
+        choice = {"bits": self._context.cache.settings.bits, **kept, "ratio": ratio}
         self._take(self._compress(self._text, choice), self._text)
         self._choice = choice
 
