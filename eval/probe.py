@@ -14,8 +14,9 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime, timezone
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -34,11 +35,24 @@ SCRIPT = Path(__file__).with_name("probe_script.py")
 # one key kept instead of another changes a logit by more than a hundredth.
 TOLERANCE = 1e-3
 
-Outputs = dict[str, dict[str, Output]]  # by run and cell
+Manifests = dict[str, dict[str, Any]]  # by folder
+Outputs = dict[str, dict[str, Output]]  # by folder and cell
+
+
+class Verdict(NamedTuple):
+    """The result for one run.
+
+    Attributes:
+        agrees: True if all its cells agree, and the note is written.
+        text: a line to print.
+    """
+
+    agrees: bool
+    text: str
 
 
 def probe_all(paths: Iterable[Path], show: Callable[[str], None]) -> bool:
-    """Probe runs, those of one model and commit together, and note in `run.json` that all cells agree.
+    """Probe runs, those of one model and commit together; one that cannot be probed does not stop the others.
 
     Args:
         paths: folders of the runs.
@@ -47,37 +61,42 @@ def probe_all(paths: Iterable[Path], show: Callable[[str], None]) -> bool:
     Returns:
         True if every run agrees.
     """
-    models: dict[tuple[bool, str | None], dict[str, dict[str, Any]]] = defaultdict(dict)
-    agree = []
+    groups: dict[tuple[bool, str | None], Manifests] = defaultdict(dict)
+    verdicts: list[Verdict] = []
     for path in paths:
         try:
             manifest = Folder(path).manifest
+            groups["tasks" in manifest, manifest["config"].get("model")][str(path)] = manifest
         except ValueError as error:
-            show(f"{path}: not verified: {error}")
-            agree.append(False)
-        else:
-            models["tasks" in manifest, manifest["config"].get("model")][str(path)] = manifest
-    for (attention, source), manifests in models.items():
-        with tempfile.TemporaryDirectory() as scratch:
-            try:
-                model = None if attention else _saved(source, Path(scratch) / "model")
-                today = outputs(ROOT, model, manifests)
-            except (ValueError, OSError, ModelError) as error:
-                agree += [_refuse(run, error, show) for run in manifests]
-                continue
-            for commit in dict.fromkeys(manifest["commit"] for manifest in manifests.values()):
-                own = {run: manifest for run, manifest in manifests.items() if manifest["commit"] == commit}
-                try:
-                    with checkout(commit) as tree:
-                        then = outputs(tree, model, own)
-                except (ValueError, OSError) as error:
-                    agree += [_refuse(run, error, show) for run in own]
-                    continue
-                agree += [judge(Path(run), then[run], today[run], show) for run in own]
+            verdicts += _refused([str(path)], error)
+    agree = []
+    for verdict in chain(verdicts, *(_probe(*key, manifests) for key, manifests in groups.items())):
+        show(verdict.text)
+        agree.append(verdict.agrees)
     return all(agree)
 
 
-def outputs(tree: Path, model: Path | None, manifests: Mapping[str, Mapping[str, Any]]) -> Outputs:
+def _probe(of_attention: bool, source: str | None, manifests: Manifests) -> Iterator[Verdict]:
+    """Probe runs of one model: today's code once, then that of every commit."""
+    with tempfile.TemporaryDirectory() as scratch:
+        try:
+            model = None if of_attention else _saved(source, Path(scratch))
+            today = outputs(ROOT, model, manifests)
+        except (ValueError, OSError, ImportError, ModelError) as error:
+            yield from _refused(manifests, error)
+            return
+        for commit in dict.fromkeys(manifest["commit"] for manifest in manifests.values()):
+            own = {run: manifest for run, manifest in manifests.items() if manifest["commit"] == commit}
+            try:
+                with checkout(commit) as tree:
+                    then = outputs(tree, model, own)
+            except (ValueError, OSError) as error:
+                yield from _refused(own, error)
+            else:
+                yield from (judge(Path(run), then[run], today[run]) for run in own)
+
+
+def outputs(tree: Path, model: Path | None, manifests: Manifests) -> Outputs:
     """Compute the outputs of runs by the code of a checkout.
 
     Args:
@@ -97,7 +116,8 @@ def outputs(tree: Path, model: Path | None, manifests: Mapping[str, Mapping[str,
         environment = {**os.environ, "PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
         done = subprocess.run(command, cwd=tree, env=environment, stderr=subprocess.PIPE, text=True)
         if done.returncode:
-            raise ValueError(f"the code of {tree} does not run: {(done.stderr.split(chr(10)) or [''])[-2:]}")
+            last = done.stderr.strip().rpartition("\n")[2]
+            raise ValueError(f"the code of {tree} does not run: {last}")
         found: Outputs = torch.load(target)
         return found
 
@@ -123,24 +143,23 @@ def checkout(commit: str | None) -> Iterator[Path]:
             _git("worktree", "remove", "--force", str(tree))
 
 
-def judge(path: Path, then: Mapping[str, Output], today: Mapping[str, Output], show: Callable[[str], None]) -> bool:
-    """Compare a run's outputs; if all agree, note it with today's fingerprints, else print the cells that do not."""
+def judge(path: Path, then: Mapping[str, Output], today: Mapping[str, Output]) -> Verdict:
+    """Compare a run's outputs. If all cells agree, note that in `run.json`, with today's fingerprints."""
     folder = Folder(path)
     manifest = folder.manifest
-    problems, largest = [], 0.0
-    for cell in {**today, **then}:
-        sides = {"then": then.get(cell, "not there"), "today": today.get(cell, "not there")}
-        failed = [f"{when}: {output}" for when, output in sides.items() if isinstance(output, str)]
-        if failed:
-            problems.append(f"{cell} cannot be computed ({'; '.join(failed)})")
+    sizes, wrong = [], []
+    for cell, now in today.items():
+        before = then.get(cell, "not there")
+        if isinstance(before, str) or isinstance(now, str):
+            wrong.append(f"{cell} cannot be computed ({before if isinstance(before, str) else now})")
             continue
-        size = distance(then[cell], today[cell])  # type: ignore[arg-type]
-        largest = max(largest, size)
-        if size > TOLERANCE:
-            problems.append(f"{cell} differs by {size:.2g}")
-    if problems or not today:
-        show(f"{path}: since {manifest['commit']}, {'; '.join(problems) or 'no cells'}; nothing is noted")
-        return False
+        sizes.append(distance(before, now))
+        if sizes[-1] > TOLERANCE:
+            wrong.append(f"{cell} differs by {sizes[-1]:.2g}")
+    if wrong:
+        count = f"{len(wrong)} of {len(today)} cells"
+        return Verdict(False, f"{path}: not verified: {count} since {manifest['commit']}: {'; '.join(wrong)}")
+    largest = max(sizes)
     verified = {
         "by": "probe",
         "date": datetime.now(timezone.utc).date().isoformat(),
@@ -150,8 +169,8 @@ def judge(path: Path, then: Mapping[str, Output], today: Mapping[str, Output], s
         "largest_difference": float(f"{largest:.2g}"),
     }
     folder.note(code=_code(manifest), verified=verified)
-    show(f"{path}: {len(today)} cells agree with {manifest['commit']}, largest difference {largest:.1g}")
-    return True
+    text = f"{path}: {len(today)} cells agree with {manifest['commit']}, largest difference {largest:.1g}"
+    return Verdict(True, text)
 
 
 def distance(then: torch.Tensor, today: torch.Tensor) -> float:
@@ -162,9 +181,8 @@ def distance(then: torch.Tensor, today: torch.Tensor) -> float:
     return size if size == size else float("inf")
 
 
-def _refuse(run: str, error: Exception, show: Callable[[str], None]) -> bool:
-    show(f"{run}: not verified: {' '.join(str(error).split())}")
-    return False
+def _refused(runs: Iterable[str], error: Exception) -> list[Verdict]:
+    return [Verdict(False, f"{run}: not verified: {' '.join(str(error).split())}") for run in runs]
 
 
 def _saved(source: str | None, folder: Path) -> Path:

@@ -9,6 +9,7 @@ import dataclasses
 import json
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,7 @@ class Reader:
 
         settings = {"seed": config["seed"], **config["settings"]}
         for entry in config["methods"]:
-            made = tried(lambda entry=entry: make_cells([entry], config["ratios"], config["max_tokens"], settings))
+            made = tried(partial(make_cells, [entry], config["ratios"], config["max_tokens"], settings))
             if isinstance(made, str):
                 yield str(entry), made
                 continue
@@ -83,10 +84,11 @@ class Reader:
         fields = [field.name for field in dataclasses.fields(cell) if field.name not in ("method", "family")]
         key = json.dumps({name: getattr(cell, name) for name in fields}, sort_keys=True, default=str)
         if key not in self.known:
-            self.known[key] = tried(lambda: self.logits(cell))
+            self.known[key] = tried(partial(self.logits, cell))
         return self.known[key]
 
     def logits(self, cell: Any) -> Tensor:
+        """Give a part of the logits of the tokens that follow."""
         torch.manual_seed(0)
         cache = cell.compress(self.context, self.tokenizer)
         logits: Tensor = self.model(self.more, past_key_values=cache, use_cache=True).logits
@@ -110,7 +112,7 @@ def attention_outputs(config: dict[str, Any]) -> Iterator[tuple[str, Output]]:
 
     for entry in config["methods"]:
         choice = Choice(**entry)
-        yield choice.name, tried(lambda choice=choice: output(choice))
+        yield choice.name, tried(partial(output, choice))
 
 
 def tried(compute: Callable[[], Any]) -> Any:
