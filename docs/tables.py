@@ -215,8 +215,28 @@ def _beside(folder: Path) -> str:
     return "\n\n".join([*parts, tables.strip()])
 
 
+# Transformers' quantised caches
+
+TRANSFORMERS = RESULTS / "eval" / "comparison_transformers"
+
+
+def transformers() -> str:
+    """Tabulate Transformers' quantised caches beside the default."""
+    manifest, samples = Folder(TRANSFORMERS).manifest, _samples(TRANSFORMERS)
+    cells = dict.fromkeys((sample["method"], sample["ratio"]) for sample in samples)
+    rows = []
+    for method, ratio in sorted(cells, key=lambda cell: manifest["methods"].index(cell[0])):
+        own = _of(samples, method, ratio)
+        needle, drift = (_scores(own, *of).values() for of in (("needle_4", "nll"), ("drift", "kl")))
+        name = method if ratio in (None, 1.0) else f"{method}, {ratio:g}"
+        share = f"{100 * _share(own, samples):.1f} %"
+        rows.append((name, share, f"{statistics.fmean(needle):.2f}", f"{statistics.fmean(drift):.3f}"))
+    return _table(("cache", "bytes", "needle", "drift"), rows, words=1)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "choices": choices,
+    "transformers": transformers,
     "all_methods_quarter": lambda: all_methods(0.25),
     "all_methods_tenth": lambda: all_methods(0.1),
     "kvpress": kvpress,

@@ -20,7 +20,7 @@ from wildcat_kv.contexts.compressed_context import CompressedContext, compress_c
 from wildcat_kv.files import read_text
 
 _HELP = """\
-[bold]/ratio[/bold] R      read the document again, keeping a share R of its tokens
+[bold]/ratio[/bold] R      read the document again, keeping a share R of its tokens: /ratio 0.25 keeps a quarter
 [bold]/save[/bold] FILE    write the compressed document to a .safetensors file
 [bold]/load[/bold] FILE    go on with another one: a saved document, or a text file
 [bold]/new[/bold]          forget the conversation, not the document

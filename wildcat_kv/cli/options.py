@@ -22,11 +22,15 @@ MethodOption = Annotated[
 PresetOption = Annotated[
     str | None,
     typer.Option(
-        help="Settings by name, `wildcat-kv presets` lists them, or a YAML file. Default: the model's own.",
+        help="Settings by name, `wildcat-kv presets` lists them, or a YAML file. Without it: those in the model's "
+        "config, or else the ratio or limit given, or else the preset `default`.",
         autocompletion=preset_names,
     ),
 ]
-RatioOption = Annotated[float | None, typer.Option(help="Share of the tokens to keep, in (0, 1].")]
+RatioOption = Annotated[
+    float | None,
+    typer.Option(help="Share of the tokens to keep, in (0, 1]. Without --bits or --preset they are not quantised."),
+]
 DropOption = Annotated[
     float | None,
     typer.Option("--compression-ratio", help="Share of the tokens to drop, in [0, 1), instead of a ratio."),
@@ -38,7 +42,7 @@ MinTokensOption = Annotated[
 MaxBytesOption = Annotated[
     str | None, typer.Option(help="Most bytes of the whole cache, such as 2GiB, instead of a ratio.")
 ]
-BitsOption = Annotated[int | None, typer.Option(help="Bits of a stored number of a slot: 8, 4, 3 or 2.")]
+BitsOption = Annotated[int | None, typer.Option(help="Bits of a number in the cache: 8, 4, 3 or 2.")]
 DtypeOption = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
 DeviceOption = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps ... Default: cuda if there is one.")]
 SeedOption = Annotated[int | None, typer.Option(help="Seed of the pivots; 0 unless the preset says otherwise.")]
