@@ -118,7 +118,7 @@ def choices() -> str:
                 f"{100 * _share(own, samples):.0f} %",
                 f"{found:.0f}",
                 f"{drift:.3f}",
-                f"{reading:.1f} s",
+                f"{reading:.0f} s",
                 f"{1 / step:.1f}",
             )
         )
