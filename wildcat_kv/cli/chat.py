@@ -123,6 +123,8 @@ class Session:
         choice = {**kept, "ratio": ratio}
         self._take(self._compress(self._text, choice), self._text)
         self._choice = choice
+        if choice.get("preset") is None and choice.get("bits") is None and self._context.cache.settings.bits is None:
+            self._console.print("not quantised: for 4 bits at every ratio, begin the chat with --bits 4", style="dim")
 
     def _save(self, argument: str) -> None:
         path = Path(_given(argument, "a file")).expanduser()
