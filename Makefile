@@ -11,7 +11,8 @@ REFERENCE := kvpress==0.5.5 transformers==5.2.0
 DIST_TOOLS := build==1.6.1 twine==7.0.0
 CACHE_TESTS := $(addprefix tests/,attention cache compressors contexts coreset hook integrations models recipes)
 
-.PHONY: demo test lint docs dist smoke ruler bench test-oldest test-latest test-vllm nightly test-upstream parity clean
+.PHONY: demo test lint docs dist smoke ruler bench test-oldest test-latest test-vllm nightly test-upstream parity \
+  compare-kvpress clean
 
 # What users install to try it, and no more.
 demo: $(BASE)
@@ -125,6 +126,18 @@ parity: $(READY) .venv-parity/.ready
 	.venv-parity/bin/python -m pip install --quiet --upgrade pip
 	.venv-parity/bin/python -m pip install --quiet $$(grep '^torch==' $(CONSTRAINTS))
 	.venv-parity/bin/python -m pip install --quiet $(REFERENCE)
+	touch $@
+
+# Both packages end to end on the same texts, questions and bytes, each in its environment; an hour of one core or more.
+COMPARISON ?= runs/comparison/kvpress
+compare-kvpress: $(READY) .venv-parity/.quanto
+	$(BIN)/python -m eval.kvpress --reference .venv-parity/bin/python --output $(COMPARISON)/smollm2 --resume
+	$(BIN)/python -m eval.kvpress --reference .venv-parity/bin/python --output $(COMPARISON)/qwen --resume \
+	  --model Qwen2.5-Coder-0.5B-Instruct --needles 4 --lookups 3
+	$(BIN)/python -m eval archive $(COMPARISON)/smollm2 $(COMPARISON)/qwen
+
+.venv-parity/.quanto: .venv-parity/.ready
+	.venv-parity/bin/python -m pip install --quiet optimum-quanto==0.2.7
 	touch $@
 
 clean:

@@ -113,7 +113,7 @@ def methods() -> Figure:
     """Draw needle and drift of every method at a quarter and a tenth."""
     samples = _samples(_SMOKE)
     # A later run on the same samples; WildCat is in both.
-    samples += [sample for sample in _samples(_SMOKE_OURS) if sample["method"].startswith("query_wildcat")]
+    samples += [sample for sample in _samples(_SMOKE_OURS) if sample["method"].startswith(("query_wildcat", "default"))]
     panels = (
         ("needle", "nll", "needle: negative log-likelihood of the\nnumber, nats a digit"),
         ("drift", "kl", "drift: divergence from the exact cache's\npredictions, nats a token"),
@@ -136,7 +136,8 @@ def methods() -> Figure:
         axis.grid(axis="x", color=GRID)
     axes[0].set_yticks(range(len(names)), names)
     for label in axes[0].get_yticklabels():
-        label.set_fontweight("bold" if "wildcat" in label.get_text() else "normal")
+        ours = any(word in label.get_text() for word in ("wildcat", "default"))
+        label.set_fontweight("bold" if ours else "normal")
     axes[0].plot([], [], "o", color=_OURS, label="a quarter kept")
     axes[0].plot([], [], "s", color=_SECOND, mfc="white", label="a tenth kept")
     axes[0].legend(loc="lower left", frameon=False)

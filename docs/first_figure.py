@@ -6,19 +6,21 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
+from statistics import fmean
 from typing import NamedTuple
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
+from eval.cells import EXACT
 from eval.records import Folder
 from eval.style import BLUE, GREEN, GREY, GRID, OCHRE, ORANGE
+from eval.summary import held_shares
 
 _RESULTS = Path(__file__).resolve().parent.parent / "results" / "eval"
-_EXACT = "exact"
 
 Place = tuple[float, float]
 
@@ -79,7 +81,7 @@ def _draw(axes: Axes, panel: _Panel, number: int) -> None:
             axes.plot(*zip(*points, strict=True), look.style, color=look.colour, linewidth=look.width, marker="o", ms=4)
             weight = "bold" if family == "default" else "normal"
             axes.text(*at, look.label, color=look.colour, va="center", fontsize=8.5, weight=weight)
-    ((share, count),) = found[_EXACT]
+    ((share, count),) = found[EXACT]
     axes.plot(share, count, "D", color=GREY, ms=6, clip_on=False)
     axes.text(share, 0.94 * count, "exact cache", color=GREY, ha="right", va="center", fontsize=8.5)
     axes.set_xscale("log")
@@ -96,18 +98,14 @@ def _found(panel: _Panel) -> tuple[Mapping[str, list[Place]], int]:
     """Count what each cell found, with its share of the exact cache's bytes, by family; and what was asked for."""
     held: dict[tuple[str, float | None, int | None], dict[int, Place]] = defaultdict(dict)
     for run in panel.runs:
-        for record in Folder(_RESULTS / run).records():
-            if record["task"] == panel.task:
-                cell = (record["family"], record["ratio"], record["bits"])
-                held[cell][record["sample"]] = (record["memory_bytes"], record["scores"]["exact_match"])
-    exact = held[_EXACT, None, None]
+        records = [record for record in Folder(_RESULTS / run).records() if record["task"] == panel.task]
+        for record, share in zip(records, held_shares(records), strict=True):
+            cell = (record["family"], record["ratio"], record["bits"])
+            held[cell][record["sample"]] = (share, record["scores"]["exact_match"])
+    exact = held[EXACT, None, None]
     result: dict[str, list[Place]] = defaultdict(list)
     for (family, *_), samples in held.items():
         assert samples.keys() == exact.keys(), f"{family} was measured on other samples"
-        share = _sum(nbytes for nbytes, _ in samples.values()) / _sum(nbytes for nbytes, _ in exact.values())
-        result[family].append((share, panel.answers * _sum(hit for _, hit in samples.values())))
+        shares, hits = zip(*samples.values(), strict=True)
+        result[family].append((fmean(shares), panel.answers * sum(hits)))
     return result, panel.answers * len(exact)
-
-
-def _sum(numbers: Iterable[float]) -> float:
-    return float(sum(numbers))

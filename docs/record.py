@@ -7,6 +7,7 @@ The model is the default one. What is drawn is what the terminal was sent, with 
 progress. The chat is about the demo's text: 1,000 tokens of essays with four facts, spread over it.
 """
 
+import io
 import os
 import pty
 import re
@@ -17,7 +18,9 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+import pyte
 from rich.console import Console
+from rich.style import Style
 from rich.terminal_theme import NIGHT_OWLISH
 from rich.text import Text
 
@@ -25,6 +28,7 @@ from wildcat_kv.cli.demo import planted_text
 from wildcat_kv.models import default_model
 
 COLUMNS, LINES = 100, 60
+LONGEST = 300  # lines of a session
 IMAGES = Path(__file__).parent / "images"
 PROMPT = b"\n> "
 SEQUENCE = re.compile(rb"\x1b\[[0-9;?]*[a-zA-Z]")
@@ -43,11 +47,10 @@ SESSIONS = {
     "chat": Session(
         "wildcat-kv chat --context essay.txt --max-new-tokens 16",
         (
-            "Who is the captain of the ship Aurora?",
             "What is the special magic number for Sanaa?",
             "/save essay.safetensors",
             "/ratio 0.25",
-            "Who is the captain of the ship Aurora?",
+            "What is the special magic number for Sanaa?",
             "/load essay.safetensors",
             "/quit",
         ),
@@ -65,11 +68,34 @@ def main():
         _, tokenizer = default_model()
         _, text = planted_text(tokenizer, tokens=1000, seed=1)
         Path(folder, "essay.txt").write_text(text, encoding="utf-8")
-        screen = f"$ {session.command}\r\n" + record(session, folder)
-    console = Console(record=True, width=COLUMNS, file=Path(os.devnull).open("w"))  # noqa: SIM115
-    console.print(Text.from_ansi(screen.replace("\r\n", "\n")))
+        sent = f"$ {session.command}\r\n" + record(session, folder)
+    console = Console(record=True, width=COLUMNS, file=io.StringIO())
+    screen = shown(sent)
+    console.print(screen)
     console.save_svg(str(IMAGES / f"{name}.svg"), title=f"wildcat-kv {name}", theme=NIGHT_OWLISH)
     print(screen)
+
+
+def shown(sent):
+    """Give what a terminal shows of what it was sent, cursor movements included; empty lines are joined to one."""
+    screen = pyte.Screen(COLUMNS, LONGEST)
+    # pyte knows no faint text; bright black looks like it.
+    pyte.Stream(screen).feed(sent.replace("\x1b[2m", "\x1b[90m").replace("\x1b[1;2m", "\x1b[1;90m"))
+    rows = [
+        Text.assemble(*((cell.data, style_of(cell)) for cell in map(row.__getitem__, range(COLUMNS))))
+        for row in map(screen.buffer.__getitem__, range(LONGEST))
+    ]
+    for row in rows:
+        row.rstrip()
+    kept = [row for row, before in zip(rows, [Text(), *rows], strict=False) if row.plain or before.plain]
+    return Text("\n").join(kept)
+
+
+def style_of(cell):
+    """Give the style of a terminal's cell."""
+    names = {"default": None, "brown": "yellow", "brightblack": "bright_black"}  # pyte's and rich's
+    colour = names.get(cell.fg, cell.fg)
+    return Style(color=colour, bold=cell.bold)
 
 
 def record(session, folder):
@@ -87,21 +113,21 @@ def record(session, folder):
         session.command.split(), cwd=folder, env=environment, stdin=terminal, stdout=terminal, stderr=subprocess.DEVNULL
     )
     os.close(terminal)
-    shown, left = b"", list(session.lines)
+    received, left = b"", list(session.lines)
     while True:
         ready, _, _ = select.select([ours], [], [], 1.0)
         if ready:
             try:
-                shown += os.read(ours, 65536)
+                received += os.read(ours, 65536)
             except OSError:  # the other end is closed
                 break
         elif process.poll() is not None:
             break
-        elif left and SEQUENCE.sub(b"", shown).replace(b"\r", b"").endswith(PROMPT):  # a second long
+        elif left and SEQUENCE.sub(b"", received).replace(b"\r", b"").endswith(PROMPT):  # a second long
             os.write(ours, f"{left.pop(0)}\n".encode())
     if status := process.wait():
         sys.exit(f"{session.command}: exit status {status}")
-    return shown.decode("utf-8", "replace")
+    return received.decode("utf-8", "replace")
 
 
 if __name__ == "__main__":

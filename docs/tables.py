@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
 import statistics
 import sys
@@ -19,8 +20,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from eval.cells import EXACT
+from eval.kvpress.table import tables as comparison_tables
 from eval.records import Folder
 from eval.statistics import average_difference
+from eval.summary import held_shares
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "results"
@@ -78,26 +82,33 @@ class Choice:
 
 
 CHOICES = (
-    Choice("`DynamicCache`", "all tokens", "exact", None, "DynamicCache"),
+    Choice("`DynamicCache`", "all tokens", EXACT, None, "DynamicCache"),
     Choice('`preset="bytes_30"`', "all tokens, 4 bits", "quantised_4bit", 1.0, "bytes_30"),
     Choice("**the default**", "half of the tokens, 4 bits", "default_4bit", 0.5, "default"),
     Choice('`preset="bytes_9"`', "a quarter, 4 bits", "default_4bit", 0.25, "bytes_9"),
     Choice('`preset="bytes_5"`', "an eighth, 4 bits: the gist", "default_4bit", 0.125, "bytes_5"),
-    Choice("`reads=2, ratio=0.25, bits=4`", "a quarter, 4 bits, read twice", "two readings_4bit", 0.25, "two readings, bytes_9"),
+    Choice(
+        "`reads=2, ratio=0.25, bits=4`",
+        "a quarter, 4 bits, read twice",
+        "two readings_4bit",
+        0.25,
+        "two readings, bytes_9",
+    ),
     Choice('`preset="published"`', "a quarter, the paper's method", "published", 0.25, "published"),
 )
 FIRST_PAGE = RESULTS / "eval" / "first_page"
+FACTS = 3  # asked for in each text of the lookups
 SPEED = RESULTS / "benchmarks" / "choices" / "choices.json"
 
 
 def choices() -> str:
     """Tabulate bytes, facts found, drift and time of each choice."""
     samples = _samples(FIRST_PAGE)
-    texts = sum(sample["task"] == "lookup" for sample in _of(samples, "exact", None))
+    texts = sum(sample["task"] == "lookup" for sample in _of(samples, EXACT, None))
     rows = []
     for choice in CHOICES:
         own = _of(samples, choice.method, choice.ratio)
-        found = 3 * sum(sample["scores"]["exact_match"] for sample in own if sample["task"] == "lookup")
+        found = FACTS * sum(sample["scores"]["exact_match"] for sample in own if sample["task"] == "lookup")
         drift = statistics.fmean(sample["scores"]["kl"] for sample in own if sample["task"] == "drift")
         reading, step = (_seconds(choice.contender, name) for name in ("prefill_seconds", "seconds_per_step"))
         rows.append(
@@ -111,7 +122,7 @@ def choices() -> str:
                 f"{1 / step:.1f}",
             )
         )
-    header = ("cache", "keeps", "bytes", f"facts found, of {3 * texts}", "drift", "prefill", "tokens/s")
+    header = ("cache", "keeps", "bytes", f"facts found, of {FACTS * texts}", "drift", "prefill", "tokens/s")
     return _table(header, rows, words=2)
 
 
@@ -145,15 +156,15 @@ def all_methods(ratio: float) -> str:
         manifest, samples = Folder(run).manifest, _samples(run)
         for method in manifest["methods"]:
             if method not in rows:
-                own = _of(samples, method, None if method == "exact" else ratio)
+                own = _of(samples, method, None if method == EXACT else ratio)
                 rows[method] = (_named(method), _held(method, ratio, own, samples), *_cells(manifest, own, base))
     header = ("method", "bytes", "needle", "found", "drift", "error", "RULER found", "RULER")
     return _table(header, list(rows.values()), words=1)
 
 
 def _named(method: str) -> str:
-    name, *rest = method.split(",", 1)
-    return "exact cache" if method == "exact" else f"`{name}`{''.join(f',{more}' for more in rest)}"
+    name, comma, more = method.partition(",")
+    return "exact cache" if method == EXACT else f"`{name}`{comma}{more}"
 
 
 def _cells(manifest: dict[str, Any], own: Sequence[Sample], base: Sequence[Sample]) -> list[str]:
@@ -170,7 +181,7 @@ def _cells(manifest: dict[str, Any], own: Sequence[Sample], base: Sequence[Sampl
 
 def _held(method: str, ratio: float, own: Sequence[Sample], samples: Sequence[Sample]) -> str:
     """Write the share of the bytes: of the samples, or of a text of the same length where a run has none."""
-    if method == "exact":
+    if method == EXACT:
         return "100 %"
     if any(sample.get("memory_bytes") for sample in own):
         return f"{100 * _share(own, samples):.0f} %"
@@ -185,10 +196,50 @@ def _verdict(mine: dict[int, float], theirs: dict[int, float], higher_is_better:
     return "▲" if (difference.mean > 0) == higher_is_better else "▼"
 
 
+# Beside kvpress
+
+KVPRESS = RESULTS / "comparison" / "kvpress"
+UNFINISHED = "**This run has not finished**: both sides run, and so few texts decide nothing."
+
+
+def kvpress() -> str:
+    """Write the tables of every model that was measured beside kvpress, each below its name and its record."""
+    return "\n\n".join(_beside(path.parent) for path in sorted(KVPRESS.glob("*/run.json")))
+
+
+def _beside(folder: Path) -> str:
+    run = Folder(folder)
+    parts = [f"### {run.manifest['model']['name']}", f"Record: `{folder.relative_to(ROOT)}`."]
+    parts += [] if run.manifest["finished"] else [UNFINISHED]
+    tables = re.sub(r"^### (.+)$", r"**\1**", comparison_tables(run.records()), flags=re.MULTILINE)
+    return "\n\n".join([*parts, tables.strip()])
+
+
+# Transformers' quantised caches
+
+TRANSFORMERS = RESULTS / "eval" / "comparison_transformers"
+
+
+def transformers() -> str:
+    """Tabulate Transformers' quantised caches beside the default."""
+    manifest, samples = Folder(TRANSFORMERS).manifest, _samples(TRANSFORMERS)
+    cells = dict.fromkeys((sample["method"], sample["ratio"]) for sample in samples)
+    rows = []
+    for method, ratio in sorted(cells, key=lambda cell: manifest["methods"].index(cell[0])):
+        own = _of(samples, method, ratio)
+        needle, drift = (_scores(own, *of).values() for of in (("needle_4", "nll"), ("drift", "kl")))
+        name = method if ratio in (None, 1.0) else f"{method}, {ratio:g}"
+        share = f"{100 * _share(own, samples):.1f} %"
+        rows.append((name, share, f"{statistics.fmean(needle):.2f}", f"{statistics.fmean(drift):.3f}"))
+    return _table(("cache", "bytes", "needle", "drift"), rows, words=1)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "choices": choices,
+    "transformers": transformers,
     "all_methods_quarter": lambda: all_methods(0.25),
     "all_methods_tenth": lambda: all_methods(0.1),
+    "kvpress": kvpress,
 }
 
 
@@ -210,11 +261,9 @@ def _scores(samples: Sequence[Sample], task: str, metric: str) -> dict[int, floa
 
 
 def _share(own: Sequence[Sample], samples: Sequence[Sample]) -> float:
-    """Divide the bytes of a cell by the exact cache's on the same samples."""
-    exact = {(sample["task"], sample["sample"]): sample.get("memory_bytes") for sample in _of(samples, "exact", None)}
-    held = [sample for sample in own if sample.get("memory_bytes") is not None]
-    whole = sum(exact[sample["task"], sample["sample"]] for sample in held)
-    return sum(sample["memory_bytes"] for sample in held) / whole
+    """Average the bytes of a cell over the exact cache's on the same samples, where they are recorded."""
+    shares = held_shares([*_of(samples, EXACT, None), *own])[-len(own) :]
+    return statistics.fmean(share for share in shares if not math.isnan(share))
 
 
 def _table(header: Row, rows: Sequence[Row], words: int) -> str:

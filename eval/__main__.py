@@ -22,7 +22,7 @@ app = typer.Typer(
 
 _LIMIT = "Most samples of a task, of each of its lengths and depths; wins over all limits of the file."
 _BASELINE = "Method that all others are compared with, such as exact. Default: wildcat."
-_RECORD = "Run to compare with instead: the same methods at the run's own commit, measured on this processor."
+_PROBE = "Compare the code of each run's commit with today's instead, on a short text; reads no samples."
 
 
 @app.command()
@@ -105,15 +105,19 @@ def report(
 def verify(
     folders: Annotated[list[Path], typer.Argument(help="Folders of finished runs, such as results/eval/smoke.")],
     samples: Annotated[int, typer.Option(help="Samples of each task to make anew.", min=1)] = 2,
-    record: Annotated[Path | None, typer.Option(help=_RECORD)] = None,
+    probe: Annotated[bool, typer.Option("--probe", help=_PROBE)] = False,
 ) -> None:
-    """Make a few samples of finished runs anew, and note in run.json that every number agrees.
+    """Make a few samples of finished runs anew, or probe their code, and note in run.json that all agrees.
 
     The exit status is 0 if all runs were verified and agree.
     """
+    from eval.probe import probe_all
     from eval.verify import verify_all
 
-    agree = verify_all(folders, samples, lambda text: print(text, flush=True), record)
+    def show(text: str) -> None:
+        print(text, flush=True)
+
+    agree = probe_all(folders, show) if probe else verify_all(folders, samples, show)
     raise typer.Exit(int(not agree))
 
 

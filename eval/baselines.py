@@ -10,16 +10,15 @@ package). By default quanto groups the channels of one token, in keys too; `axis
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import QuantizedCache
 
+from eval.plain_caches import copied, plain_tensors
 from wildcat_kv import Context
 from wildcat_kv.config import WildCatConfig
 
@@ -45,9 +44,8 @@ class CountedCache(QuantizedCache):
 
     def clone(self) -> CountedCache:
         """Make an independent copy; the two share tensors, which no layer writes into."""
-        copied = copy.copy(self)
-        copied.layers = [copy.copy(layer) for layer in self.layers]
-        return copied
+        twin: CountedCache = copied(self)
+        return twin
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat the only row."""
@@ -61,7 +59,7 @@ class CountedCache(QuantizedCache):
 @cache
 def _counted(kind: Any) -> Any:
     """Derive a class of layers that lists its tensors, packed ones as they are stored."""
-    methods = {"tensors": lambda layer: _plain_tensors(list(vars(layer).values()))}
+    methods = {"tensors": lambda layer: plain_tensors(list(vars(layer).values()))}
     return type(f"Counted{kind.__name__}", (kind,), methods)
 
 
@@ -156,15 +154,3 @@ def find_baseline(
     if fields.bits is None:
         raise ValueError(f"methods={method!r}: bits=None: give one of {', '.join(map(str, METHODS[method]))}")
     return QuantizedBaseline(method, fields.bits, fields.group, dict(parameters))
-
-
-def _plain_tensors(value: Any) -> list[Tensor]:
-    """List the tensors in a value, in its lists, tuples and dicts too; a subclass's inner tensors for itself."""
-    if isinstance(value, Tensor):
-        if type(value) is Tensor or not hasattr(value, "__tensor_flatten__"):
-            return [value]
-        names, _ = value.__tensor_flatten__()
-        value = [getattr(value, name) for name in names]
-    if isinstance(value, dict):
-        value = list(value.values())
-    return [tensor for item in value for tensor in _plain_tensors(item)] if isinstance(value, (list, tuple)) else []

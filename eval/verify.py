@@ -87,14 +87,13 @@ class Verification(NamedTuple):
         return markdown_table(title, notes, header, rows, right=[False, True, True, True, False])
 
 
-def verify_all(paths: Iterable[Path], samples: int, show: Callable[[str], None], record: Path | None = None) -> bool:
+def verify_all(paths: Iterable[Path], samples: int, show: Callable[[str], None]) -> bool:
     """Verify runs one after the other; one that cannot be verified does not stop the others.
 
     Args:
         paths: folders of the runs.
         samples: most samples of each task.
         show: function that prints a text.
-        record: run to compare with instead, see `verify`.
 
     Returns:
         True if every run was verified and agrees.
@@ -102,7 +101,7 @@ def verify_all(paths: Iterable[Path], samples: int, show: Callable[[str], None],
     agree = []
     for path in paths:
         try:
-            verification = verify(path, samples, record)
+            verification = verify(path, samples)
         except (ValueError, OSError, ImportError, ModelError) as error:
             show(f"{path}: not verified: {' '.join(str(error).split())}\n")
             agree.append(False)
@@ -112,7 +111,7 @@ def verify_all(paths: Iterable[Path], samples: int, show: Callable[[str], None],
     return all(agree)
 
 
-def verify(path: Path, samples: int, record: Path | None = None) -> Verification:
+def verify(path: Path, samples: int) -> Verification:
     """Make samples of a run anew. If all numbers agree, note that in `run.json`, with today's fingerprints.
 
     Shares, such as that of answers found, are left out: greedy decoding makes them from the likelihoods, which are
@@ -121,21 +120,15 @@ def verify(path: Path, samples: int, record: Path | None = None) -> Verification
     Args:
         path: folder of the run.
         samples: most samples of each task, the first and the last among them.
-        record: run of the same methods at the same commit on this processor, where the record's own processor rounds
-            otherwise.
 
     Raises:
-        ValueError: there is no run, it cannot be made any more, there is no sample to compare with, or `record` is of
-            other methods or of another commit.
+        ValueError: there is no run, it cannot be made any more, or there is no sample to compare with.
         ModelError: the model cannot be loaded.
     """
     folder = Folder(path)
     manifest = folder.manifest
-    compared = folder if record is None else Folder(record)
-    if record is not None:
-        _check_same(manifest, compared.manifest, record)
     again = _attention_again if "tasks" in manifest else _again
-    code, dtype, pairs = again(compared.manifest["config"], compared.records(), samples)
+    code, dtype, pairs = again(manifest["config"], folder.records(), samples)
     made = list(pairs)
     differences = [one for recorded, found in made for one in _compare(recorded, found, manifest.get("metrics", {}))]
     if not differences:
@@ -144,30 +137,16 @@ def verify(path: Path, samples: int, record: Path | None = None) -> Verification
     count = len({_sample(found) for _, found in made})
     verification = Verification(count, differences, TOLERANCE[dtype])
     if verification.agrees:
-        folder.note(code=code, verified=_note(verification, compared.manifest))
+        folder.note(code=code, verified=_note(verification, manifest))
     return verification
 
 
-def _check_same(manifest: Mapping[str, Any], other: Mapping[str, Any], record: Path) -> None:
-    """Refuse a run of other methods or of another commit; samples may be fewer.
-
-    Raises:
-        ValueError: names the first field that differs.
-    """
-    fields = ("model", "dtype", "methods", "ratios", "max_tokens", "settings", "seed", "protocol")
-    pairs = [(f"config.{name}", manifest["config"].get(name), other["config"].get(name)) for name in fields]
-    commits = [str(one["commit"]).rstrip("+") for one in (manifest, other)]
-    for name, own, its in [("commit", *commits), *pairs]:
-        if own != its:
-            raise ValueError(f"record={str(record)!r}: its {name} is {its!r} and the run's {own!r}; measure it anew")
-
-
-def _note(verification: Verification, compared: Mapping[str, Any]) -> dict[str, Any]:
+def _note(verification: Verification, manifest: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "date": datetime.now(timezone.utc).date().isoformat(),
         "commit": commit(),
         "processor": machine()["processor"],
-        "record_processor": compared["machine"]["processor"],
+        "record_processor": manifest["machine"]["processor"],
         "samples": verification.samples,
         "numbers": len(verification.differences),
         "largest_difference": float(f"{verification.differences[0].size:.2g}"),

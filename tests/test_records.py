@@ -23,7 +23,8 @@ PAGES += [f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md"))]
 PATH = re.compile(r"(?<![\w-])(?<!eval/)(?<!benchmarks/)results/[\w.*/-]*[\w*]")
 NAME = re.compile(r"`([a-z]\w*\*?)`")
 COMMAND = re.compile(
-    r"python -m (?:eval|benchmarks|docs|tests)\b|python docs/\w+\.py|wildcat-kv (?:size|export)\b|(?:`|^ {4})make [a-z]+|configs/\w+/[\w*]+\.yaml",
+    r"python -m (?:eval|benchmarks|docs|tests)\b|python docs/\w+\.py|wildcat-kv (?:size|export)\b"
+    r"|(?:`|^ {4})make [a-z]+|configs/\w+/[\w*]+\.yaml",
     re.M,
 )
 FIGURE = re.compile(r"!\[[^\]]*\]\(([^)]+)\)")
@@ -37,8 +38,8 @@ EARLIER = re.compile(r"\bMeasured (?:before|while)\b")
 DRAWN = {
     "budget-short.svg": "arithmetic of the budget",
     "travel.svg": "a drawing",
-    "chat.svg": "a recorded session, by docs/record_chat.py",
-    "demo.svg": "a recorded session, by docs/record_chat.py",
+    "chat.svg": "a recorded session, by docs/record.py",
+    "demo.svg": "a recorded session, by docs/record.py",
 }
 # Tables that no command of today can measure.
 NOT_KEPT = {

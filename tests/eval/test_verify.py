@@ -202,27 +202,6 @@ def test_a_run_that_cannot_be_made_again_does_not_stop_the_others(outdated, veri
     assert f"{lost}: not verified: lost.gguf" in printed and "all agree" in printed
 
 
-def test_the_same_commit_on_this_processor_may_stand_for_the_record(outdated, finished, verified):
-    folder = outdated(with_score("wildcat", nll=9.0))  # as if another processor had made it
-    assert verified(folder)[0] == 1
-    assert verified(folder, "--record", finished)[0] == 0
-    assert manifest_of(folder)["code"] == manifest_of(finished)["code"]
-
-
-@pytest.mark.parametrize(
-    ("change", "named"),
-    [(("commit", "0000000"), "commit is"), (("config", {"ratios": [0.1]}), "config.ratios is")],
-    ids=["commit", "budget"],
-)
-def test_a_record_of_something_else_is_refused(outdated, finished, verified, change, named):
-    folder, (field, value) = outdated(), change
-    manifest = manifest_of(folder)
-    changed = {**manifest[field], **value} if isinstance(value, dict) else value
-    (folder / "run.json").write_text(json.dumps({**manifest, field: changed}))
-    status, printed = verified(folder, "--record", finished)
-    assert status == 1 and "not verified: record=" in printed and named in printed
-
-
 def test_another_prompt_is_refused(outdated, verified):
     status, printed = verified(outdated(lambda record: {**record, "prompt_hash": "0"}))
     assert status == 1 and "not verified: task='needle_2', sample 0: the record has another prompt" in printed

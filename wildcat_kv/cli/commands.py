@@ -147,7 +147,9 @@ def size(
     layers: Annotated[int | None, typer.Option(help="Layers, of a shape instead of a model.", min=1)] = None,
     kv_heads: Annotated[int | None, typer.Option(help="Key heads of a layer, of this shape.", min=1)] = None,
     head_dim: Annotated[int | None, typer.Option(help="Channels of a key, of this shape.", min=1)] = None,
-    heads: Annotated[int | None, typer.Option(help="Query heads of a layer; as many as key heads if left out.")] = None,
+    heads: Annotated[
+        int | None, typer.Option(help="Query heads of a layer; as many as key heads if left out.", min=1)
+    ] = None,
     preset: options.PresetOption = None,
     method: options.MethodOption = None,
     ratio: options.RatioOption = None,
@@ -167,6 +169,7 @@ def size(
     choice = options.chosen(
         preset, method, of_text=True, **_fields(ratio, compression_ratio, max_tokens, min_tokens, max_bytes, bits, None)
     )
+    held = options.dtype_of(dtype)
     from wildcat_kv.cli.sizing import ShapeOptions, print_sizes
     from wildcat_kv.models import load_config
 
@@ -174,7 +177,7 @@ def size(
     if shape.given and model is not None:
         raise ValueError(f"model={model!r} given beside a shape; leave one of them out")
     config = shape.config(tokens) if shape.given else load_config(model)
-    print_sizes(config, tokens, rows, options.dtype_of(dtype), choice)
+    print_sizes(config, tokens, rows, held, choice)
 
 
 def methods() -> None:

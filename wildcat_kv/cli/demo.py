@@ -133,12 +133,13 @@ def _caches(model: Any, tokenizer: Any, text: str, choice: dict[str, Any]) -> di
         return lambda: compress_context(model, tokenizer, text, **chosen).cache
 
     budget = {name: choice[name] for name in (*BUDGETS, "bits") if name in choice}
-    return {
+    caches = {
         _EXACT: exact,
         "all in 4 bits": compressed(ratio=1.0, bits=4),
         _name(choice): compressed(**choice),
-        "published": compressed(preset="published", **budget),
     }
+    caches.setdefault("published", compressed(preset="published", **budget))  # what was chosen may have that name
+    return caches
 
 
 @torch.no_grad()

@@ -40,13 +40,15 @@ class ShapeOptions:
 
     @property
     def given(self) -> bool:
-        """True if any of them is given.
+        """True if any of them is given."""
+        return any(value is not None for value in vars(self).values())
+
+    def config(self, positions: int) -> Any:
+        """Make a config of this shape, in bfloat16.
 
         Raises:
             ValueError: some that are needed are missing, or the heads do not fit.
         """
-        if not any(vars(self).values()):
-            return False
         needed = ("layers", "kv_heads", "head_dim")
         if missing := [f"--{name.replace('_', '-')}" for name in needed if getattr(self, name) is None]:
             raise ValueError(
@@ -55,10 +57,6 @@ class ShapeOptions:
             )
         if self.heads is not None and self.heads % (self.kv_heads or 1):
             raise ValueError(f"heads={self.heads} must be a multiple of kv_heads={self.kv_heads}")
-        return True
-
-    def config(self, positions: int) -> Any:
-        """Make a config of this shape, in bfloat16."""
         heads = self.heads or self.kv_heads or 0
         return AutoConfig.for_model(
             "llama",
