@@ -31,6 +31,7 @@ from wildcat_kv import WildCatConfig
         ({"ratio": 0.25, "temperature": "hot"}, "temperature='hot'"),
         ({"ratio": 0.25, "seed": -1}, "seed=-1"),
         ({"ratio": 0.25, "windw": 3}, "windw=3: no such setting; did you mean 'window'\\? known ones are ratio, "),
+        ({"ratio": 0.25, "reads": 2}, "reads=2: no such setting; compress_context.* takes it; known ones are ratio, "),
     ],
 )
 def test_wrong_fields_are_named_in_one_line(fields, message):

@@ -10,6 +10,8 @@ from pydantic import BaseModel, JsonValue, ValidationError
 from pydantic_core import to_jsonable_python
 
 _BRANCHES = ("constrained-", "literal[")
+# Names that are no settings of a cache, and what takes them.
+_ELSEWHERE = {"reads": "compress_context(..., reads=2)", "chunk_tokens": "compress_context(..., chunk_tokens=512)"}
 
 
 def one_line(error: ValidationError, model: type[BaseModel] | None = None) -> str:
@@ -34,7 +36,8 @@ def one_line(error: ValidationError, model: type[BaseModel] | None = None) -> st
     given = f"{path}={finding['input']!r}"
     known = list(model.model_fields) if model is not None else []
     if kind == "extra_forbidden":
-        hint = did_you_mean(str(finding["loc"][-1]), known)
+        name = str(finding["loc"][-1])
+        hint = f"{_ELSEWHERE[name]} takes it; " if name in _ELSEWHERE else did_you_mean(name, known)
         return f"{given}: no such setting" + (f"; {hint}known ones are {', '.join(known)}" if known else "")
     field = model.model_fields.get(str(finding["loc"][0])) if model is not None else None
     takes = f"; {field.description}" if field is not None and field.description else ""

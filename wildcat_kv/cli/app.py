@@ -90,6 +90,8 @@ def run_app(app: typer.Typer, name: str) -> None:
         message = error.format_message()
         if not message:  # the help has been printed, since no arguments were given
             sys.exit(getattr(error, "exit_code", 2))
+        if message.startswith("Got unexpected extra argument"):
+            message += "; every value goes behind its option, such as --context report.txt (see --help)"
     print(f"{name}: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(1)
 

@@ -74,6 +74,8 @@ def checked(question: str) -> str:
     Raises:
         ValueError: it is empty.
     """
+    if isinstance(question, (list, tuple)):
+        raise ValueError("question is a list; give one text, or call ask_many()")
     if not isinstance(question, str) or not question.strip():
         raise ValueError(f"question={question!r} is empty; ask something")
     return question

@@ -154,7 +154,7 @@ def text_from(text_or_file: str | os.PathLike[str]) -> str:
     if isinstance(text_or_file, os.PathLike):
         return read_text(Path(text_or_file), "text_or_file")
     if not isinstance(text_or_file, str):
-        raise TypeError(f"text_or_file={text_or_file!r} must be a text, or the Path of a file")
+        raise TypeError(f"text_or_file={text_or_file!r:.60} must be a text, or the Path of a file")
     if os.path.isfile(text_or_file):  # noqa: PTH113  # a Path of a long text would raise
         raise ValueError(f"text_or_file={text_or_file!r} is the name of a file; pass Path({text_or_file!r}) to read it")
     if not text_or_file.strip():

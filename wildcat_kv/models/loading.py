@@ -126,8 +126,8 @@ def _raise_hub_error(source: str, error: Exception) -> NoReturn:
         what = "not on the hub, or you have no access; check the spelling, or log in with 'hf auth login'"
     elif any(isinstance(link, _NOT_REACHED) for link in links):
         what = (
-            "no such local folder, and the hub cannot be reached; check the network, "
-            "or name a local folder or a .gguf file"
+            "no such local folder, and the hub cannot be reached; check the network, name a local folder or a .gguf "
+            "file, or take SmolLM2-135M-Instruct or Qwen2.5-Coder-0.5B-Instruct, which come from PyPI"
         )
     else:
         what = f"cannot be loaded from the hub: {first_line(error)}; check that it is a causal language model"

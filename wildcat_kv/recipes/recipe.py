@@ -127,7 +127,10 @@ class Recipe:
                     f"settings={settings!r} is no WildCatConfig; give its fields by name, such as ratio=0.25"
                 )
             if beside := [*(["preset"] if preset is not None else []), *fields]:
-                raise ValueError(f"{', '.join(beside)} given beside settings; use settings.changed(...) instead")
+                raise ValueError(
+                    f"{', '.join(beside)} given beside settings; leave one or the other out, or change the settings' "
+                    "fields by settings.changed(...)"
+                )
             return Recipe(settings, AUTO if compressor is None else compressor)
         if preset is None and (section := read_section(config)) is not None:
             base, method = Recipe(section.settings, section.compressor, section.preset), section.method

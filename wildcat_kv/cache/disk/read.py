@@ -73,7 +73,10 @@ def opened(path: str | os.PathLike[str], device: str) -> Iterator[Any]:
             yield file
     except SafetensorError as error:
         reason = " ".join(str(error).split())
-        raise ValueError(f"path={name!r} is no whole safetensors file: {reason}; save it again") from None
+        raise ValueError(
+            f"path={name!r} is no whole safetensors file: {reason}; save it again, or give one that cache.save(...) "
+            "wrote"
+        ) from None
 
 
 def read_header(name: str, metadata: dict[str, str]) -> Header:
