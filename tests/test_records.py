@@ -32,7 +32,7 @@ NUMBER = re.compile(r"[~±+-]*\d[\d,]*(?:\.\d|\s?%|$)")
 # Tables of settings: their numbers are chosen, not measured.
 SETTINGS = re.compile(r"\|.*\| (?:default|type) \|")
 # A sentence that begins so tells the readers that the runs of its section are of earlier code.
-EARLIER = re.compile(r"\bMeasured (?:before|while)\b")
+EARLIER = re.compile(r"\bMeasured\s(?:before|while)\b")
 
 # Pictures that show no measurement.
 DRAWN = {
