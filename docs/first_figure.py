@@ -15,6 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
+from docs.tables import FACTS
 from eval.cells import EXACT
 from eval.records import Folder
 from eval.style import BLUE, GREEN, GREY, GRID, OCHRE, ORANGE
@@ -45,7 +46,7 @@ class _Panel(NamedTuple):
 
 
 _PANELS = (
-    _Panel(("first_page",), "lookup", 3, "facts in six forms of text, of {}"),
+    _Panel(("first_page",), "lookup", FACTS, "facts in six forms of text, of {}"),
     _Panel(("frontier_default_qwen", "frontier_qwen"), "needle_4", 1, "five-digit numbers in essays, of {}"),
 )
 # Families of the runs. `query_wildcat` is left out: the default without what was measured of the model.

@@ -59,7 +59,7 @@ def filled(text: str) -> str:
     return PLACE.sub(lambda place: f"{place[1]}{TABLES[place[2]]()}{place[3]}", text)
 
 
-# What each choice gives
+# Choices of a user, and their figures
 
 
 @dataclass(frozen=True)

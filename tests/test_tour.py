@@ -27,7 +27,7 @@ def run(cells):
 
 
 def shown(cell):
-    """What the notebook shows under a cell."""
+    """Join the output that the notebook shows under a cell."""
     return "".join(line for output in cell["outputs"] for line in output["text"])
 
 

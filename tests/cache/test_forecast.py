@@ -22,7 +22,7 @@ def llama():
 
 
 def computed_and_held(model, tokens, rows=1, **choice):
-    """What is computed, and the bytes of a cache that has read as many tokens."""
+    """Give the computed size, and the bytes of a cache that has read as many tokens."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # exact layers of presets are not known for tiny models
         size = cache_size(model.config, tokens, rows=rows, dtype=model.dtype, **choice)

@@ -52,7 +52,7 @@ def texts(tokenizer):
 
 
 def encoded_by_kvpress(tokenizer, text):
-    """What its pipeline makes of a text and questions: the template is cut where the context ends."""
+    """Encode a text and questions as its pipeline does: the template is cut where the context ends."""
     mark = "#" * 2000
     message = [{"role": "user", "content": text.context + mark}]
     rendered = tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)

@@ -1,4 +1,4 @@
-"""What a release ships: every file of the package, and one version everywhere."""
+"""Contents of a release: every file of the package, and one version everywhere."""
 
 import io
 import re

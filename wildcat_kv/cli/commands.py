@@ -119,10 +119,7 @@ def chat(
 
 
 def check(
-    model: Annotated[
-        str | None,
-        typer.Argument(help="Hub id, local folder or GGUF file. Default: SmolLM2-135M-Instruct, from PyPI."),
-    ] = None,
+    model: options.ModelArgument = None,
     dtype: options.DtypeOption = "float32",
     device: options.DeviceOption = None,
 ) -> None:
@@ -138,10 +135,7 @@ def check(
 
 
 def size(
-    model: Annotated[
-        str | None,
-        typer.Argument(help="Hub id, local folder or GGUF file. Default: SmolLM2-135M-Instruct, from PyPI."),
-    ] = None,
+    model: options.ModelArgument = None,
     tokens: Annotated[int, typer.Option(help="Tokens of the text.", min=1)] = 131072,
     rows: Annotated[int, typer.Option(help="Texts at once.", min=1)] = 1,
     layers: Annotated[int | None, typer.Option(help="Layers, of a shape instead of a model.", min=1)] = None,
@@ -243,10 +237,7 @@ def patch(
 
 
 def profile(
-    model: Annotated[
-        str | None,
-        typer.Argument(help="Hub id, local folder or GGUF file. Default: SmolLM2-135M-Instruct, from PyPI."),
-    ] = None,
+    model: options.ModelArgument = None,
     output: Annotated[Path, typer.Option(help="File to write.")] = Path("profile.json"),
     ratio: Annotated[list[float] | None, typer.Option(help="Share of the tokens to keep; may be repeated.")] = None,
     share: Annotated[str, typer.Option(help="heads: each head has a share of its own; layers: equal heads.")] = "heads",
@@ -275,10 +266,7 @@ def profile(
 
 
 def fit_scorer(
-    model: Annotated[
-        str | None,
-        typer.Argument(help="Hub id, local folder or GGUF file. Default: SmolLM2-135M-Instruct, from PyPI."),
-    ] = None,
+    model: options.ModelArgument = None,
     output: Annotated[Path, typer.Option(help="File to write.")] = Path("scorer.safetensors"),
     texts: Annotated[int, typer.Option(help="Texts to read, twice each.", min=1)] = 8,
     tokens: Annotated[int, typer.Option(help="Tokens of a text.", min=256)] = 1000,

@@ -9,13 +9,12 @@ import typer
 from wildcat_kv.config import DROPPED, WildCatConfig
 from wildcat_kv.recipes.presets import load_preset, preset_names
 
-ModelOption = Annotated[
-    str | None,
-    typer.Option(
-        help="Hub id, local folder, GGUF file, or a model from PyPI: SmolLM2-135M-Instruct (default), "
-        "Qwen2.5-Coder-0.5B-Instruct."
-    ),
-]
+_MODEL = (
+    "Hub id, local folder, GGUF file, or a model from PyPI: SmolLM2-135M-Instruct (default), "
+    "Qwen2.5-Coder-0.5B-Instruct."
+)
+ModelOption = Annotated[str | None, typer.Option(help=_MODEL)]
+ModelArgument = Annotated[str | None, typer.Argument(help=_MODEL)]
 MethodOption = Annotated[
     str | None, typer.Option(help="How to compress, instead of the preset's; `wildcat-kv methods` lists the names.")
 ]

@@ -25,7 +25,7 @@ from wildcat_kv.recipes.recipe import chooses_a_cache
 _FIELDS = (*(name for name in WildCatConfig.model_fields if name != "temperature"), DROPPED)
 _ARGUMENTS = ("settings", "preset", "compressor", *_FIELDS)
 
-# What `write_folder` writes: the files in hub-folder-files/, with the line that installs the package.
+# Templates of `write_folder`: the files in hub-folder-files/, with the line that installs the package.
 _TEMPLATES = files("wildcat_kv.integrations") / "hub-folder-files"
 _README = "README.md"
 _NAMES = ("custom_generate/generate.py", "custom_generate/requirements.txt", _README)
